@@ -1,0 +1,24 @@
+"""Environment of the whole suite: CPU accelerator, one thread, nothing compiled, nothing fetched."""
+
+import os
+
+os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_compiled_ops() -> None:
+    """Import DeepSpeed once, before any fork, and keep it from compiling its shared-memory collective (needs g++)."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
