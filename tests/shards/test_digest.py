@@ -1,0 +1,51 @@
+"""The digest against its definition in Python integers, and its additivity."""
+
+import itertools
+import struct
+
+import pytest
+import torch
+
+from bert2bert.shards.digest import combine, digest, hex16
+
+
+def reference(values: list[float], code: str, start: int = 0) -> int:
+    unsigned = {"f": "I", "e": "H", "d": "Q"}[code]
+    total = 0
+    for i, value in enumerate(values):
+        bits = struct.unpack(unsigned, struct.pack(code, value + 0.0))[0]
+        total += (bits + 1) * (((start + i) * 0x9E3779B97F4A7C15 % 2**64) | 1)
+    return total % 2**64
+
+
+@pytest.mark.parametrize(("dtype", "code"), [(torch.float32, "f"), (torch.float16, "e"), (torch.float64, "d")])
+def test_equals_definition(dtype: torch.dtype, code: str) -> None:
+    x = torch.randn(257, dtype=dtype)
+    x[3], x[4] = 0.0, -0.0
+    assert digest(x) == reference(x.tolist(), code)
+    assert digest(x, 12345) == reference(x.tolist(), code, 12345)
+
+
+def test_parts_add_up_over_any_partition_and_chunk() -> None:
+    x = torch.randn(3 * (1 << 20) + 17)
+    cuts = [0, 5, 1 << 20, (1 << 21) + 3, x.numel()]
+    parts = [digest(x[a:b], a) for a, b in itertools.pairwise(cuts)]
+    assert combine(*parts) == digest(x) == digest(x.view(-1, 1))
+
+
+def test_negative_zero_is_zero_and_any_change_shows() -> None:
+    x = torch.randn(64).bfloat16()
+    x[7] = 0.0
+    same = x.clone()
+    same[7] = -0.0
+    assert digest(same) == digest(x)
+    swapped = x.clone()
+    swapped[[1, 2]] = x[[2, 1]]
+    flipped = x.clone()
+    flipped[5] *= -1
+    assert len({digest(x), digest(swapped), digest(flipped), digest(x[:-1]), digest(x, 1)}) == 5
+
+
+def test_hex_is_sixteen_digits() -> None:
+    assert hex16(255) == "00000000000000ff"
+    assert digest(torch.empty(0)) == 0
