@@ -1,0 +1,154 @@
+"""Read a training run's folder: what it was, what it spent, and its held-out loss over steps, FLOPs and wall clock.
+
+Needs only `run.json` and `metrics.jsonl`, no torch. Refuses a folder that is no run, a damaged metrics file and a run
+without an evaluation. A last line that was cut off by a kill is left out; any other damage is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bert2bert.errors import InvalidData
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation on the held-out text. `flops` and `seconds` are what the run had spent by then, its own alone."""
+
+    step: int
+    phase: str
+    loss: float  # nats a masked token
+    accuracy: float
+    tokens: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+    label: str
+    about: dict[str, Any]  # run.json
+    points: tuple[Point, ...]  # evaluations, ascending by step, one a step
+    boundaries: tuple[dict[str, Any], ...]  # where a phase gave way to the next: {"to", "step", "flops", "seconds"}
+
+    @property
+    def final(self) -> Point:
+        return self.points[-1]
+
+    @property
+    def initial(self) -> Point | None:
+        """The evaluation before the first step, if the run began with one."""
+        return self.points[0] if self.points[0].step == 0 else None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return self.about.get("data") or {}
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """What the run was grown from, as run.json has it; None for a run from random weights."""
+        return self.about.get("source")
+
+    def evaluation(self) -> dict[str, Any]:
+        """All that two held-out losses must have in common to be comparable."""
+        recipe = (self.about.get("recipe") or {}).get("data") or {}
+        found = {"data digest": self.data.get("digest"), "tokenizer digest": self.data.get("tokenizer_digest")}
+        return found | {key: recipe.get(key) for key in ("seq_len", "mask_share", "eval_rows")}
+
+    def at(self, step: int) -> Point | None:
+        """The last evaluation at or before a step."""
+        return next((p for p in reversed(self.points) if p.step <= step), None)
+
+
+def crossing(points: tuple[Point, ...], loss: float) -> dict[str, float] | None:
+    """Where a held-out curve first falls to `loss`, linear between evaluations: {"step", "flops", "seconds"} or None.
+
+    A curve that starts at or below `loss` reaches it at its first evaluation. Evaluations that are not finite (a run
+    that diverged) end no interval.
+    """
+    before: Point | None = None
+    for point in (p for p in points if math.isfinite(p.loss)):
+        if point.loss <= loss:
+            if before is None:
+                return {"step": float(point.step), "flops": point.flops, "seconds": point.seconds}
+            share = (before.loss - loss) / (before.loss - point.loss)
+            return {
+                axis: getattr(before, axis) + share * (getattr(point, axis) - getattr(before, axis))
+                for axis in ("step", "flops", "seconds")
+            }
+        before = point
+    return None
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder. Raises InvalidData when it is none, is damaged, or holds no evaluation."""
+    about_file, metrics_file = path / "run.json", path / "metrics.jsonl"
+    for file in (about_file, metrics_file):
+        if not file.is_file():
+            raise InvalidData(
+                f"{path}: this is not a training run's folder: there is no {file.name} in it.\n"
+                "  Expected the --output folder of launch/pretrain.py."
+            )
+    try:
+        about = json.loads(about_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidData(f"{about_file}: cannot be read as JSON ({error}). Is the run's folder complete?") from error
+    if not isinstance(about, dict):
+        raise InvalidData(f"{about_file}: found a {type(about).__name__}, expected an object that describes the run.")
+    points: dict[int, Point] = {}
+    boundaries: list[dict[str, Any]] = []
+    last: dict[str, Any] | None = None
+    for number, entry in _entries(metrics_file):
+        try:
+            here = {"flops": float(entry["flops"]), "seconds": float(entry["seconds"]), "step": int(entry["step"])}
+            phase = str(entry["phase"])
+            if entry["kind"] == "eval":
+                points[here["step"]] = Point(
+                    step=here["step"],
+                    phase=phase,
+                    loss=float(entry["loss"]),
+                    accuracy=float(entry["accuracy"]),
+                    tokens=float(entry["tokens"]),
+                    flops=here["flops"],
+                    seconds=here["seconds"],
+                )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidData(
+                f"{metrics_file}, line {number}: {type(error).__name__} {error}.\n"
+                "  Expected an entry of kind 'train' or 'eval' with step, phase, loss, tokens, flops and seconds."
+            ) from error
+        if last is not None and phase != last["phase"]:
+            # The last entry of the old phase is its end; the first of the new one already lies a log interval later.
+            boundaries.append({key: last[key] for key in ("step", "flops", "seconds")} | {"to": phase})
+        last = here | {"phase": phase}
+    if not points:
+        raise InvalidData(
+            f"{path}: the run has no evaluation on held-out text yet, so there is nothing to compare.\n"
+            "  Expected lines of kind 'eval' in metrics.jsonl: one is written before the first step, one every "
+            "eval_every steps and one at the end."
+        )
+    ordered = tuple(points[step] for step in sorted(points))
+    return Run(path, path.resolve().name, about, ordered, tuple(boundaries))
+
+
+def _entries(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    entries: list[tuple[int, dict[str, Any]]] = []
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                if not line.endswith("\n"):
+                    break  # the writer was killed in mid-line
+                raise InvalidData(f"{file}, line {number}: not JSON ({error}). The file is damaged.") from error
+            if not isinstance(entry, dict):
+                raise InvalidData(f"{file}, line {number}: expected a JSON object, found {line.strip()[:60]!r}.")
+            entries.append((number, entry))
+    return entries
