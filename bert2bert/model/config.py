@@ -1,0 +1,130 @@
+"""A BERT's configuration, read from and written as Hugging Face's config dict. Torch-free.
+
+Sizes must be given: a missing or misspelt size is an error, never a silent BERT-base. What this model core does not
+compute is refused by name: decoders and cross-attention, relative positions, other activations. Keys that say nothing
+about the function (id2label, use_cache, …) are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bert2bert.errors import InvalidConfig, did_you_mean
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+HEADS = {"BertForPreTraining": ("mlm", "nsp"), "BertForMaskedLM": ("mlm",)}
+"""Hugging Face's class names of the models that can be built, and the heads that each has."""
+
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings",
+)  # fmt: skip
+_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The fields carry Hugging Face's names and defaults. heads: ("mlm", "nsp") or ("mlm",)."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+    heads: tuple[str, ...] = ("mlm",)
+
+    @property
+    def head_size(self) -> int:
+        """Features of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def __post_init__(self) -> None:
+        for name in (*_SIZES, "type_vocab_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidConfig(f"model config: {name} is {value!r}, expected a whole number of at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise InvalidConfig(
+                f"model config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; expected whole heads of equal size"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise InvalidConfig(
+                f"model config: hidden_act is {self.hidden_act!r}, which this model core does not compute; "
+                + did_you_mean(str(self.hidden_act), ACTIVATIONS)
+            )
+        for name in _RATES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise InvalidConfig(f"model config: {name} is {value!r}, expected a number from 0 to below 1")
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+                raise InvalidConfig(f"model config: {name} is {value!r}, expected a number of at least 0")
+        pad = self.pad_token_id
+        if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < self.vocab_size):
+            raise InvalidConfig(
+                f"model config: pad_token_id is {pad!r}, expected null or a token id below vocab_size {self.vocab_size}"
+            )
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise InvalidConfig(
+                f"model config: tie_word_embeddings is {self.tie_word_embeddings!r}, expected true or false"
+            )
+        if self.heads not in HEADS.values():
+            raise InvalidConfig(f"model heads are {self.heads!r}, expected one of {', '.join(map(str, HEADS.values()))}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> BertConfig:
+        """Read a Hugging Face config dict (the content of config.json).
+
+        Heads follow `architectures`: BertForPreTraining has mlm and nsp, BertForMaskedLM and no entry at all mlm.
+        Raises InvalidConfig for a missing size, a wrong value, or something this model core does not compute.
+        """
+        kind = config.get("model_type", "bert")
+        if kind != "bert":
+            raise InvalidConfig(f"model config: model_type is {kind!r}, expected 'bert', the only one built here")
+        for name in _SIZES:
+            if name not in config:
+                raise InvalidConfig(
+                    f"model config: {name} is missing; expected every size of {', '.join(_SIZES)} in the config"
+                )
+        refusals = {"is_decoder": (False, None), "add_cross_attention": (False, None)}
+        refusals |= {"position_embedding_type": ("absolute", None), "is_encoder_decoder": (False, None)}
+        for name, accepted in refusals.items():
+            if (value := config.get(name)) not in accepted:
+                raise InvalidConfig(
+                    f"model config: {name} is {value!r}, expected {accepted[0]!r}; "
+                    "only encoders with absolute positions are built here"
+                )
+        names = [name for name in cls.__dataclass_fields__ if name != "heads"]
+        return cls(**{name: config[name] for name in names if name in config}, heads=_heads(config))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The Hugging Face config dict that describes this model; from_hf reads it back unchanged."""
+        values = asdict(self)
+        del values["heads"]
+        architecture = next(name for name, heads in HEADS.items() if heads == self.heads)
+        return {"architectures": [architecture], "model_type": "bert", **values}
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[str, ...]:
+    architectures = config.get("architectures") or ["BertForMaskedLM"]
+    for name in architectures:
+        if name in HEADS:
+            return HEADS[name]
+    raise InvalidConfig(
+        f"model config: architectures is {architectures!r}, expected one of {', '.join(HEADS)}; "
+        "for another BERT (a bare encoder, a classifier) set the one whose heads should be pre-trained"
+    )
