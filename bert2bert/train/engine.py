@@ -1,0 +1,267 @@
+"""The DeepSpeed engine behind one small face: build, forward, step, freeze. The only module that imports deepspeed.
+
+A layer that does not learn in a step keeps weights and moments bit for bit, at ZeRO stages 0 to 3: its parameters do not
+require gradients in that step (no backward, no share in the gradient norm) *and* its optimizer groups are skipped (no
+momentum, no decay, no step count). Either alone fails: the first still moves weights by momentum and decay, the second
+still lets gradients into the norm; ZeRO-3 moreover re-applies the last gradient of a parameter that gets none.
+
+Refused: what would train or save wrongly in silence (`round_robin_gradients`, whose checkpoints cannot be addressed by
+name; `BF16_Optimizer`, whose files lack their stage; NVMe offload, whose states are not in memory to be checked).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import deepspeed.comm as dist
+import deepspeed.ops
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from bert2bert.errors import InvalidConfig
+from bert2bert.groups import Group, param_groups
+from bert2bert.model.batch import Batch
+from bert2bert.model.program import LayerProgram
+
+if TYPE_CHECKING:
+    from bert2bert.recipe import Recipe
+
+GROUP_LAYOUT = "layers"
+"""Parameter groups of every run of this project (see bert2bert.groups): one pair a layer, so that a layer can rest."""
+
+
+class FreezableAdamW(torch.optim.AdamW):
+    """torch's AdamW that passes over every group marked ``frozen``: no update, no decay, no moments, no step count."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("frozen", False)]
+        try:
+            # ZeRO steps one group at a time, the others' lists empty: an all-frozen call must not reach the kernel
+            return super().step(closure) if any(group["params"] for group in self.param_groups) else None
+        finally:
+            self.param_groups = groups
+
+
+def start(timeout: float = 1800.0) -> torch.device:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; this rank's device.
+
+    ``timeout``: seconds after which a collective that a rank never joined is an error. Does nothing but return the
+    device when the group exists already.
+    """
+    # Else DeepSpeed compiles a shared-memory all-reduce with g++ (23 s) that training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout),
+        )
+    return torch.device(accelerator.current_device_name())
+
+
+class Engine:
+    """One model under DeepSpeed. Built by `build`; every rank makes the same calls in the same order.
+
+    ``ds``: the DeepSpeed engine; ``names``: every parameter in model order (tied ones once); ``groups``: the optimizer's
+    groups, index by index; ``stage``: ZeRO stage 0 to 3; ``precision``: fp32, bf16 or fp16; ``micro_rows``: rows of one
+    micro-batch of one rank; ``accumulation``: micro-batches a step.
+    """
+
+    def __init__(self, ds: Any, model: torch.nn.Module, groups: list[Group], device: torch.device) -> None:
+        self.ds = ds
+        self.model = model
+        self.groups = groups
+        self.device = device
+        self.parameters = dict(model.named_parameters())
+        self.names = tuple(self.parameters)
+        self.layers = 1 + max((g.layer for g in groups if g.layer is not None), default=-1)
+        self.stage = int(ds.zero_optimization_stage())
+        self.precision = "bf16" if ds.bfloat16_enabled() else "fp16" if ds.fp16_enabled() else "fp32"
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.micro_rows = int(ds.train_micro_batch_size_per_gpu())
+        self.accumulation = int(ds.gradient_accumulation_steps())
+
+    @property
+    def optimizer(self) -> FreezableAdamW:
+        """The torch optimizer inside DeepSpeed's."""
+        outer = self.ds.optimizer
+        return outer if isinstance(outer, FreezableAdamW) else outer.optimizer
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole parameter's shape, partitioned (ZeRO-3) or not."""
+        parameter = self.parameters[name]
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def apply(self, program: LayerProgram) -> None:
+        """Let exactly the layers of ``program.learn``, the head and (if it says so) the embeddings learn from here on.
+
+        The pooler and the next-sentence head ('unused') never learn: no objective here reaches them.
+        """
+        learning = {"head", *(f"layer.{i}" for i in program.learn)} | ({"embeddings"} if program.embeddings_learn else set())
+        for group, live in zip(self.groups, self.optimizer.param_groups, strict=True):
+            live["frozen"] = group.part not in learning
+            for name in group.names:
+                self.parameters[name].requires_grad_(group.part in learning)
+
+    def thaw(self) -> None:
+        """Let everything learn: the state in which checkpoints are written (frozen parameters are filed elsewhere)."""
+        for live in self.optimizer.param_groups:
+            live["frozen"] = False
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of every group from the next optimizer step on."""
+        for live in self.optimizer.param_groups:
+            live["lr"] = lr
+
+    def forward(self, batch: Batch, program: LayerProgram | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(mean loss over the predicted positions, correct predictions, predictions) of one micro-batch."""
+        return self.ds(batch, program)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's loss (divided by ``accumulation``; scaled in fp16)."""
+        if self.precision == "fp16" and not hasattr(self.ds.optimizer, "scale_if_loss"):
+            # Stage 0: DeepSpeed 0.19.8 divides gradients by a loss scale that it never multiplied the loss with.
+            loss = loss.float() * self.ds.optimizer.loss_scale_config.cur_scale
+        self.ds.backward(loss)
+        self.ds.step()  # an optimizer step at the accumulation boundary, bookkeeping elsewhere
+
+    @property
+    def step_skipped(self) -> bool:
+        """Whether the last optimizer step was dropped because fp16 gradients overflowed."""
+        return bool(getattr(self.ds.optimizer, "overflow", False))
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The current fp16 loss scale; None in other precisions."""
+        if self.precision != "fp16":
+            return None
+        config = getattr(self.ds.optimizer, "loss_scale_config", None)
+        return float(config.cur_scale if config is not None and self.stage == 0 else self.ds.optimizer.loss_scaler.cur_scale)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """2-norm of the last step's gradient before clipping, over all ranks; None when DeepSpeed computes none."""
+        norm = self.ds.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over the ranks, exact for counts below 2**53."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(v) for v in total.tolist()]
+
+    def sum_ints(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of int64 tensors over the ranks, modulo 2**64."""
+        total = values.to(self.device)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value (any picklable object) on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (any picklable object), on every rank, by rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished all work given to it."""
+        get_accelerator().synchronize()
+
+    def destroy(self) -> None:
+        """Take DeepSpeed's hooks off the process, the replaced ``torch.nn.functional.linear`` of ZeRO-3 included."""
+        self.ds.destroy()
+        restore_linear()
+
+
+def restore_linear() -> None:
+    """Put torch's own ``linear`` back: ZeRO-3 replaces it for the rest of the process, which changes low bits later."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    original = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if original is not None:
+        torch.nn.functional.linear = original
+
+
+def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) -> Engine:
+    """The engine that trains ``model`` (a bert2bert Bert, in fp32 on any device) as the recipe says.
+
+    ``ds_config``: DeepSpeed's own, with its batch sizes consistent with ``recipe.batch_rows``; optimizer, schedule and
+    clipping come from the recipe. Call `start` first. Raises InvalidConfig for an option that is refused here.
+    """
+    device = start()
+    zero = ds_config.get("zero_optimization") or {}
+    if zero.get("round_robin_gradients"):
+        raise InvalidConfig(
+            "ds_config: zero_optimization.round_robin_gradients is true; DeepSpeed then addresses checkpoint slices in "
+            "another order than it says, and weights are lost in silence. Remove the option"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if (zero.get(part) or {}).get("device") == "nvme":
+            raise InvalidConfig(
+                f"ds_config: zero_optimization.{part}.device is 'nvme'; checkpoints could not be verified. "
+                "Use 'cpu' or remove it"
+            )
+    parameters = dict(model.named_parameters())
+    groups = param_groups(parameters, GROUP_LAYOUT)
+    decay = recipe.optimizer.weight_decay
+    optimizer = FreezableAdamW(
+        [
+            {"params": [parameters[n] for n in g.names], "weight_decay": decay if g.decay else 0.0, "frozen": False}
+            for g in groups
+        ],
+        lr=0.0,  # DeepSpeed steps once at its own start (16-bit stage 0): nothing may move
+        betas=tuple(recipe.optimizer.betas),
+        eps=recipe.optimizer.eps,
+        fused=True,
+    )
+    config = {
+        **ds_config,
+        "gradient_clipping": recipe.clip,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,  # a subclass of AdamW counts as one
+        "zero_force_ds_cpu_optimizer": False,  # the same optimizer, steps skipped alike, on an offloaded partition
+    }
+    _plain_outputs(model)
+    ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if type(ds.optimizer).__name__ == "BF16_Optimizer":
+        raise InvalidConfig(
+            "ds_config: bf16 with ZeRO stage 1 and data_types.grad_accum_dtype fp32 makes DeepSpeed write checkpoints "
+            "that do not name their stage; use stage 2 or remove data_types"
+        )
+    engine = Engine(ds, model, groups, device)
+    engine.optimizer.state.clear()  # 16-bit stage 0: the count of that step at start
+    return engine
+
+
+def _plain_outputs(model: torch.nn.Module) -> None:
+    """Make the model return a tuple: DeepSpeed hangs its backward hooks onto tensors, tuples and dicts only."""
+    inner = model.forward
+
+    def forward(batch: Batch, program: LayerProgram | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        output = inner(batch, program)
+        return output.loss, output.correct, output.predicted
+
+    model.forward = forward  # type: ignore[method-assign]
