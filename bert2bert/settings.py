@@ -1,0 +1,124 @@
+"""Typed settings: frozen dataclasses from plain values, and dotted overrides of single values. Knows no recipe.
+
+Types understood: int, float, str, bool, ``X | None``, dataclasses, unions of dataclasses told apart by their ``kind``,
+lists and tuples of one type, and ``Annotated[dict, {key: type}]`` for a dict with closed keys. Refused, as
+`InvalidConfig` naming the value by its dotted name: unknown keys (with the nearest known ones), values of another type.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from bert2bert.errors import InvalidConfig, did_you_mean
+
+_SCALARS = (int, float, str, bool)
+
+
+def build(tp: Any, value: Any, where: str = "") -> Any:
+    """``value`` (dicts, lists, scalars) as an instance of the declared type ``tp``; ``where`` is its dotted name."""
+    tp, optional = _strip(tp, value, where)
+    if value is None and optional:
+        return None
+    if is_dataclass(tp) and isinstance(tp, type):
+        known = _known(tp)
+        fixed = {f.name for f in fields(tp) if not f.init}
+        _expect(isinstance(value, dict), where or tp.__name__, value, f"a dict of {', '.join(known)}")
+        given = {key: inner for key, inner in value.items() if key not in fixed}
+        for key in given:
+            if key not in known:
+                raise InvalidConfig(f"unknown key {_join(where, key)!r}: {_near(key, known)}")
+        try:
+            return tp(**{key: build(known[key], inner, _join(where, key)) for key, inner in given.items()})
+        except TypeError as error:  # a required key is absent
+            raise InvalidConfig(f"{where or tp.__name__}: {error}") from error
+    if get_origin(tp) in (tuple, list):
+        inner = get_args(tp)
+        _expect(isinstance(value, list | tuple), where, value, "a list")
+        if len(inner) > 1 and inner[-1] is not Ellipsis:
+            _expect(len(value) == len(inner), where, value, f"{len(inner)} values")
+        return get_origin(tp)(build(inner[0], item, f"{where}.{i}") for i, item in enumerate(value))
+    if get_origin(tp) is typing.Annotated:
+        known = get_args(tp)[1]
+        _expect(isinstance(value, dict), where, value, "a dict")
+        for key in value:
+            if key not in known:
+                raise InvalidConfig(f"unknown key {_join(where, key)!r}: {_near(key, known)}")
+        return {key: build(known[key], item, _join(where, key)) for key, item in value.items()}
+    right = isinstance(value, tp) or (tp is float and isinstance(value, int))
+    _expect(right and (tp is bool or not isinstance(value, bool)), where, value, f"a value of type {tp.__name__}")
+    return float(value) if tp is float else value
+
+
+def assign(tp: Any, tree: Any, override: str) -> None:
+    """Set one value of the plain ``tree`` (declared type ``tp``) from the text ``key.sub.0=value``, in place."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InvalidConfig(f"override {override!r}: expected KEY=VALUE, such as phases.0.steps=10")
+    node: Any = tree
+    slot: Any = None
+    for key in path.split("."):
+        known = _parts(tp, tree, path)
+        if key not in known:
+            raise InvalidConfig(f"unknown key {path!r}: {_near(key, known)}")
+        node, slot, tp = tree, int(key) if isinstance(tree, list) else key, known[key]
+        tree = node[slot] if isinstance(node, list) else node.get(slot)
+    if parts := _parts(tp, tree, path):
+        raise InvalidConfig(f"{path!r} is no single value; its parts: {', '.join(parts)}")
+    leaf, optional = _strip(tp, tree, path)
+    node[slot] = None if optional and text.lower() == "none" else _parse(leaf, text, path)
+
+
+def _parts(tp: Any, value: Any, where: str) -> dict[str, Any]:
+    """The keys below a plain ``value`` of type ``tp`` and their types; none for a single value."""
+    tp, _ = _strip(tp, value, where)
+    if is_dataclass(tp):
+        return _known(tp)
+    if get_origin(tp) is typing.Annotated:
+        return dict(get_args(tp)[1])
+    return {str(i): get_args(tp)[0] for i in range(len(value or ()))} if get_origin(tp) in (tuple, list) else {}
+
+
+def _strip(tp: Any, value: Any, where: str) -> tuple[Any, bool]:
+    """(the type without `| None` and with the right member of a union of dataclasses, whether None is allowed)."""
+    if get_origin(tp) not in (typing.Union, types.UnionType):
+        return tp, False
+    options = [option for option in get_args(tp) if option is not type(None)]
+    if len(options) == 1:
+        return options[0], True
+    kinds = {str(next(f.default for f in fields(option) if f.name == "kind")): option for option in options}
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind not in kinds:
+        raise InvalidConfig(f"{where}.kind is {kind!r}: {did_you_mean(str(kind), kinds)}")
+    return kinds[kind], False
+
+
+def _known(tp: Any) -> dict[str, Any]:
+    """The settable fields of a dataclass and their types."""
+    hints = get_type_hints(tp, include_extras=True)
+    return {f.name: hints[f.name] for f in fields(tp) if f.init}
+
+
+def _near(key: str, known: dict[str, Any]) -> str:
+    return did_you_mean(key, known) if known else "it has no parts"
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _expect(holds: bool, where: str, found: Any, expected: str) -> None:
+    if not holds:
+        raise InvalidConfig(f"{where} is {found!r}; expected {expected}")
+
+
+def _parse(tp: Any, text: str, path: str) -> Any:
+    if tp is bool:
+        _expect(text.lower() in ("true", "false"), path, text, "true or false")
+        return text.lower() == "true"
+    try:
+        return tp(text)
+    except ValueError:
+        raise InvalidConfig(f"{path} is {text!r}; expected a value of type {tp.__name__}") from None
