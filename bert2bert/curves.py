@@ -105,11 +105,11 @@ def read_run(path: Path) -> Run:
     last: dict[str, Any] | None = None
     for number, entry in _entries(metrics_file):
         try:
-            here = {"flops": float(entry["flops"]), "seconds": float(entry["seconds"]), "step": int(entry["step"])}
-            phase = str(entry["phase"])
+            step, phase = int(entry["step"]), str(entry["phase"])
+            here = {"step": step, "flops": float(entry["flops"]), "seconds": float(entry["seconds"])}
             if entry["kind"] == "eval":
-                points[here["step"]] = Point(
-                    step=here["step"],
+                points[step] = Point(
+                    step=step,
                     phase=phase,
                     loss=float(entry["loss"]),
                     accuracy=float(entry["accuracy"]),
@@ -125,7 +125,7 @@ def read_run(path: Path) -> Run:
         if last is not None and phase != last["phase"]:
             # The last entry of the old phase is its end; the first of the new one already lies a log interval later.
             boundaries.append({key: last[key] for key in ("step", "flops", "seconds")} | {"to": phase})
-        last = here | {"phase": phase}
+        last = {**here, "phase": phase}
     if not points:
         raise InvalidData(
             f"{path}: the run has no evaluation on held-out text yet, so there is nothing to compare.\n"
