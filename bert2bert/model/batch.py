@@ -7,7 +7,8 @@ Shapes may be kept static by the loader: `cu_seqlens` padded by repeating the la
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -40,10 +41,9 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(
-            **{
-                name: value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
-                for name, value in values.items()
-            }
-        )
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)

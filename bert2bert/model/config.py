@@ -8,7 +8,7 @@ about the function (id2label, use_cache, …) are ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bert2bert.errors import InvalidConfig, did_you_mean
@@ -22,6 +22,14 @@ _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "max_position_embeddings",
 )  # fmt: skip
+_ONLY: dict[str, Any] = {
+    "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+}  # fmt: skip
+_TIES = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
 _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -49,6 +57,15 @@ class BertConfig:
     def head_size(self) -> int:
         """Features of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Absent parameter name -> the name it is tied to; nothing in an untied model (as transformers 5 does)."""
+        return dict(_TIES) if self.tie_word_embeddings else {}
+
+    def with_heads(self, heads: tuple[str, ...]) -> BertConfig:
+        """The same config with other heads. Raises InvalidConfig for heads that cannot be built."""
+        return replace(self, heads=tuple(heads))
 
     def __post_init__(self) -> None:
         for name in (*_SIZES, "type_vocab_size"):
@@ -83,7 +100,8 @@ class BertConfig:
                 f"model config: tie_word_embeddings is {self.tie_word_embeddings!r}, expected true or false"
             )
         if self.heads not in HEADS.values():
-            raise InvalidConfig(f"model heads are {self.heads!r}, expected one of {', '.join(map(str, HEADS.values()))}")
+            known = " or ".join(str(heads) for heads in HEADS.values())
+            raise InvalidConfig(f"model heads are {self.heads!r}, expected {known}")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> BertConfig:
@@ -100,12 +118,10 @@ class BertConfig:
                 raise InvalidConfig(
                     f"model config: {name} is missing; expected every size of {', '.join(_SIZES)} in the config"
                 )
-        refusals = {"is_decoder": (False, None), "add_cross_attention": (False, None)}
-        refusals |= {"position_embedding_type": ("absolute", None), "is_encoder_decoder": (False, None)}
-        for name, accepted in refusals.items():
-            if (value := config.get(name)) not in accepted:
+        for name, only in _ONLY.items():
+            if (value := config.get(name, only)) not in (only, None):
                 raise InvalidConfig(
-                    f"model config: {name} is {value!r}, expected {accepted[0]!r}; "
+                    f"model config: {name} is {value!r}, expected {only!r}; "
                     "only encoders with absolute positions are built here"
                 )
         names = [name for name in cls.__dataclass_fields__ if name != "heads"]

@@ -1,0 +1,162 @@
+"""Full (bidirectional) self-attention over flat, packed tokens: one dispatcher, two ways to compute it.
+
+* The variable-length flash kernel of torch (`torch.nn.attention.varlen`): CUDA of compute capability 8.0 or newer, bf16
+  or fp16, head size a multiple of 8 up to 256, no dropout on the attention probabilities (the kernel has none).
+* Padded `scaled_dot_product_attention`: everywhere else, and the reference. The flat tokens are spread to
+  [sequences, longest], masked and gathered back; sequences of one common length need neither.
+
+Dropout on the attention probabilities in training therefore costs the fast kernel on a GPU; this is warned about once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from bert2bert.model.config import BertConfig
+
+_KERNEL_ARGUMENTS = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+
+
+class Padding(NamedTuple):
+    """How flat tokens spread to rows of `length` slots: slots, int64 [T], is row * length + column of each token; mask,
+    bool [rows, 1, 1, length], is True at tokens. Both are None where every sequence fills its row."""
+
+    length: int
+    slots: Tensor | None
+    mask: Tensor | None
+
+
+@functools.cache
+def _kernel() -> Callable[..., Any] | None:
+    """torch's varlen_attn, to be called with its seven positional arguments, or None where torch has no such kernel.
+
+    Those seven have been the same since torch 2.10; what follows them changes between releases (`is_causal` gave way to
+    `window_size`), but full attention is the default in all of them.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    parameters = list(inspect.signature(varlen_attn).parameters.values())
+    rest = parameters[len(_KERNEL_ARGUMENTS) :]
+    if tuple(p.name for p in parameters[: len(_KERNEL_ARGUMENTS)]) == _KERNEL_ARGUMENTS and all(
+        p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in rest
+    ):
+        return varlen_attn
+    warnings.warn(
+        f"torch {torch.__version__} changed varlen_attn to {inspect.signature(varlen_attn)}, which this version of "
+        "bert2bert does not know: using padded attention, which is slower",
+        stacklevel=2,
+    )
+    return None
+
+
+@functools.cache
+def _warn_dropout() -> None:
+    warnings.warn(
+        "attention dropout > 0 in training: the variable-length kernel has no dropout, using padded attention, which "
+        "is slower; set attention_probs_dropout_prob to 0 for the fast kernel",
+        stacklevel=3,
+    )
+
+
+@functools.cache
+def _flash_device(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def uses_kernel(device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float, training: bool) -> bool:
+    """Whether `attend` takes the variable-length kernel for such queries, else padded attention."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_size > 256 or head_size % 8:
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if not _flash_device(index) or _kernel() is None:
+        return False
+    if training and dropout_p > 0:
+        _warn_dropout()
+        return False
+    return True
+
+
+def plan_padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Padding:
+    """The padding of `tokens` flat tokens; computed once per forward and used by every layer.
+
+    Empty sequences (the repeated tail of cu_seqlens) take no row. Reads the lengths from the device unless the counts
+    alone show that all sequences are of equal length. Raises ValueError when cu_seqlens does not describe the tokens.
+    """
+    if (cu_seqlens.numel() - 1) * max_seqlen == tokens:  # S sequences of at most max_seqlen fill S * max_seqlen tokens
+        return Padding(max_seqlen, None, None)
+    offsets = cu_seqlens.long()
+    lengths = offsets.diff()
+    lengths = lengths[lengths != 0]
+    sizes = lengths.tolist()
+    if sum(sizes) != tokens or min(sizes, default=0) < 0 or max(sizes, default=0) > max_seqlen:
+        raise ValueError(
+            f"cu_seqlens describes sequences of {sizes[:8]}… tokens, {sum(sizes)} in all, "
+            f"but the batch has {tokens} tokens and max_seqlen {max_seqlen}"
+        )
+    length = max(sizes)
+    if min(sizes) == length:
+        return Padding(length, None, None)
+    row = torch.repeat_interleave(torch.arange(len(sizes), device=offsets.device), lengths, output_size=tokens)
+    column = torch.arange(tokens, device=offsets.device) - (lengths.cumsum(0) - lengths)[row]
+    mask = torch.arange(length, device=offsets.device) < lengths[:, None]
+    return Padding(length, row * length + column, mask[:, None, None, :])
+
+
+def padding_for(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, config: BertConfig, training: bool) -> Padding | None:
+    """The padding that the layers of one forward share, or None where they will use the kernel.
+
+    x: [T, hidden], what enters the layers; under autocast its dtype is not that of the queries. Planned outside of the
+    layers, so that compiled ones hold no data-dependent shape.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if uses_kernel(x.device, dtype, config.head_size, config.attention_probs_dropout_prob, training):
+        return None
+    return plan_padding(cu_seqlens, max_seqlen, x.shape[0])
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    padding: Padding | None = None,
+) -> Tensor:
+    """softmax(q kᵀ / √d) v inside each sequence; every token sees all tokens of its own sequence.
+
+    q, k, v: [T, heads, d], flat tokens. cu_seqlens: int32 [S + 1], offsets from 0 to T, the tail may repeat T.
+    max_seqlen: no sequence is longer. dropout_p: on the attention probabilities, in training only.
+    padding: what plan_padding returns, when the caller knows it already and the kernel is not to be used.
+    Returns [T, heads, d]. Raises ValueError when cu_seqlens does not describe the tokens.
+    """
+    if padding is None:
+        if uses_kernel(q.device, q.dtype, q.shape[-1], dropout_p, training) and (kernel := _kernel()) is not None:
+            return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        padding = plan_padding(cu_seqlens, max_seqlen, q.shape[0])
+    return _padded(q, k, v, padding, dropout_p if training else 0.0)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Padding, dropout_p: float) -> Tensor:
+    length, slots, mask = padding
+
+    def spread(x: Tensor) -> Tensor:
+        if slots is not None and mask is not None:
+            x = x.new_zeros(mask.shape[0] * length, *x.shape[1:]).index_copy(0, slots, x)
+        return x.reshape(-1, length, *x.shape[1:]).transpose(1, 2)
+
+    out = scaled_dot_product_attention(spread(q), spread(k), spread(v), attn_mask=mask, dropout_p=dropout_p)
+    out = out.transpose(1, 2).reshape(-1, *q.shape[1:])
+    return out if slots is None else out.index_select(0, slots)
