@@ -111,8 +111,8 @@ def read_run(path: Path) -> Run:
                 points[step] = Point(
                     step=step,
                     phase=phase,
-                    loss=float(entry["loss"]),
-                    accuracy=float(entry["accuracy"]),
+                    loss=_real(entry["loss"]),
+                    accuracy=_real(entry["accuracy"]),
                     tokens=float(entry["tokens"]),
                     flops=here["flops"],
                     seconds=here["seconds"],
@@ -134,6 +134,11 @@ def read_run(path: Path) -> Run:
         )
     ordered = tuple(points[step] for step in sorted(points))
     return Run(path, path.resolve().name, about, ordered, tuple(boundaries))
+
+
+def _real(value: float | None) -> float:
+    """A measured number; the metrics writer writes what is not finite as null."""
+    return math.nan if value is None else float(value)
 
 
 def _entries(file: Path) -> list[tuple[int, dict[str, Any]]]:

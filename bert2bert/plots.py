@@ -123,4 +123,7 @@ def _levels(axes: Axes, report: dict[str, Any]) -> None:
         levels.append((entropy, "unigram entropy", "bottom"))
     for height, text, side in levels:
         axes.axhline(height, color=GREY, linestyle=":", linewidth=1.1)
-        axes.text(0.99, height, text, transform=axes.get_yaxis_transform(), ha="right", va=side, fontsize=8, color=GREY)
+        axes.annotate(
+            text, (0.99, height), xycoords=axes.get_yaxis_transform(), xytext=(0, 2 if side == "bottom" else -2),
+            textcoords="offset points", ha="right", va=side, fontsize=8, color=GREY,
+        )  # fmt: skip

@@ -45,7 +45,8 @@ def write_run(
         common = {"step": step, "phase": phases[i] if phases else "full", "flops": flops, "seconds": seconds}
         if i:
             lines.append({"kind": "train", "loss": loss + 0.1, "lr": 1e-3, "tokens": step * 100, **common})
-        lines.append({"kind": "eval", "loss": loss, "accuracy": 0.1 * i, "tokens": step * 100, **common})
+        finite = loss if math.isfinite(loss) else None  # as train/metrics.py writes it
+        lines.append({"kind": "eval", "loss": finite, "accuracy": 0.1 * i, "tokens": step * 100, **common})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
