@@ -1,0 +1,155 @@
+"""Growth of one axis as a pair of maps (E, L) with L E = I: features spread as x' = E x, readers collect x = L x'.
+
+A `Gather` is such a pair in which every target feature copies at most one source feature, stored as an index and two
+coefficient vectors instead of two matrices. ``~m`` is the axis seen from a reader (spread with L^T, collect with E^T),
+``g @ f`` applies f first, ``a * b`` is the row-major product of two axes and ``a | b`` their concatenation.
+
+Refuses: maps in which a target feature mixes several source features (they need matrices, not an index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Index = NDArray[np.int64]
+Coefficients = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Gather:
+    """One axis's (E, L), target x source: E[t, index[t]] = gain[t] and L[index[t], t] = share[t].
+
+    index: [target] source feature, -1 for a target feature that copies none. gain, share: [target], None = all ones.
+    """
+
+    index: Index
+    source: int
+    gain: Coefficients | None = None
+    share: Coefficients | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __invert__(self) -> Gather:
+        return Gather(self.index, self.source, self.share, self.gain)
+
+    def __matmul__(self, first: Gather) -> Gather:
+        if first_len := len(first) - self.source:
+            raise ValueError(f"cannot compose: {len(first)} features given, {self.source} expected ({first_len:+d})")
+        index = np.where(self.index >= 0, first.index[self.index], -1)
+        return Gather(
+            index,
+            first.source,
+            _times(_take(first.gain, self.index), self.gain),
+            _times(_take(first.share, self.index), self.share),
+        )
+
+    def __mul__(self, other: Gather) -> Gather:
+        both = (self.index[:, None] >= 0) & (other.index[None, :] >= 0)
+        index = np.where(both, self.index[:, None] * other.source + other.index[None, :], -1).reshape(-1)
+        return Gather(index, self.source * other.source, _outer(self, other, "gain"), _outer(self, other, "share"))
+
+    def __or__(self, other: Gather) -> Gather:
+        index = np.concatenate([self.index, np.where(other.index >= 0, other.index + self.source, -1)])
+        return Gather(index, self.source + other.source, _joined(self, other, "gain"), _joined(self, other, "share"))
+
+    def masked(self, keep: NDArray[np.bool_]) -> Gather:
+        """The same map, silent (-1) on the target features that are not kept."""
+        return Gather(np.where(keep, self.index, -1), self.source, self.gain, self.share)
+
+    @cached_property
+    def counts(self) -> Index:
+        """[source] how many target features copy each source feature."""
+        return np.bincount(self.index[self.index >= 0], minlength=self.source)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the axis is left alone."""
+        return len(self) == self.source and self.gain is None and self.share is None and bool(
+            np.array_equal(self.index, np.arange(self.source))
+        )  # fmt: skip
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every source feature has the same number of copies, at least one, and no target feature is silent."""
+        return bool((self.index >= 0).all()) and bool((self.counts == self.counts[0]).all()) and self.counts[0] > 0
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the copies of a feature are collected with equal shares, so that nothing tells them apart."""
+        if self.share is None:
+            return bool((self.counts <= 1).all())
+        ok = self.index >= 0
+        return bool(np.array_equal(self.share[ok], 1.0 / self.counts[self.index[ok]]))
+
+    def dense(self) -> tuple[Coefficients, Coefficients]:
+        """E [target, source] and L [source, target] as matrices, for laws and small tests."""
+        spread, collect = np.zeros((len(self), self.source)), np.zeros((self.source, len(self)))
+        t = np.nonzero(self.index >= 0)[0]
+        spread[t, self.index[t]] = _full(self.gain, len(self))[t]
+        collect[self.index[t], t] = _full(self.share, len(self))[t]
+        return spread, collect
+
+
+def identity(size: int) -> Gather:
+    """The map that leaves an axis of this size alone."""
+    return Gather(np.arange(size, dtype=np.int64), size)
+
+
+def copies(index: Iterable[int], source: int, weights: Sequence[float] | Coefficients | None = None) -> Gather:
+    """Copy features by index; each copy's share is its weight among its siblings (equal weights: 1/count).
+
+    Every source feature must be copied at least once, else no L with L E = I exists: ValueError.
+    """
+    idx = np.fromiter(index, dtype=np.int64)
+    counts = np.bincount(idx, minlength=source)
+    if len(counts) != source or (counts == 0).any():
+        raise ValueError(f"each of the {source} source features needs a copy; without: {np.nonzero(counts == 0)[0]}")
+    if (counts == 1).all():
+        return Gather(idx, source)
+    if weights is None:
+        return Gather(idx, source, share=1.0 / counts[idx])
+    w = np.asarray(weights, dtype=np.float64)
+    total = np.bincount(idx, weights=w, minlength=source)
+    return Gather(idx, source, share=w / total[idx])
+
+
+def corner(source: int, target: int) -> Gather:
+    """Source features first, the rest silent (to be filled); a target as wide as the source gives the identity."""
+    index = np.full(target, -1, dtype=np.int64)
+    index[:source] = np.arange(source)
+    return Gather(index, source)
+
+
+def _full(values: Coefficients | None, size: int) -> Coefficients:
+    return np.ones(size) if values is None else values
+
+
+def _take(values: Coefficients | None, index: Index) -> Coefficients | None:
+    return None if values is None else values[index]
+
+
+def _times(a: Coefficients | None, b: Coefficients | None) -> Coefficients | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b
+
+
+def _outer(a: Gather, b: Gather, name: str) -> Coefficients | None:
+    mine, theirs = getattr(a, name), getattr(b, name)
+    if mine is None and theirs is None:
+        return None
+    product: Coefficients = (_full(mine, len(a))[:, None] * _full(theirs, len(b))[None, :]).reshape(-1)
+    return product
+
+
+def _joined(a: Gather, b: Gather, name: str) -> Coefficients | None:
+    mine, theirs = getattr(a, name), getattr(b, name)
+    if mine is None and theirs is None:
+        return None
+    return np.concatenate([_full(mine, len(a)), _full(theirs, len(b))])

@@ -1,0 +1,61 @@
+"""BERT's tensors by axis: the encoder, the pooler, the masked-LM head (tied or not) and the next-sentence head.
+
+Post-LayerNorm: the norms renormalise ``embed``, so a width is exact only when every hidden feature has equally many
+copies. ``tau`` is an axis of size one for the softmax temperature; it stays as it is while the head size does.
+The tied decoder is the word embedding itself, so the last norm before it writes ``~embed``.
+"""
+
+from __future__ import annotations
+
+from bert2bert.tables.base import Row, Table
+
+BERT = Table(
+    model_type="bert",
+    outer="bert.",
+    anchor="embeddings.word_embeddings.weight",
+    classes={
+        "BertForPreTraining": frozenset({"mlm", "pooler", "nsp"}),
+        "BertForMaskedLM": frozenset({"mlm"}),
+        "BertForNextSentencePrediction": frozenset({"pooler", "nsp"}),
+        "BertModel": frozenset({"pooler"}),
+    },
+    sizes={
+        "vocab": "vocab_size",
+        "pos": "max_position_embeddings",
+        "types": "type_vocab_size",
+        "embed": "hidden_size",
+        "heads": "num_attention_heads",
+        "ffn": "intermediate_size",
+        "layers": "num_hidden_layers",
+    },
+    head_axes=("qk", "v"),
+    constants={"tau": 1, "classes": 2},
+    normalised=frozenset({"embed"}),
+    units=("heads", "ffn"),
+    must_agree=("hidden_act", "layer_norm_eps", "tie_word_embeddings", "pad_token_id"),
+    rows=(
+        Row("bert.embeddings.word_embeddings.weight", "vocab -> embed"),
+        Row("bert.embeddings.position_embeddings.weight", "pos -> embed"),
+        Row("bert.embeddings.token_type_embeddings.weight", "types -> embed"),
+        Row("bert.embeddings.LayerNorm.{weight,bias}", "embed"),
+        Row("bert.encoder.layer.{layers}.attention.self.query.{weight,bias}", "(tau heads qk) <- embed"),
+        Row("bert.encoder.layer.{layers}.attention.self.key.{weight,bias}", "(heads ~qk) <- embed"),
+        Row("bert.encoder.layer.{layers}.attention.self.value.{weight,bias}", "(heads v) <- embed"),
+        Row("bert.encoder.layer.{layers}.attention.output.dense.{weight,bias}", "embed <- (heads v)"),
+        Row("bert.encoder.layer.{layers}.attention.output.LayerNorm.{weight,bias}", "embed"),
+        Row("bert.encoder.layer.{layers}.intermediate.dense.{weight,bias}", "ffn <- embed"),
+        Row("bert.encoder.layer.{layers}.output.dense.{weight,bias}", "embed <- ffn"),
+        Row("bert.encoder.layer.{layers}.output.LayerNorm.{weight,bias}", "embed"),
+        Row("bert.pooler.dense.{weight,bias}", "embed <- embed", needs="pooler"),
+        Row("cls.predictions.bias", "vocab", needs="mlm"),
+        Row("cls.predictions.transform.dense.{weight,bias}", "embed <- embed", needs="mlm"),
+        Row("cls.predictions.transform.LayerNorm.{weight,bias}", "~embed", needs="mlm", tied=True),
+        Row("cls.predictions.transform.LayerNorm.{weight,bias}", "embed", needs="mlm", tied=False),
+        Row("cls.predictions.decoder.{weight,bias}", "vocab <- embed", needs="mlm", tied=False),
+        Row("cls.seq_relationship.{weight,bias}", "classes <- embed", needs="nsp"),
+    ),
+    ties={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+)

@@ -1,0 +1,171 @@
+"""The notation, the maps, depth, refusals and option texts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bert2bert import axes
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.maps import Gather, copies, corner, identity
+from bert2bert.operators.depth import stack
+from bert2bert.operators.growth import plan_growth
+from bert2bert.operators.width import fpi
+from bert2bert.plan import identity_plan
+from tests.tiny import bert_config
+
+
+def test_notation() -> None:
+    spec = axes.parse("(tau heads qk | heads ~qk) <- embed")
+    assert [[(a.axis, a.reads) for a in p] for p in spec[0]] == [
+        [("tau", False), ("heads", False), ("qk", False)],
+        [("heads", False), ("qk", True)],
+    ]
+    assert [[(a.axis, a.reads) for a in p] for p in spec[1]] == [[("embed", True)]]
+    assert axes.parse("vocab -> embed")[0][0][0].reads and not axes.parse("vocab -> embed")[1][0][0].reads
+    assert axes.parse("~embed")[0][0][0].reads
+    assert axes.parse("~(heads ~v)")[0][0] == (axes.Atom("heads", True), axes.Atom("v", False))
+    assert axes.shape("embed <- (heads v)", {"embed": 6, "heads": 2, "v": 3}) == (6, 6)
+    for bad in ("a <- b <- c", "a + b", "()", ""):
+        with pytest.raises(ValueError):
+            axes.parse(bad)
+
+
+def test_maps_are_left_inverses_and_compose_as_matrices() -> None:
+    rng = np.random.default_rng(0)
+    a = copies([0, 1, 2, 2, 0, 0], 3)
+    b = copies([0, 1, 2, 3, 4, 5, 1, 1], 6, rng.uniform(0.5, 1.5, 8))
+    for m in (a, b, b @ a, identity(4), a * identity(2), a | b):
+        spread, collect = m.dense()
+        assert np.allclose(collect @ spread, np.eye(m.source))
+    ea, la = a.dense()
+    eb, lb = b.dense()
+    assert np.allclose((b @ a).dense()[0], eb @ ea) and np.allclose((b @ a).dense()[1], la @ lb)
+    assert np.allclose((a * b).dense()[0], np.kron(ea, eb)) and np.allclose((a * b).dense()[1], np.kron(la, lb))
+    assert np.allclose((~a).dense()[0], la.T) and np.allclose((~a).dense()[1], ea.T)
+    assert (a | b).dense()[0].shape == (14, 9)
+    assert not a.is_uniform and copies([0, 1, 0, 1], 2).is_uniform
+    assert a.is_even and not b.is_even and identity(3).is_identity and not a.is_identity
+    assert corner(2, 4).index.tolist() == [0, 1, -1, -1]
+    with pytest.raises(ValueError, match="needs a copy"):
+        copies([0, 0], 2)
+    with pytest.raises(ValueError, match="compose"):
+        _ = a @ b
+
+
+def test_masked_maps_compose_and_multiply() -> None:
+    half = copies([0, 1, 0, 1], 2).masked(np.array([True, True, False, False]))
+    assert half.index.tolist() == [0, 1, -1, -1]
+    assert (half * identity(2)).index.tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
+    assert (copies([0, 1, 2, 3, 2], 4) @ half).index.tolist() == [0, 1, -1, -1, -1]
+    assert isinstance(half, Gather)
+
+
+@pytest.mark.parametrize(
+    "source,target,expected",
+    [
+        (5, 12, [0, 1, 2, 3, 4] * 2 + [3, 4]),
+        (3, 6, [0, 1, 2] * 2),
+        (12, 12, list(range(12))),
+        (6, 9, [*range(6), 3, 4, 5]),
+    ],
+)
+def test_stack_with_the_papers_remainder(source: int, target: int, expected: list[int]) -> None:
+    assert stack(source, target) == expected
+
+
+def test_choices() -> None:
+    small = {"embed": 8, "layers": 2, "ffn": 5, "heads": 2}
+    large = small | {"embed": 20, "ffn": 9}
+    for choice in ("balanced", "random", "left"):
+        width = fpi(small, large, ("heads", "ffn"), seed=3, choice=choice)
+        again = fpi(small, large, ("heads", "ffn"), seed=3, choice=choice)
+        other = fpi(small, large, ("heads", "ffn"), seed=4, choice=choice)
+        m = width.maps["embed"]
+        assert isinstance(m, Gather) and m.index[:8].tolist() == list(range(8)) and len(m) == 20
+        assert np.array_equal(m.index, again.maps["embed"].index)
+        same = np.array_equal(m.index, other.maps["embed"].index)
+        assert same == (choice == "left")
+        if choice != "random":
+            assert set(m.counts.tolist()) == {2, 3}
+        assert len(width.maps["ffn"]) == 2 and "heads" not in width.maps
+    assert m.index.tolist() == [*range(8), *range(8), 0, 1, 2, 3]
+
+
+REFUSALS = [
+    (dict(hidden=4, heads=1), {}, "smaller than the source's 8"),
+    (dict(layers=2), {}, "smaller than the source's 3"),
+    (dict(hidden=16, heads=2), {}, "head size would change from 4 to 8"),
+    (dict(hidden=16, heads=2), {}, "num_attention_heads=4"),
+    (dict(hidden=16, heads=4, hidden_act="relu"), {}, "hidden_act is 'gelu' in the source and 'relu'"),
+    (dict(hidden=16, heads=4, tie_word_embeddings=False), {}, "tie_word_embeddings"),
+    (dict(hidden=16, heads=4), {"width": "fpo"}, "did you mean 'fpi'"),
+    (dict(hidden=16, heads=4), {"depth": "stak"}, "did you mean 'stack'"),
+    (dict(hidden=16, heads=4), {"breaker": "noize"}, "did you mean 'noise'"),
+    (dict(hidden=16, heads=4), {"width": "direct", "breaker": "noise"}, "makes no copies"),
+]
+
+
+@pytest.mark.parametrize("sizes,how,text", REFUSALS)
+def test_refusals(sizes: dict, how: dict, text: str) -> None:
+    with pytest.raises(UnsupportedGrowth, match=text):
+        plan_growth(bert_config(), bert_config(**sizes), **how)
+
+
+@pytest.mark.parametrize(
+    "how,text",
+    [
+        ({"width": "fpi:chioce=left"}, "did you mean 'choice'"),
+        ({"width": "fpi:choice=lefty"}, "did you mean 'left'"),
+        ({"width": "direct:choice=left"}, "takes no options"),
+        ({"breaker": "noise:scale=0"}, "positive number"),
+        ({"breaker": "noise:scale=x"}, "positive number"),
+    ],
+)
+def test_bad_options(how: dict, text: str) -> None:
+    with pytest.raises(InvalidConfig, match=text):
+        plan_growth(bert_config(), bert_config(16, 4), **how)
+
+
+def test_bad_configs() -> None:
+    with pytest.raises(InvalidConfig, match="does not divide"):
+        plan_growth(bert_config(), bert_config() | {"num_attention_heads": 3})
+    with pytest.raises(InvalidConfig, match="intermediate_size is None"):
+        plan_growth(bert_config(), bert_config() | {"intermediate_size": None})
+    with pytest.raises(UnsupportedGrowth, match="model_type 'gpt2'"):
+        plan_growth(bert_config() | {"model_type": "gpt2"}, bert_config())
+    with pytest.raises(UnsupportedGrowth, match="does not grow vocab_size"):
+        plan_growth(bert_config(), bert_config() | {"vocab_size": 64})
+
+
+def test_digest_tells_plans_apart() -> None:
+    small, large = bert_config(), bert_config(16, 4, 31)
+    base = plan_growth(small, large, seed=1).digest()
+    assert base == plan_growth(small, large, seed=1).digest()
+    others = [dict(seed=2), dict(seed=1, width="aki"), dict(seed=1, breaker="noise"), dict(seed=1, breaker="uneven")]
+    assert len({base, *(plan_growth(small, large, **o).digest() for o in others)}) == 5
+
+
+def test_warnings_name_the_breakers_and_the_first_step() -> None:
+    small, large = bert_config(), bert_config(16, 4, 24)
+    assert "--break-symmetry noise | uneven | fresh-moments" in plan_growth(small, large).warnings[0]
+    assert "dropout, which" in plan_growth(small, large | {"hidden_dropout_prob": 0.1}).warnings[0]
+    assert plan_growth(small, large, width="aki").warnings == ()
+    for how in (dict(width="direct"), dict(breaker="fresh-moments")):
+        assert any("3.16x" in w for w in plan_growth(small, large, **how).warnings)
+
+
+def test_fusing_after_a_fill_is_refused() -> None:
+    a, b, c = bert_config(), bert_config(16, 4, 24), bert_config(32, 8, 48)
+    with pytest.raises(UnsupportedGrowth, match="fusing two growths"):
+        plan_growth(b, c).fuse(plan_growth(a, b, width="direct"))
+    with pytest.raises(UnsupportedGrowth, match="fusing two growths"):
+        plan_growth(b, c).fuse(plan_growth(a, b, breaker="noise"))
+    assert plan_growth(b, c, breaker="noise").fuse(plan_growth(a, b)).tensors
+
+
+def test_identity_plan_has_the_shapes() -> None:
+    plan = identity_plan({"w": (2, 3), "b": (4,)}, {})
+    assert plan.tensors["w"].shape == (2, 3) and plan.tensors["b"].sources == ("b",)
+    with pytest.raises(ValueError, match="rows"):
+        plan.tensors["b"].narrow(2, 9)
