@@ -1,7 +1,7 @@
 """Real DeepSpeed engines on forked ranks: train tiny BERTs, save checkpoints, and say what the live engine holds.
 
-`save_cases(folder, world, cases)` runs many cases in one process group. Each case leaves ``folder/<case>/`` (a DeepSpeed
-run folder: tag, `latest`) and ``folder/<case>.truth.pt`` (see `truth`). `build`, `train`, `truth` are for functions
+`save_cases(folder, world, cases)` runs many cases in one process group. Each leaves ``folder/<case>/`` (a DeepSpeed run
+folder: tag, `latest`) and ``folder/<case>.truth.pt`` (see `truth`). `build`, `train` and `truth` are for functions
 that run inside `tests.distributed.run_ranks`.
 """
 
@@ -24,7 +24,7 @@ VOCAB, SEQ = 61, 8
 
 @dataclass(frozen=True)
 class Case:
-    """One engine: what it trains and how. ``frozen`` and ``buffer`` apply at build; ``skip`` names groups never stepped."""
+    """One engine: what it trains and how."""
 
     name: str
     stage: int = 2
@@ -55,17 +55,17 @@ class SkippingAdamW(torch.optim.AdamW):
 
 def hf_config(**over: Any) -> dict[str, Any]:
     """Sizes that no world size divides: rows are cut by partition borders."""
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=44,
-        max_position_embeddings=17,
-        type_vocab_size=2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 44,
+        "max_position_embeddings": 17,
+        "type_vocab_size": 2,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     return {**sizes, **over}
 
 

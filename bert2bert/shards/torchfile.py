@@ -1,0 +1,158 @@
+"""Open a torch file safely and without reading its tensors: memory-mapped, through an allow-list.
+
+A pickle can run code when it is opened. `load` uses torch's restricted unpickler; the few DeepSpeed classes that ZeRO
+files name become inert stand-ins (this package never imports DeepSpeed), then plain dicts. Python paths, namespaces and
+numpy scalars and arrays, which users keep in their client state, become plain values too.
+
+Refuses, as InvalidCheckpoint: files that are missing, truncated, not torch files, or of torch's format before 1.6, and
+files that name any other class (its code does not run).
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bert2bert.errors import InvalidCheckpoint
+
+
+class _Inert:
+    """Stands for an object of a foreign class: keeps the attributes, has no behaviour."""
+
+    def __new__(cls, *args: Any) -> _Inert:
+        return object.__new__(cls)
+
+
+class _Dtype:
+    """A numpy dtype of plain numbers, as pickled: a code, then a state with the byte order."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not re.fullmatch(r"[biufc]\d{1,2}", code):
+            raise pickle.UnpicklingError(f"numpy dtype {code!r} is not a plain number")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """A numpy array, as pickled: created empty, then given its state."""
+
+    def __init__(self, *_: Any) -> None:
+        self.value = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        self.value = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C").copy()
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
+    return np.frombuffer(data, dtype.dtype)[0].item()
+
+
+def _path(*parts: str) -> str:
+    return str(Path(*parts))
+
+
+_DS = "deepspeed."
+_ALLOWED: list[Any] = [
+    (int, _DS + "runtime.zero.config.ZeroStageEnum"),
+    (str, _DS + "runtime.fp16.loss_scaler.LossScaleProfile"),
+    *((type(name.rpartition(".")[2], (_Inert,), {}), name) for name in (
+        _DS + "runtime.fp16.loss_scaler.LossScaler",
+        _DS + "runtime.fp16.loss_scaler.DynamicLossScaler",
+        _DS + "runtime.fp16.loss_scaler.LossScaleConfig",
+        _DS + "utils.tensor_fragment.fragment_address",
+        _DS + "checkpoint.universal_checkpoint.SubparamShape",
+        "argparse.Namespace",
+    )),
+    *((_path, f"{module}.{kind}") for module in ("pathlib", "pathlib._local") for kind in (
+        "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath",
+    )),
+    (_Dtype, "numpy.dtype"),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (np.ndarray, "numpy.ndarray"),
+]  # fmt: skip
+_LOCK = threading.RLock()  # torch keeps its allow-list in a global
+
+
+def load(path: Path) -> Any:
+    """The file's object: dicts, lists, tuples, numbers, strings, numpy arrays, and detached CPU tensors.
+
+    The tensors are views of a private memory map: nothing is read until an element is, and writing to one does not
+    change the file. Objects of allowed classes become ``{"class": name, **attributes}``.
+    """
+    _check_frame(path)
+    try:
+        with _LOCK, torch.serialization.safe_globals(_ALLOWED):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _plain(found)
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InvalidCheckpoint(
+                f"{path}: refused, it names '{named[1]}', which is no class of a ZeRO checkpoint. Opening it could run "
+                "foreign code, so nothing was run. If you trust the file, load it yourself and save it again with "
+                "plain types (numbers, strings, lists, dicts, tensors) in its client state."
+            ) from None
+        raise _unreadable(path, error) from None
+    except Exception as error:  # a malformed file can make torch raise nearly anything
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> InvalidCheckpoint:
+    _, _, detail = str(error).rpartition("WeightsUnpickler error: ")  # before it stands torch's advice to be careless
+    reason = (detail.strip().splitlines() or [type(error).__name__])[0]
+    return InvalidCheckpoint(
+        f"{path}: not readable as a torch file ({reason}). Copy it again from where it was written."
+    )
+
+
+def _check_frame(path: Path) -> None:
+    """Tell a missing, a truncated and a foreign file apart before torch says something obscure."""
+    try:
+        if zipfile.is_zipfile(path):
+            return
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(4)
+    except FileNotFoundError:
+        raise InvalidCheckpoint(f"{path}: no such file") from None
+    except OSError as error:
+        raise InvalidCheckpoint(f"{path}: cannot be opened ({error.strerror})") from None
+    if start in (b"PK\x03\x04", b""):
+        raise InvalidCheckpoint(
+            f"{path}: truncated, its {size:,} bytes have a beginning but no end (a save that was killed, or an "
+            "unfinished copy). Use an older tag or copy the file again."
+        )
+    raise InvalidCheckpoint(
+        f"{path}: not a torch file (it starts with {start!r}; a file of torch.save, torch 1.6 or later, starts with "
+        "b'PK\\x03\\x04'). Is this the right folder?"
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(v) for v in value)
+    if isinstance(value, _Array):
+        return value.value
+    if isinstance(value, _Dtype):
+        return str(value.dtype)
+    if isinstance(value, _Inert):
+        return {"class": type(value).__name__, **{k: _plain(v) for k, v in vars(value).items()}}
+    return value
