@@ -51,9 +51,10 @@ def _require(holds: bool, what: str, found: Any, expected: str) -> None:
 
 
 def _in_range(what: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    above = value > low if open_low else value >= low
-    top = f" and at most {high:g}" if high != math.inf else ""
-    _require(above and value <= high and math.isfinite(value), what, value, f"a number {'above' if open_low else 'of at least'} {low:g}{top}")
+    enough = value > low if open_low else value >= low
+    expected = f"a number {'above' if open_low else 'of at least'} {low:g}"
+    expected += f" and at most {high:g}" if high != math.inf else ""
+    _require(enough and value <= high and math.isfinite(value), what, value, expected)
 
 
 @dataclass(frozen=True)

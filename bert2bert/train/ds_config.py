@@ -1,0 +1,219 @@
+"""A user's ds_config made to agree with a recipe: batch sizes and clipping filled in; what would not be obeyed or would
+corrupt a checkpoint refused.
+
+DeepSpeed ignores top-level keys that it does not know, so a misspelt one would silently do nothing: the keys are closed
+here. The optimizer, its schedule and clipping belong to the recipe; precision, ZeRO stage, micro-batch, communication
+and offload to the ds_config. Every refusal is an `InvalidConfig` naming key, value and remedy. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from bert2bert.errors import InvalidConfig, did_you_mean
+from bert2bert.recipe import Recipe
+
+_RECIPE = "it belongs to the recipe ({}); remove it here"
+_UNUSED = "this model has no use for it, so it would do nothing; remove it"
+
+ALLOWED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "data_types",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "disable_python_gc",
+    "wandb",
+    "comet",
+    "csv_monitor",
+    "log_level",
+    "aio",
+)
+
+REFUSED = {
+    "optimizer": _RECIPE.format("recipe.optimizer"),
+    "scheduler": _RECIPE.format("recipe.phases.N.schedule"),
+    "tensorboard": "the run folder's TensorBoard files are written already; remove it",
+    "steps_per_print": "progress is reported by the run itself (recipe.log_every); remove it",
+    "checkpoint": "how a checkpoint is loaded is found from the checkpoint; remove it",
+    "elasticity": "it changes the batch size behind the recipe's back; remove it",
+    "autotuning": "it runs other settings than the file says; tune apart, then write the result here",
+    "amp": "apex mixed precision keeps no fp32 master weights to grow; use bf16 or fp16",
+    "torch_autocast": "the growth of its checkpoints is untested; use bf16 or fp16",
+    "pipeline": _UNUSED,
+    "activation_checkpointing": _UNUSED,
+    "sparse_attention": _UNUSED,
+    "sparse_gradients": _UNUSED,
+    "tensor_parallel": _UNUSED,
+    "expert_parallel": _UNUSED,
+    "hybrid_engine": _UNUSED,
+    "compression_training": _UNUSED,
+    "weight_quantization": _UNUSED,
+    "progressive_layer_drop": "which layers run is the recipe's phases.N.program; remove it",
+    "data_efficiency": _RECIPE.format("recipe.data"),
+    "curriculum_learning": _RECIPE.format("recipe.data"),
+    "dataloader_drop_last": _RECIPE.format("recipe.data"),
+}
+
+_PARTITION = "checkpoints written with it hold partitions that this project cannot check; remove it"
+REFUSED_ZERO = {
+    "round_robin_gradients": "DeepSpeed 0.19 then addresses checkpoint slices in another order than it says, and "
+    "weights are lost in silence; remove it",
+    "elastic_checkpoint": "DeepSpeed 0.19 writes such checkpoints but cannot load them; any world size can be resumed "
+    "without it through a universal checkpoint; remove it",
+    "zenflow": _PARTITION,
+    "zero_quantized_weights": _PARTITION,
+    "zero_quantized_nontrainable_weights": _PARTITION,
+    "zero_quantized_gradients": _PARTITION,
+    "zeropp_loco_param": _PARTITION,
+    "cpu_offload": 'it is deprecated; write "offload_optimizer": {"device": "cpu"}',
+    "cpu_offload_params": 'it is deprecated; write "offload_param": {"device": "cpu"}',
+}
+
+_MASTERS = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The JSON of a ds_config file; InvalidConfig when it cannot be read as an object."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"no ds_config {path}: {error}; expected a DeepSpeed JSON file, see ds_configs/") from error
+    except ValueError as error:
+        raise InvalidConfig(f"ds_config {path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidConfig(f"ds_config {path} holds a {type(config).__name__}; expected a JSON object")
+    return config
+
+
+def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """A copy of ``ds_config`` that agrees with the recipe on ``world_size`` ranks.
+
+    Filled in: train_batch_size (recipe.batch_rows), gradient_accumulation_steps, gradient_clipping (recipe.clip),
+    zero_allow_untested_optimizer (the optimizer is a subclass of torch's AdamW). InvalidConfig for everything refused.
+    """
+    config = copy.deepcopy(ds_config)
+    for key, value in config.items():
+        if key in REFUSED and not _off(value):
+            raise InvalidConfig(f"ds_config: {key!r}: {REFUSED[key]}")
+        if key not in REFUSED and key not in ALLOWED:
+            raise InvalidConfig(f"ds_config: unknown key {key!r}: {did_you_mean(key, ALLOWED)}")
+    precision = _precision(config)
+    _check_zero(config, precision)
+    _fill_batch(config, recipe, world_size)
+    clip = config.setdefault("gradient_clipping", recipe.clip)
+    if clip != recipe.clip:
+        raise InvalidConfig(
+            f"ds_config: gradient_clipping is {clip!r}, but the recipe's clip is {recipe.clip}; remove it here, or run "
+            f"with --set clip={clip}"
+        )
+    if config.setdefault("zero_allow_untested_optimizer", True) is not True:
+        raise InvalidConfig(
+            "ds_config: zero_allow_untested_optimizer is not true; DeepSpeed counts the subclass of torch's AdamW that "
+            "leaves frozen layers alone as untested; set it to true or remove it"
+        )
+    return config
+
+
+def _off(value: Any) -> bool:
+    return value in (None, False) or (isinstance(value, dict) and value.get("enabled") is False)
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key, {})
+    if not isinstance(value, dict):
+        raise InvalidConfig(f"ds_config: {key} is {value!r}; expected an object")
+    return value
+
+
+def _precision(config: dict[str, Any]) -> str:
+    """'fp32', 'bf16' or 'fp16'."""
+    on = []
+    for kind in ("bf16", "fp16"):
+        section = _section(config, kind)
+        if section.get("enabled", False) not in (True, False):
+            raise InvalidConfig(f"ds_config: {kind}.enabled is {section['enabled']!r}; expected true or false")
+        if section.get("enabled"):
+            on.append(kind)
+        for key in _MASTERS:
+            if section.get(key):
+                raise InvalidConfig(f"ds_config: {kind}.{key}: no fp32 master weights would be kept to grow; remove it")
+    if len(on) == 2:
+        raise InvalidConfig("ds_config: bf16 and fp16 are both enabled; enable one, or neither for fp32")
+    return on[0] if on else "fp32"
+
+
+def _check_zero(config: dict[str, Any], precision: str) -> None:
+    zero = _section(config, "zero_optimization")
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise InvalidConfig(f"ds_config: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
+    for key, reason in REFUSED_ZERO.items():
+        if not _off(zero.get(key)):
+            raise InvalidConfig(f"ds_config: zero_optimization.{key}: {reason}")
+    for key, most in (("zero_hpz_partition_size", 1), ("mics_shard_size", -1)):
+        if zero.get(key, most) != most:
+            raise InvalidConfig(f"ds_config: zero_optimization.{key} is {zero[key]!r}: {_PARTITION}")
+    if zero.get("ignore_unused_parameters", True) is not True:
+        raise InvalidConfig(
+            "ds_config: zero_optimization.ignore_unused_parameters is not true; a sub-model leaves layers unused in a "
+            "step, and DeepSpeed would stop there; remove it"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        offload = _section(zero, key) if zero.get(key) is not None else {}
+        if offload.get("device") == "nvme":
+            raise InvalidConfig(
+                f"ds_config: zero_optimization.{key}.device is 'nvme'; what was loaded could not be compared with the "
+                "checkpoint; use 'cpu' or remove it"
+            )
+    types = _section(config, "data_types")
+    for key in types:
+        if key != "grad_accum_dtype":
+            raise InvalidConfig(f"ds_config: data_types.{key} is untested here; only grad_accum_dtype may be set")
+    if precision == "bf16" and stage == 1 and types.get("grad_accum_dtype") == "fp32":
+        raise InvalidConfig(
+            "ds_config: data_types.grad_accum_dtype is 'fp32' with bf16 and ZeRO stage 1; DeepSpeed then takes another "
+            "optimizer wrapper, whose checkpoints do not name their stage; use stage 2, or remove data_types"
+        )
+
+
+def _fill_batch(config: dict[str, Any], recipe: Recipe, world_size: int) -> None:
+    key = "train_micro_batch_size_per_gpu"
+    micro = config.get(key)
+    if type(micro) is not int or micro < 1:
+        raise InvalidConfig(
+            f"ds_config: {key} is {micro!r}; expected the rows of one micro-batch of one rank, at least 1"
+        )
+    rows = recipe.batch_rows
+    if rows % (micro * world_size):
+        if rows % world_size:
+            remedy = f"run on a number of ranks that divides {rows}"
+        else:
+            remedy = f"set {key} to a divisor of {rows // world_size}"
+        raise InvalidConfig(
+            f"ds_config: {key} is {micro}; on {world_size} ranks that makes {micro * world_size} rows, which do not "
+            f"divide the recipe's batch_rows, {rows}; {remedy}"
+        )
+    derived = {"train_batch_size": rows, "gradient_accumulation_steps": rows // (micro * world_size)}
+    for name, value in derived.items():
+        if config.setdefault(name, value) != value:
+            raise InvalidConfig(
+                f"ds_config: {name} is {config[name]!r}, but the recipe's batch_rows, {rows}, on {world_size} ranks "
+                f"with {key} {micro} makes it {value}; remove it here"
+            )

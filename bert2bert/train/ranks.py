@@ -1,0 +1,125 @@
+"""Which rank of how many this process is, whatever started it, in the variables that torch and DeepSpeed read.
+
+Understood: deepspeed and torchrun (RANK, ...), Open MPI's mpirun (OMPI_COMM_WORLD_*), MPICH's and PMI's (PMI_*), srun
+(SLURM_*), and a plain start as one rank. An mpirun inside a Slurm job counts as mpirun. Refused: half-set variables,
+and several ranks on several hosts without an address of the first. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from bert2bert.errors import InvalidConfig
+
+_PORTS = range(20000, 30000)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """``launcher``: what the variables were taken from; ``local``: the rank's number on its host."""
+
+    launcher: str
+    rank: int
+    local: int
+    world: int
+
+
+def set_up(environ: MutableMapping[str, str] = os.environ) -> Ranks:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in ``environ`` and return the first three.
+
+    MASTER_ADDR and MASTER_PORT are kept when set. Raises InvalidConfig, naming the variable to set.
+    """
+    ranks, local_size = _find(environ)
+    if not (0 <= ranks.rank < ranks.world and 0 <= ranks.local < ranks.world):
+        raise InvalidConfig(
+            f"{ranks.launcher} says rank {ranks.rank} (local {ranks.local}) of {ranks.world}; expected ranks below "
+            f"{ranks.world}"
+        )
+    environ["MASTER_ADDR"] = environ.get("MASTER_ADDR") or _address(ranks, local_size, environ)
+    environ["MASTER_PORT"] = environ.get("MASTER_PORT") or str(_port(ranks, environ))
+    environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local), WORLD_SIZE=str(ranks.world))
+    if local_size is not None:  # DeepSpeed's CPU accelerator and torch read one each
+        environ.setdefault("LOCAL_SIZE", str(local_size))
+        environ.setdefault("LOCAL_WORLD_SIZE", str(local_size))
+    return ranks
+
+
+def _find(environ: MutableMapping[str, str]) -> tuple[Ranks, int | None]:
+    """(ranks, number of ranks on this host where the launcher says it)."""
+
+    def number(name: str) -> int:
+        text = environ.get(name)
+        if text is None or not text.isdecimal():
+            raise InvalidConfig(
+                f"the environment variable {name} is {text!r}; expected a whole number, as {launcher} sets it. "
+                "Start with deepspeed, torchrun, mpirun, srun, or plainly as one process"
+            )
+        return int(text)
+
+    def optional(name: str) -> int | None:
+        return number(name) if name in environ else None
+
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        launcher = "deepspeed or torchrun"
+        ranks = Ranks(launcher, number("RANK"), number("LOCAL_RANK"), number("WORLD_SIZE"))
+        return ranks, optional("LOCAL_WORLD_SIZE") or optional("LOCAL_SIZE")
+    if "OMPI_COMM_WORLD_RANK" in environ:
+        launcher, prefix = "mpirun", "OMPI_COMM_WORLD_"
+        ranks = Ranks(launcher, number(prefix + "RANK"), number(prefix + "LOCAL_RANK"), number(prefix + "SIZE"))
+        return ranks, number(prefix + "LOCAL_SIZE")
+    if "PMI_RANK" in environ:
+        launcher = "mpirun"
+        locals_ = [name for name in ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "SLURM_LOCALID") if name in environ]
+        ranks = Ranks(launcher, number("PMI_RANK"), number(locals_[0] if locals_ else "LOCAL_RANK"), number("PMI_SIZE"))
+        return ranks, optional("MPI_LOCALNRANKS") or optional("PMI_LOCAL_SIZE")
+    if "SLURM_STEP_ID" in environ:  # inside srun; the batch script itself has SLURM_PROCID too, but no step
+        launcher = "srun"
+        ranks = Ranks(launcher, number("SLURM_PROCID"), number("SLURM_LOCALID"), number("SLURM_STEP_NUM_TASKS"))
+        one_node = environ.get("SLURM_STEP_NUM_NODES") == "1"
+        return ranks, ranks.world if one_node else None
+    if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_JOB_ID" in environ and "SLURM_PROCID" in environ:
+        raise InvalidConfig(
+            f"this Slurm job has {environ['SLURM_NTASKS']} tasks, but the process was started outside srun and would "
+            "train alone; write `srun` before the command, as launch/pretrain.sbatch does"
+        )
+    return Ranks("one process", 0, 0, 1), 1
+
+
+def _address(ranks: Ranks, local_size: int | None, environ: MutableMapping[str, str]) -> str:
+    if ranks.world == 1 or local_size == ranks.world:
+        return "127.0.0.1"
+    nodes = environ.get("SLURM_STEP_NODELIST") if ranks.launcher == "srun" else None
+    nodes = nodes or environ.get("SLURM_JOB_NODELIST")
+    if nodes:
+        return first_host(nodes)
+    raise InvalidConfig(
+        f"{ranks.world} ranks run on several hosts ({ranks.launcher}) and MASTER_ADDR is not set; set it to the host "
+        "of rank 0 for every rank, with mpirun: -x MASTER_ADDR=HOST (Open MPI) or -genv MASTER_ADDR HOST (MPICH)"
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: 'a[03-05,9],b' is 'a03'. InvalidConfig for anything else."""
+    found = re.match(r"([^\[\],\s]+)(?:\[(\d+)[^\]]*\]([^\[\],\s]*))?", nodelist)
+    if not found:
+        raise InvalidConfig(f"the Slurm node list {nodelist!r} names no host; set MASTER_ADDR to the host of rank 0")
+    return "".join(part for part in found.groups() if part)
+
+
+def _port(ranks: Ranks, environ: MutableMapping[str, str]) -> int:
+    """The same port on every rank of a job, another for another job on the same host."""
+    if ranks.world == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+    job = environ.get("PMIX_NAMESPACE") if ranks.launcher == "mpirun" else None
+    if job is None and "SLURM_JOB_ID" in environ:
+        job = environ["SLURM_JOB_ID"] + "." + environ.get("SLURM_STEP_ID", "")
+    if job is None:
+        return 29500  # torch's own default
+    return _PORTS[int.from_bytes(hashlib.blake2b(job.encode(), digest_size=4).digest(), "big") % len(_PORTS)]

@@ -1,0 +1,78 @@
+"""Pre-train as a recipe says: the entry for deepspeed, torchrun, mpirun and srun alike, or one plain process.
+
+A user's mistake is printed once, without a traceback, and every rank exits with status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+EXAMPLE = """\
+examples:
+  deepspeed --num_gpus 8 launch/pretrain.py --ds_config ds_configs/zero2_bf16.json \\
+      --recipe recipes/bert_small.py --bins bins/wiki_books --output runs/small
+  torchrun --nproc_per_node 2 launch/pretrain.py --ds_config ds_configs/zero2_cpu.json \\
+      --recipe recipes/demo_small.py --output runs/demo_small --set phases.0.steps=50
+  mpirun -n 2 python launch/pretrain.py ...
+  srun --ntasks 2 python launch/pretrain.py ...       (see launch/pretrain.sbatch)
+
+continue where a run stopped:       --output runs/small --resume runs/small
+start from a grown checkpoint:      --output runs/base --resume grown/base
+"""
+
+GRACE_SECONDS = 5.0
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/pretrain.py",
+        description="Pre-train the model of a recipe with DeepSpeed.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ds_config", required=True, type=Path, metavar="FILE", help="DeepSpeed JSON: precision, ZeRO")
+    parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the experiment, see recipes/")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="run folder: checkpoints and metrics")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="checkpoint or run folder to continue from")
+    parser.add_argument("--bins", metavar="DIR", help="token bins, in place of the recipe's data.bins")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override values of the recipe"
+    )
+    # The deepspeed launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments().parse_args(argv)
+    from bert2bert.errors import UserError
+
+    rank = 0
+    try:
+        from bert2bert.recipe import load_recipe
+        from bert2bert.train import ds_config, ranks
+
+        found = ranks.set_up()
+        rank = found.rank
+        overrides = [*options.set, *([f"data.bins={options.bins}"] if options.bins else [])]
+        recipe = load_recipe(options.recipe, overrides)
+        config = ds_config.resolve(ds_config.read(options.ds_config), recipe, found.world)
+
+        from bert2bert.train.loop import train  # torch and DeepSpeed: only once the input is known to be sound
+
+        train(recipe, config, options.output, options.resume)
+    except UserError as error:
+        if rank > 0:
+            # Rank 0 has met the same mistake and said so, or else its launcher would have ended this process by now.
+            time.sleep(GRACE_SECONDS)
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+r"""The demo's subject: BERT(4, 256) grown from BERT(2, 128) and pre-trained in bert2BERT's two stages.
+
+Command:   bert2bert grow runs/demo_small grown/demo --config recipes/configs/demo_base.json --width aki --depth stack
+           deepspeed --num_gpus 2 launch/pretrain.py --ds_config ds_configs/zero2_cpu.json \
+               --recipe recipes/demo_bert2bert.py --bins bins/demo --resume grown/demo \
+               --output runs/demo_bert2bert                                                  (part of `make demo`)
+Machine:   2 CPU cores, a few minutes.
+Expected:  not yet run in this form. It starts between the source and a random start, for neither AKI nor stacking keeps
+           the function, and should reach the scratch run's final loss early.
+
+The share of sub-model steps, one eighth, is the paper's 5 epochs of 40; stages of 2 of 4 layers where the paper has 3 of
+12. The rate needs no long warm-up, as the optimizer's moments were grown with the weights.
+"""
+
+from bert2bert.recipe import AdamW, Data, Full, Phase, Recipe, Schedule, SubModels
+
+MODEL = {
+    "architectures": ["BertForMaskedLM"],
+    "model_type": "bert",
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,  # too few steps to over-fit
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+
+STEPS, SUB_MODEL_STEPS, WARMUP = 400, 50, 10
+
+# One linear schedule from the peak down to a tenth of it over both stages, cut in two.
+PEAK, FINAL = 1e-3, 0.1
+LEFT = FINAL + (1 - FINAL) * (STEPS - SUB_MODEL_STEPS) / (STEPS - WARMUP)
+
+recipe = Recipe(
+    name="demo-bert2bert",
+    model=MODEL,
+    data=Data(bins="bins/demo", seq_len=32, mask_share=0.15, eval_rows=512),
+    batch_rows=128,
+    phases=(
+        Phase(
+            "sub-models",
+            steps=SUB_MODEL_STEPS,
+            program=SubModels(layers_per_stage=2),
+            schedule=Schedule("linear", warmup_steps=WARMUP, peak=PEAK, final=LEFT),
+        ),
+        Phase(
+            "full",
+            steps=STEPS - SUB_MODEL_STEPS,
+            program=Full(),
+            schedule=Schedule("linear", peak=PEAK * LEFT, final=FINAL / LEFT),
+        ),
+    ),
+    optimizer=AdamW(lr=PEAK, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01),
+    clip=1.0,
+    seed=0,
+    eval_every=25,
+    checkpoint_every=200,
+    keep_checkpoints=1,
+    log_every=10,
+)

@@ -1,0 +1,44 @@
+r"""The demo's comparison: BERT(4, 256) from scratch, with the data, seed and steps of demo_bert2bert.py.
+
+Command:   deepspeed --num_gpus 2 launch/pretrain.py --ds_config ds_configs/zero2_cpu.json \
+               --recipe recipes/demo_scratch.py --bins bins/demo --output runs/demo_scratch  (part of `make demo`)
+Machine:   2 CPU cores, a few minutes.
+Expected:  not yet run in this form. In so few steps a random start of this size does not get far below the unigram
+           entropy of the text.
+"""
+
+from bert2bert.recipe import AdamW, Data, Phase, Recipe, Schedule
+
+MODEL = {
+    "architectures": ["BertForMaskedLM"],
+    "model_type": "bert",
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,  # too few steps to over-fit
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+
+recipe = Recipe(
+    name="demo-scratch",
+    model=MODEL,
+    data=Data(bins="bins/demo", seq_len=32, mask_share=0.15, eval_rows=512),
+    batch_rows=128,
+    phases=(Phase("full", steps=400, schedule=Schedule("linear", warmup_steps=100, final=0.1)),),
+    optimizer=AdamW(lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01),
+    clip=1.0,
+    seed=0,
+    eval_every=25,
+    checkpoint_every=200,
+    keep_checkpoints=1,
+    log_every=10,
+)

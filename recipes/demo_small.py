@@ -1,0 +1,45 @@
+r"""The demo's source: BERT(2, 128), vocabulary 1,024, on the embedded novels.
+
+Command:   deepspeed --num_gpus 2 launch/pretrain.py --ds_config ds_configs/zero2_cpu.json \
+               --recipe recipes/demo_small.py --bins bins/demo --output runs/demo_small      (part of `make demo`)
+Machine:   2 CPU cores, a few minutes.
+Expected:  not yet run in this form. A masked model first learns the unigram frequencies (about 6.0 nats) and falls well
+           below them only after some 1,500 steps at this rate; the source must be trained past that fall, or growth
+           hands over little.
+"""
+
+from bert2bert.recipe import AdamW, Data, Phase, Recipe, Schedule
+
+MODEL = {
+    "architectures": ["BertForMaskedLM"],
+    "model_type": "bert",
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,  # heads of 32, as in the target
+    "intermediate_size": 512,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,  # too few steps to over-fit
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+
+recipe = Recipe(
+    name="demo-small",
+    model=MODEL,
+    data=Data(bins="bins/demo", seq_len=32, mask_share=0.15, eval_rows=512),
+    batch_rows=128,
+    phases=(Phase("full", steps=2000, schedule=Schedule("linear", warmup_steps=300, final=0.1)),),
+    optimizer=AdamW(lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01),
+    clip=1.0,
+    seed=0,
+    eval_every=250,
+    checkpoint_every=1000,
+    keep_checkpoints=1,
+    log_every=10,
+)
