@@ -57,7 +57,8 @@ def test_a_failing_step_ends_the_demo_with_its_status(
 def test_a_hanging_step_is_ended_with_its_children(demo: ModuleType, tmp_path: Path) -> None:
     """The child is deaf to SIGTERM, as a rank inside a collective may be; its parent is not."""
     pid_file = tmp_path / "pid"
-    child = f"import os, signal, time; signal.signal(15, signal.SIG_IGN); open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    child = "import os, signal, time; signal.signal(15, signal.SIG_IGN); "
+    child += f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     status, seconds = demo.run(python(demo, code), limit=2)
     assert status == 124 and seconds < 15
