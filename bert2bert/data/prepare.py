@@ -1,0 +1,309 @@
+"""Text → token bins (`bins.py` describes the folder).
+
+Reads text files and `datasets` datasets as streams, trains a tokenizer on the training documents or takes one, and
+writes tokens with document boundaries in bounded memory. The held-out split is named files, or a fraction of the
+documents chosen by a keyed hash of their text, so that exact duplicates never lie on both sides. The folder appears
+only when it is complete.
+
+Refuses: an output that exists, text that cannot be used (`text.py`), a tokenizer without BERT's special tokens, no
+held-out text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bert2bert import __version__
+from bert2bert.data.bins import FORMAT_VERSION, SPLITS, blake, token_dtype
+from bert2bert.data.text import DOCUMENTS, Records, TextFile, open_dataset
+from bert2bert.data.tokenizer import load_tokenizer, special_ids, table_size, train_tokenizer
+from bert2bert.errors import InvalidConfig, InvalidData, UserError, did_you_mean
+
+_BATCH_CHARACTERS, _BATCH_PIECES = 1 << 20, 1 << 13  # tokenised in one call
+Source = TextFile | Records
+
+
+def prepare(
+    text: list[Path],
+    dataset: str | None,
+    dataset_config: str | None,
+    dataset_split: str | None,
+    text_column: str | None,
+    tokenizer: str | Path | None,
+    vocab_size: int,
+    heldout_text: list[Path],
+    heldout_fraction: float,
+    document: str,
+    output: Path,
+    seed: int,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write the bins folder `output` and return its meta.json.
+
+    text, dataset: what to train on, at least one of them; a dataset is a hub name or a local path (`open_dataset`).
+    tokenizer: path of one to take; None trains one of `vocab_size` tokens on the training documents.
+    heldout_text, heldout_fraction: evaluation files, or the expected share of the documents; one of the two, the other
+    empty or 0.
+    document: what is one document, 'file' (or dataset record), 'blank-line' (block between blank lines) or 'line'.
+    """
+    output = Path(output).expanduser()
+    _check_options(text, dataset, heldout_text, heldout_fraction, document, output)
+    train: list[Source] = [TextFile(Path(path).expanduser()) for path in text]
+    heldout: list[Source] = [TextFile(Path(path).expanduser()) for path in heldout_text]
+    _check_files([source for source in train + heldout if isinstance(source, TextFile)])
+    taken = None if tokenizer is None else load_tokenizer(Path(tokenizer))
+    if dataset is not None:
+        train.append(open_dataset(dataset, dataset_config, dataset_split, text_column))
+    stream = _Stream(train, heldout, heldout_fraction, document, seed, progress)
+    if taken is None:
+        taken = train_tokenizer((piece for piece, split, _ in stream.read("tokenizer") if split == "train"), vocab_size)
+    partial = output.with_name(output.name + ".partial")
+    try:
+        _clear(partial)
+        partial.mkdir(parents=True)
+        meta = _write(partial, stream, taken)
+        os.replace(partial, output)
+        _sync(output.parent)
+    except OSError as error:
+        raise InvalidData(
+            f"bins {output} cannot be written: {error}.\n  Nothing was kept; give an --output with room and access."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError, UserError):
+            _clear(partial)
+    return meta
+
+
+class _Stream:
+    """The sources as one stream of (piece of text, split, ends its document), readable again and again."""
+
+    def __init__(
+        self,
+        train: list[Source],
+        heldout: list[Source],
+        fraction: float,
+        document: str,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        self.sources = [(source, None if fraction else "train") for source in train]
+        self.sources += [(source, "heldout") for source in heldout]
+        self.document, self.progress, self.fraction = document, progress, fraction
+        self.key = blake2b(f"heldout {seed}".encode(), digest_size=32).digest()
+
+    def read(self, what: str) -> Iterator[tuple[str, str, bool]]:
+        from tqdm import tqdm
+
+        for source, side in self.sources:
+            name = source.path.name if isinstance(source, TextFile) else source.label
+            unit = "B" if isinstance(source, TextFile) else "rec"
+            with tqdm(
+                total=source.size,
+                desc=f"{what}: {name}",
+                unit=unit,
+                unit_scale=True,
+                disable=None if self.progress else True,
+            ) as bar:
+                split = side
+                for piece, ends in source.documents(self.document, bar.update):
+                    split = split or self._draw(piece)
+                    yield piece, split, ends
+                    if ends:
+                        split = side
+
+    def _draw(self, piece: str) -> str:
+        value = int.from_bytes(blake2b(piece.strip().encode(), key=self.key, digest_size=8).digest(), "big")
+        return "heldout" if value < self.fraction * 2**64 else "train"
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Where the text came from, for meta.json."""
+        told: list[dict[str, Any]] = []
+        for source, side in self.sources:
+            split = side or f"{self.fraction:g} held out"
+            if isinstance(source, TextFile):
+                told.append({"text": str(source.path), "bytes": source.size, "split": split})
+            else:
+                told.append({"dataset": source.label, "column": source.column, "records": source.size, "split": split})
+        return told
+
+
+class _Writer:
+    """Appends documents to one split's files."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, vocab_size: int) -> None:
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.counts = np.zeros(vocab_size, dtype=np.int64)
+        self.tokens = self.documents = self.open_tokens = 0
+        self.digest = blake2b(digest_size=16)
+        self.bin = open(folder / f"{split}.bin", "wb")  # noqa: SIM115 (closed by close)
+        self.ends = open(folder / f"{split}.ends", "wb")  # noqa: SIM115
+
+    def add(self, ids: list[int], ends: bool) -> None:
+        if ids:
+            array = np.asarray(ids, dtype=self.dtype)
+            self.bin.write(array.data)
+            self.digest.update(array.data)
+            self.counts += np.bincount(array, minlength=len(self.counts))
+            self.tokens += len(ids)
+            self.open_tokens += len(ids)
+        if ends and self.open_tokens:  # a document that the tokenizer drops altogether leaves no trace
+            self.ends.write(np.int64(self.tokens).tobytes())
+            self.documents += 1
+            self.open_tokens = 0
+
+    def close(self) -> None:
+        """Turn the raw document ends into `{split}.idx.npy`."""
+        self.bin.close()
+        self.ends.close()
+        raw = self.folder / f"{self.split}.ends"
+        with open(raw, "rb") as ends, open(self.folder / f"{self.split}.idx.npy", "wb") as index:
+            header = {"descr": "<i8", "fortran_order": False, "shape": (self.documents + 1,)}
+            np.lib.format.write_array_header_1_0(index, header)
+            index.write(np.int64(0).tobytes())
+            while block := ends.read(1 << 20):
+                index.write(block)
+                self.digest.update(block)
+        raw.unlink()
+
+
+def _write(folder: Path, stream: _Stream, tokenizer: Any) -> dict[str, Any]:
+    vocab_size = table_size(tokenizer)
+    dtype = token_dtype(vocab_size)
+    text = tokenizer.to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(text, "utf-8")
+    tokenizer.encode_special_tokens = True  # "[MASK]" in a text is five characters, not the mask
+    with contextlib.ExitStack() as stack:
+        writers = {split: _Writer(folder, split, dtype, vocab_size) for split in SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.bin.close)
+            stack.callback(writer.ends.close)
+        for batch in _batches(stream.read("tokens")):
+            encoded = tokenizer.encode_batch_fast([piece for piece, _, _ in batch], add_special_tokens=False)
+            for (_, split, ends), encoding in zip(batch, encoded, strict=True):
+                writers[split].add(encoding.ids, ends)
+        for writer in writers.values():
+            writer.close()
+    for split, writer in writers.items():
+        if not writer.documents:
+            raise InvalidData(_empty(split, writers, stream.fraction))
+    splits: dict[str, dict[str, Any]] = {}
+    for split, writer in writers.items():
+        entropy = unigram_cross_entropy(writer.counts, writer.counts, smoothing=0)
+        splits[split] = {"tokens": writer.tokens, "documents": writer.documents, "unigram_entropy": entropy}
+    splits["heldout"]["unigram_cross_entropy"] = unigram_cross_entropy(
+        writers["heldout"].counts, writers["train"].counts, smoothing=1
+    )
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "vocab_size": vocab_size,
+        "dtype": dtype.name,
+        "special": special_ids(tokenizer),
+        "tokenizer_digest": blake([text.encode()]),
+        "digest": blake(f"{split} {writer.digest.hexdigest()}\n".encode() for split, writer in writers.items()),
+        "splits": splits,
+        "document": stream.document,
+        "sources": stream.describe(),
+        "versions": {"bert2bert": __version__},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+    return meta
+
+
+def _batches(stream: Iterable[tuple[str, str, bool]]) -> Iterator[list[tuple[str, str, bool]]]:
+    batch: list[tuple[str, str, bool]] = []
+    size = 0
+    for item in stream:
+        batch.append(item)
+        size += len(item[0])
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def unigram_cross_entropy(counts: np.ndarray, model: np.ndarray, smoothing: float) -> float:
+    """Nats per token of text with token `counts` under the unigram model (model + smoothing) / its sum.
+
+    With `model` = `counts` and no smoothing: the text's own unigram entropy.
+    """
+    seen = counts > 0
+    share = counts[seen] / counts.sum()
+    logs = np.log(model[seen] + smoothing) - np.log(model.sum() + smoothing * len(model))
+    return float(-(share * logs).sum())
+
+
+def _empty(split: str, writers: dict[str, _Writer], fraction: float) -> str:
+    total = sum(writer.documents for writer in writers.values())
+    if fraction and total:
+        return (
+            f"split '{split}' got none of the {total} documents with --heldout-fraction {fraction:g}.\n"
+            "  Use smaller documents (--document blank-line), another fraction or --seed, or name --heldout-text."
+        )
+    return f"split '{split}': the tokenizer made no token of its text.\n  Give text in the tokenizer's language."
+
+
+def _check_options(
+    text: list[Path], dataset: str | None, heldout: list[Path], fraction: float, document: str, output: Path
+) -> None:
+    if not text and dataset is None:
+        raise InvalidConfig("there is no text to prepare.\n  Give --text FILE… or --dataset NAME.")
+    if document not in DOCUMENTS:
+        raise InvalidConfig(f"--document is {document!r}; {did_you_mean(document, DOCUMENTS)}")
+    if heldout and fraction:
+        raise InvalidConfig(f"--heldout-text and --heldout-fraction {fraction:g} are both given.\n  Give one of them.")
+    if not heldout and not 0 < fraction < 1:
+        raise InvalidConfig(
+            f"--heldout-fraction is {fraction:g}, expected more than 0 and less than 1 when there is no --heldout-text.\n"
+            "  Evaluation needs text that is not trained on."
+        )
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        what = "already holds token bins" if (output / "meta.json").exists() else "exists already"
+        raise InvalidData(f"output {output} {what}.\n  Give a new --output, or remove it first; nothing was changed.")
+
+
+def _check_files(files: list[TextFile]) -> None:
+    for file in files:
+        file.check()
+    for path, uses in Counter(file.path.resolve() for file in files).items():
+        if uses > 1:
+            raise InvalidConfig(
+                f"text file {path} is given {uses} times.\n"
+                "  Give each file once, and what is held out only as --heldout-text."
+            )
+
+
+def _clear(partial: Path) -> None:
+    """Remove what a killed run left; never anything else."""
+    if not partial.exists():
+        return
+    ours = {"tokenizer.json", "meta.json"} | {f"{s}.{end}" for s in SPLITS for end in ("bin", "ends", "idx.npy")}
+    foreign = sorted(file.name for file in partial.iterdir() if file.name not in ours) if partial.is_dir() else ["?"]
+    if foreign:
+        raise InvalidData(
+            f"{partial} is in the way and holds something else ({foreign[0]}).\n  Move it, or give another --output."
+        )
+    shutil.rmtree(partial)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
