@@ -92,16 +92,17 @@ def plan_padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Padding:
     Empty sequences (the repeated tail of cu_seqlens) take no row. Reads the lengths from the device unless the counts
     alone show that all sequences are of equal length. Raises ValueError when cu_seqlens does not describe the tokens.
     """
-    if (cu_seqlens.numel() - 1) * max_seqlen == tokens:  # S sequences of at most max_seqlen fill S * max_seqlen tokens
+    if cu_seqlens.device.type != "cpu" and (cu_seqlens.numel() - 1) * max_seqlen == tokens:
+        # S sequences of at most max_seqlen make up S * max_seqlen tokens; on the CPU reading and checking costs nothing
         return Padding(max_seqlen, None, None)
     offsets = cu_seqlens.long()
     lengths = offsets.diff()
     lengths = lengths[lengths != 0]
     sizes = lengths.tolist()
-    if sum(sizes) != tokens or min(sizes, default=0) < 0 or max(sizes, default=0) > max_seqlen:
+    if not sizes or sum(sizes) != tokens or min(sizes) < 0 or max(sizes) > max_seqlen:
         raise ValueError(
-            f"cu_seqlens describes sequences of {sizes[:8]}… tokens, {sum(sizes)} in all, "
-            f"but the batch has {tokens} tokens and max_seqlen {max_seqlen}"
+            f"cu_seqlens describes {len(sizes)} sequences of {sizes[:8]}{'…' * (len(sizes) > 8)} tokens, {sum(sizes)} in "
+            f"all; expected {tokens} tokens in sequences of at most max_seqlen {max_seqlen}"
         )
     length = max(sizes)
     if min(sizes) == length:

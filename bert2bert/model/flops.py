@@ -1,14 +1,15 @@
 """What a step costs: the matrix-product FLOPs that the mathematics needs, and what a GPU could do. Torch-free.
 
-One multiply-add is two FLOPs. Counted: the linear maps of the layers, q kᵀ and its product with v inside each sequence,
-the masked-LM head at the predicted positions. Not counted: padding, recomputation, norms, activations, softmax, embedding
-look-ups, the next-sentence head (one token a sequence), the optimizer. With F features between the feed-forward maps, a
-layer's forward is (8 H² + 4 H F) per token + 4 H per attended pair, and the head's 2 H² + 2 V H per prediction.
+One multiply-add is two FLOPs. Counted: the linear maps of the layers, q kᵀ and its product with v inside each
+sequence, the masked-LM head at the predicted positions. Not counted: padding, recomputation, norms, activations,
+softmax, embedding look-ups, the next-sentence head (one token a sequence), the optimizer. With F features between the
+feed-forward maps, a layer's forward is 8 H² + 4 H F per token and 4 H per attended pair; the head's is 2 H² + 2 V H per
+prediction.
 
 Backward: one product for the gradient of each factor, so twice the forward of all that learns, less the products that
 nobody asks for: where the gradient stops, the input of the lowest thing that learns needs none. That is 6 H² per token
-(query, key and value) for a layer program that stops above the embeddings, 2 H² per prediction when only the head learns.
-Checked against torch's FlopCounterMode in tests/model/test_flops.py.
+(query, key and value) for a layer program that stops above the embeddings, and 2 H² per prediction when only the head
+learns. Checked against torch's FlopCounterMode in tests/model/test_flops.py.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def step_flops(
     return forward_flops(config, real_tokens, attended, predicted, program) + 2 * learning - unasked
 
 
-# Dense tensor-core peaks without sparsity, TFLOP/s, from NVIDIA's data sheets. The first name found in the device's name
-# counts, so the more special one comes first. (16-bit floats; bf16 only where the GPU has it.)
+# Dense 16-bit tensor-core peaks (no sparsity), TFLOP/s, from NVIDIA's data sheets, and whether the GPU has bf16. The
+# first name found in the device's name counts, so the more special one comes first.
 _PEAKS: tuple[tuple[str, float, bool], ...] = (
     ("B200", 2250, True),
     ("H200 NVL", 835, True),
@@ -72,9 +73,11 @@ _PEAKS: tuple[tuple[str, float, bool], ...] = (
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Nominal dense peak in FLOP/s of a GPU (torch.cuda.get_device_name) in "bf16" or "fp16"; None where not known.
 
-    "fp32" is not known: it depends on whether TF32 is on.
+    "fp32" is not known (it depends on whether TF32 is on), nor is a slice of a GPU (MIG).
     """
     words = device_name.replace("-", " ").split()
+    if "MIG" in words:
+        return None
     for name, tera, has_bf16 in _PEAKS:
         key = name.replace("-", " ").split()
         if any(words[i : i + len(key)] == key for i in range(len(words))):

@@ -1,8 +1,8 @@
 """BERT's forward pass with one layer's weights in memory at a time, fetched by name from wherever they lie.
 
 For checking a checkpoint of any size against another. The same modules and the same arithmetic as `bert.Bert` in eval
-mode, so the results are equal bit for bit. Needs no more than the largest of embeddings, one layer and head (in the dtype
-asked for), plus the activations of the batch. Computes no gradients and runs every layer.
+mode, so the results are equal bit for bit. Holds no more than the largest of embeddings, one layer and head (in the
+dtype asked for), plus the activations of the batch. Computes no gradients and runs every layer.
 """
 
 from __future__ import annotations

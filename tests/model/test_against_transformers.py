@@ -1,0 +1,124 @@
+"""The oracle: transformers' own BERT in float64. Names, order, logits, loss, gradients, padded and packed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bert2bert.model.bert import Bert, build, hf_config, load_state
+from tests.model.sample import batch, hf_dict, model, padded, scramble
+
+CLASSES = ("BertForPreTraining", "BertForMaskedLM")
+
+
+def oracle(config: dict) -> torch.nn.Module:
+    import transformers
+
+    kind = getattr(transformers, config["architectures"][0])
+    return kind(transformers.BertConfig(**config)).to(torch.float64).eval()
+
+
+def pair(**changes: object) -> tuple[torch.nn.Module, Bert]:
+    theirs = scramble(oracle(hf_dict(**changes)))
+    ours = build(hf_dict(**changes), torch.float64).eval()
+    load_state(ours, theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_names_order_shapes_and_config(architecture: str, tied: bool) -> None:
+    config = hf_dict(architectures=[architecture], tie_word_embeddings=tied)
+    theirs, ours = oracle(config), build(config)
+    expected = [(name, tuple(p.shape)) for name, p in theirs.named_parameters()]
+    assert [(name, tuple(p.shape)) for name, p in ours.named_parameters()] == expected
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    absent = set(ours.state_dict()) - {name for name, _ in expected}
+    assert absent == set(ours.config.aliases)
+    again = type(theirs.config)(**hf_config(ours)).to_dict()
+    assert {k: v for k, v in again.items() if k != "dtype"} == {
+        k: v for k, v in theirs.config.to_dict().items() if k != "dtype"
+    } | {"architectures": [architecture]}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_padded_logits_loss_gradients(architecture: str, tied: bool) -> None:
+    theirs, ours = pair(architectures=[architecture], tie_word_embeddings=tied)
+    nsp = architecture == "BertForPreTraining"
+    flat = batch(nsp=nsp)
+    arguments = padded(flat)
+    expected = theirs(**arguments, **({"next_sentence_label": flat.nsp_labels} if nsp else {}))
+    found = ours(flat, return_logits=True)
+
+    logits = (expected.prediction_logits if nsp else expected.logits)[arguments["attention_mask"].bool()]
+    assert found.logits.shape == (len(flat.masked), 61)
+    assert (found.logits - logits[flat.masked]).abs().max() <= 1e-10
+    kept = flat.labels != -100
+    assert found.predicted == kept.sum()
+    assert found.correct == (logits[flat.masked].argmax(-1) == flat.labels).sum()
+    if nsp:
+        assert (found.nsp_logits - expected.seq_relationship_logits).abs().max() <= 1e-10
+    else:
+        assert found.nsp_logits is None
+    assert abs(found.loss - expected.loss) <= 1e-10
+
+    expected.loss.backward()
+    found.loss.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        if gradients[name] is None:  # the bias that transformers leaves unread when untied
+            assert name == "cls.predictions.bias" and not tied
+            assert not parameter.grad.any()
+        else:
+            assert (parameter.grad - gradients[name]).abs().max() <= 1e-10, name
+            assert parameter.grad.abs().max() > 1e-8 or "key.bias" in name, name
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "relu"])
+def test_activations(activation: str) -> None:
+    theirs, ours = pair(hidden_act=activation)
+    flat = batch()
+    expected = theirs(**padded(flat)).prediction_logits[padded(flat)["attention_mask"].bool()][flat.masked]
+    found = ours(flat, return_logits=True).logits
+    assert (found - expected).abs().max() <= 1e-10
+    _, gelu = pair(hidden_act="gelu")
+    assert (gelu(flat, return_logits=True).logits - expected).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_packed_in_one_row(architecture: str) -> None:
+    """transformers given one row of all sequences, their positions and a block-diagonal mask."""
+    theirs, ours = pair(architectures=[architecture])
+    flat = batch()
+    owner = torch.repeat_interleave(torch.arange(len(flat.cu_seqlens) - 1), flat.cu_seqlens.long().diff())
+    block = torch.where(owner[:, None] == owner, 0.0, -torch.inf).double()[None, None]
+    expected = theirs(
+        input_ids=flat.tokens[None],
+        token_type_ids=flat.types[None],
+        position_ids=flat.positions[None],
+        attention_mask=block,
+    )
+    logits = expected.prediction_logits if architecture == "BertForPreTraining" else expected.logits
+    found = ours(flat, return_logits=True)
+    assert (found.logits - logits[0][flat.masked]).abs().max() <= 1e-10
+    kept = flat.labels != -100
+    loss = torch.nn.functional.cross_entropy(logits[0][flat.masked[kept]], flat.labels[kept])
+    assert abs(found.loss - loss) <= 1e-10
+
+
+def test_transformers_reads_our_config_and_weights() -> None:
+    ours = model(hidden_act="gelu_new", architectures=["BertForMaskedLM"])
+    theirs = oracle(hf_config(ours))
+    theirs.load_state_dict(ours.state_dict())
+    flat = batch()
+    expected = theirs(**padded(flat)).logits[padded(flat)["attention_mask"].bool()][flat.masked]
+    assert (ours(flat, return_logits=True).logits - expected).abs().max() <= 1e-10
+
+
+def test_initialisation_has_transformers_distribution() -> None:
+    config = hf_dict(vocab_size=500, hidden_size=48, intermediate_size=200, initializer_range=0.05)
+    for (name, ours), theirs in zip(build(config).named_parameters(), oracle(config).parameters(), strict=True):
+        assert abs(ours.mean() - theirs.float().mean()) < 0.02, name
+        assert abs(ours.std() - theirs.float().std()) < 0.01, name
+    assert not build(config).bert.embeddings.word_embeddings.weight[0].any()

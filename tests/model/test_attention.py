@@ -1,0 +1,162 @@
+"""The dispatcher: padded attention against the formula, its fast path, its refusals, and when the kernel is taken."""
+
+from __future__ import annotations
+
+import types
+import warnings
+
+import pytest
+import torch
+
+from bert2bert.model import attention
+from bert2bert.model.attention import attend, plan_padding, uses_kernel
+
+
+def flat(lengths: list[int], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    q, k, v = (torch.randn(sum(lengths), 2, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    return q, k, v, torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+    rows = []
+    for start, stop in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        a, b, c = (x[start:stop].transpose(0, 1) for x in (q, k, v))
+        rows.append((torch.softmax(a @ b.mT / 8**0.5, -1) @ c).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 9], [4, 4, 4], [7], [3, 6, 0, 0], [4, 4, 0]])
+@pytest.mark.parametrize("slack", [0, 5])
+def test_padded_is_the_formula(lengths: list[int], slack: int) -> None:
+    """Unequal and equal lengths, empty sequences at the end, max_seqlen exact or only an upper bound."""
+    q, k, v, cu = flat(lengths)
+    found, expected = attend(q, k, v, cu, max(lengths) + slack), formula(q, k, v, cu)
+    assert (found - expected).abs().max() <= 1e-12
+    weight = torch.randn_like(found)
+    ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    assert max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True)) <= 1e-12
+
+
+def test_equal_lengths_take_the_fast_path_and_agree_with_the_masked_one() -> None:
+    q, k, v, cu = flat([6, 6, 6])
+    fast = plan_padding(cu, 6, 18)
+    assert fast == (6, None, None)
+    assert plan_padding(torch.tensor([0, 6, 12, 18, 18, 18]).int(), 9, 18) == (6, None, None)
+    masked = attention.Padding(
+        8, torch.arange(18) + 2 * (torch.arange(18) // 6), (torch.arange(8) < 6).expand(3, 1, 1, 8)
+    )
+    a, b = (attend(q, k, v, cu, 6, padding=padding) for padding in (fast, masked))
+    assert (a - b).abs().max() <= 1e-12
+
+
+def test_a_sequence_sees_only_itself() -> None:
+    q, k, v, cu = flat([5, 8])
+    before = attend(q, k, v, cu, 8)
+    with torch.no_grad():
+        k[5:] += 1
+        v[5:] -= 1
+    after = attend(q, k, v, cu, 8)
+    assert torch.equal(before[:5], after[:5])
+    assert not torch.equal(before[5:], after[5:])
+
+
+@pytest.mark.parametrize("cu, longest", [([0, 5, 9], 5), ([0, 5, 10], 4), ([0, 7, 5, 10], 9), ([0, 0], 5)])
+def test_offsets_that_do_not_describe_the_tokens_are_refused(cu: list[int], longest: int) -> None:
+    with pytest.raises(ValueError, match="expected 10 tokens in sequences of at most"):
+        plan_padding(torch.tensor(cu).int(), longest, 10)
+
+
+def test_dropout_only_in_training() -> None:
+    q, k, v, cu = flat([5, 8])
+    plain = attend(q, k, v, cu, 8)
+    assert torch.equal(plain, attend(q, k, v, cu, 8, dropout_p=0.5, training=False))
+    assert not torch.equal(plain, attend(q, k, v, cu, 8, dropout_p=0.5, training=True))
+
+
+def test_the_kernel_is_not_for_the_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert not uses_kernel(cpu, torch.bfloat16, 64, 0.0, True)
+    q, k, v, cu = flat([5, 8], torch.bfloat16)
+    found = attend(q, k, v, cu, 8)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - formula(q.float(), k.float(), v.float(), cu)).abs().max() < 0.05
+
+
+@pytest.fixture
+def ampere(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device that the dispatcher takes for a GPU with the kernel, none being here."""
+    monkeypatch.setattr(attention, "_flash_device", lambda index: True)
+    attention._warn_dropout.cache_clear()
+    return torch.device("cuda", 0)
+
+
+def test_when_the_kernel_is_taken(ampere: torch.device) -> None:
+    assert uses_kernel(ampere, torch.bfloat16, 64, 0.1, training=False)
+    assert uses_kernel(ampere, torch.float16, 64, 0.0, training=True)
+    assert not uses_kernel(ampere, torch.float32, 64, 0.0, training=True)
+    assert not uses_kernel(ampere, torch.bfloat16, 20, 0.0, training=True)
+    assert not uses_kernel(ampere, torch.bfloat16, 512, 0.0, training=True)
+
+
+def test_dropout_falls_back_and_says_so_once(ampere: torch.device) -> None:
+    with pytest.warns(UserWarning, match="has no dropout, using padded attention"):
+        assert not uses_kernel(ampere, torch.bfloat16, 64, 0.1, training=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not uses_kernel(ampere, torch.bfloat16, 64, 0.1, training=True)
+
+
+def fake_torch(monkeypatch: pytest.MonkeyPatch, function: object) -> None:
+    module = types.ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = function  # type: ignore[attr-defined]
+    monkeypatch.setitem(__import__("sys").modules, "torch.nn.attention.varlen", module)
+    attention._kernel.cache_clear()
+    monkeypatch.setattr(attention, "_flash_device", lambda index: True)
+
+
+def test_kernel_signatures_of_other_torch_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth argument is_causal (2.10) and keyword-only arguments (2.12): called with the first seven alike."""
+    calls = []
+
+    def causal(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        calls.append(("causal", is_causal, max_q, max_k))
+        return query
+
+    def windowed(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, window_size=(-1, -1)):
+        calls.append(("windowed", window_size, max_q, max_k))
+        return query
+
+    def foreign(query, key, value, layout, max_q):
+        raise AssertionError("must not be called")
+
+    device = torch.device("cuda", 0)
+    q, k, v, cu = flat([5, 8])
+    try:
+        for function in (causal, windowed):
+            fake_torch(monkeypatch, function)
+            monkeypatch.setattr(attention, "uses_kernel", lambda *_: True)
+            attend(q, k, v, cu, 8)
+        assert calls == [("causal", False, 8, 8), ("windowed", (-1, -1), 8, 8)]
+        monkeypatch.undo()
+        fake_torch(monkeypatch, foreign)
+        with pytest.warns(UserWarning, match="changed varlen_attn"):
+            assert not uses_kernel(device, torch.bfloat16, 64, 0.0, training=False)
+    finally:
+        attention._kernel.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with the variable-length kernel")
+def test_kernel_against_padded_on_gpu() -> None:
+    lengths = [5, 130, 64, 1, 0, 0]
+    q, k, v = (torch.randn(sum(lengths), 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    cu = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    assert uses_kernel(q.device, q.dtype, 64, 0.0, True)
+    found = attend(*inputs, cu, 130)
+    expected = attend(*(x.double() for x in inputs), cu, 130)
+    assert (found - expected).abs().max() < 2e-2
+    weight = torch.randn_like(found)
+    ours = torch.autograd.grad((found * weight).sum(), inputs)
+    theirs = torch.autograd.grad((expected * weight).sum(), inputs)
+    assert max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True)) < 6e-2
