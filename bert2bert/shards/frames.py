@@ -1,0 +1,159 @@
+"""Write files that `torch.load` reads, without ever holding their tensors: the structure first, then the bytes,
+streamed.
+
+A file of `torch.save` is a stored (uncompressed) zip: `data.pkl`, in which a tensor is a reference to a numbered
+storage, and one record per storage, aligned to 64 bytes so that it can be memory-mapped. Here a tensor is described
+by a `Blank` and its storage is filled block by block from an iterator, so memory stays flat however large the shard
+is, a full disk is an ordinary error (a memory map would be killed by SIGBUS), and the zip's checksums are true. Equal
+input gives equal bytes. The result loads with any torch that reads the zip format, with or without `mmap` and
+`weights_only`.
+
+DeepSpeed pickles a few of its own objects into its files; a `Foreign` stands for one, written by class name, so that an
+unmodified DeepSpeed restores the real object while this project need not import DeepSpeed.
+
+Refuses tensors of dtypes it does not know (TypeError) and streams of the wrong length (RuntimeError).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ALIGNMENT = 64
+_ZIP64 = 1 << 31  # from here on records carry 64-bit sizes
+_STORAGES: dict[torch.dtype, type] = {
+    torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Blank:
+    """A contiguous tensor to be: ``blocks`` yields its elements flat and in order (any float dtype; converted)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Callable[[], Iterable[torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """An instance of class ``module.name`` with attributes ``state``, restored without calling its constructor."""
+
+    module: str
+    name: str
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Storage:
+    key: int
+    blank: Blank
+
+
+class _Pickler(pickle._Pickler):
+    """The pure-Python pickler: the C one refuses to name a class that it cannot import."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=2)  # what torch.save uses
+        self.storages: list[Blank] = []
+        self.promised = 0  # bytes of the blanks, without the tensors that were given whole
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        if not isinstance(obj, Foreign):
+            super().save(obj, save_persistent_id)  # type: ignore[misc]
+            return
+        write = self.write  # type: ignore[attr-defined]
+        write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode() + pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+        super().save(obj.state)  # type: ignore[misc]
+        write(pickle.BUILD)
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, _Storage):
+            return None
+        blank = obj.blank
+        return "storage", _STORAGES[blank.dtype], str(obj.key), "cpu", math.prod(blank.shape)
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor):
+            flat = obj.detach().cpu().contiguous().reshape(-1)
+            blank = Blank(tuple(obj.shape), obj.dtype, lambda: (flat,))
+        elif isinstance(obj, Blank):
+            blank = obj
+            self.promised += blank.nbytes
+        else:
+            return NotImplemented
+        if blank.dtype not in _STORAGES:
+            raise TypeError(f"cannot write a tensor of dtype {blank.dtype}")
+        self.storages.append(blank)
+        stride = torch.empty(blank.shape, device="meta").stride()
+        hooks: dict[Any, Any] = OrderedDict()
+        args = (_Storage(len(self.storages) - 1, blank), 0, blank.shape, stride, False, hooks)
+        return torch._utils._rebuild_tensor_v2, args
+
+
+def stream(blank: Blank, wrote: Callable[[int], None] | None = None) -> Iterator[memoryview]:
+    """The bytes of a blank's elements in its dtype, block by block; raises RuntimeError if they are not all of them."""
+    left = blank.nbytes
+    for block in blank.blocks():
+        data = block.detach().reshape(-1).to(blank.dtype).contiguous().view(torch.uint8).numpy().data
+        left -= data.nbytes
+        if left < 0:
+            break
+        yield data
+        if wrote is not None:
+            wrote(data.nbytes)
+    if left:
+        raise RuntimeError(f"a stream of {blank.nbytes} bytes for shape {blank.shape} ended {left} bytes off")
+
+
+def _record(archive: zipfile.ZipFile, name: str, size: int, blocks: Iterable[bytes | memoryview]) -> None:
+    info = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: equal input, equal bytes
+    info.file_size = size
+    wide = size >= _ZIP64
+    if archive.fp is None:
+        raise RuntimeError("the archive is closed")
+    start = archive.fp.tell() + 30 + len(info.filename) + 4 + (20 if wide else 0)
+    info.extra = struct.pack("<2sH", b"FB", -start % _ALIGNMENT) + b"Z" * (-start % _ALIGNMENT)  # as torch pads
+    with archive.open(info, "w", force_zip64=wide) as record:
+        for block in blocks:
+            record.write(block)
+
+
+def save(path: Path, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
+    """Write ``tree`` (containers, scalars, tensors, `Blank`, `Foreign`) as a file for `torch.load`, synced to disk.
+
+    Returns the bytes of the blanks' data; ``wrote`` is told of all tensor bytes as they go. A `Blank` met twice is
+    stored once and loads as one tensor. OSError (a full disk) passes through.
+    """
+    text = io.BytesIO()
+    pickler = _Pickler(text)
+    pickler.dump(tree)
+    with open(path, "wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            _record(archive, "data.pkl", text.tell(), (text.getvalue(),))
+            _record(archive, "byteorder", len(sys.byteorder), (sys.byteorder.encode(),))
+            for key, blank in enumerate(pickler.storages):
+                _record(archive, f"data/{key}", blank.nbytes, stream(blank, wrote))
+            _record(archive, "version", 2, (b"3\n",))
+        file.flush()
+        os.fsync(file.fileno())
+    return pickler.promised

@@ -1,0 +1,220 @@
+"""Write a whole checkpoint, alone or over MPI ranks: the same bytes for any number of ranks.
+
+Every file is written by one rank, files are dealt by bytes (the largest first, each to the rank with the least to
+do), and digests are taken of what is written and summed on rank 0, which alone commits. A failure on one rank is
+raised by every rank once all have stopped, so nobody waits for a message that never comes.
+
+`mpi4py` is imported here only, and only under an MPI launcher. Refuses an unknown form and the sizes that a form
+needs or cannot use (InvalidConfig), and all that `commit` refuses.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bert2bert
+from bert2bert.errors import InvalidConfig, UserError, did_you_mean
+from bert2bert.shards.commit import FORMAT_VERSION, Pending, disk_errors, file_sizes
+from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes, write_bytes
+from bert2bert.shards.layout import SUB_GROUP_SIZE
+from bert2bert.shards.universal_writer import universal_files
+from bert2bert.shards.writing import FilePlan, Job, Tally, TargetSpec, Values, tensor_entries
+from bert2bert.shards.zero_writer import zero_files
+
+FORMS = ("zero", "universal", "hub")
+_OVERHEAD = 1 << 16  # bytes allowed per file beyond its tensor data when looking for room
+_LAUNCHED_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")
+
+
+class _Alone:
+    """The part of an mpi4py communicator that is used here, for one process."""
+
+    rank, size = 0, 1
+
+    def allgather(self, item: Any) -> list[Any]:
+        return [item]
+
+    def gather(self, item: Any, root: int = 0) -> list[Any]:
+        return [item]
+
+    def bcast(self, item: Any, root: int = 0) -> Any:
+        return item
+
+
+def world() -> Any:
+    """The communicator of the MPI launcher that started this process (mpirun, or srun with PMI), else None."""
+    if not any(name in os.environ for name in _LAUNCHED_BY_MPI):
+        return None
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: the wheel finds no MPI library
+        raise UserError(
+            f"started by an MPI launcher, but mpi4py does not load: {error}. Install mpi4py for the MPI that "
+            "the launcher belongs to, or run without the launcher."
+        ) from None
+    return MPI.COMM_WORLD
+
+
+def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices of the sizes for each rank: the largest first, each to the rank with the fewest bytes so far."""
+    loads = [0] * ranks
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        rank = min(range(ranks), key=lambda r: (loads[r], r))
+        loads[rank] += sizes[index] + 1  # files without data take time too
+        hands[rank].append(index)
+    return hands
+
+
+def _together(comm: Any, do: Callable[[], Any]) -> Any:
+    """Call ``do`` on this rank; if any rank failed, all fail: a UserError as it is, a defect with its rank."""
+    result, error = None, None
+    try:
+        result = do()
+    except Exception as failure:
+        error = failure
+    shown = error if error is None or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    failures = [(rank, found) for rank, found in enumerate(comm.allgather(shown)) if found is not None]
+    if failures:
+        rank, first = failures[0]
+        if error is not None and not isinstance(error, UserError):
+            raise error  # with its own traceback, on the rank that knows it
+        raise first if isinstance(first, UserError) else RuntimeError(f"rank {rank} stopped: {first}")
+    return result
+
+
+def _plan(
+    job: Job, form: str, stage: int | None, world_size: int | None, sub_group_size: int, max_file_bytes: int
+) -> list[FilePlan]:
+    if form not in FORMS:
+        raise InvalidConfig(f"there is no checkpoint format {form!r}; {did_you_mean(form, FORMS)}")
+    if form == "zero":
+        if stage is None or world_size is None:
+            raise InvalidConfig("format zero needs a ZeRO stage (1, 2, 3) and a world size: --stage S --world-size N.")
+        plans = zero_files(job, stage, world_size, sub_group_size)
+    elif stage is not None or world_size is not None:
+        raise InvalidConfig(f"format {form} has no stage and no world size: leave out --stage and --world-size.")
+    else:
+        plans = universal_files(job) if form == "universal" else hub_files(job, max_file_bytes)
+    config = hub_config(job.spec) if form == "hub" else job.spec.config
+    extra = {"config.json": json_bytes(config), **job.spec.extra_files}
+    return plans + [FilePlan(name, 0, partial(write_bytes, content)) for name, content in extra.items()]
+
+
+def _write(folder: Path, plans: Sequence[FilePlan]) -> dict[str, int]:
+    """Write files; their sizes by name. A file whose tensor data are not as many bytes as planned is a defect."""
+    sizes = {}
+    for plan in plans:
+        path = folder / plan.name
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written = plan.write(path)
+            sizes[plan.name] = path.stat().st_size
+        if written != plan.payload or sizes[plan.name] < plan.payload:
+            raise RuntimeError(f"{plan.name}: planned {plan.payload} bytes of tensors, wrote {written}")
+    return sizes
+
+
+def _manifest(
+    spec: TargetSpec, form: str, stage: int | None, world_size: int | None, growth: dict[str, Any] | None,
+    tensors: dict[str, Any], files: dict[str, int],
+) -> dict[str, Any]:  # fmt: skip
+    groups = [
+        {"part": g.part, "decay": g.decay, "names": list(g.names), "hyper": _plain(g.hyper), "step": g.step}
+        for g in spec.groups
+    ]
+    return {
+        "format_version": FORMAT_VERSION, "kind": "growth", "tag": spec.tag, "form": form, "stage": stage,
+        "world_size": world_size, "precision": spec.precision, "group_layout": spec.group_layout, "model": spec.config,
+        "aliases": spec.aliases, "groups": groups, "tensors": tensors, "files": files, "counters": spec.counters,
+        "versions": {
+            "bert2bert": bert2bert.__version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed"),
+        },
+        "growth": growth, "training": None,
+    }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """Hyper-parameters as JSON can hold them: tensors become numbers, tuples lists."""
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_checkpoint(
+    target: Path,
+    spec: TargetSpec,
+    values: Values,
+    *,
+    form: str,
+    stage: int | None = None,
+    world_size: int | None = None,
+    manifest_growth: dict[str, Any] | None,
+    comm: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+    sub_group_size: int = SUB_GROUP_SIZE,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Path:
+    """Write a checkpoint and return its folder: ``target/<tag>``, or ``target`` itself for format hub.
+
+    ``values``: see writing.Values. ``stage``, ``world_size``: of the engine that will resume (format zero only).
+    ``comm``: an mpi4py communicator of which every rank makes this same call on a file system that all see, or None.
+    ``progress(bytes, total)``: called on each rank as it writes, with new bytes and this rank's total.
+    ``sub_group_size``: DeepSpeed's option of stage 3. ``max_file_bytes``: where format hub starts another file.
+    """
+    comm = comm if comm is not None else _Alone()
+    total = [0]
+    tally = Tally((lambda count: progress(count, total[0])) if progress is not None else None)
+    job = Job(spec, values, tally)
+    target = Path(target)
+    pending = Pending(target, None if form == "hub" else spec.tag)
+
+    def begin() -> list[FilePlan]:
+        plans = _plan(job, form, stage, world_size, sub_group_size, max_file_bytes)
+        if comm.rank == 0:
+            pending.begin(sum(plan.payload + _OVERHEAD for plan in plans))
+        return plans
+
+    plans: list[FilePlan] = _together(comm, begin)  # no rank writes before rank 0 holds the folder
+    try:
+        mine = [plans[i] for i in deal([plan.payload for plan in plans], comm.size)[comm.rank]]
+        total[0] = sum(plan.payload for plan in mine)
+        sizes = _together(comm, lambda: _write(pending.partial, mine))
+        reports = comm.gather((sizes, tally.digests))
+
+        def commit() -> Path:
+            if comm.rank != 0:
+                return pending.final
+            planned = dict(sorted((name, size) for report, _ in reports for name, size in report.items()))
+            if planned != (found := file_sizes(pending.partial)):
+                raise RuntimeError(
+                    f"{pending.partial} does not hold the files planned: {planned.items() ^ found.items()}"
+                )
+            tensors = tensor_entries(spec, (digests for _, digests in reports))
+            manifest = _manifest(spec, form, stage, world_size, manifest_growth, tensors, planned)
+            return pending.commit(
+                manifest, {"zero": ("latest",), "universal": ("latest_universal", "latest"), "hub": ()}[form]
+            )
+
+        folder: Path = _together(comm, commit)
+        return folder
+    except BaseException:
+        if comm.rank == 0:
+            pending.abort()
+        raise

@@ -1,0 +1,186 @@
+"""What every checkpoint writer is told and shares: the target, where its values come from, and the files to write.
+
+A writer sees neither plans nor operators: only names, shapes and a callable that gives rows. Values are asked for in
+blocks of whole rows of at most about `BLOCK` elements, so no process ever holds more than a block (a single row is the
+least it asks for). Refuses a `TargetSpec` that contradicts itself (ValueError: the caller's mistake, not the user's).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert2bert.shards.digest import combine, digest, hex16
+from bert2bert.shards.layout import Piece
+
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BLOCK = 1 << 22  # elements: 16 MiB of fp32
+
+Values = Callable[[str, str, int, int], torch.Tensor]
+"""``values(name, state, start, stop)`` -> fp32 rows [start, stop) of dim 0; a 0-dim tensor is asked with (0, 1)."""
+
+
+@dataclass(frozen=True)
+class TargetGroup:
+    """One optimizer group in the engine's order. ``hyper``: lr, weight_decay, betas, eps (more keys pass through);
+    ``step``: Adam steps taken by these parameters."""
+
+    part: str
+    decay: bool
+    names: tuple[str, ...]
+    hyper: dict[str, Any]
+    step: int
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """Everything about the checkpoint to write except its values.
+
+    ``shapes``: every parameter in model order, tied copies absent; ``aliases``: absent tied name -> kept name;
+    ``precision``: "fp32", "bf16" or "fp16" of the engine that will load it (of the file for hub); ``states``: those
+    that ``values`` can give, ("fp32",) or all of `STATES` (missing moments are written as zeros: a fresh optimizer);
+    ``loss_scaler``: attributes of DeepSpeed's loss scaler, used with fp16 only; ``client_state``: extra top-level
+    entries of the model states; ``extra_files``: name -> content, put beside the weights (tokenizer files).
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
+    config: dict[str, Any]
+    groups: tuple[TargetGroup, ...]
+    group_layout: str
+    precision: str
+    states: tuple[str, ...]
+    counters: dict[str, int]
+    lr_scheduler: dict[str, Any] | None = None
+    loss_scaler: dict[str, Any] | None = None
+    client_state: dict[str, Any] = field(default_factory=dict)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    extra_files: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        grouped = [name for group in self.groups for name in group.names]
+        if len(grouped) != len(set(grouped)) or set(grouped) != set(self.shapes):
+            odd = set(grouped) ^ set(self.shapes) or {name for name in grouped if grouped.count(name) > 1}
+            raise ValueError(f"every parameter must be in exactly one optimizer group; not so: {sorted(odd)[:5]}")
+        if self.precision not in DTYPES or self.states not in (STATES[:1], STATES):
+            raise ValueError(f"unknown precision {self.precision!r} or states {self.states}")
+        if not all(kept in self.shapes and absent not in self.shapes for absent, kept in self.aliases.items()):
+            raise ValueError("aliases must map an absent tied name to a name in shapes")
+
+    @property
+    def tag(self) -> str:
+        """DeepSpeed's folder name for this step."""
+        return f"global_step{self.counters['global_steps']}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The low (module) precision."""
+        return DTYPES[self.precision]
+
+    def numel(self, name: str) -> int:
+        """Elements of a parameter."""
+        return math.prod(self.shapes[name])
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file of the checkpoint: name relative to its folder, bytes of tensor data, and how to write it.
+
+    ``write`` returns the bytes of tensor data it wrote, which must equal ``payload``.
+    """
+
+    name: str
+    payload: int
+    write: Callable[[Path], int]
+
+
+class Tally:
+    """What a rank has written: digests of master values and moments, and bytes for the progress callback."""
+
+    def __init__(self, progress: Callable[[int], None] | None = None) -> None:
+        self.digests: dict[tuple[str, str], int] = {}
+        self._progress = progress
+
+    def digest(self, name: str, state: str, piece: torch.Tensor, start: int) -> None:
+        """Add the stored elements ``piece`` (flat index ``start`` on) of a tensor's state."""
+        key = (name, state)
+        self.digests[key] = combine(self.digests.get(key, 0), digest(piece, start))
+
+    def wrote(self, count: int) -> None:
+        """Report bytes of tensor data as written."""
+        if self._progress is not None:
+            self._progress(count)
+
+
+def tensor_entries(spec: TargetSpec, tallies: Iterable[dict[tuple[str, str], int]]) -> dict[str, Any]:
+    """The manifest's ``tensors``: shapes, and each state's digest summed over the ranks' tallies."""
+    totals: dict[tuple[str, str], int] = {}
+    for tally in tallies:
+        for key, value in tally.items():
+            totals[key] = combine(totals.get(key, 0), value)
+    return {
+        name: {
+            "shape": list(shape),
+            "digest": {state: hex16(totals[name, state]) for state in STATES if (name, state) in totals},
+        }
+        for name, shape in spec.shapes.items()
+    }
+
+
+def flat_values(
+    values: Values, spec: TargetSpec, name: str, state: str, start: int, stop: int
+) -> Iterator[torch.Tensor]:
+    """Elements [start, stop) of a flattened tensor as consecutive flat fp32 pieces, read in bounded blocks of rows."""
+    if start >= stop:
+        return
+    shape = spec.shapes[name]
+    width = math.prod(shape[1:])
+    last = -(-stop // width)
+    for row in range(start // width, last, step := max(1, BLOCK // width)):
+        end = min(row + step, last)
+        block = values(name, state, row, end)
+        expected = (end - row, *shape[1:]) if shape else ()
+        if tuple(block.shape) != expected or block.dtype != torch.float32:
+            raise ValueError(f"{name} {state}: got {tuple(block.shape)} {block.dtype}, wanted {expected} torch.float32")
+        first = row * width
+        yield block.reshape(-1)[max(start - first, 0) : min(stop, end * width) - first]
+
+
+def zeros(count: int) -> Iterator[torch.Tensor]:
+    """``count`` fp32 zeros in bounded blocks."""
+    for at in range(0, count, BLOCK):
+        yield torch.zeros(min(BLOCK, count - at))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's share of writing a target: what, from where, and the tally of what was written."""
+
+    spec: TargetSpec
+    values: Values
+    tally: Tally
+
+    def elements(self, name: str, state: str, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """`flat_values`, every piece entered in the tally; zeros, not entered, for a state that does not exist."""
+        if state not in self.spec.states:
+            yield from zeros(stop - start)
+            return
+        for piece in flat_values(self.values, self.spec, name, state, start, stop):
+            self.tally.digest(name, state, piece, start)
+            start += piece.numel()
+            yield piece
+
+    def shard(self, names: Sequence[str], state: str, pieces: Iterable[Piece], length: int) -> Iterator[torch.Tensor]:
+        """A rank's flat tensor of ``length`` elements: pieces (of ``names``) at their places, zeros elsewhere."""
+        at = 0
+        for piece in pieces:
+            yield from zeros(piece.at - at)
+            yield from self.elements(names[piece.param], state, piece.start, piece.stop)
+            at = piece.at + piece.stop - piece.start
+        yield from zeros(length - at)

@@ -1,0 +1,241 @@
+"""Native DeepSpeed ZeRO checkpoints of stage 1, 2 or 3 for one world size, as DeepSpeed 0.19.8 lays them out.
+
+`engine.load_checkpoint` of an unmodified script resumes them when its optimizer groups are built like the target's
+(bert2bert.groups), its world size, precision and stage are those written, and its options `round_robin_gradients` and
+`parameter_alignment` are off (the defaults). Two choices differ from DeepSpeed's own files on purpose: padding is
+zero, not garbage, so equal input gives equal bytes; and `clip_grad` is left out, for stages 1 and 2 would take it
+from the file over the config's value.
+
+Refuses stages other than 1, 2, 3 and world sizes below 1 (InvalidConfig).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert2bert.errors import InvalidConfig
+from bert2bert.shards import frames
+from bert2bert.shards.frames import Blank, Foreign
+from bert2bert.shards.layout import SUB_GROUP_SIZE, Piece, SubGroup, zero3_layout, zero12_layout
+from bert2bert.shards.writing import STATES, FilePlan, Job, TargetGroup, TargetSpec, flat_values
+
+DS_VERSION = "0.19.8"  # the DeepSpeed whose layout is written; its loaders read it for compatibility rules
+_SCALER = "deepspeed.runtime.fp16.loss_scaler"
+_DYNAMIC_SCALER = {  # DeepSpeed's defaults for an fp16 section without options
+    "cur_scale": 65536.0, "dynamic": True, "cur_iter": 0, "last_overflow_iter": -1, "scale_factor": 2.0,
+    "scale_window": 1000, "min_scale": 1, "delayed_shift": 2, "cur_hysteresis": 2, "consecutive_hysteresis": False,
+    "raise_error_at_min_scale": True,
+}  # fmt: skip
+_TORCH_ADAMW = {  # what torch's AdamW and DeepSpeed's FusedAdam and CPUAdam look up in a loaded group
+    "amsgrad": False, "foreach": None, "maximize": False, "capturable": False, "differentiable": False, "fused": None,
+    "decoupled_weight_decay": True, "bias_correction": True,
+}  # fmt: skip
+
+
+def hyper_parameters(group: TargetGroup) -> dict[str, Any]:
+    """A group's entry in ``param_groups`` (without ``params``), complete for torch's AdamW and DeepSpeed's Adams."""
+    hyper = {**_TORCH_ADAMW, **group.hyper}
+    if "betas" in hyper:
+        hyper["betas"] = tuple(hyper["betas"])
+    return hyper
+
+
+def step_tensor(step: int) -> torch.Tensor:
+    """Adam's step as torch keeps it: a 0-dim fp32 tensor."""
+    return torch.tensor(float(step))
+
+
+def scaler_fields(spec: TargetSpec) -> dict[str, Any]:
+    """``loss_scaler``, ``dynamic_loss_scale`` and ``overflow``: the object DeepSpeed takes its loss scale from.
+
+    fp16: ``spec.loss_scaler``'s attributes over DeepSpeed's defaults (a scale of 65536 when there are none), static if
+    they say ``dynamic: False``. Other precisions do not scale, whatever the source did.
+    """
+    given = (spec.loss_scaler or {}) if spec.precision == "fp16" else {"dynamic": False, "cur_scale": 1.0}
+    dynamic = bool(given.get("dynamic", True))
+    if dynamic:
+        state = {key: given.get(key, default) for key, default in _DYNAMIC_SCALER.items()} | {"dtype": torch.float16}
+        scaler = Foreign(_SCALER, "DynamicLossScaler", state)
+    else:
+        scaler = Foreign(_SCALER, "LossScaler", {"cur_scale": given["cur_scale"], "dynamic": False})
+    return {"loss_scaler": scaler, "dynamic_loss_scale": dynamic, "overflow": False}
+
+
+def _config(spec: TargetSpec, stage: int | None) -> dict[str, Any]:
+    """What readers of a checkpoint look up in the ds_config that DeepSpeed stores with it."""
+    precision = {} if spec.precision == "fp32" else {spec.precision: {"enabled": True}}
+    return precision if stage is None else {"zero_optimization": {"stage": stage}, **precision}
+
+
+def model_states(
+    spec: TargetSpec,
+    module: dict[str, Any],
+    param_shapes: list[Any],
+    stage: int | None,
+    world: int,
+    shared: bool = True,
+) -> dict[str, Any]:
+    """The content of a ``*_model_states.pt``; ``stage`` None (universal) leaves the ZeRO stage out of its config."""
+    common = {
+        "module": OrderedDict({**module, **spec.buffers}),
+        "buffer_names": list(spec.buffers),
+        "optimizer": None,
+        "param_shapes": param_shapes,
+        "frozen_param_shapes": OrderedDict() if stage != 1 else None,
+        "shared_params": dict(spec.aliases) if shared else {},
+        "frozen_param_fragments": OrderedDict() if stage != 1 else None,
+        "lr_scheduler": spec.lr_scheduler,
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": spec.counters.get("skipped_steps", 0),
+        "global_steps": spec.counters["global_steps"],
+        "global_samples": spec.counters.get("global_samples", 0),
+        "dp_world_size": world,
+        "mp_world_size": 1,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "ds_config": _config(spec, stage),
+        "ds_version": DS_VERSION,
+    }
+    if taken := sorted(common.keys() & spec.client_state.keys()):
+        raise ValueError(f"client state must not use DeepSpeed's own keys: {taken}")
+    return common | spec.client_state
+
+
+def zero_files(job: Job, stage: int, world: int, sub_group_size: int = SUB_GROUP_SIZE) -> list[FilePlan]:
+    """The files of a native checkpoint, each independent of the others.
+
+    ``sub_group_size``: the engine's option of stage 3, in elements of a rank.
+    """
+    if stage not in (1, 2, 3):
+        raise InvalidConfig(f"ZeRO stage {stage} cannot be written: choose --stage 1, 2 or 3.")
+    if world < 1:
+        raise InvalidConfig(f"world size {world} is impossible: --world-size is the number of ranks that will resume.")
+    layout = _Zero3(job, world, sub_group_size) if stage == 3 else _Zero12(job, stage, world)
+    name = ("bf16_" if job.spec.precision == "bf16" else "") + "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+    optim = [FilePlan(name.format(r), layout.payload(r), partial(layout.optim, r)) for r in range(world)]
+    return [*layout.models(), *optim]
+
+
+class _Zero12:
+    """Stages 1 and 2: every group flattened, padded and cut into equal partitions."""
+
+    def __init__(self, job: Job, stage: int, world: int) -> None:
+        self.job, self.spec, self.stage, self.world = job, job.spec, stage, world
+        self.layouts = [zero12_layout([job.spec.numel(n) for n in g.names], world) for g in job.spec.groups]
+
+    def models(self) -> list[FilePlan]:
+        """One file: the live low-precision weights until the first step, so they must be the rounded master."""
+        elements = sum(self.spec.numel(name) for name in self.spec.shapes)
+        return [FilePlan("mp_rank_00_model_states.pt", elements * self.spec.dtype.itemsize, self._model)]
+
+    def _model(self, path: Path) -> int:
+        spec = self.spec
+
+        def rounded(name: str) -> Iterator[torch.Tensor]:
+            return flat_values(self.job.values, spec, name, "fp32", 0, spec.numel(name))
+
+        module = {name: Blank(shape, spec.dtype, partial(rounded, name)) for name, shape in spec.shapes.items()}
+        module |= {absent: module[kept] for absent, kept in spec.aliases.items()}
+        param_shapes = [_sizes(spec, group.names) for group in spec.groups]
+        tree = model_states(spec, module, param_shapes, self.stage, self.world)
+        return frames.save(path, tree, self.job.tally.wrote)
+
+    def payload(self, rank: int) -> int:
+        """Bytes of tensor data in a rank's optimizer file."""
+        return sum(4 * (3 * layout.partition - layout.paddings[rank]) for layout in self.layouts)
+
+    def optim(self, rank: int, path: Path) -> int:
+        """Write a rank's optimizer file."""
+        groups, states, master, mappings = [], {}, [], []
+        for i, (group, layout) in enumerate(zip(self.spec.groups, self.layouts, strict=True)):
+            pieces = layout.pieces[rank]
+            states[i] = _adam_state(self.job, group, pieces, layout.partition)
+            master.append(_shard(self.job, group, pieces, "fp32", layout.partition - layout.paddings[rank]))
+            groups.append({**hyper_parameters(group), "params": [i]})
+            mappings.append(OrderedDict((group.names[p.param], _fragment(p)) for p in pieces))
+        tree = {
+            **scaler_fields(self.spec),
+            "base_optimizer_state": {"state": states, "param_groups": groups},
+            "single_partition_of_fp32_groups": master,  # unlike the moments, without the padding
+            "zero_stage": self.stage,
+            "group_paddings": [layout.paddings[rank] for layout in self.layouts],
+            "param_alignment_paddings": [list(layout.gaps) for layout in self.layouts],
+            "partition_count": [self.world] * len(self.layouts),
+            "ds_version": DS_VERSION,
+            "param_slice_mappings": mappings,
+        }
+        return _save_optim(self.job, self.stage, tree, path)
+
+
+class _Zero3:
+    """Stage 3: every parameter cut by itself, the slices of a sub-group of parameters laid one after another."""
+
+    def __init__(self, job: Job, world: int, sub_group_size: int) -> None:
+        self.job, self.spec, self.world = job, job.spec, world
+        self.sub_groups: list[tuple[int, SubGroup]] = [
+            (i, sub)
+            for i, group in enumerate(job.spec.groups)
+            for sub in zero3_layout([job.spec.numel(n) for n in group.names], world, sub_group_size)
+        ]
+
+    def models(self) -> list[FilePlan]:
+        """A file per rank that holds no weights: the partitions of the optimizer file are all there is."""
+        name = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+        return [FilePlan(name.format(rank), 0, partial(self._model, rank)) for rank in range(self.world)]
+
+    def _model(self, rank: int, path: Path) -> int:
+        spec = self.spec
+        module = {name: torch.empty(0, dtype=spec.dtype) for name in (*spec.shapes, *spec.aliases)}
+        param_shapes = [_sizes(spec, (spec.groups[i].names[p] for p in sub.params)) for i, sub in self.sub_groups]
+        return frames.save(path, model_states(spec, module, param_shapes, 3, self.world, shared=rank == 0))
+
+    def payload(self, rank: int) -> int:
+        """Bytes of tensor data in a rank's optimizer file: the same for all."""
+        return sum(12 * sub.numel for _, sub in self.sub_groups)
+
+    def optim(self, rank: int, path: Path) -> int:
+        """Write a rank's optimizer file."""
+        groups: list[dict[str, Any]] = [{**hyper_parameters(group), "params": []} for group in self.spec.groups]
+        states, master = {}, []
+        for index, (i, sub) in enumerate(self.sub_groups):
+            group, pieces = self.spec.groups[i], sub.pieces[rank]
+            states[index] = _adam_state(self.job, group, pieces, sub.numel)
+            master.append(_shard(self.job, group, pieces, "fp32", sub.numel))
+            groups[i]["params"].append(index)
+        tree = {
+            "zero_stage": 3,
+            **scaler_fields(self.spec),
+            "partition_count": self.world,
+            "optimizer_state_dict": {"state": states, "param_groups": groups},
+            "fp32_flat_groups": master,
+        }
+        return _save_optim(self.job, 3, tree, path)
+
+
+def _sizes(spec: TargetSpec, names: Iterable[str]) -> OrderedDict[str, torch.Size]:
+    return OrderedDict((name, torch.Size(spec.shapes[name])) for name in names)
+
+
+def _shard(job: Job, group: TargetGroup, pieces: Sequence[Piece], state: str, length: int) -> Blank:
+    return Blank((length,), torch.float32, partial(job.shard, group.names, state, pieces, length))
+
+
+def _adam_state(job: Job, group: TargetGroup, pieces: Sequence[Piece], length: int) -> dict[str, Any]:
+    moments = {state: _shard(job, group, pieces, state, length) for state in STATES[1:]}
+    return {"step": step_tensor(group.step), **moments}
+
+
+def _fragment(piece: Piece) -> Foreign:
+    address = {"numel": piece.stop - piece.start, "start": piece.at}
+    return Foreign("deepspeed.utils.tensor_fragment", "fragment_address", address)
+
+
+def _save_optim(job: Job, stage: int, tree: dict[str, Any], path: Path) -> int:
+    content = {"optimizer_state_dict": tree, "ds_config": _config(job.spec, stage), "ds_version": DS_VERSION}
+    return frames.save(path, content, job.tally.wrote)
