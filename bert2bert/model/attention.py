@@ -101,8 +101,8 @@ def plan_padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Padding:
     sizes = lengths.tolist()
     if not sizes or sum(sizes) != tokens or min(sizes) < 0 or max(sizes) > max_seqlen:
         raise ValueError(
-            f"cu_seqlens describes {len(sizes)} sequences of {sizes[:8]}{'…' * (len(sizes) > 8)} tokens, {sum(sizes)} in "
-            f"all; expected {tokens} tokens in sequences of at most max_seqlen {max_seqlen}"
+            f"cu_seqlens describes {len(sizes)} sequences of lengths {sizes[:8]}{'…' * (len(sizes) > 8)}, {sum(sizes)} "
+            f"tokens in all; expected {tokens} tokens in sequences of at most max_seqlen {max_seqlen}"
         )
     length = max(sizes)
     if min(sizes) == length:

@@ -30,6 +30,7 @@ def engine_losses(stage: int, tied: bool) -> tuple[list[float], list[str]]:
         "train_batch_size": 2,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
     }
     engine, *_ = deepspeed.initialize(model=bert, optimizer=optimizer, config=settings)
     losses = []
