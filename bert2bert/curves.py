@@ -42,8 +42,8 @@ class Run:
 
     @property
     def initial(self) -> Point | None:
-        """The evaluation before the first step, if the run began with one."""
-        return self.points[0] if self.points[0].step == 0 else None
+        """The evaluation before anything was trained, if the run began with one."""
+        return self.points[0] if self.points[0].flops == 0 else None
 
     @property
     def data(self) -> dict[str, Any]:
