@@ -135,11 +135,13 @@ class TensorPlan:
 class Exactness:
     """What a plan keeps, derived from its maps: an empty tuple of reasons means exact.
 
-    function: why logits change. moments: why the optimizer's moments are not those of the grown network.
+    function: why logits change. moments: why the optimizer's moments are not those of the grown network. lossy: the
+    reasons among ``function`` by which an operator misses what it promises, so that the user has to accept them.
     """
 
     function: tuple[str, ...] = ()
     moments: tuple[str, ...] = ()
+    lossy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +187,9 @@ class GrowthPlan:
             tensors=fused,
             recipe={"first": first.recipe, "then": self.recipe},
             exactness=Exactness(
-                first.exactness.function + self.exactness.function, first.exactness.moments + self.exactness.moments
+                first.exactness.function + self.exactness.function,
+                first.exactness.moments + self.exactness.moments,
+                first.exactness.lossy + self.exactness.lossy,
             ),
             warnings=tuple(dict.fromkeys(first.warnings + self.warnings)),
         )

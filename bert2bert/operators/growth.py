@@ -238,7 +238,7 @@ def _exactness(
     large: Mapping[str, int],
     breaker: str | None,
 ) -> Exactness:
-    function, moments = [], []
+    function, moments, lossy = [], [], []
     grown = [axis for axis in small if small[axis] != large[axis] and axis not in ("layers", *table.head_axes)]
     if not width.copy:
         return Exactness(("nothing of the source is copied",), ("moments start at zero",))
@@ -252,12 +252,13 @@ def _exactness(
         gather = width.at(axis, 0, small[axis])
         if width.name != "direct" and not gather.is_uniform:
             low, high = int(gather.counts.min()), int(gather.counts.max())
-            function.append(
+            lossy.append(
                 f"{axis} {small[axis]} -> {large[axis]}: features have {low} to {high} copies, and a norm keeps copies "
-                f"only when all have equally many (a multiple of {small[axis]})"
+                f"only when all have equally many"
             )
         elif width.name != "direct" and not gather.is_even:
             moments.append(f"{axis} is normalised and its copies have uneven shares")
+    function += lossy
     if layers != list(range(small["layers"])):
         function.append(f"depth {small['layers']} -> {large['layers']}: stacked layers change the function")
     if function and not moments:
@@ -266,7 +267,7 @@ def _exactness(
         moments.append("noise makes the readers of copies differ, so the copies' moments are right only in sum")
     if breaker == "fresh-moments" and grown:
         moments.append("moments of fresh copies start at zero by choice")
-    return Exactness(tuple(function), tuple(moments))
+    return Exactness(tuple(function), tuple(moments), tuple(lossy))
 
 
 def _warnings(

@@ -1,0 +1,139 @@
+"""A checkpoint seen as a model: its config, its table, and its tensors by the names that transformers gives them.
+
+A run may have saved a model inside wrappers, so stored names can carry a prefix (``module.``, ``model.``), and a bare
+encoder lacks the ``bert.`` of the full model; both are found from one tensor that every variant has, and reported.
+
+Refuses (`InvalidCheckpoint`) a config that does not describe the stored tensors, naming the first tensor and axis that
+disagree, and a checkpoint with tensors that the architecture's table does not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert2bert import axes
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig
+from bert2bert.tables import Parameter, Table, table_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bert2bert.shards.source import Source
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointModel:
+    """A source opened as a model. ``parameters``: by canonical name; ``prefix``: what stored names carry in front;
+    ``bare``: whether they lack the table's outer name."""
+
+    source: Source
+    config: dict[str, Any]
+    table: Table
+    heads: frozenset[str]
+    parameters: dict[str, Parameter]
+    prefix: str
+    bare: bool
+
+    def stored(self, name: str) -> str:
+        """The name under which the checkpoint has a canonical tensor (the same rule names a grown checkpoint's)."""
+        if self.bare:
+            name = name.removeprefix(self.table.outer)
+        return self.prefix + name
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of dim 0 of a canonical tensor's state."""
+        return self.source.read(self.stored(name), state, start, stop)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A Hugging Face config: a JSON file, or a folder that holds config.json. Raises InvalidConfig."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InvalidConfig(
+            f"{file}: no such file; give a Hugging Face config file or a folder with config.json"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidConfig(f"{file}: not a readable JSON config ({error})") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InvalidConfig(f"{file}: a Hugging Face config is an object with 'model_type'; this one has none")
+    return config
+
+
+def open_model(path: Path, source_config: Path | None = None, tag: str | None = None) -> CheckpointModel:
+    """Open a checkpoint and match it with its config. Raises InvalidCheckpoint, InvalidConfig, UnsupportedGrowth."""
+    from bert2bert.shards.source import open_source
+
+    source = open_source(path, tag)
+    config = read_config(source_config) if source_config else source.config
+    if config is None:
+        raise InvalidCheckpoint(
+            f"{path}: the checkpoint does not say which model it holds (no bert2bert.json, no config.json).\n"
+            f"Give the model's Hugging Face config with --source-config FILE."
+        )
+    return match(source, config)
+
+
+def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
+    """Find the name prefix and the heads of a checkpoint, and check every shape against the config."""
+    table = table_for(config)
+    prefix, bare = _prefix(source, table)
+    stored = {name.removeprefix(prefix): meta for name, meta in source.tensors.items() if name.startswith(prefix)}
+    canonical = {(table.outer + name if bare else name): meta for name, meta in stored.items()}
+    heads = frozenset(
+        row.needs for row in table.rows if row.needs and row.name.replace("{weight,bias}", "weight") in canonical
+    )
+    parameters = table.parameters(config, heads)
+    for name, parameter in parameters.items():
+        if name not in canonical:
+            raise InvalidCheckpoint(
+                f"{source.path}: tensor {prefix}{name} is missing, which the config asks for "
+                f"({table.sizes['layers']}={config.get(table.sizes['layers'])}, "
+                f"tie_word_embeddings={table.tied(config)}).\nIs this the config of this checkpoint?"
+            )
+        if canonical[name].shape != parameter.shape:
+            raise InvalidCheckpoint(_shape_error(source, table, config, parameter, canonical[name].shape))
+    strange = [prefix + n for n in canonical if n not in parameters] + [
+        n for n in source.tensors if not n.startswith(prefix)
+    ]
+    if strange:
+        raise InvalidCheckpoint(
+            f"{source.path}: {len(strange)} tensors are not part of a {table.model_type} of this config, first "
+            f"{strange[0]}.\nKnown heads: {', '.join(table.classes)}. Remove other heads before growing, or check the "
+            f"config's number of layers and tie_word_embeddings."
+        )
+    return CheckpointModel(source, dict(config), table, heads, parameters, prefix, bare)
+
+
+def _prefix(source: Source, table: Table) -> tuple[str, bool]:
+    found = [name for name in source.tensors if ("." + name).endswith("." + table.anchor)]
+    if len(found) != 1:
+        some = ", ".join(list(source.tensors)[:3])
+        raise InvalidCheckpoint(
+            f"{source.path}: {len(found)} tensors are named …{table.anchor}, one is expected of a {table.model_type}; "
+            f"the checkpoint's first names are {some}.\nIs it a {table.model_type}, and is the config its own?"
+        )
+    before = found[0].removesuffix(table.anchor)
+    bare = not ("." + before).endswith("." + table.outer)
+    return (before if bare else before.removesuffix(table.outer)), bare
+
+
+def _shape_error(
+    source: Source, table: Table, config: Mapping[str, Any], parameter: Parameter, found: tuple[int, ...]
+) -> str:
+    text = f"{source.path}: {parameter.name}   {parameter.spec}\n  the checkpoint has {found}, the config expects "
+    text += f"{parameter.shape}."
+    for dim, have, want in zip(axes.parse(parameter.spec), found, parameter.shape, strict=False):
+        if have != want:
+            named = [a.axis for product in dim for a in product]
+            keys = [f"{table.sizes[a]}={config.get(table.sizes[a])}" for a in named if a in table.sizes]
+            text += (
+                f"\n  axis '{' '.join(named)}': {have} features, expected {want} from {', '.join(keys) or 'the table'}."
+            )
+            break
+    return text + "\n  Is this the config of this checkpoint (--source-config)?"

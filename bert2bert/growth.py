@@ -1,0 +1,330 @@
+"""The commands ``plan`` and ``grow``: from a source checkpoint and a target config to a grown checkpoint.
+
+Refuses a width that misses its promise of exactness unless that is accepted (`LossyGrowth`), a target folder that holds
+a checkpoint already, and parameters that the source run had frozen where the target format keeps optimizer state.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert2bert.checkpoint_model import CheckpointModel, open_model, read_config
+from bert2bert.errors import InvalidConfig, LossyGrowth, UnsupportedGrowth
+from bert2bert.groups import LAYOUTS, decays, param_groups
+from bert2bert.model.config import BertConfig
+from bert2bert.model.flops import forward_flops
+from bert2bert.operators.growth import plan_growth
+from bert2bert.plan import GrowthPlan
+
+if TYPE_CHECKING:
+    from bert2bert.shards.writing import TargetSpec
+
+FORMATS = ("universal", "zero", "hub")
+PRECISIONS = ("fp32", "bf16", "fp16")
+_NO_HYPER = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """A source opened as a model, and the plan by which it grows; plan names are canonical."""
+
+    model: CheckpointModel
+    plan: GrowthPlan
+
+
+def open_growth(
+    source: Path,
+    config: Path,
+    *,
+    source_config: Path | None = None,
+    tag: str | None = None,
+    width: str = "fpi",
+    depth: str = "stack",
+    seed: int = 0,
+    breaker: str | None = None,
+) -> Growth:
+    """Open a source and plan its growth into the target config's model; reads no tensor."""
+    target = read_config(config)
+    model = open_model(source, source_config, tag)
+    plan = plan_growth(model.config, target, width=width, depth=depth, seed=seed, breaker=breaker, heads=model.heads)
+    classes = [name for name, heads in model.table.classes.items() if heads == model.heads]
+    grown = dict(target) | {"architectures": classes[:1] or target.get("architectures")}
+    return Growth(model, replace(plan, config=grown))
+
+
+# ---------------------------------------------------------------------------------------------------- plan
+
+
+def describe(growth: Growth) -> dict[str, Any]:
+    """What a growth will do, as plain data: sizes, exactness, cost, and the origin of every target tensor."""
+    model, plan = growth.model, growth.plan
+    states = len(model.source.states)
+    source_numel = sum(prod(p.shape) for p in model.parameters.values())
+    target_numel = sum(prod(t.shape) for t in plan.tensors.values())
+    per_token = [_flops_per_token(c) for c in (model.config, plan.config)] if "mlm" in model.heads else None
+    return {
+        "source": model.source.identity(),
+        "prefix": model.prefix,
+        "operators": plan.recipe,
+        "digest": plan.digest(),
+        "exactness": _exactness(plan),
+        "warnings": list(plan.warnings),
+        "parameters": [source_numel, target_numel],
+        "bytes_read": 4 * states * source_numel,
+        "bytes_written": 4 * states * target_numel,
+        "forward_flops_per_token": per_token,
+        "tensors": {
+            name: {
+                "shape": list(t.shape),
+                "from": [model.stored(s) for s in t.sources],
+                "axes": t.spec,
+                "how": _how(t),
+            }
+            for name, t in plan.tensors.items()
+        },
+    }
+
+
+def _how(tensor: Any) -> str:
+    if not tensor.terms:
+        return f"fill {tensor.fill.kind}"
+    grown = any(d.param or d.grad or not d.full for t in tensor.terms for d in t.dims)
+    text = "copy" if not grown else "corner" if tensor.fill else "grow"
+    if len(tensor.terms) > 1:
+        text += ", fresh units from above"
+    if tensor.fill:
+        text += f" + {tensor.fill.kind} fill"
+    return text + (" + noise" if tensor.noise else "")
+
+
+def _flops_per_token(config: dict[str, Any]) -> float:
+    """Forward FLOPs of one token in a row of full length, 15 % of tokens through the head."""
+    length = int(config["max_position_embeddings"])
+    c = BertConfig.from_hf(config)
+    return forward_flops(c, real_tokens=length, attended=length**2, predicted=round(0.15 * length)) / length
+
+
+def _exactness(plan: GrowthPlan) -> dict[str, list[str]]:
+    e = plan.exactness
+    return {"function": list(e.function), "moments": list(e.moments)}
+
+
+def summary(growth: Growth) -> str:
+    """The growth in a few lines, for a terminal."""
+    d = describe(growth)
+    model, plan = growth.model, growth.plan
+    step = model.source.counters.get("global_steps")
+    lines = [
+        f"source   {model.source.path} ({model.source.form}"
+        + (f", stage {model.source.stage}, world size {model.source.world_size}" if model.source.stage else "")
+        + (f", step {step}" if step is not None else "")
+        + (f", name prefix {model.prefix!r}" if model.prefix else "")
+        + ")",
+        f"operator width {plan.recipe['width']}, depth {plan.recipe['depth']}, seed {plan.recipe['seed']}"
+        + (f", symmetry breaker {plan.recipe['break_symmetry']}" if plan.recipe["break_symmetry"] else ""),
+        "axes     " + (", ".join(f"{a} {s} -> {t}" for a, (s, t) in plan.recipe["axes"].items()) or "unchanged"),
+        f"layers   {' '.join(map(str, plan.recipe['layers']))}",
+        f"size     {d['parameters'][0]:,} -> {d['parameters'][1]:,} parameters, "
+        f"{d['bytes_read'] / 1e9:.3g} GB read, {d['bytes_written'] / 1e9:.3g} GB written "
+        f"({', '.join(model.source.states)})",
+    ]
+    if d["forward_flops_per_token"]:
+        small, large = d["forward_flops_per_token"]
+        lines.append(f"compute  {small / 1e6:.4g} -> {large / 1e6:.4g} MFLOP a token forward ({large / small:.2f}x)")
+    for what, reasons in d["exactness"].items():
+        lines.append(f"{what:8} " + ("exact" if not reasons else "not exact: " + "; ".join(reasons)))
+    return "\n".join(lines + [f"warning  {text}" for text in d["warnings"]])
+
+
+# ---------------------------------------------------------------------------------------------------- grow
+
+
+def accept(growth: Growth, lossy: bool) -> None:
+    """Raise LossyGrowth for a plan that misses its operator's promise, unless that was accepted."""
+    reasons = growth.plan.exactness.lossy
+    if reasons and not lossy:
+        raise LossyGrowth(
+            "this width cannot keep the function:\n  " + "\n  ".join(reasons) + "\n"
+            "Choose a width that is a multiple of the source's, or accept the change with --lossy; "
+            "the drift is then measured and stored."
+        )
+
+
+def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str | None) -> TargetSpec:
+    """Everything about the checkpoint to write but its values. layout: optimizer groups, None = as the source has."""
+    from bert2bert.shards.writing import TargetGroup, TargetSpec
+
+    model, plan = growth.model, growth.plan
+    source = model.source
+    frozen = [name for name, meta in source.tensors.items() if not meta.trainable]
+    if frozen and form != "hub":
+        raise UnsupportedGrowth(
+            f"{source.path}: {len(frozen)} parameters were frozen in the source run (first {frozen[0]}) and have no "
+            f"optimizer state to grow.\nGrow the weights alone with --format hub, or unfreeze them and save again."
+        )
+    origins = {model.stored(n): (t.sources or (None,))[0] for n, t in plan.tensors.items()}
+    groups = source.groups or []
+    of_name = {name: i for i, group in enumerate(groups) for name in group["names"]}
+    known = source.manifest.get("group_layout") if source.manifest else _layout_of(groups)
+    chosen = layout or known or ("source" if groups else "layers")
+
+    def group_of(name: str) -> int | None:
+        origin = origins[name]
+        return of_name.get(model.stored(origin)) if origin else next(
+            (i for i, g in enumerate(groups) if bool(g.get("weight_decay")) == decays(name)), None
+        )  # fmt: skip
+
+    def hyper(name: str, decay: bool) -> dict[str, Any]:
+        i = group_of(name)
+        if i is not None:
+            return {k: v for k, v in groups[i].items() if k != "names"}
+        return _NO_HYPER | {"weight_decay": 0.01 if decay else 0.0}
+
+    def step(name: str) -> int:
+        origin = origins[name]
+        if origin is None or len(source.states) == 1:
+            return int(source.counters.get("global_steps") or 0) if origin is None else 0
+        return source.step(model.stored(origin))
+
+    names = list(origins)
+    if chosen == "source":
+        made = [("group", True, tuple(n for n in names if group_of(n) == i)) for i in range(len(groups))]
+        sets = [(f"group.{i}", d, ns) for i, (_, d, ns) in enumerate(made) if ns]
+    else:
+        sets = [(g.part, g.decay, g.names) for g in param_groups(names, chosen)]
+    return TargetSpec(
+        shapes={model.stored(n): t.shape for n, t in plan.tensors.items()},
+        aliases={model.stored(a): model.stored(b) for a, b in plan.aliases.items()},
+        config=plan.config,
+        groups=tuple(TargetGroup(part, decay, ns, hyper(ns[0], decay), step(ns[0])) for part, decay, ns in sets),
+        group_layout=chosen,
+        precision=precision or _precision(source, form),
+        states=source.states if form != "hub" else source.states[:1],
+        counters={k: int(source.counters.get(k) or 0) for k in ("global_steps", "global_samples", "skipped_steps")},
+        lr_scheduler=source.lr_scheduler,
+        loss_scaler=source.loss_scaler,
+        client_state={
+            k: v for k, v in source.client_state.items() if k not in ("bert2bert", "universal_checkpoint_info")
+        },
+        buffers=source.buffers,
+        extra_files=_tokenizer_files(source.path, source.folder) if form == "hub" else {},
+    )
+
+
+def _layout_of(groups: list[dict[str, Any]]) -> str | None:
+    """The layout whose rule gives exactly these groups, if any."""
+    have = [tuple(g["names"]) for g in groups]
+    ordered = [name for names in have for name in names]
+    for layout in LAYOUTS if have else ():
+        if {frozenset(g.names) for g in param_groups(ordered, layout)} == {frozenset(n) for n in have}:
+            return layout
+    return None
+
+
+def _precision(source: Any, form: str) -> str:
+    """A run goes on in its own precision; a hub folder made from fp32 masters keeps them whole."""
+    return "fp32" if form == "hub" and source.form != "hub" else source.precision
+
+
+def _tokenizer_files(*folders: Path) -> dict[str, bytes]:
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+    found = {}
+    for folder in folders:
+        for name in names:
+            if (folder / name).is_file():
+                found[name] = (folder / name).read_bytes()
+    return found
+
+
+def grow(
+    source: Path,
+    target: Path,
+    config: Path,
+    *,
+    form: str = "universal",
+    stage: int | None = None,
+    world_size: int | None = None,
+    precision: str | None = None,
+    layout: str | None = None,
+    lossy: bool = False,
+    measure: bool = True,
+    bins: Path | None = None,
+    comm: Any = None,
+    say: Callable[[str], None] = print,
+    **how: Any,
+) -> Path:
+    """Grow a checkpoint and commit it; the folder written. ``how``: options of `open_growth`.
+
+    Every rank of ``comm`` calls this alike; rank 0 reports, measures the change of the function (streamed, one layer in
+    memory) and commits. Raises UserError of all kinds, with nothing left behind.
+    """
+    from bert2bert.realise import realise
+    from bert2bert.shards.transfer import write_checkpoint
+    from bert2bert.shards.writing import check_target
+    from bert2bert.verify import drift
+
+    if form == "zero" and (stage is None or world_size is None):
+        raise InvalidConfig(
+            "--format zero needs --stage 1|2|3 and --world-size N: native shards are written for one "
+            "stage and one number of data-parallel ranks.\nThe default --format universal fits any."
+        )
+    if form != "zero" and (stage is not None or world_size is not None):
+        raise InvalidConfig(f"--stage and --world-size belong to --format zero, not to --format {form}; leave them out")
+    first = comm is None or comm.Get_rank() == 0
+    growth = open_growth(source, config, **how)
+    accept(growth, lossy)
+    spec = target_spec(growth, form=form, layout=layout, precision=precision)
+    check_target(target, spec, form)
+    if first:
+        say(summary(growth))
+    model, plan = growth.model, growth.plan
+    canonical = {model.stored(n): n for n in plan.tensors}
+
+    def values(name: str, state: str, start: int, stop: int) -> Any:
+        return realise(plan.tensors[canonical[name]].narrow(start, stop), state, model.read)
+
+    measured = drift(growth, bins) if measure and first and "mlm" in model.heads else None
+    if measured and first:
+        say(measured.render())
+    manifest = {
+        "operators": plan.recipe,
+        "plan_digest": plan.digest(),
+        "source": model.source.identity(),
+        "source_config": model.config,
+        "source_spent": _spent(model.source.manifest),
+        "prefix": model.prefix,
+        "exactness": _exactness(plan),
+        "warnings": list(plan.warnings),
+        "drift": measured.as_dict() if measured else None,
+        "versions": {"bert2bert": version("bert2bert"), "torch": version("torch")},
+    }
+    total = len(spec.states) * 4 * sum(prod(s) for s in spec.shapes.values())
+    with _progress(total, first) as bar:
+        folder = write_checkpoint(
+            target, spec, values, form=form, stage=stage, world_size=world_size, manifest_growth=manifest, comm=comm,
+            progress=bar.update,
+        )  # fmt: skip
+    if first:
+        say(f"written  {folder}")
+    return folder
+
+
+def _spent(manifest: dict[str, Any] | None) -> dict[str, float] | None:
+    """What training the source cost, by its own manifest, its own source's cost included."""
+    training = (manifest or {}).get("training")
+    if not training:
+        return None
+    spent: dict[str, float] = training["spent"]
+    return spent
+
+
+def _progress(total: int, show: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, disable=not show or not sys.stderr.isatty(), desc="growing")
