@@ -5,8 +5,7 @@ require gradients in that step (no backward, no share in the gradient norm) *and
 momentum, no decay, no step count). Either alone fails: the first still moves weights by momentum and decay, the second
 still lets gradients into the norm; ZeRO-3 moreover re-applies the last gradient of a parameter that gets none.
 
-Refused: what would train or save wrongly in silence (`round_robin_gradients`, whose checkpoints cannot be addressed by
-name; `BF16_Optimizer`, whose files lack their stage; NVMe offload, whose states are not in memory to be checked).
+Refused: a ds_config that bert2bert.train.ds_config refuses, and a precision that the device lacks.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from bert2bert.errors import InvalidConfig
 from bert2bert.groups import Group, param_groups
 from bert2bert.model.batch import Batch
 from bert2bert.model.program import LayerProgram
+from bert2bert.train.ds_config import resolve
 
 if TYPE_CHECKING:
     from bert2bert.recipe import Recipe
@@ -76,7 +76,8 @@ class Engine:
 
     ``ds``: the DeepSpeed engine; ``names``: every parameter in model order (tied ones once); ``groups``: the optimizer's
     groups, index by index; ``stage``: ZeRO stage 0 to 3; ``precision``: fp32, bf16 or fp16; ``micro_rows``: rows of one
-    micro-batch of one rank; ``accumulation``: micro-batches a step.
+    micro-batch of one rank; ``accumulation``: micro-batches a step; ``grad_norm``: 2-norm of the last step's gradient
+    over all ranks before clipping (None: DeepSpeed computed none).
     """
 
     def __init__(self, ds: Any, model: torch.nn.Module, groups: list[Group], device: torch.device) -> None:
@@ -92,6 +93,8 @@ class Engine:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.micro_rows = int(ds.train_micro_batch_size_per_gpu())
         self.accumulation = int(ds.gradient_accumulation_steps())
+        self.grad_norm: float | None = None
+        self._scales_loss = self.precision != "fp16" or hasattr(ds.optimizer, "scale_if_loss")
 
     @property
     def optimizer(self) -> FreezableAdamW:
@@ -129,15 +132,28 @@ class Engine:
 
     def forward(self, batch: Batch, program: LayerProgram | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(mean loss over the predicted positions, correct predictions, predictions) of one micro-batch."""
-        return self.ds(batch, program)
+        output = self.ds(batch, program)
+        return output.loss, output.correct, output.predicted
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of one micro-batch's loss (divided by ``accumulation``; scaled in fp16)."""
-        if self.precision == "fp16" and not hasattr(self.ds.optimizer, "scale_if_loss"):
+        if not self._scales_loss:
             # Stage 0: DeepSpeed 0.19.8 divides gradients by a loss scale that it never multiplied the loss with.
-            loss = loss.float() * self.ds.optimizer.loss_scale_config.cur_scale
+            loss = loss.float() * (self.loss_scale or 1.0)
         self.ds.backward(loss)
-        self.ds.step()  # an optimizer step at the accumulation boundary, bookkeeping elsewhere
+        if not self.ds.is_gradient_accumulation_boundary():
+            self.ds.step()  # bookkeeping only
+            return
+        scale = self.loss_scale or 1.0
+        found = [p.grad for p in self.parameters.values() if p.grad is not None]
+        plain = torch.nn.utils.get_total_norm(found) if self.stage == 0 and self.precision == "fp32" else None
+        self.ds.step()
+        # Stage 0 in fp32: DeepSpeed clips by the norm but never tells it.
+        norm = self.ds.get_global_grad_norm() if plain is None else plain
+        if norm is not None and self.precision == "fp16":
+            # Stage 0 tells the scaled norm, stage 3 divides by the scale of the next step.
+            norm = norm / scale * {0: 1.0, 3: self.loss_scale}.get(self.stage, scale)
+        self.grad_norm = None if norm is None else float(norm)
 
     @property
     def step_skipped(self) -> bool:
@@ -151,12 +167,6 @@ class Engine:
             return None
         config = getattr(self.ds.optimizer, "loss_scale_config", None)
         return float(config.cur_scale if config is not None and self.stage == 0 else self.ds.optimizer.loss_scaler.cur_scale)
-
-    @property
-    def grad_norm(self) -> float | None:
-        """2-norm of the last step's gradient before clipping, over all ranks; None when DeepSpeed computes none."""
-        norm = self.ds.get_global_grad_norm()
-        return None if norm is None else float(norm)
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over the ranks, exact for counts below 2**53."""
@@ -208,22 +218,11 @@ def restore_linear() -> None:
 def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) -> Engine:
     """The engine that trains ``model`` (a bert2bert Bert, in fp32 on any device) as the recipe says.
 
-    ``ds_config``: DeepSpeed's own, with its batch sizes consistent with ``recipe.batch_rows``; optimizer, schedule and
-    clipping come from the recipe. Call `start` first. Raises InvalidConfig for an option that is refused here.
+    ``ds_config``: DeepSpeed's own, see bert2bert.train.ds_config.resolve. Joins the process group by `start` if that was
+    not done. Raises InvalidConfig for an option that is refused.
     """
     device = start()
-    zero = ds_config.get("zero_optimization") or {}
-    if zero.get("round_robin_gradients"):
-        raise InvalidConfig(
-            "ds_config: zero_optimization.round_robin_gradients is true; DeepSpeed then addresses checkpoint slices in "
-            "another order than it says, and weights are lost in silence. Remove the option"
-        )
-    for part in ("offload_optimizer", "offload_param"):
-        if (zero.get(part) or {}).get("device") == "nvme":
-            raise InvalidConfig(
-                f"ds_config: zero_optimization.{part}.device is 'nvme'; checkpoints could not be verified. "
-                "Use 'cpu' or remove it"
-            )
+    settings = resolve(dict(ds_config), recipe, dist.get_world_size())
     parameters = dict(model.named_parameters())
     groups = param_groups(parameters, GROUP_LAYOUT)
     decay = recipe.optimizer.weight_decay
@@ -237,31 +236,17 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) 
         eps=recipe.optimizer.eps,
         fused=True,
     )
-    config = {
-        **ds_config,
-        "gradient_clipping": recipe.clip,
+    settings |= {
         "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,  # a subclass of AdamW counts as one
-        "zero_force_ds_cpu_optimizer": False,  # the same optimizer, steps skipped alike, on an offloaded partition
+        "zero_force_ds_cpu_optimizer": False,  # the same optimizer, resting layers skipped alike, on an offloaded partition
     }
-    _plain_outputs(model)
-    ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    if type(ds.optimizer).__name__ == "BF16_Optimizer":
-        raise InvalidConfig(
-            "ds_config: bf16 with ZeRO stage 1 and data_types.grad_accum_dtype fp32 makes DeepSpeed write checkpoints "
-            "that do not name their stage; use stage 2 or remove data_types"
-        )
+    try:
+        ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    except ValueError as error:  # DeepSpeed's sanity check of the precision
+        if "not supported on your device" not in str(error):
+            raise
+        raise InvalidConfig(f"ds_config: {error} ({device.type}); enable another precision, or none for fp32") from error
     engine = Engine(ds, model, groups, device)
     engine.optimizer.state.clear()  # 16-bit stage 0: the count of that step at start
     return engine
 
-
-def _plain_outputs(model: torch.nn.Module) -> None:
-    """Make the model return a tuple: DeepSpeed hangs its backward hooks onto tensors, tuples and dicts only."""
-    inner = model.forward
-
-    def forward(batch: Batch, program: LayerProgram | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        output = inner(batch, program)
-        return output.loss, output.correct, output.predicted
-
-    model.forward = forward  # type: ignore[method-assign]
