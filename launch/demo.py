@@ -36,11 +36,6 @@ class Step:
 
 def steps(out: Path, port: int) -> list[Step]:
     """The demo's commands, as a user would type them in the project's folder."""
-    sys.path.insert(0, str(ROOT))
-    from bert2bert.data.corpus import books
-
-    text = books()
-    held_out = text.pop(HELD_OUT)
     bins, small, grown, base, scratch = (str(out / name) for name in ("bins", "small", "grown", "bert2bert", "scratch"))
     target = "recipes/configs/demo_base.json"
 
@@ -53,24 +48,17 @@ def steps(out: Path, port: int) -> list[Step]:
     return [
         Step(
             "Seven novels to token bins, one of them held out",
-            [
-                *("bert2bert", "prepare", "--text", *(_short(file) for file in text.values())),
-                *("--heldout-text", _short(held_out), "--vocab-size", "1024", "--output", bins),
-            ],
+            ["bert2bert", "prepare", "--corpus", HELD_OUT, "--vocab-size", "1024", "--output", bins],
         ),
         Step("A small BERT from random weights", pretrain("demo_small", small)),
         Step("What is in its checkpoint", ["bert2bert", "inspect", small]),
         Step("What growing it would do", ["bert2bert", "plan", small, *growth]),
-        Step("Grow it, optimizer state included", ["bert2bert", "grow", small, grown, *growth]),
-        Step("Compare the grown checkpoint with its source", ["bert2bert", "verify", small, grown]),
+        Step("Grow it, optimizer state included", ["bert2bert", "grow", small, grown, *growth, "--bins", bins]),
+        Step("Compare the grown checkpoint with its source", ["bert2bert", "verify", small, grown, "--bins", bins]),
         Step("Pre-train the grown model in two stages", pretrain("demo_bert2bert", base, "--resume", grown)),
         Step("The same target from random weights", pretrain("demo_scratch", scratch)),
         Step("What growing saved", ["bert2bert", "report", scratch, base, "--output", str(out / "report")]),
     ]
-
-
-def _short(file: Path) -> str:
-    return os.path.relpath(file, ROOT)
 
 
 def run(step: Step, limit: float = STEP_SECONDS) -> tuple[int, float]:

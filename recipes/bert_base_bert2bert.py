@@ -16,9 +16,9 @@ The settings, as far as they could be confirmed:
                                      and the head learn; 5 epochs of them before the whole model
   from memory of the paper           40 epochs in all, 512 rows a step, peak rate 1e-4, 10,000 steps of warm-up, English
                                      Wikipedia + BookCorpus, masked LM only, the embeddings do not learn in stage one
-  assumed                            rows of 512 tokens, linear decay, one schedule over both stages, Adam betas and
-                                     eps, weight decay 0.01, clipping at 1, dropout 0.1, mask share 0.15; the optimizer's
-                                     moments are grown with the weights, where the paper is silent (and started afresh)
+  assumed                            rows of 512 tokens, linear decay, one schedule over both stages, Adam betas
+                                     and eps, weight decay 0.01, clipping at 1, dropout 0.1, mask share 0.15;
+                                     moments grown with the weights (the paper starts them afresh, from memory)
 """
 
 from bert2bert.recipe import AdamW, Data, Full, Phase, Recipe, Schedule, SubModels

@@ -8,7 +8,7 @@ Machine:   2 CPU cores, a few minutes.
 Expected:  not yet run in this form. It starts between the source and a random start, for neither AKI nor stacking keeps
            the function, and should reach the scratch run's final loss early.
 
-The share of sub-model steps, one eighth, is the paper's 5 epochs of 40; stages of 2 of 4 layers where the paper has 3 of
+The share of sub-model steps, one eighth, is the paper's 5 epochs of 40; stages of 2 of 4 layers where it has 3 of
 12. The rate needs no long warm-up, as the optimizer's moments were grown with the weights.
 """
 

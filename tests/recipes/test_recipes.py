@@ -1,0 +1,84 @@
+"""The shipped recipes: they load, say what the house requires, agree with each other and with the paper's settings."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from bert2bert.recipe import Full, SubModels, from_dict, load_recipe
+from bert2bert.train.ds_config import read, resolve
+from bert2bert.train.schedules import lr_at, peak_of
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+
+
+def recipe(name: str):
+    return load_recipe(ROOT / "recipes" / f"{name}.py")
+
+
+def test_every_experiment_has_its_file() -> None:
+    assert {path.stem for path in RECIPES} >= {
+        "bert_small", "bert_base_scratch", "bert_base_bert2bert", "demo_small", "demo_scratch", "demo_bert2bert",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads_and_its_header_says_command_machine_and_expectation(path: Path) -> None:
+    found = load_recipe(path)
+    assert from_dict(found.to_dict()) == found
+    header = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for word in ("Command:", "Machine:", "Expected:", f"recipes/{path.name}", "launch/pretrain.py --ds_config"):
+        assert word in header
+    ds_config = next(word for word in header.split() if word.startswith("ds_configs/"))
+    resolve(read(ROOT / ds_config), found, int(header.split("--num_gpus")[1].split()[0]))
+
+
+@pytest.mark.parametrize(("grown", "config"), [("bert_base_bert2bert", "bert_base"), ("demo_bert2bert", "demo_base")])
+def test_the_growth_target_is_the_model_that_is_trained(grown: str, config: str) -> None:
+    assert json.loads((ROOT / "recipes" / "configs" / f"{config}.json").read_text()) == recipe(grown).model
+
+
+@pytest.mark.parametrize(
+    ("small", "scratch", "grown"),
+    [("bert_small", "bert_base_scratch", "bert_base_bert2bert"), ("demo_small", "demo_scratch", "demo_bert2bert")],
+)
+def test_the_comparison_is_fair(small: str, scratch: str, grown: str) -> None:
+    small, scratch, grown = recipe(small), recipe(scratch), recipe(grown)
+    for key in ("model", "data", "batch_rows", "optimizer", "clip", "seed", "steps", "eval_every"):
+        assert getattr(scratch, key) == getattr(grown, key), key
+    assert small.data == grown.data
+    head = {r.model["hidden_size"] // r.model["num_attention_heads"] for r in (small, grown)}
+    assert len(head) == 1, "growth adds whole heads"
+    for key in ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps"):
+        assert small.model[key] == grown.model[key], key
+
+
+@pytest.mark.parametrize("name", ["bert_base_bert2bert", "demo_bert2bert"])
+def test_two_stages_follow_one_unbroken_schedule(name: str) -> None:
+    found = recipe(name)
+    first, second = found.phases
+    assert isinstance(first.program, SubModels) and isinstance(second.program, Full)
+    assert first.steps / found.steps == pytest.approx(5 / 40)
+    end = lr_at(first.schedule, peak_of(first.schedule, found.optimizer.lr), first.steps, first.steps)
+    start = peak_of(second.schedule, found.optimizer.lr)
+    assert second.schedule.warmup_steps == 0 and start == pytest.approx(end, rel=1e-12)
+    slopes = [
+        (lr_at(p.schedule, peak_of(p.schedule, found.optimizer.lr), s + 1, p.steps)
+         - lr_at(p.schedule, peak_of(p.schedule, found.optimizer.lr), s, p.steps))
+        for p, s in ((first, first.steps - 1), (second, 0))
+    ]  # fmt: skip
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-6)
+
+
+def test_the_papers_settings() -> None:
+    grown, source = recipe("bert_base_bert2bert"), recipe("bert_small")
+    assert (source.layers, source.model["hidden_size"]) == (12, 512)
+    assert (grown.layers, grown.model["hidden_size"], grown.model["num_attention_heads"]) == (12, 768, 12)
+    assert grown.phases[0].program == SubModels(layers_per_stage=3)
+    assert (grown.batch_rows, grown.optimizer.lr, grown.phases[0].schedule.warmup_steps) == (512, 1e-4, 10_000)
+    tokens = grown.steps * grown.batch_rows * grown.data.seq_len
+    assert tokens == pytest.approx(1e6 * 256 * 512), "40 epochs are BERT's million steps of 256 rows"

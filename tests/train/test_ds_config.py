@@ -1,0 +1,125 @@
+"""ds_configs: what is filled in, what is refused, and that DeepSpeed itself reads every file that is shipped."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from bert2bert.errors import InvalidConfig
+from bert2bert.recipe import AdamW, Data, Phase, Recipe
+from bert2bert.train.ds_config import ALLOWED, REFUSED, read, resolve
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+MODEL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 64, "max_position_embeddings": 32}  # fmt: skip
+RECIPE = Recipe("tiny", MODEL, Data("bins", 32), 512, (Phase("full", 10),), AdamW(1e-3), clip=0.5)
+CONFIG = {"train_micro_batch_size_per_gpu": 32, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+
+
+def test_batch_sizes_and_clipping_come_from_the_recipe() -> None:
+    before = copy.deepcopy(CONFIG)
+    found = resolve(CONFIG, RECIPE, 4)
+    assert found["train_batch_size"] == 512
+    assert found["gradient_accumulation_steps"] == 4
+    assert found["gradient_clipping"] == 0.5
+    assert found["zero_allow_untested_optimizer"] is True
+    assert found["zero_optimization"] == {"stage": 2} and found["bf16"] == {"enabled": True}
+    assert before == CONFIG
+    assert resolve(found, RECIPE, 4) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu is None; expected the rows"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, "train_micro_batch_size_per_gpu is 'auto'"),
+        ({"train_micro_batch_size_per_gpu": 48}, "makes 192 rows, which do not divide the recipe's batch_rows, 512"),
+        ({"train_micro_batch_size_per_gpu": 256}, "set train_micro_batch_size_per_gpu to a divisor of 128"),
+        ({"train_batch_size": 256}, "train_batch_size is 256, but the recipe's batch_rows, 512"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2, but"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but the recipe's clip is 0.5"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer': it belongs to the recipe (recipe.optimizer); remove it"),
+        ({"scheduler": {"type": "WarmupLR"}}, "'scheduler': it belongs to the recipe"),
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation': did you mean 'zero_optimization'"),
+        ({"elasticity": {"enabled": True}}, "'elasticity'"),
+        ({"pipeline": {"stages": 2}}, "'pipeline'"),
+        ({"fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
+        ({"bf16": True}, "bf16 is True; expected an object"),
+        ({"bf16": {"enabled": "auto"}}, "bf16.enabled is 'auto'"),
+        ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "no fp32 master weights"),
+        ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer is not true"),
+        ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; expected 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2'"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "weights are lost in silence"),
+        ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "elastic_checkpoint"),
+        ({"zero_optimization": {"stage": 2, "ignore_unused_parameters": False}}, "ignore_unused_parameters"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size is 8"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is 'nvme'"),
+        (
+            {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "use stage 2, or remove data_types",
+        ),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        resolve({**CONFIG, **change}, RECIPE, 4)
+    assert message in str(caught.value)
+
+
+def test_a_number_of_ranks_that_does_not_divide_the_batch_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="run on a number of ranks that divides 512"):
+        resolve(CONFIG, RECIPE, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"elasticity": {"enabled": False}},
+        {"optimizer": None},
+        {"zero_optimization": {"stage": 2, "round_robin_gradients": False}},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}},
+    ],
+)
+def test_what_is_switched_off_or_harmless_passes(change: dict) -> None:
+    assert resolve({**CONFIG, **change}, RECIPE, 1)["train_batch_size"] == 512
+
+
+def test_no_key_is_both_allowed_and_refused() -> None:
+    assert not set(ALLOWED) & set(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is no JSON"), ("[1]", "holds a list; expected a JSON object"), (None, "no ds_config")]
+)
+def test_an_unreadable_file_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InvalidConfig, match=message):
+        read(path)
+
+
+def test_one_file_is_shipped_for_each_stage_and_precision() -> None:
+    assert {path.stem for path in SHIPPED} == {f"zero{s}_{p}" for s in (1, 2, 3) for p in ("bf16", "fp16", "cpu")}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_file_says_what_its_name_says_and_deepspeed_reads_it(path: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = resolve(read(path), RECIPE, 1)
+    stage, precision = path.stem.removeprefix("zero").split("_")
+    found = DeepSpeedConfig(json.loads(json.dumps(config)))
+    assert found.zero_optimization_stage == int(stage)
+    assert found.bfloat16_config.enabled == (precision == "bf16")
+    assert found.float16_config.enabled == (precision == "fp16")
+    assert found.gradient_accumulation_steps == 512 // config["train_micro_batch_size_per_gpu"]
+    assert found.gradient_clipping == 0.5
+    assert {"optimizer", "scheduler", "train_batch_size", "gradient_clipping"}.isdisjoint(read(path))

@@ -1,0 +1,112 @@
+"""Ranks from the environments that launchers really set (recorded), and clear refusals of broken ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from bert2bert.errors import InvalidConfig
+from bert2bert.train.ranks import Ranks, first_host, set_up
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1",
+            "MASTER_PORT": "29501"}  # fmt: skip
+DEEPSPEED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "29500"}  # fmt: skip
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-vm-9999@1"}  # fmt: skip
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+SRUN = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8",
+        "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected", "address"),
+    [
+        (TORCHRUN, (3, 1, 4), "n1"),
+        (DEEPSPEED, (1, 1, 2), "127.0.0.1"),
+        (OPEN_MPI, (1, 1, 2), "127.0.0.1"),
+        (MPICH, (1, 1, 2), "127.0.0.1"),
+        (SRUN, (5, 1, 8), "gpu07"),
+        (SRUN | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "gpu07"}, (5, 1, 8), "127.0.0.1"),
+        ({}, (0, 0, 1), "127.0.0.1"),
+        # mpirun starts its daemons with srun, so its ranks see the daemon's SLURM_PROCID too
+        (SRUN | OPEN_MPI, (1, 1, 2), "127.0.0.1"),
+        (SRUN | MPICH, (1, 1, 2), "127.0.0.1"),
+        (SRUN | TORCHRUN, (3, 1, 4), "n1"),
+    ],
+)
+def test_every_launcher_is_understood(environ: dict, expected: tuple, address: str) -> None:
+    environ = dict(environ)
+    found = set_up(environ)
+    assert (found.rank, found.local, found.world) == expected
+    assert [int(environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == list(expected)
+    assert environ["MASTER_ADDR"] == address
+    assert 1024 < int(environ["MASTER_PORT"]) < 65536
+
+
+def test_set_up_twice_finds_the_same() -> None:
+    environ = dict(OPEN_MPI)
+    first = set_up(environ)
+    once = dict(environ)
+    second = set_up(environ)
+    assert environ == once and (first.rank, first.local, first.world) == (second.rank, second.local, second.world)
+
+
+def test_what_the_user_sets_is_kept() -> None:
+    environ = SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4444"}
+    set_up(environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "4444")
+
+
+def test_ranks_of_one_job_agree_on_a_port_and_jobs_differ() -> None:
+    def port(environ: dict) -> str:
+        environ = dict(environ)
+        set_up(environ)
+        return environ["MASTER_PORT"]
+
+    assert port(OPEN_MPI) == port(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"})
+    assert port(OPEN_MPI) != port(OPEN_MPI | {"PMIX_NAMESPACE": "prterun-vm-1234@1"})
+    assert port(SRUN) == port(SRUN | {"SLURM_PROCID": "0"})
+    assert port(SRUN) != port(SRUN | {"SLURM_JOB_ID": "78"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is None; expected a whole number"),
+        ({"WORLD_SIZE": "2"}, "RANK is None"),
+        (TORCHRUN | {"RANK": "one"}, "RANK is 'one'; expected a whole number, as deepspeed or torchrun sets it"),
+        (TORCHRUN | {"RANK": "4"}, "says rank 4 (local 1) of 4; expected ranks below 4"),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_LOCAL_RANK is None"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "-x MASTER_ADDR=HOST"),
+        (MPICH | {"MPI_LOCALNRANKS": "1"}, "MASTER_ADDR is not set"),
+        ({"SLURM_STEP_ID": "0"}, "SLURM_PROCID is None"),
+        ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, "outside srun"),
+    ],
+)
+def test_a_broken_environment_is_refused_with_the_variable(environ: dict, message: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        set_up(dict(environ))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[03-05,9],b", "gpu03"),
+        ("a[1]-ib,b", "a1-ib"),
+        ("rack-2-node[001-128]", "rack-2-node001"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_a_node_list_without_a_host_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="names no host"):
+        first_host("[1-2]")
+
+
+def test_one_process_is_rank_0_of_1() -> None:
+    assert set_up({}) == Ranks("one process", 0, 0, 1)

@@ -1,0 +1,187 @@
+"""Recipes: round trip, typed overrides, and one clear message for everything a user can get wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bert2bert.errors import InvalidConfig
+from bert2bert.recipe import AdamW, Data, Full, Phase, Recipe, Schedule, SubModels, from_dict, load_recipe
+
+TINY = '''"""A recipe for tests."""
+from bert2bert.recipe import AdamW, Data, Full, Phase, Recipe, Schedule, SubModels
+
+recipe = Recipe(
+    name="tiny",
+    model={
+        "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": 64,
+    },
+    data=Data(bins="bins/tiny", seq_len=32),
+    batch_rows=8,
+    phases=(
+        Phase("sub-models", 10, SubModels(2), Schedule("linear", warmup_steps=2, peak=2e-3, final=0.5)),
+        Phase("full", 20),
+    ),
+    optimizer=AdamW(lr=1e-3),
+)
+'''
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY)
+    return path
+
+
+def test_to_dict_and_from_dict_are_inverse_and_json_ready(tiny: Path) -> None:
+    recipe = load_recipe(tiny)
+    plain = recipe.to_dict()
+    assert plain["phases"][0]["program"] == {"layers_per_stage": 2, "kind": "sub-models"}
+    assert plain["optimizer"]["betas"] == [0.9, 0.999]
+    assert from_dict(plain) == recipe
+
+
+def test_overrides_set_values_of_the_declared_type(tiny: Path) -> None:
+    recipe = load_recipe(
+        tiny,
+        ["phases.0.steps=6", "phases.0.program.layers_per_stage=1", "phases.1.schedule.kind=cosine", "data.bins=x y",
+         "optimizer.betas.1=0.98", "phases.0.schedule.peak=none", "model.hidden_dropout_prob=0", "clip=0"],
+    )  # fmt: skip
+    assert recipe.phases[0].steps == 6 and type(recipe.phases[0].steps) is int
+    assert recipe.phases[0].program == SubModels(1)
+    assert recipe.phases[0].schedule.peak is None
+    assert recipe.phases[1].program == Full()
+    assert recipe.phases[1].schedule.kind == "cosine"
+    assert recipe.data.bins == "x y"
+    assert recipe.optimizer.betas == (0.9, 0.98)
+    assert recipe.model["hidden_dropout_prob"] == 0.0
+    assert recipe.clip == 0.0
+
+
+def test_overrides_are_judged_together(tiny: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"warmup_steps is 2, more than the phase's 1 steps"):
+        load_recipe(tiny, ["phases.0.steps=1"])
+    assert load_recipe(tiny, ["phases.0.steps=1", "phases.0.schedule.warmup_steps=0"]).steps == 21
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("phases.0.step=1", "unknown key 'phases.0.step': did you mean 'steps'"),
+        ("optimiser.lr=1", "unknown key 'optimiser.lr': did you mean 'optimizer'"),
+        ("model.hiden_size=64", "unknown key 'model.hiden_size': did you mean 'hidden_size'"),
+        ("phases.2.steps=1", "unknown key 'phases.2.steps': known: 0, 1"),
+        ("phases.0=1", "'phases.0' is no single value; its parts: name, steps, program, schedule"),
+        ("seed.x=1", "unknown key 'seed.x': it has no parts"),
+        ("phases.1.program.kind=sub-models", "unknown key 'phases.1.program.kind': it has no parts"),
+        ("seed=1.5", "seed is '1.5'; expected a value of type int"),
+        ("clip=high", "clip is 'high'; expected a value of type float"),
+        ("seed", "override 'seed': expected KEY=VALUE"),
+        ("phases.0.steps=-1", "phase 'sub-models': steps is -1; expected a number of at least 0"),
+        ("phases.1.schedule.kind=cosin", "unknown schedule 'cosin': did you mean 'cosine'"),
+        ("phases.0.program.layers_per_stage=3", "does not divide the 4 layers of the model; expected one of [1, 2, 4]"),
+        ("phases.0.program.layers_per_stage=0", "layers_per_stage is 0; expected a number of at least 1"),
+        ("optimizer.name=lamb", "a flat ZeRO partition holds pieces of layers"),
+        ("optimizer.name=sgd", "optimizer.name is 'sgd'; expected 'adamw'"),
+        ("optimizer.lr=0", "optimizer.lr is 0.0; expected a number above 0"),
+        ("optimizer.lr=inf", "optimizer.lr is inf"),
+        ("optimizer.betas.0=1", "optimizer.betas.0 is 1.0; expected a number in [0, 1)"),
+        ("data.seq_len=128", "data.seq_len is 128, but model.max_position_embeddings is 64"),
+        ("data.mask_share=15", "data.mask_share is 15.0; expected a share between 0 and 1"),
+        ("model.num_attention_heads=3", "num_attention_heads"),
+        ("batch_rows=0", "batch_rows is 0; expected a number of at least 1"),
+        ("eval_every=0", "eval_every is 0"),
+        ("clip=-1", "clip is -1.0"),
+        ("phases.1.schedule.final=2", "schedule.final is 2.0; expected a number of at least 0 and at most 1"),
+        ("phases.1.name=sub-models", "expected different names"),
+        ("data.bins=", "data.bins is ''; expected the folder"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_name(tiny: Path, override: str, message: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        load_recipe(tiny, [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plain: plain.update(epochs=3), "unknown key 'epochs'"),
+        (lambda plain: plain["phases"][0]["program"].update(kind="sub-model"), "did you mean 'sub-models'"),
+        (lambda plain: plain["phases"][0]["program"].pop("kind"), "phases.0.program.kind is None"),
+        (lambda plain: plain["data"].update(seq_len="32"), "data.seq_len is '32'; expected a value of type int"),
+        (lambda plain: plain["data"].update(seq_len=True), "data.seq_len is True; expected a value of type int"),
+        (lambda plain: plain["optimizer"].update(betas=[0.9]), "optimizer.betas is [0.9]; expected 2 values"),
+        (lambda plain: plain.update(phases=3), "phases is 3; expected a list"),
+        (lambda plain: plain.update(data=3), "data is 3; expected a dict of bins"),
+        (lambda plain: plain.update(model=3), "model is 3; expected a dict"),
+        (lambda plain: plain.pop("optimizer"), "optimizer"),
+        (lambda plain: plain["model"].pop("hidden_size"), "hidden_size"),
+        (lambda plain: plain["model"].update(hidden_size="32"), "model.hidden_size is '32'"),
+    ],
+)
+def test_a_wrong_dict_is_refused_with_its_name(tiny: Path, change: object, message: str) -> None:
+    plain = load_recipe(tiny).to_dict()
+    change(plain)  # type: ignore[operator]
+    with pytest.raises(InvalidConfig) as caught:
+        from_dict(plain)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe = (", "cannot be run: SyntaxError"),
+        ("import nothing_of_that_name", "cannot be run: ModuleNotFoundError"),
+        ("x = 1", "defines no `recipe = Recipe(...)` (found NoneType)"),
+        (TINY.replace("batch_rows=8", "batch_rows=0"), "batch_rows is 0"),
+        (TINY.replace("batch_rows=8", "batch_row=8"), "batch_row"),
+        (TINY.replace('"vocab_size"', '"vocab_sise"'), "unknown key 'model.vocab_sise': did you mean 'vocab_size'"),
+    ],
+)
+def test_a_broken_file_is_refused_with_its_path(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(InvalidConfig) as caught:
+        load_recipe(path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="no recipe "):
+        load_recipe(tmp_path / "nowhere.py")
+
+
+def test_locate_walks_the_phases_and_skips_an_empty_one(tiny: Path) -> None:
+    recipe = load_recipe(tiny)
+    assert recipe.steps == 30 and recipe.layers == 4
+    assert [recipe.locate(s) for s in (0, 9, 10, 29)] == [(0, 0), (0, 9), (1, 0), (1, 19)]
+    with pytest.raises(ValueError, match="outside"):
+        recipe.locate(30)
+    assert load_recipe(tiny, ["phases.0.steps=0"]).locate(0) == (1, 0)
+
+
+def test_a_recipe_without_a_step_is_refused() -> None:
+    model = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+             "intermediate_size": 8, "max_position_embeddings": 8}  # fmt: skip
+    with pytest.raises(InvalidConfig, match="number of steps of all phases is 0"):
+        Recipe("none", model, Data("bins", 8), 1, (Phase("full", 0),), AdamW(1e-3))
+
+
+def test_a_constant_schedule_has_no_end_value() -> None:
+    with pytest.raises(InvalidConfig, match=r"schedule.final is 0.5; expected 0"):
+        Schedule("constant", final=0.5)
+
+
+def test_recipes_import_no_torch(tiny: Path) -> None:
+    code = (
+        "import sys; from bert2bert.recipe import load_recipe; from bert2bert.train import ds_config, programs, ranks;"
+        f"load_recipe({str(tiny)!r}, ['seed=3']); print(sorted(m for m in ('torch', 'deepspeed') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
