@@ -1,0 +1,226 @@
+"""What DeepSpeed's ``*_model_states.pt`` say: names, shapes, frozen parameters, buffers, counters, client state.
+
+ZeRO 1 and 2 write one such file, which also holds the low-precision weights; ZeRO 3 writes one a rank, without weights.
+Native and universal checkpoints share them. Refuses, as InvalidCheckpoint: files that are not of DeepSpeed, of ZeRO
+stage 0, of tensor or pipeline parallel runs, and ranks that contradict each other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert2bert.errors import InvalidCheckpoint
+from bert2bert.shards import torchfile
+
+_OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+MODEL = "mp_rank_00_model_states.pt"
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_OWN_KEYS = {
+    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments",
+    "shared_params", "lr_scheduler", "data_sampler", "random_ltd", "dp_world_size", "mp_world_size",
+    "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info", *COUNTERS,
+}  # fmt: skip
+_SAME_ON_ALL_RANKS = ("ds_version", "dp_world_size", "mp_world_size", *COUNTERS)
+
+
+def alike(paths: list[Path], values: list[Any], what: str) -> None:
+    """Every file says the same, or InvalidCheckpoint names the first that differs from the first of all."""
+    for path, value in zip(paths, values, strict=True):
+        if value != values[0]:
+            one, other = values[0], value
+            if isinstance(one, list) and isinstance(other, list):  # long lists: just where they part
+                at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+                one, other = (len(one), len(other)) if at is None else (one[at], other[at])
+            raise InvalidCheckpoint(
+                f"{path.parent}: files of different checkpoints are mixed: {what} is {one!r} in {paths[0].name} "
+                f"and {other!r} in {path.name}. Restore the files of one save, or use another tag."
+            )
+
+
+def hyper(group: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer group of a file without its parameter indices; numbers kept as tensors become numbers."""
+    plain = {k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in group.items()}
+    return {key: value for key, value in plain.items() if key != "params"}
+
+
+def optimizer_groups(
+    param_groups: list[dict[str, Any]], shapes: list[dict[str, tuple[int, ...]]], path: Path
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Groups as hyper-parameters and "names", and the group of each flat group (one each, or sub-groups)."""
+    owner = {flat: g for g, group in enumerate(param_groups) for flat in group["params"]}
+    if sorted(owner) != list(range(len(shapes))):
+        raise InvalidCheckpoint(
+            f"{path}: its optimizer groups own the flat groups {sorted(owner)}, but the model-states file describes "
+            f"{len(shapes)} of them: files of different checkpoints are mixed."
+        )
+    groups = [{**hyper(g), "names": [name for flat in g["params"] for name in shapes[flat]]} for g in param_groups]
+    return groups, [owner[flat] for flat in range(len(shapes))]
+
+
+def plain_scaler(states: dict[str, Any]) -> dict[str, Any] | None:
+    """The loss scaler's attributes (scale, counters, hysteresis) from an optimizer file; None if it has none."""
+    found = states.get("loss_scaler")
+    return {k: v for k, v in found.items() if k not in ("class", "dtype")} if isinstance(found, dict) else None
+
+
+def find_files(folder: Path) -> tuple[list[Path], list[Path], bool]:
+    """Model-states files and optimizer files in rank order, and whether the optimizer files are named as bf16's."""
+    names = sorted(p.name for p in folder.iterdir() if p.name.endswith("_states.pt"))
+    strange = [n for n in names if not (_OPTIM.fullmatch(n) or _MODEL3.fullmatch(n) or n == MODEL)]
+    parallel = [m[0] for n in names if (m := _OPTIM.fullmatch(n) or _MODEL3.fullmatch(n)) and int(m[m.lastindex or 0])]
+    if strange or parallel:
+        kind = "mixture-of-experts" if any("exp" in n for n in strange) else "tensor or pipeline parallel"
+        raise InvalidCheckpoint(
+            f"{folder}: {(strange or parallel)[0]} is a file of a {kind} run, which this program does not read. "
+            "Merge the model first (DeepSpeed's zero_to_fp32.py, then save_pretrained)."
+        )
+    optim = [m for n in names if (m := _OPTIM.fullmatch(n))]
+    model3 = [m for n in names if (m := _MODEL3.fullmatch(n))]
+    if len({m[1] for m in optim}) > 1 or (model3 and MODEL in names):
+        mixed = "bf16 and other" if not (model3 and MODEL in names) else "ZeRO-3 and other"
+        raise InvalidCheckpoint(f"{folder}: {mixed} shards are mixed in one tag. Remove those of the other run.")
+    models = sorted((int(m[1]), folder / m[0]) for m in model3) or [(0, folder / MODEL)] * (MODEL in names)
+    shards = sorted((int(m[2]), folder / m[0]) for m in optim)
+    if not models:
+        raise InvalidCheckpoint(f"{folder}: no *_model_states.pt; a shard file is missing or the copy is incomplete")
+    for kind, found in (("model-states", models), ("optimizer", shards)):
+        absent = sorted(set(range(found[-1][0] + 1)) - {r for r, _ in found}) if found else []
+        if absent:
+            raise InvalidCheckpoint(
+                f"{folder}: the {kind} files of ranks {ranks_text(absent)} are missing. Copy all ranks."
+            )
+    return [p for _, p in models], [p for _, p in shards], any(m[1] for m in optim)
+
+
+def ranks_text(ranks: list[int]) -> str:
+    """The first few numbers of a list of ranks."""
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def take(pieces: list[torch.Tensor], low: int, high: int) -> torch.Tensor:
+    """Elements [low, high) of flat pieces that follow each other; a view where one piece covers them."""
+    parts, base = [], 0
+    for piece in pieces:
+        begin, end = max(low, base), min(high, base + piece.numel())
+        if begin < end:
+            parts.append(piece[begin - base : end - base])
+        base += piece.numel()
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else pieces[0][:0]
+
+
+class ModelStates:
+    """The merged content of the model-states files of all ranks, in rank order.
+
+    ``shapes``: parameters of each flat group (stage 3: sub-group), in flat order; ``frozen``: parameters that the
+    optimizer does not own, with shapes; ``order``: all names of the model's state dict.
+    """
+
+    def __init__(self, paths: list[Path], sharded: bool) -> None:
+        self.paths, self.sharded = paths, sharded
+        self.ranks = [self._open(path) for path in paths]
+        for key in _SAME_ON_ALL_RANKS:
+            alike(paths, [rank.get(key) for rank in self.ranks], key)
+        alike(paths, [len(rank["param_shapes"]) for rank in self.ranks], "number of flat groups")
+        self.shapes: list[dict[str, tuple[int, ...]]] = self.ranks[0]["param_shapes"]
+        for flat, _ in enumerate(self.shapes):
+            alike(paths, [list(rank["param_shapes"][flat].items()) for rank in self.ranks], "list of parameters")
+        first = self.ranks[0]
+        self.module: dict[str, Any] = first.get("module") or {}
+        self.order = list(self.module)
+        self.world_size: int = int(first.get("dp_world_size") or 1)
+        self.ds_config: dict[str, Any] = first.get("ds_config") or {}
+        self.ds_version = first.get("ds_version")
+        self.counters = {key: int(first.get(key) or 0) for key in COUNTERS}
+        self.lr_scheduler = first.get("lr_scheduler")
+        self.client_state = {key: value for key, value in first.items() if key not in _OWN_KEYS}
+        held = [name for name in first.get("buffer_names") or () if name in self.module]
+        self.buffers: dict[str, torch.Tensor] = {name: self.module[name] for name in held}
+        self.flat_names = {name for group in self.shapes for name in group}
+        self.aliases: dict[str, str] = {}
+        self.frozen: dict[str, tuple[int, ...]] = {}
+        self.unread: tuple[str, ...] = ()
+        self._sort_out_the_rest()
+
+    def _open(self, path: Path) -> dict[str, Any]:
+        found = torchfile.load(path)
+        if not isinstance(found, dict) or "param_shapes" not in found:
+            raise InvalidCheckpoint(f"{path}: no DeepSpeed model-states file, it has no 'param_shapes'")
+        if found["param_shapes"] is None:
+            raise InvalidCheckpoint(
+                f"{path}: of ZeRO stage 0, which keeps no partitions. Train with ZeRO stage 1, 2 or 3, or hand over "
+                "the weights as a Hugging Face folder (save_pretrained)."
+            )
+        dims = found.get("checkpoint_parallel_dimensions") or {}
+        split = max(int(found.get("mp_world_size") or 1), *(int(dims.get(k) or 1) for k in ("pp_degree", "tp_degree")))
+        if split > 1:
+            raise InvalidCheckpoint(
+                f"{path}: of a model split {split} ways by tensor or pipeline parallelism, which this program does not "
+                "read. Merge it first (DeepSpeed's zero_to_fp32.py, then save_pretrained)."
+            )
+        return found
+
+    def _sort_out_the_rest(self) -> None:
+        """Which names of the state dict are tied, which frozen, and which lack values."""
+        fragments = self.ranks[0].get("frozen_param_shapes") or {}
+        shared = dict(self.ranks[0].get("shared_params") or {})
+        rest = [n for n in self.order if n not in self.flat_names and n not in self.buffers and n not in shared]
+        if self.sharded:
+            self.frozen = {n: tuple(s) for n, s in fragments.items() if n not in self.flat_names}
+            self.unread = tuple(n for n in rest if n not in self.frozen)
+        else:  # the values are here; two names of one memory are tied (DeepSpeed misses those of shared modules)
+            at = {self._memory(n): n for n in reversed(self.order) if n in self.flat_names or n in rest}
+            for name in rest:
+                tensor = self.module[name]
+                if not isinstance(tensor, torch.Tensor):
+                    self.unread += (name,)
+                elif tensor.numel() and (kept := at[self._memory(name)]) != name:
+                    shared[name] = kept
+                else:
+                    self.frozen[name] = tuple(tensor.shape)
+        have = self.flat_names | self.frozen.keys()
+        for absent, kept in shared.items():
+            if (absent in have) != (kept in have):
+                self.aliases.update({absent: kept} if kept in have else {kept: absent})
+
+    def _memory(self, name: str) -> tuple[Any, ...]:
+        tensor = self.module[name]
+        if not isinstance(tensor, torch.Tensor) or not tensor.numel():
+            return (name,)
+        return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype
+
+    def frozen_pieces(self, name: str) -> list[torch.Tensor]:
+        """A frozen parameter's flat values, in order: one piece, or (stage 3) one a rank, padding cut off."""
+        if not self.sharded:
+            return [self.module[name].reshape(-1)]
+        numel = math.prod(self.frozen[name])
+        cut = -(-numel // self.world_size)
+        pieces = []
+        for rank, states in enumerate(self.ranks):
+            piece = (states.get("frozen_param_fragments") or {}).get(name)
+            want = max(0, min(cut, numel - rank * cut))
+            if not isinstance(piece, torch.Tensor) or piece.numel() < want:
+                raise InvalidCheckpoint(f"{self.paths[rank]}: lacks its {want} elements of the frozen '{name}'")
+            pieces.append(piece.reshape(-1)[:want])
+        return pieces
+
+    def precision(self) -> str:
+        """ "fp32", "bf16" or "fp16" of the engine that wrote this: from its ds_config, else from the stored weights."""
+        for key in ("bf16", "fp16", "bfloat16"):
+            section = self.ds_config.get(key)
+            if isinstance(section, dict) and section.get("enabled") is True:
+                return "bf16" if key.startswith("b") else "fp16"
+        kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        values = (v for v in self.module.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
+        return kinds.get(next(values, torch.empty(0)).dtype, "fp32")
+
+    def in_order(self, names: set[str]) -> list[str]:
+        """The names in the order of the model's state dict; those it lacks follow in flat order."""
+        known = [name for name in self.order if name in names]
+        seen = set(known)
+        return known + [n for n in [*(m for g in self.shapes for m in g), *self.frozen] if n in names and n not in seen]

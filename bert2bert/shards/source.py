@@ -1,0 +1,278 @@
+"""A checkpoint to read from, whatever its format: names, shapes, and any rows of any tensor's any state.
+
+`open_source` finds what lies at a path (a DeepSpeed run folder with its ``latest``, one tag of it, a universal
+checkpoint, a Hugging Face folder), checks all that can be checked without reading tensors, and returns a `Source` whose
+``read`` gives rows from memory-mapped files. No whole model is ever loaded.
+
+Refuses, as InvalidCheckpoint, with one message each: no checkpoint there, a ``latest`` that names a missing tag, an
+unfinished output, and whatever the format's own reader refuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert2bert.errors import InvalidCheckpoint, did_you_mean
+
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+MANIFEST = "bert2bert.json"
+FORMAT_VERSION = 1
+_EDGE = 64 * 1024  # bytes; the end of a torch file holds the checksums of its records
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """One tensor as stored. ``dtype``: of its "fp32" state, as torch names it ("float32"); ``group``: its place in
+    ``Source.groups``, None for a parameter that the optimizer does not own (frozen) or where no groups are known."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int | None
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements of one state."""
+        return math.prod(self.shape)
+
+
+class Source:
+    """An open checkpoint. Subclasses fill the fields and give `_rows`.
+
+    ``tensors``: names as stored, in the model's order where the checkpoint tells it, tied tensors once;
+    ``aliases``: absent tied name -> kept name; ``states``: those that can be read; ``other_states``: what the optimizer
+    keeps besides and this project does not carry (momentum of another optimizer, say); ``groups``: optimizer groups as
+    hyper-parameters plus "names"; ``unread``: names the model has whose values the checkpoint does not hold.
+    """
+
+    form: str = ""
+
+    def __init__(self, path: Path, folder: Path, manifest: dict[str, Any] | None) -> None:
+        self.path, self.folder, self.manifest = path, folder, manifest
+        self.tag: str | None = None
+        self.stage: int | None = None
+        self.world_size: int | None = None
+        self.precision = "fp32"
+        self.config: dict[str, Any] | None = None
+        self.tensors: dict[str, TensorMeta] = {}
+        self.aliases: dict[str, str] = {}
+        self.states: tuple[str, ...] = ("fp32",)
+        self.other_states: tuple[str, ...] = ()
+        self.groups: list[dict[str, Any]] = []
+        self.counters: dict[str, int] = {}
+        self.lr_scheduler: dict[str, Any] | None = None
+        self.loss_scaler: dict[str, Any] | None = None
+        self.client_state: dict[str, Any] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.unread: tuple[str, ...] = ()
+        self.files: list[Path] = []  # all files that make up the checkpoint, for `identity` and `inspect`
+        self._steps: dict[str, int] = {}
+
+    def _rows(self, meta: TensorMeta, state: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of dimension 0; any shape of the right number of elements."""
+        raise NotImplementedError
+
+    def meta(self, name: str) -> TensorMeta:
+        """The tensor's description; tied names lead to the kept one. InvalidCheckpoint if there is none."""
+        found = self.tensors.get(self.aliases.get(name, name))
+        if found is None:
+            hint = " The model has it, but this checkpoint does not hold its values." if name in self.unread else ""
+            raise InvalidCheckpoint(
+                f"{self.folder}: no tensor '{name}' among its {len(self.tensors)};{hint} "
+                f"{did_you_mean(name, self.tensors) if len(self.tensors) < 30 or not hint else ''}".rstrip(" ;")
+            )
+        return found
+
+    def step(self, name: str) -> int:
+        """Adam's step count of a tensor; 0 if it was never stepped."""
+        return self._steps.get(self.meta(name).name, 0)
+
+    def read(self, name: str, state: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` of dimension 0 of a tensor's state, on the CPU, in the dtype stored.
+
+        A view of the memory map where one stored piece covers the rows (do not write to it), else a copy of just those
+        rows. A tensor without dimensions has one row: (0, 1) gives shape (). Moments of a parameter that was never
+        stepped are zeros. Raises InvalidCheckpoint for an unknown tensor or an absent state, IndexError for bad rows.
+        """
+        meta = self.meta(name)
+        if state not in self.states:
+            if state not in STATES:
+                raise ValueError(f"unknown state {state!r}; known: {', '.join(STATES)}")
+            raise InvalidCheckpoint(f"{self.folder}: holds no '{state}' of '{name}', only {', '.join(self.states)}")
+        rows = meta.shape[0] if meta.shape else 1
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"rows [{start}, {stop}) of '{name}', which has {rows}")
+        shape = (stop - start, *meta.shape[1:]) if meta.shape else (stop - start,)[: 1 - stop + start]
+        return self._rows(meta, state, start, stop).reshape(shape)
+
+    def identity(self) -> dict[str, Any]:
+        """What names this checkpoint in a growth manifest.
+
+        ``sha256`` is over every file's name, size, first and last 64 KiB (where torch keeps the checksums of the rest)
+        and the metadata read: equal copies in different places are equal.
+        """
+        total = hashlib.sha256()
+        for file in sorted(self.files):
+            size = file.stat().st_size
+            total.update(f"{file.relative_to(self.folder).as_posix()} {size}\n".encode())
+            with file.open("rb") as stream:
+                total.update(stream.read(_EDGE))
+                stream.seek(max(0, size - _EDGE))
+                total.update(stream.read(_EDGE))
+        read = [[m.name, m.shape, m.dtype, m.group, self._steps.get(m.name, 0)] for m in self.tensors.values()]
+        total.update(json.dumps([read, self.groups, self.counters, self.aliases], default=str).encode())
+        return {
+            "path": str(self.path),
+            "tag": self.tag,
+            "form": self.form,
+            "stage": self.stage,
+            "world_size": self.world_size,
+            "sha256": total.hexdigest(),
+        }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InvalidCheckpoint if it is anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidCheckpoint(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InvalidCheckpoint(f"{path}: holds a JSON {type(found).__name__}, expected an object")
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The folder's bert2bert.json, checked against the sizes of the files it lists; None if there is none."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InvalidCheckpoint(
+            f"{path}: format version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
+            "Use the version of bert2bert that wrote it."
+        )
+    for name, size in manifest.get("files", {}).items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            what = "missing" if found is None else f"{found:,} bytes long"
+            raise InvalidCheckpoint(
+                f"{file}: {what}, the manifest says {size:,} bytes: lost, truncated or replaced after it was written. "
+                "Restore the file or use another tag."
+            )
+    return manifest
+
+
+def _is_tag(folder: Path) -> bool:
+    return (folder / "zero").is_dir() or any(folder.glob("*_states.pt"))
+
+
+def _is_hub(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def tags(folder: Path) -> list[str]:
+    """The checkpoint tags in a run folder, oldest first."""
+    found = [p for p in folder.iterdir() if p.is_dir() and not p.name.endswith(".partial") and _is_tag(p)]
+    return [p.name for p in sorted(found, key=lambda p: (p.stat().st_mtime, p.name))]
+
+
+def _listed(folder: Path) -> str:
+    found = tags(folder)
+    return f"Tags there: {', '.join(found)}." if found else "There is no other tag there."
+
+
+def _locate(path: Path, tag: str | None) -> tuple[Path, str | None]:
+    """The folder that holds the files, and its tag (None for a Hugging Face folder)."""
+    if not path.exists():
+        raise InvalidCheckpoint(f"{path}: no checkpoint there, the folder does not exist")
+    if not path.is_dir():
+        raise InvalidCheckpoint(f"{path}: a file; give the folder of the checkpoint ({path.parent})")
+    if path.name.endswith(".partial"):
+        raise InvalidCheckpoint(f"{path}: the output of an unfinished run. Run that command again to finish it.")
+    if tag is not None:
+        if (path / tag).is_dir() and _is_tag(path / tag):
+            return path / tag, tag
+        if path.name == tag and _is_tag(path):
+            return path, tag
+        raise InvalidCheckpoint(f"{path}: no checkpoint with tag '{tag}'. {_listed(path)}")
+    for name in ("latest", "latest_universal"):
+        if (path / name).is_file():
+            latest = (path / name).read_text(encoding="utf-8", errors="replace").strip()
+            if not latest or not (path / latest).is_dir():
+                raise InvalidCheckpoint(f"{path / name}: names the tag '{latest}', which is missing. {_listed(path)}")
+            return path / latest, latest
+    if _is_tag(path):
+        return path, path.name
+    if _is_hub(path):
+        return path, None
+    if tags(path):
+        raise InvalidCheckpoint(f"{path}: no file 'latest' says which tag to use; name one. {_listed(path)}")
+    raise InvalidCheckpoint(
+        f"{path}: no checkpoint there. Expected a DeepSpeed run folder (with 'latest'), one of its tags (with "
+        "*_optim_states.pt or zero/), or a Hugging Face folder (with *.safetensors)."
+    )
+
+
+def _config(folder: Path, parent: bool) -> dict[str, Any] | None:
+    for place in (folder, folder.parent) if parent else (folder,):
+        if (place / "config.json").is_file():
+            return read_json(place / "config.json")
+    return None
+
+
+def open_source(path: str | Path, tag: str | None = None) -> Source:
+    """Open the checkpoint at ``path``: a run folder, a tag's folder, or a Hugging Face folder.
+
+    ``tag`` picks one tag of a run folder; without it ``latest`` (else ``latest_universal``) does.
+    Raises InvalidCheckpoint for anything that is no sound checkpoint.
+    """
+    from bert2bert.shards.hub import HubSource
+    from bert2bert.shards.universal import UniversalSource
+    from bert2bert.shards.zero import ZeroSource
+
+    path = Path(path)
+    folder, tag = _locate(path, tag)
+    manifest = read_manifest(folder)
+    kind = HubSource if tag is None else UniversalSource if (folder / "zero").is_dir() else ZeroSource
+    source: Source = kind(path, folder, manifest)
+    source.tag = tag
+    source.config = (manifest or {}).get("model") or _config(folder, parent=tag is not None)
+    if manifest:
+        _check_manifest(source, manifest)
+        order = {name: source.tensors[name] for name in manifest.get("tensors", {}) if name in source.tensors}
+        source.tensors = {**order, **source.tensors}  # the manifest knows the model's order where the files do not
+        source.aliases = {**manifest.get("aliases", {}), **source.aliases}
+        source.files.append(folder / MANIFEST)
+    return source
+
+
+def _check_manifest(source: Source, manifest: dict[str, Any]) -> None:
+    """The files are those that the manifest describes: format, stage, world size, every name and shape."""
+    found: dict[str, Any] = {"form": source.form}
+    if source.form == "zero":
+        found.update(stage=source.stage, world_size=source.world_size, precision=source.precision)
+    for key, value in found.items():
+        if manifest.get(key, value) != value:
+            raise InvalidCheckpoint(
+                f"{source.folder}: the files have {key} {value!r}, the manifest says {manifest[key]!r}: they are of "
+                "two checkpoints. Restore the files or use another tag."
+            )
+    said = {name: tuple(entry["shape"]) for name, entry in manifest.get("tensors", {}).items()}
+    have = {name: meta.shape for name, meta in source.tensors.items()}
+    for name in sorted(said.keys() | have.keys()) if said else ():
+        if said.get(name) != have.get(name):
+            raise InvalidCheckpoint(
+                f"{source.folder}: tensor '{name}' has shape {have.get(name, 'none (absent)')} in the files, "
+                f"{said.get(name, 'none (absent)')} in the manifest: they are of two checkpoints."
+            )

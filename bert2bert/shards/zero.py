@@ -1,0 +1,281 @@
+"""Read native ZeRO checkpoints, stages 1, 2 and 3, at any world size, straight from the memory-mapped shard files.
+
+Files hold flat tensors without names; `layout` says where each parameter's elements lie. Both forms of bf16 optimizer,
+parameter_alignment, sub-groups, frozen parameters and never-stepped groups (zeros, step 0) are read.
+
+Refuses, as InvalidCheckpoint: missing, truncated and foreign files; files of different saves, world sizes or stages in
+one tag; sizes that do not fit the layout; tensor or pipeline parallel, mixture-of-experts and stage-0 checkpoints;
+``round_robin_gradients`` and ``elastic_checkpoint``.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bert2bert.errors import InvalidCheckpoint
+from bert2bert.shards import torchfile
+from bert2bert.shards.layout import Zero12Layout, zero3_sub_group, zero12_layout
+from bert2bert.shards.modelstates import (
+    MODEL,
+    ModelStates,
+    alike,
+    find_files,
+    hyper,
+    optimizer_groups,
+    plain_scaler,
+    ranks_text,
+    take,
+)
+from bert2bert.shards.source import STATES, Source, TensorMeta
+
+
+class _Stored(NamedTuple):
+    """Elements [start, ...) of a parameter: ``numel`` of them at ``at`` of flat group ``flat`` of ``rank``."""
+
+    start: int
+    numel: int
+    rank: int
+    flat: int
+    at: int
+
+
+class ZeroSource(Source):
+    """A native checkpoint of ZeRO stage 1, 2 or 3."""
+
+    form = "zero"
+
+    def __init__(self, path: Path, folder: Path, manifest: dict[str, Any] | None) -> None:
+        super().__init__(path, folder, manifest)
+        model_paths, self._paths, bf16 = find_files(folder)
+        self.files = [*model_paths, *self._paths]
+        model = self._model = ModelStates(model_paths, sharded=model_paths[0].name != MODEL)
+        self._check_world()
+        self._ranks = [self._open(file) for file in self._paths]
+        self.world_size = model.world_size
+        self.stage = self._check_stage()
+        self.precision = "bf16" if bf16 else model.precision()
+        self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
+        self.client_state, self.buffers, self.aliases = model.client_state, model.buffers, model.aliases
+        self.unread = model.unread
+        self.loss_scaler = plain_scaler(self._ranks[0])
+        self._place: dict[str, list[_Stored]] = {}
+        self._flat: dict[str, list[list[torch.Tensor | None]]] = {}  # [state][rank][flat group]
+        self._group_of_flat = self._read_groups()
+        self._read_states()
+        self._lay_out()
+        self._describe()
+
+    # --- opening and consistency -------------------------------------------------------------------------------
+
+    def _check_world(self) -> None:
+        world, folder = self._model.world_size, self.folder
+        if not self._paths:
+            raise InvalidCheckpoint(
+                f"{folder}: no *_optim_states.pt beside {self._model.paths[0].name}: the shards of all {world} ranks "
+                "are missing. Copy them too (each node writes its own)."
+            )
+        for kind, count in (("optimizer", len(self._paths)), ("model-states", len(self._model.paths))):
+            if count != world and (kind == "optimizer" or self._model.sharded):
+                what = (
+                    f"those of ranks {ranks_text(list(range(count, world)))} are missing"
+                    if count < world
+                    else "too many"
+                )
+                raise InvalidCheckpoint(
+                    f"{folder}: {count} {kind} files, but it was saved by {world} ranks: {what}. Each node writes its "
+                    "own files: copy all, and remove those of other runs."
+                )
+
+    def _open(self, path: Path) -> dict[str, Any]:
+        found = torchfile.load(path)
+        states = found.get("optimizer_state_dict") if isinstance(found, dict) else None
+        if not isinstance(states, dict) or not {"fp32_flat_groups", "single_partition_of_fp32_groups"} & states.keys():
+            raise InvalidCheckpoint(f"{path}: no ZeRO optimizer file, it has no flat fp32 groups")
+        if found.get("ds_version") != self._model.ds_version:
+            raise InvalidCheckpoint(
+                f"{path}: written by DeepSpeed {found.get('ds_version')}, {self._model.paths[0].name} by "
+                f"{self._model.ds_version}: files of different checkpoints are mixed."
+            )
+        return states
+
+    def _check_stage(self) -> int:
+        stages = [
+            int(s["zero_stage"]) if "zero_stage" in s else 3 if "fp32_flat_groups" in s else 1 for s in self._ranks
+        ]
+        alike(self._paths, stages, "ZeRO stage")
+        for rank, states in zip(self._paths, self._ranks, strict=True):
+            counts = states.get("partition_count", self.world_size)
+            for count in counts if isinstance(counts, list | tuple) else [counts]:
+                if int(count) != self.world_size:
+                    raise InvalidCheckpoint(
+                        f"{rank}: a shard of a run of {count} ranks, {self._model.paths[0].name} is of a run of "
+                        f"{self.world_size}: files of different checkpoints are mixed."
+                    )
+            if states.get("ds_zero_partition_groups"):
+                raise InvalidCheckpoint(f"{rank}: of an expert-parallel run, which this program does not read")
+        stage = stages[0]
+        if (stage == 3) != self._model.sharded:
+            raise InvalidCheckpoint(
+                f"{self.folder}: optimizer files of ZeRO stage {stage} beside {self._model.paths[0].name}: files of "
+                "different checkpoints are mixed."
+            )
+        options = self._model.ds_config.get("zero_optimization") or {}
+        if stage < 3 and options.get("round_robin_gradients") is True:
+            raise InvalidCheckpoint(
+                f"{self.folder}: saved with zero_optimization.round_robin_gradients, under which DeepSpeed's own tools "
+                "disagree about the order of parameters. Train with the option off; of this checkpoint the weights can "
+                "be had with DeepSpeed's zero_to_fp32.py (then save_pretrained, and use that folder)."
+            )
+        if stage < 3 and isinstance(self._ranks[0]["base_optimizer_state"], list):
+            raise InvalidCheckpoint(
+                f"{self.folder}: saved with zero_optimization.elastic_checkpoint, which DeepSpeed itself cannot load. "
+                "Save it without, or hand over its weights as a Hugging Face folder."
+            )
+        return stage
+
+    # --- optimizer groups and states ---------------------------------------------------------------------------
+
+    def _base(self, rank: int) -> dict[str, Any]:
+        found: dict[str, Any] = self._ranks[rank]["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
+        return found
+
+    def _read_groups(self) -> list[int]:
+        """Fill ``groups``; the optimizer group of each flat group."""
+        found = [self._base(rank)["param_groups"] for rank in self._world()]
+        alike(self._paths, [len(groups) for groups in found], "number of optimizer groups")
+        for i, group in enumerate(found[0]):
+            for key in group:
+                alike(self._paths, [hyper(groups[i]).get(key) for groups in found], f"'{key}' of optimizer group {i}")
+        self.groups, owner = optimizer_groups(found[0], self._model.shapes, self._paths[0])
+        return owner
+
+    def _world(self) -> range:
+        return range(len(self._ranks))
+
+    def _read_states(self) -> None:
+        """Find the flat tensors of every state; check that all ranks have the same ones at the same step."""
+        key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
+        self._flat["fp32"] = [list(states[key]) for states in self._ranks]
+        alike(self._paths, [len(flat) for flat in self._flat["fp32"]], "number of flat groups")
+        count = len(self._model.shapes)
+        if (found := len(self._flat["fp32"][0])) != count:
+            raise InvalidCheckpoint(
+                f"{self._paths[0]}: holds {found} flat groups, {self._model.paths[0].name} describes {count}: files of "
+                "different checkpoints are mixed."
+            )
+        states = [[self._base(r)["state"].get(f, {}) for f in range(count)] for r in self._world()]
+        alike(self._paths, [[sorted(s) for s in rank] for rank in states], "optimizer state")
+        steps = [[int(s.get("step", 0)) for s in rank] for rank in states]
+        alike(self._paths, steps, "Adam's step")
+        known = {key for s in states[0] for key in s}
+        if known >= {"exp_avg", "exp_avg_sq"}:
+            self.states = STATES
+        self.other_states = tuple(sorted(known - {"step", *self.states}))
+        for state in self.states[1:]:
+            self._flat[state] = [[s.get(state) for s in rank] for rank in states]
+        for flat, shapes in enumerate(self._model.shapes):
+            counted = "step" in states[0][flat] or not states[0][flat]  # some optimizers count in the group instead
+            step = steps[0][flat] if counted else int(self.groups[self._group_of_flat[flat]].get("step", 0))
+            self._steps.update(dict.fromkeys(shapes, step))
+
+    # --- where elements lie ------------------------------------------------------------------------------------
+
+    def _lay_out(self) -> None:
+        for flat, shapes in enumerate(self._model.shapes):
+            names, numels = list(shapes), [math.prod(s) for s in shapes.values()]
+            world = len(self._ranks)
+            if self.stage == 3:
+                sub = zero3_sub_group(numels, world, range(len(numels)))
+                pieces, full, short = sub.pieces, sub.numel, [sub.numel] * world
+            else:
+                layout = self._aligned(flat, numels)
+                pieces, full = layout.pieces, layout.partition
+                short = [layout.partition - padding for padding in layout.paddings]
+                self._check_order(flat, names, layout)
+            for rank in self._world():
+                self._check_sizes(flat, rank, full, short[rank])
+                for param, start, stop, at in pieces[rank]:
+                    self._place.setdefault(names[param], []).append(_Stored(start, stop - start, rank, flat, at))
+
+    def _aligned(self, flat: int, numels: list[int]) -> Zero12Layout:
+        """The layout with the alignment that the file's own paddings tell (DeepSpeed's parameter_alignment)."""
+        world = len(self._ranks)
+        gaps = self._ranks[0].get("param_alignment_paddings")
+        if not gaps or not any(gaps[flat]):
+            return zero12_layout(numels, world)
+        for alignment in (4, 8, 2, 16):
+            layout = zero12_layout(numels, world, alignment)
+            if list(layout.gaps) == list(gaps[flat]):
+                return layout
+        raise InvalidCheckpoint(f"{self._paths[0]}: its param_alignment_paddings fit no alignment of the parameters")
+
+    def _check_order(self, flat: int, names: list[str], layout: Zero12Layout) -> None:
+        """The file's own list of pieces is what the layout says."""
+        for rank in self._world():
+            mappings = self._ranks[rank].get("param_slice_mappings")
+            if not mappings:
+                continue
+            said = {n: (piece["start"], piece["numel"]) for n, piece in mappings[flat].items()}
+            computed = {names[i]: (at, stop - start) for i, start, stop, at in layout.pieces[rank]}
+            if said != computed:
+                odd = next(n for n in [*computed, *said] if said.get(n) != computed.get(n))
+                raise InvalidCheckpoint(
+                    f"{self._paths[rank]}: '{odd}' lies at (start, length) {said.get(odd)} by the file, at "
+                    f"{computed.get(odd)} by the order of parameters in {self._model.paths[0].name}: files of "
+                    "different checkpoints are mixed, or it was saved with round_robin_gradients."
+                )
+
+    def _check_sizes(self, flat: int, rank: int, full: int, short: int) -> None:
+        for state, flats in self._flat.items():
+            tensor = flats[rank][flat]
+            if tensor is None and state != "fp32":
+                continue
+            found = tensor.numel() if isinstance(tensor, torch.Tensor) else None
+            if found not in (full, short):
+                raise InvalidCheckpoint(
+                    f"{self._paths[rank]}: flat group {flat} holds {found} elements of {state}, the parameters in "
+                    f"{self._model.paths[0].name} need {full} on each of {len(self._ranks)} ranks: files of different "
+                    "checkpoints are mixed, or the save was cut short."
+                )
+
+    def _describe(self) -> None:
+        model = self._model
+        shape = {name: shape for shapes in model.shapes for name, shape in shapes.items()}
+        group = {name: g for g, entry in enumerate(self.groups) for name in entry["names"]}
+        self._frozen = {name: model.frozen_pieces(name) for name in model.frozen}
+        for name in model.in_order(set(shape) | set(model.frozen)):
+            if name in shape:
+                stored = self._place.get(name, [])
+                kept = self._flat["fp32"][stored[0].rank][stored[0].flat] if stored else None
+                dtype = kept.dtype if kept is not None else torch.float32
+                self.tensors[name] = TensorMeta(name, shape[name], str(dtype)[6:], group[name], True)
+            else:
+                dtype = self._frozen[name][0].dtype
+                self.tensors[name] = TensorMeta(name, model.frozen[name], str(dtype)[6:], None, False)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def _rows(self, meta: TensorMeta, state: str, start: int, stop: int) -> torch.Tensor:
+        row = math.prod(meta.shape[1:])
+        low, high = start * row, stop * row
+        if not meta.trainable:
+            if state != "fp32":
+                return torch.zeros(high - low)
+            return take(self._frozen[meta.name], low, high)
+        stored = self._place.get(meta.name, [])
+        parts = []
+        for i in range(max(0, bisect_right(stored, low, key=lambda s: s.start) - 1), len(stored)):
+            first, numel, rank, flat, at = stored[i]
+            begin, end = max(low, first), min(high, first + numel)
+            if begin >= end:
+                break
+            tensor = self._flat[state][rank][flat]
+            if tensor is None:
+                return torch.zeros(high - low)  # the group was never stepped
+            parts.append(tensor[at + begin - first : at + end - first])
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
