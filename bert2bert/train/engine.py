@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -112,7 +113,9 @@ class Engine:
 
         The pooler and the next-sentence head ('unused') never learn: no objective here reaches them.
         """
-        learning = {"head", *(f"layer.{i}" for i in program.learn)} | ({"embeddings"} if program.embeddings_learn else set())
+        learning = {"head", *(f"layer.{i}" for i in program.learn)} | (
+            {"embeddings"} if program.embeddings_learn else set()
+        )
         for group, live in zip(self.groups, self.optimizer.param_groups, strict=True):
             live["frozen"] = group.part not in learning
             for name in group.names:
@@ -130,7 +133,9 @@ class Engine:
         for live in self.optimizer.param_groups:
             live["lr"] = lr
 
-    def forward(self, batch: Batch, program: LayerProgram | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, batch: Batch, program: LayerProgram | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(mean loss over the predicted positions, correct predictions, predictions) of one micro-batch."""
         output = self.ds(batch, program)
         return output.loss, output.correct, output.predicted
@@ -165,8 +170,47 @@ class Engine:
         """The current fp16 loss scale; None in other precisions."""
         if self.precision != "fp16":
             return None
-        config = getattr(self.ds.optimizer, "loss_scale_config", None)
-        return float(config.cur_scale if config is not None and self.stage == 0 else self.ds.optimizer.loss_scaler.cur_scale)
+        return float(self._scaler.cur_scale)
+
+    @property
+    def _scaler(self) -> Any:
+        outer = self.ds.optimizer
+        return outer.loss_scale_config if self.stage == 0 else outer.loss_scaler
+
+    def training(self, on: bool) -> None:
+        """Switch dropout on (training) or off (evaluation)."""
+        self.ds.train(on)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The model's persistent buffers, by name (DeepSpeed does not partition them)."""
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in self.model.state_dict()}
+
+    def restore_loss_scale(self, state: Mapping[str, Any]) -> None:
+        """Go on with a saved dynamic fp16 loss scale and its counts; a static one stays as the ds_config says."""
+        live = self._scaler
+        if getattr(live, "dynamic", False) or getattr(live, "dynamic_loss_scale", False):
+            for name, value in state.items():
+                if hasattr(live, name):
+                    setattr(live, name, value)
+
+    def save(self, root: Path, tag: str) -> None:
+        """DeepSpeed's own checkpoint files in ``root/tag``; returns when every rank has written its files."""
+        self.ds.save_checkpoint(str(root), tag=tag, client_state={}, save_latest=False)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """DeepSpeed's counts of steps, rows, and steps dropped because fp16 gradients overflowed."""
+        ds = self.ds
+        return {
+            "global_steps": int(ds.global_steps),
+            "global_samples": int(ds.global_samples),
+            "skipped_steps": int(ds.skipped_steps),
+        }
+
+    @counters.setter
+    def counters(self, values: Mapping[str, int]) -> None:
+        for name in self.counters:
+            setattr(self.ds, name, int(values.get(name, 0)))
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over the ranks, exact for counts below 2**53."""
@@ -245,8 +289,9 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) 
     except ValueError as error:  # DeepSpeed's sanity check of the precision
         if "not supported on your device" not in str(error):
             raise
-        raise InvalidConfig(f"ds_config: {error} ({device.type}); enable another precision, or none for fp32") from error
+        raise InvalidConfig(
+            f"ds_config: {error} ({device.type}); enable another precision, or none for fp32"
+        ) from error
     engine = Engine(ds, model, groups, device)
     engine.optimizer.state.clear()  # 16-bit stage 0: the count of that step at start
     return engine
-

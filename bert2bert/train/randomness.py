@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+
 def seed_all(seed: int, rank: int) -> None:
     """Seed every generator of this rank: what is drawn from here on differs between ranks (dropout must)."""
     mixed = (seed * 1_000_003 + rank * 7919 + 17) % 2**32

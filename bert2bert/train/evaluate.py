@@ -1,0 +1,35 @@
+"""Held-out loss and accuracy of the whole model: fixed rows, fixed masks, the work shared by all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from bert2bert.model.batch import Batch
+from bert2bert.train.engine import Engine
+
+MASK_SEED = 0
+"""Masks of evaluations do not follow the recipe's seed: runs of different seeds are compared on the same positions."""
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
+    """{"loss": nats a masked token, "accuracy": share of them guessed right} over every rank's batches. Collective.
+
+    Every rank must have equally many batches (under ZeRO-3 a forward pass gathers weights from all).
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+    correct = torch.zeros((), dtype=torch.float64, device=engine.device)
+    predicted = torch.zeros((), dtype=torch.float64, device=engine.device)
+    engine.training(False)
+    try:
+        for batch in batches:
+            mean, right, count = engine.forward(batch.to(engine.device, non_blocking=True))
+            loss += mean.double() * count
+            correct += right
+            predicted += count
+    finally:
+        engine.training(True)
+    total, right_sum, count_sum = engine.sum([float(loss), float(correct), float(predicted)])
+    return {"loss": total / max(count_sum, 1.0), "accuracy": right_sum / max(count_sum, 1.0)}

@@ -1,0 +1,310 @@
+"""Continue from a checkpoint: a run of this project, exactly; a grown one, from its first phase; a Hugging Face folder,
+its weights alone. Any ZeRO stage, world size and precision, whatever the checkpoint was written with.
+
+DeepSpeed's own loaders are not used. They unpickle blindly, take learning rate, decay and clipping from the file, check
+neither names nor order nor sizes, forget frozen parameters and buffers, and share one step counter between all ZeRO-3
+sub-groups. Here every rank reads the elements that it holds, by name, through the safe memory-mapped readers of
+bert2bert.shards; hyper-parameters stay the recipe's; and afterwards the live engine is compared with the manifest:
+groups, names, order, shapes, steps, and the digest of every tensor's weight and moments.
+
+Refuses: another model, tokenizer, data, seed or row length than the checkpoint's run had (InvalidConfig); a checkpoint of
+anyone's DeepSpeed run that has no manifest, and any that fails a comparison (InvalidCheckpoint).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
+from bert2bert.model.config import BertConfig
+from bert2bert.recipe import Recipe
+from bert2bert.shards import torchfile
+from bert2bert.shards.source import Source, open_source, read_manifest
+from bert2bert.train import partitions
+from bert2bert.train.engine import GROUP_LAYOUT, Engine
+from bert2bert.train.randomness import seed_all, set_random_state
+from bert2bert.train.saving import Progress, random_file
+from bert2bert.train.stage0 import Stage0Source
+
+BLOCK = 1 << 22  # elements read at a time
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_ARCHITECTURE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps", "tie_word_embeddings", "heads",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a run continues from. ``kind``: "train", "growth" or "weights"; ``progress``: its position (step 0 but for
+    "train"); ``growth``: the manifest's growth, for a run from a grown checkpoint and its own later ones; ``notes``: what
+    the user should be told, one sentence each."""
+
+    folder: Path
+    kind: str
+    progress: Progress
+    growth: dict[str, Any] | None
+    notes: tuple[str, ...]
+
+
+def resume(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any], tag: str | None = None) -> Resumed:
+    """Load the checkpoint at ``path`` (its ``tag``, else its latest) into the engine. Collective.
+
+    ``data``: {"digest", "tokenizer_digest"} of the bins the run will read. Raises InvalidCheckpoint or InvalidConfig, the
+    same on every rank.
+    """
+    found = _agree(engine, lambda: _open_and_fill(engine, path, recipe, data, tag))
+    source, resumed = found
+    partitions.publish(engine)
+    _compare(engine, source)
+    return resumed
+
+
+def _agree(engine: Engine, act: Callable[[], Any]) -> Any:
+    """Do something without collectives on every rank; an error of any rank is raised on all, so that none hangs."""
+    result, refusal = None, None
+    try:
+        result = act()
+    except UserError as error:
+        refusal = error
+    raised = [error for error in engine.gather(refusal) if error is not None]
+    if raised:
+        raise raised[0]
+    return result
+
+
+def _open_and_fill(
+    engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any], tag: str | None
+) -> tuple[Source, Resumed]:
+    source = _open(path, tag)
+    manifest = source.manifest or {}
+    kind = "weights" if source.form == "hub" else str(manifest.get("kind"))
+    if source.form != "hub" and kind not in ("train", "growth"):
+        raise InvalidCheckpoint(
+            f"{source.folder}: a checkpoint of a DeepSpeed run that is not this project's: it has no manifest to check "
+            "a load against. Rewrite it first: bert2bert grow SOURCE TARGET_DIR --config CONFIG (the same sizes keep "
+            "every value), then resume from TARGET_DIR"
+        )
+    _check_model(source, recipe)
+    notes: list[str] = []
+    if kind == "train":
+        progress = _position(source, recipe, data, notes)
+    else:
+        progress = Progress(0, 0, 0, 0, {"flops": 0.0, "seconds": 0.0, "tokens": 0, "steps": 0})
+    _check_tensors(engine, source)
+    _check_groups(engine, source, recipe, notes)
+    _fill(engine, source)
+    _restore_rest(engine, source, kind, recipe, progress, notes)
+    if kind == "weights":
+        notes.append("a Hugging Face folder holds weights only: Adam's moments start at zero")
+    return source, Resumed(source.folder, kind, progress, manifest.get("growth"), tuple(notes))
+
+
+def _open(path: Path, tag: str | None) -> Source:
+    latest = path / "latest"
+    named = tag or (latest.read_text(encoding="utf-8").strip() if latest.is_file() else "")
+    folder = path / named if named else path
+    if folder.is_dir() and (manifest := read_manifest(folder)) and manifest.get("stage") == 0:
+        return Stage0Source(folder, manifest)  # S1's readers need partitions
+    return open_source(path, tag)
+
+
+def _check_model(source: Source, recipe: Recipe) -> None:
+    if source.config is None:
+        raise InvalidCheckpoint(
+            f"{source.folder}: no config says which model this is. Put the model's config.json into the folder"
+        )
+    theirs, ours = BertConfig.from_hf(source.config), BertConfig.from_hf(recipe.model)
+    for key in _ARCHITECTURE:
+        if getattr(theirs, key) != getattr(ours, key):
+            raise InvalidConfig(
+                f"the recipe's model is not the checkpoint's: {key} is {getattr(ours, key)!r} in the recipe, "
+                f"{getattr(theirs, key)!r} in {source.folder}. Use the recipe of that model, or grow the checkpoint to "
+                "the recipe's sizes first"
+            )
+
+
+def _position(source: Source, recipe: Recipe, data: Mapping[str, Any], notes: list[str]) -> Progress:
+    """Where the run stood, after making sure that it can go on from there with this recipe and these data."""
+    training = (source.manifest or {})["training"]
+    for key, what in (("tokenizer_digest", "tokenizer"), ("digest", "data")):
+        if training["data"][key] != data[key]:
+            raise InvalidConfig(
+                f"the {what} are not those of {source.folder}: digest {data[key]}, the run had {training['data'][key]}. "
+                f"Give the bins that the run was started with (--bins), or start a new run in another --output folder"
+            )
+    before, now = _flat(training["recipe"]), _flat(recipe.to_dict())
+    for key in ("seed", "data.seq_len", "data.mask_share"):
+        if before.get(key) != now[key]:
+            raise InvalidConfig(
+                f"{key} is {now[key]!r}, the run in {source.folder} had {before.get(key)!r}: its position in the data would "
+                f"mean other rows. Continue with --set {key}={before.get(key)}, or start a new run"
+            )
+    phase, phase_step, step = training["phase"], training["phase_step"], training["step"]
+    old, new = training["recipe"]["phases"], recipe.to_dict()["phases"]
+    passed = [(p["name"], p["steps"]) for p in old[:phase]]
+    kept = [(p["name"], p["steps"]) for p in new[:phase]]
+    if (
+        passed != kept
+        or phase >= len(new)
+        or new[phase]["name"] != old[phase]["name"]
+        or new[phase]["steps"] < phase_step
+    ):
+        raise InvalidConfig(
+            f"{source.folder} stands at step {phase_step} of phase {old[phase]['name']!r}, after {passed or 'no other'}; the "
+            f"recipe's phases are {[(p['name'], p['steps']) for p in new]}. Phases already run must stay as they were"
+        )
+    ignored = ("name", "data.bins", "data.eval_rows", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in ignored]
+    if changed:
+        said = ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in changed[:6])
+        notes.append(f"the recipe differs from the checkpoint's run ({said}): from here on the recipe's values hold")
+    return Progress(step, phase, phase_step, training["data"]["rows"], dict(training["spent"]))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict | list) and tree:
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {
+            k: v for key, value in items for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: tree}
+
+
+def _check_tensors(engine: Engine, source: Source) -> None:
+    for name in engine.names:
+        if name not in source.tensors:
+            raise InvalidCheckpoint(
+                f"{source.folder}: lacks the tensor {name}, which the model has. It is not a whole checkpoint of this model"
+            )
+        found, wanted = source.tensors[name].shape, engine.shape(name)
+        if tuple(found) != wanted:
+            raise InvalidCheckpoint(f"{source.folder}: tensor {name} has shape {tuple(found)}, the model {wanted}")
+    known = set(engine.names) | source.aliases.keys()
+    if odd := [name for name in source.tensors if name not in known]:
+        raise InvalidCheckpoint(
+            f"{source.folder}: holds the tensor {odd[0]}, which the model does not have. It belongs to another model"
+        )
+
+
+def _check_groups(engine: Engine, source: Source, recipe: Recipe, notes: list[str]) -> None:
+    """Names and order of the optimizer groups, one step count in each, and a word on other hyper-parameters."""
+    for group in engine.groups:
+        counts = {source.step(name): name for name in group.names}
+        if len(counts) > 1:
+            (a, first), (b, second) = list(counts.items())[:2]
+            raise InvalidCheckpoint(
+                f"{source.folder}: {first} has Adam step {a}, {second} has {b}; this trainer steps both in one group "
+                f"({group.part}). Rewrite the checkpoint with bert2bert grow"
+            )
+    manifest = source.manifest or {}
+    if manifest.get("group_layout") != GROUP_LAYOUT or source.form != "zero":
+        return
+    told, filed = manifest["groups"], source.groups
+    for i, group in enumerate(engine.groups):
+        for what, groups in (("manifest", told), ("shard files", filed)):
+            names = tuple(groups[i]["names"]) if i < len(groups) else ()
+            if names != group.names or len(groups) != len(engine.groups):
+                odd = next((n for n in [*names, *group.names] if (n in names) != (n in group.names)), group.names[0])
+                raise InvalidCheckpoint(
+                    f"{source.folder}: optimizer group {i} ({group.part}) of the {what} does not hold the model's parameters "
+                    f"in the model's order; the first difference is at {odd}. Files of two checkpoints are mixed"
+                )
+    for i, (said, group) in enumerate(zip(told, filed, strict=True)):
+        for key in ("weight_decay", "betas", "eps"):
+            a, b = said["hyper"].get(key), group.get(key)
+            if key in said["hyper"] and (list(a) if key == "betas" else a) != (list(b) if key == "betas" and b else b):
+                raise InvalidCheckpoint(
+                    f"{source.folder}: group {i} ({engine.groups[i].part}) has {key} {b!r} in the shard files, {a!r} in the "
+                    "manifest: they are of two checkpoints"
+                )
+    ours = recipe.optimizer
+    decay = next((g["hyper"].get("weight_decay") for g in told if g["decay"]), ours.weight_decay)
+    hyper = told[0]["hyper"]
+    for key, a, b in (
+        ("weight_decay", decay, ours.weight_decay),
+        ("betas", list(hyper.get("betas", ours.betas)), list(ours.betas)),
+        ("eps", hyper.get("eps", ours.eps), ours.eps),
+    ):
+        if a != b:
+            notes.append(f"{key} was {a} in the checkpoint; the recipe's {b} holds from here on")
+
+
+def _fill(engine: Engine, source: Source) -> None:
+    """Copy this rank's elements of every tensor's states from the checkpoint."""
+    has_moments = set(partitions.MOMENTS) <= set(source.states)
+    counts = [source.step(group.names[0]) if has_moments else 0 for group in engine.groups]
+    moments = {
+        master: {state: torch.zeros_like(master.detach()) for state in partitions.MOMENTS}
+        for g, master in partitions.masters(engine)
+        if counts[g]
+    }
+    for fragment in partitions.fragments(engine):
+        _copy(source, engine, fragment, "fp32", fragment.of(fragment.master))
+        for state, flat in moments.get(fragment.master, {}).items():
+            _copy(source, engine, fragment, state, fragment.of(flat))
+    partitions.set_moments(engine, moments, counts)
+
+
+def _copy(source: Source, engine: Engine, fragment: partitions.Fragment, state: str, into: torch.Tensor) -> None:
+    shape = engine.shape(fragment.name)
+    width = int(torch.Size(shape[1:]).numel())
+    last = -(-fragment.stop // width)
+    for row in range(fragment.start // width, last, step := max(1, BLOCK // width)):
+        end = min(row + step, last)
+        low, high = max(row * width, fragment.start), min(end * width, fragment.stop)
+        block = source.read(fragment.name, state, row, end).reshape(-1)[low - row * width : high - row * width]
+        into[low - fragment.start : high - fragment.start].copy_(block)
+
+
+def _restore_rest(
+    engine: Engine, source: Source, kind: str, recipe: Recipe, progress: Progress, notes: list[str]
+) -> None:
+    """Buffers, loss scale, counters, random states."""
+    for name, buffer in engine.buffers().items():
+        held = source.buffers.get(name)
+        if held is None or held.shape != buffer.shape:
+            raise InvalidCheckpoint(f"{source.folder}: lacks the buffer {name} of shape {tuple(buffer.shape)}")
+        buffer.copy_(held)
+    if engine.precision == "fp16" and source.loss_scaler and source.precision == "fp16":
+        engine.restore_loss_scale({k: source.loss_scaler[k] for k in _SCALER if k in source.loss_scaler})
+    if source.precision != engine.precision and source.form == "zero":
+        notes.append(f"saved in {source.precision}, continued in {engine.precision}: losses will differ a little")
+    if kind != "train":
+        return  # counters, random state and position are the new run's own
+    engine.counters = source.counters
+    path = source.folder / random_file(engine.rank)
+    same = source.world_size == engine.world
+    if same and path.is_file() and set_random_state(torchfile.load(path), engine.device):
+        return
+    seed_all(recipe.seed + 7_368_787 * (progress.step + 1), engine.rank)
+    why = (
+        f"saved on {source.world_size} ranks, continued on {engine.world}" if not same else "the kind of device changed"
+    )
+    notes.append(f"{why}: the data go on in order, dropout draws anew")
+
+
+def _compare(engine: Engine, source: Source) -> None:
+    """The live engine against the manifest: Adam steps and the digest of every tensor's states. Collective."""
+    manifest = source.manifest or {}
+    said_steps = {name: group["step"] for group in manifest.get("groups", ()) for name in group["names"]}
+    for group, step in zip(engine.groups, partitions.steps(engine), strict=True):
+        for name in group.names if set(partitions.MOMENTS) <= set(source.states) else ():
+            if said_steps.get(name, step) != step:
+                raise InvalidCheckpoint(
+                    f"{source.folder}: {name} has Adam step {step} in the files, {said_steps[name]} in the manifest: they are "
+                    "of two checkpoints. Use another tag"
+                )
+    live = partitions.digests(engine)
+    for name, entry in manifest.get("tensors", {}).items():
+        for state, told in entry.get("digest", {}).items():
+            if state in source.states and live[name][state] != told:
+                raise InvalidCheckpoint(
+                    f"{source.folder}: {state} of {name} has digest {live[name][state]} once loaded, the manifest says {told}: "
+                    "the file is damaged or was changed. Use another tag, or restore the file"
+                )

@@ -1,0 +1,309 @@
+"""Pre-train: phases of optimizer steps, each under the layer program drawn for it, with evaluations and checkpoints.
+
+Everything that decides a step (program, learning rate, rows, masks) is a pure function of the recipe and the step, so a
+run continued from a checkpoint is the run that was never stopped. A SIGTERM or SIGUSR1 (a cluster's time limit) ends the
+run after the step under way, with a checkpoint. Refuses a loss or a gradient that is not finite: it stops, and no
+checkpoint is written of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert2bert.data.bins import TokenBins
+from bert2bert.data.loader import MaskedLoader, eval_batches
+from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.model.batch import IGNORE
+from bert2bert.model.bert import Bert
+from bert2bert.model.config import BertConfig
+from bert2bert.model.flops import peak_flops, step_flops
+from bert2bert.recipe import Recipe
+from bert2bert.train import engine as engines
+from bert2bert.train import runfolder
+from bert2bert.train.evaluate import MASK_SEED, evaluate
+from bert2bert.train.loading import Resumed, resume as load
+from bert2bert.train.metrics import MetricsWriter
+from bert2bert.train.programs import draw
+from bert2bert.train.randomness import seed_all
+from bert2bert.train.saving import Progress, save, versions
+from bert2bert.train.schedules import lr_at, peak_of
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def train(
+    recipe: Recipe,
+    ds_config: Mapping[str, Any],
+    output: Path,
+    resume: Path | None = None,
+    command: Sequence[str] | None = None,
+    recipe_file: Path | None = None,
+) -> dict[str, Any]:
+    """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.train.ranks.set_up).
+
+    ``resume``: a run folder (``output`` itself: the run goes on), a tag's folder, a grown checkpoint, or a Hugging Face
+    folder. Returns {"step", "loss" (held-out, None if stopped), "accuracy", "flops", "seconds", "tokens", "stopped" (the
+    signal's name or None)}. Raises UserError for every mistake of the user.
+    """
+    output = Path(output)
+    resume = None if resume is None else Path(resume)
+    config = BertConfig.from_hf(recipe.model)
+    bins = TokenBins.open(recipe.data.bins)
+    if bins.vocab_size > config.vocab_size:
+        raise InvalidConfig(
+            f"the tokenizer of {bins.folder} has {bins.vocab_size} ids, the model's vocab_size is {config.vocab_size}; "
+            f"set model.vocab_size to at least {bins.vocab_size}"
+        )
+    continued = runfolder.check_free(output, resume)
+    device = engines.start()
+    torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
+    model = Bert(config, compile_layers=device.type == "cuda" and _stage(ds_config) < 3)
+    engine = engines.build(recipe, ds_config, model)
+    try:
+        with _Signals() as signals:
+            run = _Run(recipe, engine, config, bins, output, signals)
+            run.begin(ds_config, resume, continued, command, recipe_file)
+            return run.go()
+    finally:
+        engine.destroy()
+
+
+def _stage(ds_config: Mapping[str, Any]) -> int:
+    return int((ds_config.get("zero_optimization") or {}).get("stage", 0))
+
+
+class _Signals:
+    """Remembers the first of `SIGNALS` that this process gets, instead of dying from it."""
+
+    def __init__(self) -> None:
+        self.caught: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.caught = self.caught or signal.Signals(number).name
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One run's state: engine, data, position and what was spent."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: engines.Engine,
+        config: BertConfig,
+        bins: TokenBins,
+        output: Path,
+        signals: _Signals,
+    ) -> None:
+        self.recipe, self.engine, self.config, self.output, self.signals = recipe, engine, config, output, signals
+        self.bins = bins
+        data = recipe.data
+        self.loader = MaskedLoader(
+            bins, "train", data.seq_len, engine.micro_rows, engine.rank, engine.world, recipe.seed, data.mask_share
+        )
+        self.held_out = eval_batches(
+            bins, "heldout", data.seq_len, engine.micro_rows, data.eval_rows, engine.rank, engine.world, MASK_SEED,
+            data.mask_share,
+        )  # fmt: skip
+        self.digests = {"digest": bins.digest, "tokenizer_digest": bins.tokenizer_digest}
+        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
+        self.peak = None if name is None else peak_flops(name, engine.precision)
+        self.step = 0
+        self.spent: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "tokens": 0, "steps": 0}
+        self.growth: dict[str, Any] | None = None
+        self.saved = -1  # the step of the newest checkpoint
+        self.result: dict[str, float] = {}
+
+    def begin(
+        self,
+        ds_config: Mapping[str, Any],
+        resume: Path | None,
+        continued: bool,
+        command: Sequence[str] | None,
+        recipe_file: Path | None,
+    ) -> None:
+        """Load what is resumed from, and write the run folder's description."""
+        engine, recipe = self.engine, self.recipe
+        seed_all(recipe.seed, engine.rank)
+        source = None
+        if resume is not None:
+            found = load(engine, resume, recipe, self.digests)
+            self._take(found)
+            spent = (found.growth or {}).get("source_spent") if found.kind != "train" else found.progress.spent
+            source = {"path": str(resume), "kind": found.kind, "growth": found.growth, "spent": spent}
+            self._say(f"resumed from {found.folder} ({found.kind}) at step {self.step} of {recipe.steps}")
+            for note in found.notes:
+                self._say(f"  note: {note}")
+        self.held_entropy = self.bins.meta["splits"]["heldout"].get("unigram_entropy")
+        if engine.rank == 0:
+            runfolder.describe(
+                self.output, recipe, ds_config, model=self.config.to_hf(), world=engine.world, versions=versions(),
+                data={**self.digests, "heldout_unigram_entropy": self.held_entropy}, command=command, source=source,
+                continued=continued, step=self.step, bins=self.bins.folder, recipe_file=recipe_file,
+            )  # fmt: skip
+        engine.barrier()
+
+    def _take(self, found: Resumed) -> None:
+        self.step, self.growth = found.progress.step, found.growth
+        self.spent = dict(found.progress.spent)
+        self.loader.load_state({"rows": found.progress.rows})
+        if found.kind == "train" and found.folder.resolve().parent == self.output.resolve():
+            self.saved = self.step
+
+    def _say(self, text: str) -> None:
+        if self.engine.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    def go(self) -> dict[str, Any]:
+        """Train to the recipe's end, or to the end of the step in which a signal came."""
+        recipe = self.recipe
+        stopped = None
+        with MetricsWriter(self.output, self.engine.rank, step=self.step, steps=recipe.steps) as metrics:
+            if self.step == 0:
+                self._evaluate(metrics)
+            interval = _Interval(self.spent)
+            while self.step < recipe.steps and stopped is None:
+                record, signalled = self._optimizer_step()
+                stopped = (self.signals.caught or "signal") if signalled else None
+                phase, phase_step = record["phase"], record["phase_step"]
+                steps = next(p.steps for p in recipe.phases if p.name == phase)
+                metrics.advance(phase)
+                if self.step % recipe.log_every == 0 or phase_step == steps or stopped:
+                    metrics.write(record | interval.rates(self.spent, self.engine.world, self.peak))
+                    interval = _Interval(self.spent)
+                last = self.step == recipe.steps
+                if self.step % recipe.eval_every == 0 or last:
+                    self._evaluate(metrics)
+                if self.step % recipe.checkpoint_every == 0 or last or stopped:
+                    self._save()
+        if stopped:
+            self._say(
+                f"stopped by {stopped} after step {self.step} of {recipe.steps}; checkpoint written. "
+                f"Continue with --resume {self.output}"
+            )
+        elif self.engine.rank == 0:
+            runfolder.finish(self.output)
+        spent = {key: self.spent[key] for key in ("flops", "seconds", "tokens")}
+        held = {key: self.result.get(key) for key in ("loss", "accuracy")}
+        return {"step": self.step, **held, **spent, "stopped": stopped}
+
+    def _optimizer_step(self) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; its 'train' record without the rates, and whether any rank got a signal."""
+        recipe, engine = self.recipe, self.engine
+        began = time.perf_counter()
+        index, phase_step = recipe.locate(self.step)
+        phase = recipe.phases[index]
+        program = draw(phase.program, self.step, recipe.seed, recipe.layers)
+        lr = lr_at(phase.schedule, peak_of(phase.schedule, recipe.optimizer.lr), phase_step, phase.steps)
+        engine.apply(program)
+        engine.set_lr(lr)
+        loss = torch.zeros((), device=engine.device)
+        tokens = attended = predicted = 0
+        with _explained(phase.name, self.step):
+            for _ in range(engine.accumulation):
+                batch = next(self.loader)
+                tokens += batch.real_tokens
+                attended += batch.attended
+                predicted += int((batch.labels != IGNORE).sum())
+                micro_loss, _, _ = engine.forward(batch.to(engine.device, non_blocking=True), program)
+                engine.backward(micro_loss)
+                loss += micro_loss.detach().float()
+        local = [float(loss) / engine.accumulation / engine.world, tokens, attended, predicted]
+        mean, *counts, signalled = engine.sum([*local, float(self.signals.caught is not None)])
+        tokens, attended, predicted = (int(count) for count in counts)
+        self.spent["flops"] += step_flops(self.config, tokens, attended, predicted, program)
+        self.spent["tokens"] += tokens
+        self.spent["steps"] += 1
+        self.spent["seconds"] += time.perf_counter() - began
+        self._check_finite(mean, phase.name)
+        self.step += 1
+        record = {
+            "kind": "train", "step": self.step, "phase": phase.name, "phase_step": phase_step + 1, "loss": mean, "lr": lr,
+            "grad_norm": engine.grad_norm, "tokens": self.spent["tokens"], "flops": self.spent["flops"],
+            "seconds": self.spent["seconds"], "layers_run": len(program.run), "layers_learning": len(program.learn),
+            "loss_scale": engine.loss_scale,
+        }  # fmt: skip
+        return record, signalled > 0
+
+    def _check_finite(self, loss: float, phase: str) -> None:
+        """fp16 has its loss scale to recover with; in fp32 and bf16 what is not finite stays so."""
+        norm = self.engine.grad_norm
+        sound = math.isfinite(loss) and (norm is None or (math.isfinite(norm) and norm >= 0))
+        if sound or self.engine.precision == "fp16":
+            return
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm} (loss {loss:.4g})"
+        newest = f"The newest checkpoint is of step {self.saved}" if self.saved >= 0 else "No checkpoint was written yet"
+        raise UserError(
+            f"{what} in step {self.step + 1} (phase {phase!r}): training diverged. {newest}; lower the learning rate, "
+            "lengthen the warm-up, or set clip"
+        )
+
+    def _evaluate(self, metrics: MetricsWriter) -> None:
+        self.result = evaluate(self.engine, self.held_out)
+        done = max(self.step - 1, 0)
+        phase = self.recipe.phases[self.recipe.locate(done)[0]].name
+        spent = {key: self.spent[key] for key in ("tokens", "flops", "seconds")}
+        metrics.write({"kind": "eval", "step": self.step, "phase": phase, **self.result, **spent})
+
+    def _save(self) -> None:
+        if self.saved == self.step:
+            return
+        recipe = self.recipe
+        last = len(recipe.phases) - 1
+        at = recipe.locate(self.step) if self.step < recipe.steps else (last, recipe.phases[last].steps)
+        progress = Progress(self.step, *at, rows=self.loader.state()["rows"], spent=self.spent)
+        save(
+            self.engine, self.output, progress, model=self.config.to_hf(), aliases=self.config.aliases,
+            recipe=recipe.to_dict(), data=self.digests, growth=self.growth, keep=recipe.keep_checkpoints,
+        )  # fmt: skip
+        self.saved = self.step
+
+
+class _Interval:
+    """Speed since the last record."""
+
+    def __init__(self, spent: Mapping[str, float]) -> None:
+        self.start = dict(spent)
+
+    def rates(self, spent: Mapping[str, float], world: int, peak: float | None) -> dict[str, float | None]:
+        """tokens_per_s over all ranks, and mfu (None where the peak is not known)."""
+        tokens, flops, seconds = (spent[key] - self.start[key] for key in ("tokens", "flops", "seconds"))
+        seconds = max(seconds, 1e-9)
+        return {"tokens_per_s": tokens / seconds, "mfu": None if peak is None else flops / seconds / (peak * world)}
+
+
+@contextlib.contextmanager
+def _explained(phase: str, step: int) -> Iterator[None]:
+    """Turn DeepSpeed's giving up on fp16 and a device out of memory into what the user can do."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU is out of memory in step {step + 1} (phase {phase!r}). Lower train_micro_batch_size_per_gpu in the "
+            "ds_config, use a higher ZeRO stage, or more ranks"
+        ) from error
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise UserError(
+            f"fp16 gradients overflow at the smallest loss scale in step {step + 1} (phase {phase!r}): training diverged. "
+            "Lower the learning rate, lengthen the warm-up, or use bf16"
+        ) from error

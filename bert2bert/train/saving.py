@@ -1,0 +1,242 @@
+"""Write a training checkpoint: DeepSpeed's own shards, every rank's random state, and a manifest that makes it checkable.
+
+Order: shards and random states, synced to the disk; then the manifest (names, order, shapes, digests, steps, position);
+then, atomically, `latest`. DeepSpeed itself writes `latest` before the last rank has finished, so a killed rank would
+leave a run that cannot be resumed; here a kill at any moment leaves the older checkpoint in force.
+
+Refuses a disk without room for the checkpoint before anything is written. Deletes only complete and abandoned tags of
+this run folder, never the newest complete one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bert2bert
+from bert2bert.errors import UserError
+from bert2bert.shards.commit import (
+    FORMAT_VERSION,
+    MANIFEST,
+    disk_errors,
+    file_sizes,
+    fsync_tree,
+    set_latest,
+    write_manifest,
+)
+from bert2bert.train import partitions
+from bert2bert.train.engine import GROUP_LAYOUT, Engine
+from bert2bert.train.randomness import random_state
+
+UNFINISHED = "bert2bert.unfinished"
+"""A file that lies in a tag's folder while it is written or deleted."""
+
+HYPER = ("lr", "weight_decay", "betas", "eps")
+_TAG = re.compile(r"global_step(\d+)")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. ``step``: optimizer steps done; ``phase``, ``phase_step``: of the next one (or of the end);
+    ``rows``: rows that the loader has given out, over all ranks; ``spent``: "flops", "seconds", "tokens", "steps"."""
+
+    step: int
+    phase: int
+    phase_step: int
+    rows: int
+    spent: dict[str, float]
+
+
+def random_file(rank: int) -> str:
+    """Name, inside a tag's folder, of a rank's random state."""
+    return f"bert2bert_rng_rank_{rank:05d}.pt"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what wrote a checkpoint or a run folder."""
+    return {"bert2bert": bert2bert.__version__} | {name: version(name) for name in ("torch", "deepspeed")}
+
+
+def save(
+    engine: Engine,
+    root: Path,
+    progress: Progress,
+    *,
+    model: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    recipe: Mapping[str, Any],
+    data: Mapping[str, Any],
+    growth: Mapping[str, Any] | None,
+    keep: int,
+) -> Path:
+    """Write ``root/global_step<step>`` and make it the latest; returns its folder. Collective.
+
+    ``model``: the Hugging Face config; ``data``: digests of tokens and tokenizer; ``growth``: the growth that the run
+    came from, handed on; ``keep``: tags to keep. Raises UserError when the disk has no room or cannot be written.
+    """
+    tag = f"global_step{progress.step}"
+    folder = root / tag
+    _on_first(engine, root, lambda: _make_room(engine, root, folder))
+    engine.thaw()
+    with disk_errors(folder), _stream_errors(folder):
+        engine.save(root, tag)
+        torch.save(random_state(engine.device), folder / random_file(engine.rank))
+        _sync_own(engine, folder)
+    digests = partitions.digests(engine)  # collective: every rank has written its files when it returns
+    steps = partitions.steps(engine)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "kind": "train",
+        "tag": tag,
+        "form": "zero",
+        "stage": engine.stage,
+        "world_size": engine.world,
+        "precision": engine.precision,
+        "group_layout": GROUP_LAYOUT,
+        "model": dict(model),
+        "aliases": dict(aliases),
+        "groups": [
+            {
+                "part": group.part,
+                "decay": group.decay,
+                "names": list(group.names),
+                "hyper": {key: live[key] for key in HYPER},
+                "step": step,
+            }
+            for group, live, step in zip(engine.groups, engine.optimizer.param_groups, steps, strict=True)
+        ],
+        "tensors": {n: {"shape": list(engine.shape(n)), "digest": digests[n]} for n in engine.names},
+        "files": {},
+        "counters": engine.counters,
+        "versions": versions(),
+        "growth": None if growth is None else dict(growth),
+        "training": {
+            "recipe": dict(recipe),
+            "phase": progress.phase,
+            "phase_step": progress.phase_step,
+            "step": progress.step,
+            "spent": progress.spent,
+            "data": {**data, "rows": progress.rows},
+        },
+    }
+    _on_first(engine, root, lambda: _commit(root, folder, manifest, keep))
+    return folder
+
+
+def _on_first(engine: Engine, root: Path, act: Callable[[], None]) -> None:
+    """Do something on rank 0 while the others wait; a refusal there is raised on every rank."""
+    refusal = None
+    if engine.rank == 0:
+        try:
+            with disk_errors(root):
+                act()
+        except UserError as error:
+            refusal = str(error)
+        except OSError as error:
+            refusal = f"{root} cannot be written: {error}"
+    refusal = engine.broadcast(refusal)
+    if refusal is not None:
+        raise UserError(refusal)
+
+
+def _make_room(engine: Engine, root: Path, folder: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    if folder.exists():  # a save that was killed, or a timeline that was abandoned: nothing of it may survive
+        if _kind(folder) not in (None, "train"):
+            raise UserError(
+                f"{folder} exists and is no checkpoint of this run. Move it away, or choose another --output"
+            )
+        _delete(folder)
+    numel = sum(torch.Size(engine.shape(name)).numel() for name in engine.names)
+    need = numel * (12 + (4 if engine.precision == "fp32" else 2))
+    free = shutil.disk_usage(root).free
+    if free < need:
+        raise UserError(
+            f"checkpoint {folder} needs about {need / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free. "
+            "The checkpoints written before are whole; free some space and resume"
+        )
+    folder.mkdir()
+    (folder / UNFINISHED).touch()
+
+
+@contextlib.contextmanager
+def _stream_errors(folder: Path) -> Iterator[None]:
+    """Torch reports a full disk as a RuntimeError of its zip writer: say what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise UserError(
+            f"checkpoint {folder} could not be written ({str(error).splitlines()[0]}). Is the disk full? The "
+            "checkpoints written before are whole; free some space and resume"
+        ) from error
+
+
+def _sync_own(engine: Engine, folder: Path) -> None:
+    """Make durable what this rank wrote: on a cluster rank 0 cannot sync another host's pages."""
+    own = [folder / random_file(engine.rank), *folder.glob(f"*zero_pp_rank_{engine.rank}_mp_rank_*")]
+    for path in own:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _commit(root: Path, folder: Path, manifest: dict[str, Any], keep: int) -> None:
+    (folder / UNFINISHED).unlink()
+    fsync_tree(folder)
+    manifest["files"] = file_sizes(folder)
+    write_manifest(folder, manifest)
+    set_latest(root, folder.name)
+    prune(root, folder.name, keep)
+
+
+def prune(root: Path, newest: str, keep: int) -> None:
+    """Delete this run's training checkpoints older than the last ``keep`` up to ``newest``, and older unfinished ones.
+
+    Tags past ``newest`` (of a run that was resumed from an older tag by hand), growths and foreign folders stay.
+    """
+    limit = _step_of(newest)
+    older = []
+    for folder in root.iterdir():
+        step = _step_of(folder.name)
+        if step is None or limit is None or step >= limit or not folder.is_dir():
+            continue
+        kind = _kind(folder)
+        if kind is None:
+            _delete(folder)
+        elif kind == "train":
+            older.append((step, folder))
+    for _, folder in sorted(older, reverse=True)[max(keep - 1, 0) :]:
+        _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    (folder / UNFINISHED).touch()
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: a kill in between must not leave something that looks whole
+    shutil.rmtree(folder)
+
+
+def _step_of(name: str) -> int | None:
+    found = _TAG.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def _kind(folder: Path) -> str | None:
+    """The manifest's kind; None for what a killed save or deletion left; 'foreign' for what this program did not write."""
+    path = folder / MANIFEST
+    if path.is_file():
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8")).get("kind"))
+        except (OSError, ValueError, AttributeError):
+            return "foreign"
+    return None if (folder / UNFINISHED).exists() else "foreign"
