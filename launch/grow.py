@@ -3,31 +3,61 @@
 example:
   mpirun -n 4 python launch/grow.py runs/small grown/base --config recipes/configs/bert_base.json \\
       --width aki --depth stack --lossy
-  srun --ntasks 4 python launch/grow.py ...           (see launch/grow.sbatch)
+  srun --mpi=pmix -n 4 python launch/grow.py ...      (see launch/grow.sbatch)
+
+Refused: several processes that MPI does not join, for each would write the whole target.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 import traceback
+from typing import Any
+
+GRACE_SECONDS = 5.0
+
+
+def join() -> Any:
+    """The communicator of all the processes that were started, None for a single one; UserError otherwise."""
+    from bert2bert.errors import InvalidConfig
+    from bert2bert.shards.transfer import world
+    from bert2bert.train.ranks import discover
+
+    comm = world()
+    started = discover()
+    joined = 1 if comm is None else comm.Get_size()
+    if joined != started.world:
+        raise InvalidConfig(
+            f"{started.launcher} started {started.world} processes, but MPI joins {joined}; start them with the "
+            "mpirun of the MPI that mpi4py loads (python -m mpi4py --mpi-library names it), or with srun --mpi=pmix"
+        )
+    return comm
 
 
 def main(argv: list[str]) -> int:
     from bert2bert.cli import main as command
+    from bert2bert.errors import UserError
 
     if {"-h", "--help"} & set(argv):
         return command(["grow", *argv])
-    from bert2bert.shards.transfer import world
-
-    comm = world()
     try:
-        return command(["grow", *argv], comm=comm)
-    except Exception:
-        # The other ranks wait in a collective that this one will never enter: end them too.
+        comm = join()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        code = command(["grow", *argv], comm=comm)
+    except Exception:  # a defect: say where, on the rank that has it
         traceback.print_exc()
+        code = 1
+    if code and comm is not None:
+        # MPI's own exit waits for every rank, and another may wait for this one: end them all, after rank 0 has spoken.
         sys.stderr.flush()
-        comm.Abort(1)
-        return 1
+        if comm.Get_rank() > 0:
+            time.sleep(GRACE_SECONDS)
+        comm.Abort(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from bert2bert.errors import InvalidConfig
@@ -21,37 +21,43 @@ _PORTS = range(20000, 30000)
 
 @dataclass(frozen=True)
 class Ranks:
-    """``launcher``: what the variables were taken from; ``local``: the rank's number on its host."""
+    """``launcher``: what the variables were taken from; ``local``: the rank's number on its host; ``local_size``: how
+    many ranks this host has, None where the launcher does not say."""
 
     launcher: str
     rank: int
     local: int
     world: int
+    local_size: int | None
 
 
 def set_up(environ: MutableMapping[str, str] = os.environ) -> Ranks:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in ``environ`` and return the first three.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in ``environ`` and return what was found.
 
     MASTER_ADDR and MASTER_PORT are kept when set. Raises InvalidConfig, naming the variable to set.
     """
-    ranks, local_size = _find(environ)
-    if not (0 <= ranks.rank < ranks.world and 0 <= ranks.local < ranks.world):
+    ranks = discover(environ)
+    environ["MASTER_ADDR"] = environ.get("MASTER_ADDR") or _address(ranks, environ)
+    environ["MASTER_PORT"] = environ.get("MASTER_PORT") or str(_port(ranks, environ))
+    environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local), WORLD_SIZE=str(ranks.world))
+    if ranks.local_size is not None:  # DeepSpeed's CPU accelerator and torch read one each
+        environ.setdefault("LOCAL_SIZE", str(ranks.local_size))
+        environ.setdefault("LOCAL_WORLD_SIZE", str(ranks.local_size))
+    return ranks
+
+
+def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """The ranks that the launcher's variables tell of. Raises InvalidConfig where they are broken."""
+    ranks = _find(environ)
+    if not (ranks.rank < ranks.world and ranks.local < ranks.world):
         raise InvalidConfig(
             f"{ranks.launcher} says rank {ranks.rank} (local {ranks.local}) of {ranks.world}; expected ranks below "
             f"{ranks.world}"
         )
-    environ["MASTER_ADDR"] = environ.get("MASTER_ADDR") or _address(ranks, local_size, environ)
-    environ["MASTER_PORT"] = environ.get("MASTER_PORT") or str(_port(ranks, environ))
-    environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local), WORLD_SIZE=str(ranks.world))
-    if local_size is not None:  # DeepSpeed's CPU accelerator and torch read one each
-        environ.setdefault("LOCAL_SIZE", str(local_size))
-        environ.setdefault("LOCAL_WORLD_SIZE", str(local_size))
     return ranks
 
 
-def _find(environ: MutableMapping[str, str]) -> tuple[Ranks, int | None]:
-    """(ranks, number of ranks on this host where the launcher says it)."""
-
+def _find(environ: Mapping[str, str]) -> Ranks:
     def number(name: str) -> int:
         text = environ.get(name)
         if text is None or not text.isdecimal():
@@ -66,32 +72,32 @@ def _find(environ: MutableMapping[str, str]) -> tuple[Ranks, int | None]:
 
     if "RANK" in environ or "WORLD_SIZE" in environ:
         launcher = "deepspeed or torchrun"
-        ranks = Ranks(launcher, number("RANK"), number("LOCAL_RANK"), number("WORLD_SIZE"))
-        return ranks, optional("LOCAL_WORLD_SIZE") or optional("LOCAL_SIZE")
+        here = optional("LOCAL_WORLD_SIZE") or optional("LOCAL_SIZE")
+        return Ranks(launcher, number("RANK"), number("LOCAL_RANK"), number("WORLD_SIZE"), here)
     if "OMPI_COMM_WORLD_RANK" in environ:
-        launcher, prefix = "mpirun", "OMPI_COMM_WORLD_"
-        ranks = Ranks(launcher, number(prefix + "RANK"), number(prefix + "LOCAL_RANK"), number(prefix + "SIZE"))
-        return ranks, number(prefix + "LOCAL_SIZE")
+        launcher = "mpirun"
+        names = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")
+        return Ranks(launcher, *(number("OMPI_COMM_WORLD_" + name) for name in names))
     if "PMI_RANK" in environ:
         launcher = "mpirun"
         locals_ = [name for name in ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "SLURM_LOCALID") if name in environ]
-        ranks = Ranks(launcher, number("PMI_RANK"), number(locals_[0] if locals_ else "LOCAL_RANK"), number("PMI_SIZE"))
-        return ranks, optional("MPI_LOCALNRANKS") or optional("PMI_LOCAL_SIZE")
+        here = optional("MPI_LOCALNRANKS") or optional("PMI_LOCAL_SIZE")
+        return Ranks(launcher, number("PMI_RANK"), number((*locals_, "LOCAL_RANK")[0]), number("PMI_SIZE"), here)
     if "SLURM_STEP_ID" in environ:  # inside srun; the batch script itself has SLURM_PROCID too, but no step
         launcher = "srun"
-        ranks = Ranks(launcher, number("SLURM_PROCID"), number("SLURM_LOCALID"), number("SLURM_STEP_NUM_TASKS"))
-        one_node = environ.get("SLURM_STEP_NUM_NODES") == "1"
-        return ranks, ranks.world if one_node else None
+        world = number("SLURM_STEP_NUM_TASKS")
+        here = world if environ.get("SLURM_STEP_NUM_NODES") == "1" else None
+        return Ranks(launcher, number("SLURM_PROCID"), number("SLURM_LOCALID"), world, here)
     if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_JOB_ID" in environ and "SLURM_PROCID" in environ:
         raise InvalidConfig(
             f"this Slurm job has {environ['SLURM_NTASKS']} tasks, but the process was started outside srun and would "
             "train alone; write `srun` before the command, as launch/pretrain.sbatch does"
         )
-    return Ranks("one process", 0, 0, 1), 1
+    return Ranks("one process", 0, 0, 1, 1)
 
 
-def _address(ranks: Ranks, local_size: int | None, environ: MutableMapping[str, str]) -> str:
-    if ranks.world == 1 or local_size == ranks.world:
+def _address(ranks: Ranks, environ: Mapping[str, str]) -> str:
+    if ranks.world == 1 or ranks.local_size == ranks.world:
         return "127.0.0.1"
     nodes = environ.get("SLURM_STEP_NODELIST") if ranks.launcher == "srun" else None
     nodes = nodes or environ.get("SLURM_JOB_NODELIST")
@@ -111,7 +117,7 @@ def first_host(nodelist: str) -> str:
     return "".join(part for part in found.groups() if part)
 
 
-def _port(ranks: Ranks, environ: MutableMapping[str, str]) -> int:
+def _port(ranks: Ranks, environ: Mapping[str, str]) -> int:
     """The same port on every rank of a job, another for another job on the same host."""
     if ranks.world == 1:
         with socket.socket() as probe:

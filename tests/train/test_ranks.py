@@ -79,7 +79,7 @@ def test_ranks_of_one_job_agree_on_a_port_and_jobs_differ() -> None:
         ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_LOCAL_RANK is None"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "-x MASTER_ADDR=HOST"),
         (MPICH | {"MPI_LOCALNRANKS": "1"}, "MASTER_ADDR is not set"),
-        ({"SLURM_STEP_ID": "0"}, "SLURM_PROCID is None"),
+        ({"SLURM_STEP_ID": "0"}, "SLURM_STEP_NUM_TASKS is None"),
         ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, "outside srun"),
     ],
 )
@@ -109,4 +109,4 @@ def test_a_node_list_without_a_host_is_refused() -> None:
 
 
 def test_one_process_is_rank_0_of_1() -> None:
-    assert set_up({}) == Ranks("one process", 0, 0, 1)
+    assert set_up({}) == Ranks("one process", 0, 0, 1, 1)

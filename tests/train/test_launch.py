@@ -1,0 +1,213 @@
+"""The entries and the job scripts: quick help, one message for one mistake, the right jobs with the right options."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [ROOT / "launch" / name for name in ("pretrain.sbatch", "grow.sbatch", "chain.sh")]
+DEMO = ["--ds_config", "ds_configs/zero2_cpu.json", "--recipe", "recipes/demo_small.py"]
+MPI_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def run(command: list, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [str(word) for word in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def entry(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "word"), [("pretrain", "--resume grown/base"), ("grow", "--config")])
+def test_help_shows_an_example_and_imports_nothing_heavy(name: str, word: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{name}.py', '--help']\n"
+        f"try: runpy.run_path('launch/{name}.py', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print('heavy:', [m for m in ('torch', 'deepspeed', 'mpi4py', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    assert "example" in done.stdout and word in done.stdout
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--recipe", "recipes/nowhere.py"], "error: no recipe recipes/nowhere.py"),
+        (["--ds_config", "ds_configs/nowhere.json"], "error: no ds_config ds_configs/nowhere.json"),
+        (["--ds_config", "README.md"], "is no JSON"),
+        (["--set", "phases.0.step=1"], "unknown key 'phases.0.step': did you mean 'steps'"),
+        (["--set", "batch_rows=96"], "train_micro_batch_size_per_gpu is 64; on 1 ranks that makes 64 rows"),
+        (["--set", "optimizer.name=lamb"], "LAMB scales every layer"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(tmp_path: Path, change: list[str], message: str) -> None:
+    if "README.md" in change:
+        (tmp_path / "README.md").write_text("# no JSON")
+        change = ["--ds_config", str(tmp_path / "README.md")]
+    output = tmp_path / "run"
+    done = run([sys.executable, "launch/pretrain.py", *DEMO, "--output", output, *change])
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not output.exists()
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun on PATH")
+def test_a_mistake_on_two_ranks_is_told_once(tmp_path: Path) -> None:
+    command = ["mpirun", "--oversubscribe", "-n", "2", sys.executable, "launch/pretrain.py", *DEMO]
+    done = run([*command, "--output", tmp_path / "run", "--set", "sed=1"], **MPI_ENVIRONMENT)
+    assert done.returncode == 2
+    assert done.stderr.count("unknown key 'sed'") == 1
+
+
+def test_the_options_reach_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    loop = types.ModuleType("bert2bert.train.loop")
+    loop.train = lambda *given: calls.append(given)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bert2bert.train.loop", loop)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(ROOT)
+    options = ["--local_rank=0", *DEMO, "--output", "runs/x", "--resume", "grown/y", "--bins", "other bins"]
+    code = entry("pretrain").main([*options, "--set", "phases.0.steps=400", "seed=3", "--set", "clip=2"])
+    assert code == 0
+    ((recipe, config, output, resume),) = calls
+    assert (recipe.phases[0].steps, recipe.seed, recipe.data.bins) == (400, 3, "other bins")
+    assert (output, resume) == (Path("runs/x"), Path("grown/y"))
+    assert config["gradient_clipping"] == 2.0 and config["train_batch_size"] == recipe.batch_rows
+    assert os.environ["WORLD_SIZE"] == "1" and os.environ["RANK"] == "0"
+
+
+def test_growing_in_processes_that_mpi_does_not_join_is_refused(tmp_path: Path) -> None:
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    command = [
+        sys.executable,
+        "launch/grow.py",
+        tmp_path,
+        tmp_path / "grown",
+        "--config",
+        "recipes/configs/demo_base.json",
+    ]
+    done = run(command, **slurm)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: srun started 2 processes, but MPI joins 1; start them with")
+    assert not (tmp_path / "grown").exists()
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun on PATH")
+def test_a_growth_that_fails_ends_every_rank(tmp_path: Path) -> None:
+    grow = ["launch/grow.py", tmp_path / "nothing", tmp_path / "grown", "--config", "recipes/configs/demo_base.json"]
+    done = run(["mpirun", "--oversubscribe", "-n", "2", sys.executable, *grow], **MPI_ENVIRONMENT)
+    assert done.returncode != 0
+    assert str(tmp_path / "nothing") in done.stderr
+    assert not (tmp_path / "grown").exists()
+
+
+# ---- the job scripts
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_parses_and_keeps_the_cluster_at_its_top(path: Path) -> None:
+    assert run(["bash", "-n", path]).returncode == 0
+    lines = path.read_text().splitlines()
+    if path.suffix == ".sbatch":
+        end = next(i for i, line in enumerate(lines) if line.startswith("set -eu"))
+        assert all(i < end for i, line in enumerate(lines) if line.startswith("#SBATCH"))
+        assert run(["bash", path], SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(ROOT), SLURM_NTASKS="1").returncode == 2
+    else:
+        assert path.stat().st_mode & stat.S_IXUSR
+
+
+def fake(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text("#!/bin/bash\n" + text)
+    path.chmod(0o755)
+
+
+def test_the_chain_submits_three_jobs_that_wait_for_each_other(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    fake(
+        tmp_path / "bin",
+        "sbatch",
+        f'printf "%s|" "$@" >> {log}; echo >> {log}; echo "$((100 + $(wc -l < {log})));c1"\n',
+    )
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = run(["launch/chain.sh", "--partition=gpu"], PATH=path, BINS="bins/w", RUNS=str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "small 101 -> grow 102 -> large 103"
+    small, grow, large = (line.rstrip("|").split("|") for line in log.read_text().splitlines())
+    assert "--dependency=afterok:101" in grow and "--dependency=afterok:102" in large
+    assert not any(word.startswith("--dependency") for word in small)
+    assert all("--partition=gpu" in job and "--parsable" in job for job in (small, grow, large))
+    assert small[small.index("launch/pretrain.sbatch") + 1] == "recipes/bert_small.py"
+    source, target = grow[grow.index("launch/grow.sbatch") + 1 :][:2]
+    assert source == small[small.index("launch/pretrain.sbatch") + 3] == str(tmp_path / "runs" / "small")
+    assert large[large.index("--resume") + 1] == target
+    for name in ("launch/pretrain.sbatch", "launch/grow.sbatch", "recipes/bert_small.py", "ds_configs/zero2_bf16.json"):
+        assert (ROOT / name).exists()
+    assert all((ROOT / word).exists() for word in (*grow, *large) if word.startswith(("recipes/", "ds_configs/")))
+
+
+def batch(tmp_path: Path, output: Path) -> tuple[list[str], dict[str, str]]:
+    """What pretrain.sbatch starts: (command line of the task, its environment), with Slurm's commands faked."""
+    fake(
+        tmp_path / "bin",
+        "scontrol",
+        '[ "$2" = hostnames ] && printf "n1\\nn2\\n" || echo "  NodeAddr=10.0.0.7 Port=1"\n',
+    )
+    fake(tmp_path / "bin", "srun", 'shift; SLURM_PROCID=3 SLURM_LOCALID=1 exec "$@"\n')
+    fake(tmp_path / "bin", "python", 'printf "%s\\n" "$@"; echo ENV; env\n')
+    done = run(
+        ["bash", "launch/pretrain.sbatch", "R.py", "D.json", output, "--resume", "grown", "--set", "seed=1"],
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", PYTHON=str(tmp_path / "bin" / "python"), SLURM_JOB_ID="12",
+        SLURM_SUBMIT_DIR=str(ROOT), SLURM_NTASKS="4", SLURM_JOB_NODELIST="n[1-2]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words, environment = done.stdout.split("ENV\n")
+    return words.splitlines(), dict(line.split("=", 1) for line in environment.splitlines() if "=" in line)
+
+
+def test_the_job_names_every_task_its_rank(tmp_path: Path) -> None:
+    words, environment = batch(tmp_path, tmp_path / "run")
+    expected = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20012"}
+    assert {name: environment[name] for name in expected} == expected
+    options = entry("pretrain").arguments().parse_args(words[words.index("launch/pretrain.py") + 1 :])
+    assert (str(options.recipe), str(options.ds_config), options.output) == ("R.py", "D.json", tmp_path / "run")
+    assert (options.resume, options.set) == (Path("grown"), ["seed=1"])
+
+
+def test_a_job_submitted_again_goes_on_from_its_own_output(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "latest").write_text("global_step10")
+    words, _ = batch(tmp_path, output)
+    options = entry("pretrain").arguments().parse_args(words[words.index("launch/pretrain.py") + 1 :])
+    assert options.resume == output
+
+
+def test_deepspeed_reads_the_hostfile() -> None:
+    from deepspeed.launcher.runner import _parse_hostfile
+
+    found = _parse_hostfile((ROOT / "launch" / "hostfile.example").read_text().splitlines())
+    assert found == {"node1": 8, "node2": 8}
