@@ -74,8 +74,7 @@ class _Pickler(pickle._Pickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)  # what torch.save uses
-        self.storages: list[Blank] = []
-        self.promised = 0  # bytes of the blanks, without the tensors that were given whole
+        self.storages: list[tuple[Blank, bool]] = []  # and whether it was given as a Blank
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         if not isinstance(obj, Foreign):
@@ -98,12 +97,11 @@ class _Pickler(pickle._Pickler):
             blank = Blank(tuple(obj.shape), obj.dtype, lambda: (flat,))
         elif isinstance(obj, Blank):
             blank = obj
-            self.promised += blank.nbytes
         else:
             return NotImplemented
         if blank.dtype not in _STORAGES:
             raise TypeError(f"cannot write a tensor of dtype {blank.dtype}")
-        self.storages.append(blank)
+        self.storages.append((blank, blank is obj))
         stride = torch.empty(blank.shape, device="meta").stride()
         hooks: dict[Any, Any] = OrderedDict()
         args = (_Storage(len(self.storages) - 1, blank), 0, blank.shape, stride, False, hooks)
@@ -141,7 +139,7 @@ def _record(archive: zipfile.ZipFile, name: str, size: int, blocks: Iterable[byt
 def save(path: Path, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
     """Write ``tree`` (containers, scalars, tensors, `Blank`, `Foreign`) as a file for `torch.load`, synced to disk.
 
-    Returns the bytes of the blanks' data; ``wrote`` is told of all tensor bytes as they go. A `Blank` met twice is
+    Returns the bytes of the blanks' data; ``wrote`` is told of them as they go. A `Blank` met twice is
     stored once and loads as one tensor. OSError (a full disk) passes through.
     """
     text = io.BytesIO()
@@ -151,9 +149,9 @@ def save(path: Path, tree: Any, wrote: Callable[[int], None] | None = None) -> i
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             _record(archive, "data.pkl", text.tell(), (text.getvalue(),))
             _record(archive, "byteorder", len(sys.byteorder), (sys.byteorder.encode(),))
-            for key, blank in enumerate(pickler.storages):
-                _record(archive, f"data/{key}", blank.nbytes, stream(blank, wrote))
+            for key, (blank, streamed) in enumerate(pickler.storages):
+                _record(archive, f"data/{key}", blank.nbytes, stream(blank, wrote if streamed else None))
             _record(archive, "version", 2, (b"3\n",))
         file.flush()
         os.fsync(file.fileno())
-    return pickler.promised
+    return sum(blank.nbytes for blank, streamed in pickler.storages if streamed)
