@@ -108,13 +108,14 @@ class ZeroSource(Source):
             int(s["zero_stage"]) if "zero_stage" in s else 3 if "fp32_flat_groups" in s else 1 for s in self._ranks
         ]
         alike(self._paths, stages, "ZeRO stage")
+        world = self._model.world_size
         for rank, states in zip(self._paths, self._ranks, strict=True):
-            counts = states.get("partition_count", self.world_size)
+            counts = states.get("partition_count", world)
             for count in counts if isinstance(counts, list | tuple) else [counts]:
-                if int(count) != self.world_size:
+                if int(count) != world:
                     raise InvalidCheckpoint(
                         f"{rank}: a shard of a run of {count} ranks, {self._model.paths[0].name} is of a run of "
-                        f"{self.world_size}: files of different checkpoints are mixed."
+                        f"{world}: files of different checkpoints are mixed."
                     )
             if states.get("ds_zero_partition_groups"):
                 raise InvalidCheckpoint(f"{rank}: of an expert-parallel run, which this program does not read")

@@ -1,0 +1,219 @@
+"""Say what is in a checkpoint, any checkpoint, without reading its tensors.
+
+`inspect` gives plain data (it goes to JSON as it is), `render` the text for a terminal. Refuses what `open_source`
+refuses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bert2bert.shards.source import Source, open_source
+
+_HYPER = ("lr", "weight_decay", "betas", "eps")
+_SIZES = (  # config keys of BERT and of GPT-2
+    ("layers", ("num_hidden_layers", "n_layer")),
+    ("hidden", ("hidden_size", "n_embd")),
+    ("heads", ("num_attention_heads", "n_head")),
+    ("intermediate", ("intermediate_size", "n_inner")),
+    ("vocabulary", ("vocab_size",)),
+    ("positions", ("max_position_embeddings", "n_positions")),
+)
+
+
+def inspect(path: str | Path, tag: str | None = None) -> dict[str, Any]:
+    """What the checkpoint at ``path`` holds; ``tag`` as in `open_source`. ``bytes`` is the size of its files."""
+    source = open_source(path, tag)
+    tensors = source.tensors.values()
+    manifest = source.manifest or {}
+    return {
+        "path": str(source.path),
+        "folder": str(source.folder),
+        "tag": source.tag,
+        "format": source.form,
+        "stage": source.stage,
+        "world_size": source.world_size,
+        "precision": source.precision,
+        "architecture": _architecture(source.config),
+        "tensor_count": len(tensors),
+        "parameters": sum(m.numel for m in tensors),
+        "bytes": sum(file.stat().st_size for file in source.files),
+        "files": len(source.files),
+        "states": list(source.states),
+        "other_states": list(source.other_states),
+        "step": sorted({source.step(m.name) for m in tensors if m.trainable}) if len(source.states) > 1 else [],
+        "counters": source.counters,
+        "groups": [_group(source, i) for i in range(len(source.groups))],
+        "lr_scheduler": _plain(source.lr_scheduler),
+        "loss_scale": (source.loss_scaler or {}).get("cur_scale") if source.precision == "fp16" else None,
+        "client_state": sorted(source.client_state),
+        "tied": source.aliases,
+        "frozen": [m.name for m in tensors if not m.trainable],
+        "buffers": sorted(source.buffers),
+        "unread": list(source.unread),
+        "kind": manifest.get("kind"),
+        "growth": manifest.get("growth"),
+        "training": manifest.get("training"),
+        "versions": manifest.get("versions"),
+        "tensors": [
+            {
+                "name": m.name,
+                "shape": list(m.shape),
+                "dtype": m.dtype,
+                "group": m.group,
+                "step": source.step(m.name),
+                "trainable": m.trainable,
+            }
+            for m in tensors
+        ],
+    }
+
+
+def _architecture(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    if config is None:
+        return None
+    found = {"type": config.get("model_type"), "classes": config.get("architectures")}
+    for what, keys in _SIZES:
+        found[what] = next((config[k] for k in keys if config.get(k) is not None), None)
+    return found
+
+
+def _group(source: Source, i: int) -> dict[str, Any]:
+    group = source.groups[i]
+    names = group["names"]
+    return {
+        **{key: _plain(group[key]) for key in _HYPER if key in group},
+        "tensors": len(names),
+        "parameters": sum(source.tensors[name].numel for name in names),
+        "step": sorted({source.step(name) for name in names}),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The value with tuples as lists and anything JSON cannot hold as text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _bytes(size: float) -> str:
+    power = min((len(f"{size:.0f}") - 1) // 3, 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _numbers(values: list[int]) -> str:
+    return ", ".join(map(str, values)) if len(values) < 6 else f"{values[0]} to {values[-1]}"
+
+
+def render(found: dict[str, Any], tensors: bool = False) -> str:
+    """The result of `inspect` as text; ``tensors`` adds a table of all tensors."""
+    ranks = f"{found['world_size']} rank{'s' * (found['world_size'] != 1)}"
+    formats = {
+        "zero": f"native DeepSpeed ZeRO stage {found['stage']}, {ranks}",
+        "universal": "DeepSpeed universal",
+        "hub": "Hugging Face",
+    }
+    lines = [
+        ("checkpoint", found["folder"]),
+        ("format", formats[found["format"]]),
+        ("precision", found["precision"]),
+        ("architecture", _render_architecture(found["architecture"])),
+        ("tensors", f"{found['tensor_count']}, {found['parameters']:,} parameters"),
+        ("files", f"{found['files']}, {_bytes(found['bytes'])}"),
+        ("optimizer", _render_optimizer(found)),
+    ]  # fmt: skip
+    if counters := {k.removeprefix("global_"): v for k, v in found["counters"].items()}:
+        lines.append(("counters", ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in counters.items())))
+    if found["lr_scheduler"] is not None:
+        lines.append(("lr scheduler", ", ".join(f"{k} {v}" for k, v in list(found["lr_scheduler"].items())[:6])))
+    if found["loss_scale"] is not None:
+        lines.append(("loss scale", f"{found['loss_scale']:g}"))
+    if found["tied"]:
+        lines.append(("tied", _some([f"{absent} = {kept}" for absent, kept in found["tied"].items()])))
+    for key in ("frozen", "buffers", "client_state"):
+        if found[key]:
+            lines.append((key.replace("_", " "), _some(found[key])))
+    if found["unread"]:
+        lines.append(("not stored", f"{_some(found['unread'])}: the model has them, the checkpoint does not"))
+    lines += _render_history(found)
+    text = "\n".join(f"{key:<13} {value}" for key, value in lines)
+    if found["groups"]:
+        text += "\n\n" + _table(
+            ["group", "tensors", "parameters", "step", *_HYPER],
+            [
+                [str(i), str(g["tensors"]), f"{g['parameters']:,}", _numbers(g["step"])]
+                + [_value(g.get(key, "")) for key in _HYPER]
+                for i, g in enumerate(found["groups"])
+            ],
+        )
+    if tensors:
+        text += "\n\n" + _table(
+            ["tensor", "shape", "dtype", "group", "step"],
+            [
+                [t["name"], "x".join(map(str, t["shape"])) or "scalar", t["dtype"], _owner(t), str(t["step"])]
+                for t in found["tensors"]
+            ],
+        )
+    return text
+
+
+def _owner(tensor: dict[str, Any]) -> str:
+    if tensor["group"] is not None:
+        return str(tensor["group"])
+    return "-" if tensor["trainable"] else "frozen"
+
+
+def _render_architecture(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "unknown: no config.json beside it"
+    sizes = ", ".join(f"{what} {found[what]}" for what, _ in _SIZES if found[what] is not None)
+    return f"{_some(found['classes'] or []) or found['type'] or 'unnamed'}: {sizes}"
+
+
+def _render_optimizer(found: dict[str, Any]) -> str:
+    others = f"; {', '.join(found['other_states'])}, which this program does not carry over" * bool(
+        found["other_states"]
+    )
+    if len(found["states"]) == 1:
+        return "no Adam state" + others
+    return f"{' and '.join(found['states'][1:])}, step {_numbers(found['step'])}" + others
+
+
+def _render_history(found: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    if growth := found["growth"]:
+        source = growth.get("source") or {}
+        how = growth.get("operators") or growth.get("operator") or {}
+        named = (
+            ", ".join(f"{k} {how[k]}" for k in ("width", "depth", "seed") if k in how) if isinstance(how, dict) else how
+        )
+        lines.append(("grown from", f"{source.get('path')} ({source.get('form')}, tag {source.get('tag')})"))
+        lines.append(("grown by", f"{named}; plan {str(growth.get('plan_digest'))[:16]}"))
+        for what, reasons in (growth.get("exactness") or {}).items():
+            lines.append((f"  {what}", "exact" if not reasons else "not exact: " + "; ".join(map(str, reasons))))
+    if training := found["training"]:
+        spent = training.get("spent") or {}
+        lines.append(("trained", ", ".join(f"{k} {_value(v)}" for k, v in spent.items()) or "nothing yet"))
+    if found["versions"]:
+        lines.append(("written by", ", ".join(f"{k} {v}" for k, v in found["versions"].items())))
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(_value(v) for v in value)
+    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    )
