@@ -1,6 +1,7 @@
 """Pre-train as a recipe says: the entry for deepspeed, torchrun, mpirun and srun alike, or one plain process.
 
-A user's mistake is printed once, without a traceback, and every rank exits with status 2.
+A user's mistake is printed once, without a traceback, and every rank exits with status 2. A run that a signal ended
+before its last step (a time limit; its checkpoint is written) exits with 75, so that no job that waits for it starts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ start from a grown checkpoint:      --output runs/base --resume grown/base
 """
 
 GRACE_SECONDS = 5.0
+STOPPED = 75  # EX_TEMPFAIL: the same command with --resume goes on
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -48,7 +50,8 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = arguments().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    options = arguments().parse_args(words)
     from bert2bert.errors import UserError
 
     rank = 0
@@ -64,14 +67,15 @@ def main(argv: list[str] | None = None) -> int:
 
         from bert2bert.train.loop import train  # torch and DeepSpeed: only once the input is known to be sound
 
-        train(recipe, config, options.output, options.resume)
+        command = ["launch/pretrain.py", *words]
+        result = train(recipe, config, options.output, options.resume, command=command, recipe_file=options.recipe)
     except UserError as error:
         if rank > 0:
             # Rank 0 has met the same mistake and said so, or else its launcher would have ended this process by now.
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
+    return STOPPED if result["stopped"] else 0
 
 
 if __name__ == "__main__":

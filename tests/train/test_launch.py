@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [ROOT / "launch" / name for name in ("pretrain.sbatch", "grow.sbatch", "chain.sh")]
+PRETRAIN = "launch/pretrain.py"
 DEMO = ["--ds_config", "ds_configs/zero2_cpu.json", "--recipe", "recipes/demo_small.py"]
 MPI_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -82,7 +83,13 @@ def test_a_mistake_on_two_ranks_is_told_once(tmp_path: Path) -> None:
 def test_the_options_reach_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     loop = types.ModuleType("bert2bert.train.loop")
-    loop.train = lambda *given: calls.append(given)  # type: ignore[attr-defined]
+    stopped = None
+
+    def train(*given: object, **named: object) -> dict:
+        calls.append((*given, named))
+        return {"stopped": stopped}
+
+    loop.train = train  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "bert2bert.train.loop", loop)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
@@ -91,11 +98,18 @@ def test_the_options_reach_the_training(tmp_path: Path, monkeypatch: pytest.Monk
     options = ["--local_rank=0", *DEMO, "--output", "runs/x", "--resume", "grown/y", "--bins", "other bins"]
     code = entry("pretrain").main([*options, "--set", "phases.0.steps=400", "seed=3", "--set", "clip=2"])
     assert code == 0
-    ((recipe, config, output, resume),) = calls
+    ((recipe, config, output, resume, named),) = calls
+    assert named["recipe_file"] == Path("recipes/demo_small.py") and named["command"][:2] == [
+        PRETRAIN,
+        "--local_rank=0",
+    ]
     assert (recipe.phases[0].steps, recipe.seed, recipe.data.bins) == (400, 3, "other bins")
     assert (output, resume) == (Path("runs/x"), Path("grown/y"))
     assert config["gradient_clipping"] == 2.0 and config["train_batch_size"] == recipe.batch_rows
     assert os.environ["WORLD_SIZE"] == "1" and os.environ["RANK"] == "0"
+
+    stopped = "SIGUSR1"  # by a time limit: a job that waits for this one must not start
+    assert entry("pretrain").main([*options, "--set", "seed=3"]) == 75
 
 
 def test_growing_in_processes_that_mpi_does_not_join_is_refused(tmp_path: Path) -> None:
@@ -192,7 +206,7 @@ def test_the_job_names_every_task_its_rank(tmp_path: Path) -> None:
     words, environment = batch(tmp_path, tmp_path / "run")
     expected = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20012"}
     assert {name: environment[name] for name in expected} == expected
-    options = entry("pretrain").arguments().parse_args(words[words.index("launch/pretrain.py") + 1 :])
+    options = entry("pretrain").arguments().parse_args(words[words.index(PRETRAIN) + 1 :])
     assert (str(options.recipe), str(options.ds_config), options.output) == ("R.py", "D.json", tmp_path / "run")
     assert (options.resume, options.set) == (Path("grown"), ["seed=1"])
 
@@ -202,7 +216,7 @@ def test_a_job_submitted_again_goes_on_from_its_own_output(tmp_path: Path) -> No
     output.mkdir()
     (output / "latest").write_text("global_step10")
     words, _ = batch(tmp_path, output)
-    options = entry("pretrain").arguments().parse_args(words[words.index("launch/pretrain.py") + 1 :])
+    options = entry("pretrain").arguments().parse_args(words[words.index(PRETRAIN) + 1 :])
     assert options.resume == output
 
 
