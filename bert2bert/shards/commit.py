@@ -172,7 +172,13 @@ class Pending:
                     return
             os.close(fd)  # its owner finished and removed it while we waited for the lock: look again
 
-    def _refuse_occupied(self) -> None:
+    def refuse(self) -> None:
+        """Raise InvalidConfig if the target is not a place for a new checkpoint. Changes nothing."""
+        parent = self.target.parent
+        if not parent.is_dir():
+            raise InvalidConfig(f"{parent}, the parent of the target {self.target.name}, is no folder. Make it first.")
+        if self.target.exists() and not self.target.is_dir():
+            raise InvalidConfig(f"the target {self.target} is not a folder. Name a new folder.")
         if found := _occupied(self.target, self.final):
             raise InvalidConfig(
                 f"{self.target} already holds a checkpoint or other files ({found}). Name a new folder."
@@ -180,19 +186,14 @@ class Pending:
 
     def begin(self, need: int) -> None:
         """Lock, refuse what must not be overwritten, make an empty partial folder with room for ``need`` bytes."""
-        parent = self.target.parent
-        if not parent.is_dir():
-            raise InvalidConfig(f"{parent}, the parent of the target {self.target.name}, is no folder. Make it first.")
-        if self.target.exists() and not self.target.is_dir():
-            raise InvalidConfig(f"the target {self.target} is not a folder. Name a new folder.")
-        self._refuse_occupied()
+        self.refuse()
         with disk_errors(self.target):
             if self.final != self.target and not self.target.exists():
                 self.target.mkdir()
                 self._made_target = True
             self._acquire()
             try:
-                self._refuse_occupied()  # somebody may have finished while we took the lock
+                self.refuse()  # somebody may have finished while we took the lock
                 if self.partial.exists():
                     shutil.rmtree(self.partial)
                 free = shutil.disk_usage(self.partial.parent).free
@@ -213,7 +214,7 @@ class Pending:
                 fsync_folder(Path(folder))
             write_manifest(self.partial, manifest)
             check_complete(self.partial)
-            self._refuse_occupied()
+            self.refuse()
             if self.final != self.target and self.final.exists():
                 shutil.rmtree(self.final)  # an abandoned growth, else refused above
             os.rename(self.partial, self.final)

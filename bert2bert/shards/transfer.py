@@ -21,11 +21,11 @@ import torch
 
 import bert2bert
 from bert2bert.errors import InvalidConfig, UserError, did_you_mean
-from bert2bert.shards.commit import FORMAT_VERSION, Pending, disk_errors, file_sizes
+from bert2bert.shards.commit import FORMAT_VERSION, disk_errors, file_sizes
 from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes, write_bytes
 from bert2bert.shards.layout import SUB_GROUP_SIZE
 from bert2bert.shards.universal_writer import universal_files
-from bert2bert.shards.writing import FilePlan, Job, Tally, TargetSpec, Values, tensor_entries
+from bert2bert.shards.writing import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries
 from bert2bert.shards.zero_writer import zero_files
 
 FORMS = ("zero", "universal", "hub")
@@ -43,9 +43,6 @@ class _Alone:
 
     def gather(self, item: Any, root: int = 0) -> list[Any]:
         return [item]
-
-    def bcast(self, item: Any, root: int = 0) -> Any:
-        return item
 
 
 def world() -> Any:
@@ -167,7 +164,7 @@ def write_checkpoint(
     world_size: int | None = None,
     manifest_growth: dict[str, Any] | None,
     comm: Any = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
     sub_group_size: int = SUB_GROUP_SIZE,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
@@ -175,46 +172,43 @@ def write_checkpoint(
 
     ``values``: see writing.Values. ``stage``, ``world_size``: of the engine that will resume (format zero only).
     ``comm``: an mpi4py communicator of which every rank makes this same call on a file system that all see, or None.
-    ``progress(bytes, total)``: called on each rank as it writes, with new bytes and this rank's total.
+    ``progress(bytes)``: called on each rank as it writes, with the bytes of tensors that are new.
     ``sub_group_size``: DeepSpeed's option of stage 3. ``max_file_bytes``: where format hub starts another file.
     """
     comm = comm if comm is not None else _Alone()
-    total = [0]
-    tally = Tally((lambda count: progress(count, total[0])) if progress is not None else None)
+    tally = Tally(progress)
     job = Job(spec, values, tally)
-    target = Path(target)
-    pending = Pending(target, None if form == "hub" else spec.tag)
+    folder = pending(Path(target), spec, form)
 
     def begin() -> list[FilePlan]:
         plans = _plan(job, form, stage, world_size, sub_group_size, max_file_bytes)
         if comm.rank == 0:
-            pending.begin(sum(plan.payload + _OVERHEAD for plan in plans))
+            folder.begin(sum(plan.payload + _OVERHEAD for plan in plans))
         return plans
 
     plans: list[FilePlan] = _together(comm, begin)  # no rank writes before rank 0 holds the folder
     try:
         mine = [plans[i] for i in deal([plan.payload for plan in plans], comm.size)[comm.rank]]
-        total[0] = sum(plan.payload for plan in mine)
-        sizes = _together(comm, lambda: _write(pending.partial, mine))
+        sizes = _together(comm, lambda: _write(folder.partial, mine))
         reports = comm.gather((sizes, tally.digests))
 
         def commit() -> Path:
             if comm.rank != 0:
-                return pending.final
+                return folder.final
             planned = dict(sorted((name, size) for report, _ in reports for name, size in report.items()))
-            if planned != (found := file_sizes(pending.partial)):
+            if planned != (found := file_sizes(folder.partial)):
                 raise RuntimeError(
-                    f"{pending.partial} does not hold the files planned: {planned.items() ^ found.items()}"
+                    f"{folder.partial} does not hold the files planned: {planned.items() ^ found.items()}"
                 )
             tensors = tensor_entries(spec, (digests for _, digests in reports))
             manifest = _manifest(spec, form, stage, world_size, manifest_growth, tensors, planned)
-            return pending.commit(
+            return folder.commit(
                 manifest, {"zero": ("latest",), "universal": ("latest_universal", "latest"), "hub": ()}[form]
             )
 
-        folder: Path = _together(comm, commit)
-        return folder
+        written: Path = _together(comm, commit)
+        return written
     except BaseException:
         if comm.rank == 0:
-            pending.abort()
+            folder.abort()
         raise

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bert2bert.shards.commit import Pending
 from bert2bert.shards.digest import combine, digest, hex16
 from bert2bert.shards.layout import Piece
 
@@ -98,6 +99,16 @@ class FilePlan:
     name: str
     payload: int
     write: Callable[[Path], int]
+
+
+def pending(target: Path, spec: TargetSpec, form: str) -> Pending:
+    """The folder to write: ``target/<tag>``, or ``target`` itself for a Hugging Face folder."""
+    return Pending(target, None if form == "hub" else spec.tag)
+
+
+def check_target(target: Path, spec: TargetSpec, form: str) -> None:
+    """Refuse (InvalidConfig), before any work is done, a target where `transfer.write_checkpoint` would not write."""
+    pending(Path(target), spec, form).refuse()
 
 
 class Tally:
