@@ -5,16 +5,16 @@
     {split}.bin           token ids, uint16 or uint32, documents one behind the other, no special tokens added
     {split}.idx.npy       int64 offsets of the documents, one more than there are documents
 
-Splits: 'train' and 'heldout'. Refuses, with `InvalidData`: a folder that is not bins, or one whose files do not have the
-sizes, boundaries and tokenizer that its meta.json tells.
+Splits: 'train' and 'heldout'. Refuses, with `InvalidData`: a folder that is not bins, or one whose files do not have
+the sizes, boundaries and tokenizer that its meta.json tells.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def blake(chunks: Iterable[bytes | memoryview]) -> str:
     """Hex BLAKE2b (16 bytes) of the chunks in order."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = blake2b(digest_size=16)
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
@@ -144,6 +144,46 @@ class TokenBins:
             return (self.folder / name).read_bytes()
         except OSError as error:
             raise InvalidData(f"token bins {self.folder}: {name} cannot be read: {error}.\n  {_AGAIN}") from error
+
+
+class SplitWriter:
+    """Appends documents to one split's files; `counts`: int64 [vocab_size], how often each id was written."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, vocab_size: int) -> None:
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.counts = np.zeros(vocab_size, dtype=np.int64)
+        self.tokens = self.documents = self.open_tokens = 0
+        self.digest = blake2b(digest_size=16)
+        self.bin = open(folder / f"{split}.bin", "wb")  # noqa: SIM115 (closed by close)
+        self.ends = open(folder / f"{split}.ends", "wb")  # noqa: SIM115
+
+    def add(self, ids: list[int], ends: bool) -> None:
+        """Write a piece of a document; `ends`: its last."""
+        if ids:
+            array = np.asarray(ids, dtype=self.dtype)
+            self.bin.write(array.data)
+            self.digest.update(array.data)
+            self.counts += np.bincount(array, minlength=len(self.counts))
+            self.tokens += len(ids)
+            self.open_tokens += len(ids)
+        if ends and self.open_tokens:  # a document that the tokenizer drops altogether leaves no trace
+            self.ends.write(np.int64(self.tokens).tobytes())
+            self.documents += 1
+            self.open_tokens = 0
+
+    def close(self) -> None:
+        """Turn the raw document ends into `{split}.idx.npy`."""
+        self.bin.close()
+        self.ends.close()
+        raw = self.folder / f"{self.split}.ends"
+        with open(raw, "rb") as ends, open(self.folder / f"{self.split}.idx.npy", "wb") as index:
+            header = {"descr": "<i8", "fortran_order": False, "shape": (self.documents + 1,)}
+            np.lib.format.write_array_header_1_0(index, header)
+            index.write(np.int64(0).tobytes())
+            while block := ends.read(1 << 20):
+                index.write(block)
+                self.digest.update(block)
+        raw.unlink()
 
 
 _AGAIN = "Copy the folder again from where it was made, or make it again with bert2bert prepare."

@@ -2,9 +2,9 @@
 10 % stay.
 
 Randomness is a hash of (seed, row number, slot), so what a row looks like depends on nothing but its number: not on the
-batch it lies in, the rank, the world size or what came before. In every row round(mask_share x real tokens) positions are
-chosen, uniformly among those that hold no special token, in exactly `quota` places a row; spare places carry the label
--100. So shapes are static.
+batch it lies in, the rank, the world size or what came before. In every row round(mask_share x real tokens) positions
+are chosen, uniformly among those that hold no special token, in exactly `quota` places a row; spare places carry the
+label -100. So shapes are static.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Masker:
         self._base = np.uint64(_mix_int(seed ^ 0x6D61736B))
 
     def __call__(self, tokens: np.ndarray, numbers: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mask in place; return flat indices into the rows and the tokens that were there.
+        """Mask in place; return flat indices into the rows and the tokens that were there (-100 in spare places).
 
-        tokens: int64 [R, seq_len], written to. numbers: int64 [R], the rows' numbers. real: int64 [R], slots of each row
-        that are no filler. Returns int64 [R * quota] twice. Raises IndexError for an id outside the vocabulary.
+        tokens: int64 [R, seq_len], written to. numbers: int64 [R], the rows' numbers. real: int64 [R], slots of each
+        row that are no filler. Returns int64 [R * quota] twice. Raises IndexError for an id outside the vocabulary.
         """
         rows = len(tokens)
         row_keys = mix(self._base + numbers.astype(np.uint64) * np.uint64(_GOLDEN))[:, None]

@@ -7,8 +7,8 @@ the text. Where nothing fits and the gap is wide, one more segment is cut to fil
 
 Which lengths lie together is the same in every epoch, therefore so is the number of rows, and any row of any epoch is
 found without computing the epochs before. What changes by (seed, epoch): which documents of equal length fill a place,
-the order of the rows, and where a long document has its short segment (so its cuts move). In an epoch every token of the
-split appears exactly once.
+the order of the rows, and where a long document has its short segment (so its cuts move). In an epoch every token of
+the split appears exactly once.
 
 Memory per process: about 40 bytes per document and 8 per row. Refuses sequences shorter than 8 or longer than 65,535.
 """
@@ -94,8 +94,9 @@ class Packer:
         packed = row - self.whole_rows
         full = packed < 0
         until = self._rows.until
-        first = until[np.maximum(packed, 0)]
-        count = np.where(full, 1, until[np.maximum(packed, 0) + 1] - first)
+        at = np.where(full, 0, packed)
+        first = until[at]
+        count = np.where(full, 1, until[at + ~full] - first)
         ends = np.cumsum(count)
         total = int(ends[-1])
         of = np.repeat(np.arange(len(local)), count)

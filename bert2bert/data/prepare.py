@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from bert2bert import __version__
-from bert2bert.data.bins import FORMAT_VERSION, SPLITS, blake, token_dtype
+from bert2bert.data.bins import FORMAT_VERSION, SPLITS, SplitWriter, blake, token_dtype
 from bert2bert.data.text import DOCUMENTS, Records, TextFile, open_dataset
 from bert2bert.data.tokenizer import load_tokenizer, special_ids, table_size, train_tokenizer
 from bert2bert.errors import InvalidConfig, InvalidData, UserError, did_you_mean
@@ -66,7 +66,9 @@ def prepare(
         train.append(open_dataset(dataset, dataset_config, dataset_split, text_column))
     stream = _Stream(train, heldout, heldout_fraction, document, seed, progress)
     if taken is None:
-        taken = train_tokenizer((piece for piece, split, _ in stream.read("tokenizer") if split == "train"), vocab_size)
+        taken = train_tokenizer(
+            lambda purpose: (piece for piece, split, _ in stream.read(purpose) if split == "train"), vocab_size
+        )
     partial = output.with_name(output.name + ".partial")
     try:
         _clear(partial)
@@ -137,45 +139,6 @@ class _Stream:
         return told
 
 
-class _Writer:
-    """Appends documents to one split's files."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, vocab_size: int) -> None:
-        self.folder, self.split, self.dtype = folder, split, dtype
-        self.counts = np.zeros(vocab_size, dtype=np.int64)
-        self.tokens = self.documents = self.open_tokens = 0
-        self.digest = blake2b(digest_size=16)
-        self.bin = open(folder / f"{split}.bin", "wb")  # noqa: SIM115 (closed by close)
-        self.ends = open(folder / f"{split}.ends", "wb")  # noqa: SIM115
-
-    def add(self, ids: list[int], ends: bool) -> None:
-        if ids:
-            array = np.asarray(ids, dtype=self.dtype)
-            self.bin.write(array.data)
-            self.digest.update(array.data)
-            self.counts += np.bincount(array, minlength=len(self.counts))
-            self.tokens += len(ids)
-            self.open_tokens += len(ids)
-        if ends and self.open_tokens:  # a document that the tokenizer drops altogether leaves no trace
-            self.ends.write(np.int64(self.tokens).tobytes())
-            self.documents += 1
-            self.open_tokens = 0
-
-    def close(self) -> None:
-        """Turn the raw document ends into `{split}.idx.npy`."""
-        self.bin.close()
-        self.ends.close()
-        raw = self.folder / f"{self.split}.ends"
-        with open(raw, "rb") as ends, open(self.folder / f"{self.split}.idx.npy", "wb") as index:
-            header = {"descr": "<i8", "fortran_order": False, "shape": (self.documents + 1,)}
-            np.lib.format.write_array_header_1_0(index, header)
-            index.write(np.int64(0).tobytes())
-            while block := ends.read(1 << 20):
-                index.write(block)
-                self.digest.update(block)
-        raw.unlink()
-
-
 def _write(folder: Path, stream: _Stream, tokenizer: Any) -> dict[str, Any]:
     vocab_size = table_size(tokenizer)
     dtype = token_dtype(vocab_size)
@@ -183,7 +146,7 @@ def _write(folder: Path, stream: _Stream, tokenizer: Any) -> dict[str, Any]:
     (folder / "tokenizer.json").write_text(text, "utf-8")
     tokenizer.encode_special_tokens = True  # "[MASK]" in a text is five characters, not the mask
     with contextlib.ExitStack() as stack:
-        writers = {split: _Writer(folder, split, dtype, vocab_size) for split in SPLITS}
+        writers = {split: SplitWriter(folder, split, dtype, vocab_size) for split in SPLITS}
         for writer in writers.values():
             stack.callback(writer.bin.close)
             stack.callback(writer.ends.close)
@@ -246,7 +209,7 @@ def unigram_cross_entropy(counts: np.ndarray, model: np.ndarray, smoothing: floa
     return float(-(share * logs).sum())
 
 
-def _empty(split: str, writers: dict[str, _Writer], fraction: float) -> str:
+def _empty(split: str, writers: dict[str, SplitWriter], fraction: float) -> str:
     total = sum(writer.documents for writer in writers.values())
     if fraction and total:
         return (
@@ -267,7 +230,7 @@ def _check_options(
         raise InvalidConfig(f"--heldout-text and --heldout-fraction {fraction:g} are both given.\n  Give one of them.")
     if not heldout and not 0 < fraction < 1:
         raise InvalidConfig(
-            f"--heldout-fraction is {fraction:g}, expected more than 0 and less than 1 when there is no --heldout-text.\n"
+            f"--heldout-fraction is {fraction:g}, expected more than 0 and less than 1 without --heldout-text.\n"
             "  Evaluation needs text that is not trained on."
         )
     if output.is_dir() and not any(output.iterdir()):

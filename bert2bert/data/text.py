@@ -91,7 +91,7 @@ class TextFile:
         number, told = 0, 0
         try:
             with open(self.path, "rb") as raw, TextIOWrapper(_decompressed(raw, self.path), "utf-8-sig") as file:
-                for number, line in enumerate(file, 1):  # noqa: B007 (the errors below tell it)
+                for number, line in enumerate(file, 1):
                     if "\0" in line:
                         raise InvalidData(
                             f"text file {self.path} has a NUL character in line {number}: it is binary or UTF-16.\n"

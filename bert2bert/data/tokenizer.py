@@ -6,9 +6,12 @@ Refuses, with `InvalidData`: a tokenizer that is not there, cannot be read, or l
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bert2bert.errors import InvalidConfig, InvalidData, UserError
 
@@ -26,33 +29,43 @@ def _wordpiece(vocab: dict[str, int] | None, lowercase: bool) -> Any:
     return tokenizer
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
-    """A lower-casing WordPiece tokenizer of at most `vocab_size` tokens (fewer when the text is small)."""
+def train_tokenizer(texts: Callable[[str], Iterator[str]], vocab_size: int) -> Any:
+    """A lower-casing WordPiece tokenizer of at most `vocab_size` tokens (fewer when the text is small).
+
+    texts(purpose): the training text from its beginning; read twice. The same text gives the same tokenizer.
+    """
     from tokenizers import trainers
+    from tokenizers.processors import TemplateProcessing
 
     if vocab_size < 64:
         raise InvalidConfig(f"--vocab-size is {vocab_size}, expected at least 64 (5 special tokens and an alphabet).")
+    tokenizer = _wordpiece(None, lowercase=True)
+    # Each character may cost two tokens, x and ##x; BERT's own limit is 1,000 characters.
+    alphabet, inner = _alphabet(texts("alphabet"), tokenizer, min(1000, vocab_size // 4))
     failure: list[UserError] = []
 
     def guarded() -> Iterator[str]:
         # An exception inside the Rust trainer's iterator would lose its class.
         try:
-            yield from texts
+            yield from texts("tokenizer")
         except UserError as error:
             failure.append(error)
 
-    tokenizer = _wordpiece(None, lowercase=True)
+    # The trainer numbers the ##x in the order of a randomly seeded hash table, and the numbers break ties between
+    # merges (huggingface/tokenizers issue 1794). Named as special tokens they have fixed numbers; the tokenizer is then
+    # rebuilt from the bare vocabulary.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        limit_alphabet=min(1000, vocab_size // 4),  # each character may cost two tokens, x and ##x
-        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        special_tokens=[*SPECIAL.values(), *("##" + character for character in inner)],
         show_progress=False,
     )
     tokenizer.train_from_iterator(guarded(), trainer)
     if failure:
         raise failure[0]
-    from tokenizers.processors import TemplateProcessing
-
+    tokenizer = _wordpiece(tokenizer.get_vocab(), lowercase=True)
+    tokenizer.add_special_tokens(list(SPECIAL.values()))
     cls, sep = SPECIAL["cls"], SPECIAL["sep"]
     tokenizer.post_processor = TemplateProcessing(
         single=f"{cls} $A {sep}",
@@ -60,6 +73,27 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
     )
     return tokenizer
+
+
+def _alphabet(texts: Iterator[str], tokenizer: Any, limit: int) -> tuple[list[str], list[str]]:
+    """The `limit` most frequent characters of the normalised text, and those of them that occur inside a word."""
+    joins: dict[int, bool] = {}  # whether the character stays in a word, asked of the pre-tokenizer itself
+    counts: Counter[int] = Counter()
+    inner: set[int] = set()
+    for text in texts:
+        codes = np.frombuffer(tokenizer.normalizer.normalize_str(text).encode("utf-32-le"), dtype=np.uint32)
+        if not len(codes):
+            continue
+        unique, index, times = np.unique(codes, return_inverse=True, return_counts=True)
+        for code in unique.tolist():
+            if code not in joins:
+                joins[code] = len(tokenizer.pre_tokenizer.pre_tokenize_str(f"a{chr(code)}a")) == 1
+        counts.update(dict(zip(unique.tolist(), times.tolist(), strict=True)))
+        word = np.array([joins[code] for code in unique.tolist()])[index]
+        inner.update(np.unique(codes[1:][word[1:] & word[:-1]]).tolist())
+    ranked = sorted((code for code in counts if not chr(code).isspace()), key=lambda code: (-counts[code], code))
+    kept = sorted(ranked[:limit])
+    return [chr(code) for code in kept], [chr(code) for code in kept if code in inner]
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -1,0 +1,326 @@
+"""prepare and TokenBins: what goes in comes out, the same twice, and nothing half-made is left."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bert2bert.data.bins import SplitWriter, TokenBins
+from bert2bert.data.corpus import books
+from bert2bert.data.prepare import prepare, unigram_cross_entropy
+from bert2bert.data.tokenizer import SPECIAL, load_tokenizer
+from bert2bert.errors import InvalidConfig, InvalidData
+
+TRAIN = "".join(
+    f"The {n} cats sat on {m} mats.\nSo did dogs.\n\n" for n in ("three", "four", "nine") for m in ("two", "ten")
+)
+HELD = "A quite different cat sat down.\n\nAnd a dog, too.\n"
+
+
+def make(output: Path, text: list[Path] | None = None, **options: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "dataset": None,
+        "dataset_config": None,
+        "dataset_split": None,
+        "text_column": None,
+        "tokenizer": None,
+        "vocab_size": 120,
+        "heldout_text": [],
+        "heldout_fraction": 0,
+        "document": "blank-line",
+        "seed": 0,
+        "progress": False,
+    }
+    return prepare(text=text or [], output=output, **{**values, **options})
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    (tmp_path / "train.txt").write_text(TRAIN)
+    (tmp_path / "held.txt").write_text(HELD)
+    return tmp_path / "train.txt", tmp_path / "held.txt"
+
+
+def documents(bins: TokenBins, split: str) -> list[str]:
+    tokenizer = load_tokenizer(bins.folder)
+    ids, offsets = bins.split(split)
+    return [tokenizer.decode(ids[a:b].tolist(), skip_special_tokens=False) for a, b in pairwise(offsets)]
+
+
+def test_round_trip(files: tuple[Path, Path], tmp_path: Path) -> None:
+    meta = make(tmp_path / "bins", [files[0]], heldout_text=[files[1]])
+    bins = TokenBins.open(tmp_path / "bins")
+    assert bins.meta == meta
+    assert meta["dtype"] == "uint16" and bins.vocab_size == load_tokenizer(bins.folder).get_vocab_size()
+    read = documents(bins, "train")
+    assert len(read) == meta["splits"]["train"]["documents"] == 6
+    assert read[0].replace(" ", "") == "thethreecatssatontwomats.sodiddogs."
+    assert len(documents(bins, "heldout")) == 2
+    ids, _ = bins.split("train")
+    assert len(ids) == meta["splits"]["train"]["tokens"] and not set(ids.tolist()) & {0, 2, 3, 4}
+    assert set(bins.special) == set(SPECIAL) and bins.special["pad"] == 0
+    assert not (tmp_path / "bins.partial").exists()
+
+
+@pytest.mark.parametrize(("document", "count"), [("file", 1), ("blank-line", 6), ("line", 12)])
+def test_what_a_document_is(files: tuple[Path, Path], tmp_path: Path, document: str, count: int) -> None:
+    whole = make(tmp_path / "a", [files[0]], heldout_text=[files[1]], document=document)
+    assert whole["splits"]["train"]["documents"] == count
+    assert (
+        whole["splits"]["train"]["tokens"]
+        == make(tmp_path / "b", [files[0]], heldout_text=[files[1]])["splits"]["train"]["tokens"]
+    )
+
+
+def test_compressed_text_is_the_same_text(files: tuple[Path, Path], tmp_path: Path) -> None:
+    digests = {make(tmp_path / "plain", [files[0]], heldout_text=[files[1]])["digest"]}
+    for name, compress in (("t.txt.gz", gzip.compress), ("t.xz", lzma.compress)):
+        (tmp_path / name).write_bytes(compress(TRAIN.encode()))
+        digests.add(make(tmp_path / f"{name}.bins", [tmp_path / name], heldout_text=[files[1]])["digest"])
+    assert len(digests) == 1
+
+
+def test_a_long_document_read_in_pieces_has_the_tokens_of_the_whole(tmp_path: Path) -> None:
+    book = books()["persuasion"]
+    text = lzma.decompress(book.read_bytes()).decode()[:300_000]
+    (tmp_path / "book.txt").write_text(text)
+    (tmp_path / "held.txt").write_text(HELD)
+    make(tmp_path / "bins", [tmp_path / "book.txt"], heldout_text=[tmp_path / "held.txt"], document="file")
+    ids, offsets = TokenBins.open(tmp_path / "bins").split("train")
+    whole = load_tokenizer(tmp_path / "bins").encode(text, add_special_tokens=False).ids
+    assert offsets.tolist() == [0, len(whole)] and ids.tolist() == whole
+
+
+def test_same_input_same_bytes(files: tuple[Path, Path], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make(tmp_path / name, [books()["persuasion"]], heldout_fraction=0.1, vocab_size=400, seed=3)
+    for file in sorted((tmp_path / "a").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    other = make(tmp_path / "c", [books()["persuasion"]], heldout_fraction=0.1, vocab_size=400, seed=4)
+    assert other["digest"] != json.loads((tmp_path / "a/meta.json").read_text())["digest"]
+
+
+def test_held_out_documents_are_not_trained_on_even_as_duplicates(tmp_path: Path) -> None:
+    lines = [f"{word} number {n}" for n in range(200) for word in ("alpha", "beta")]
+    (tmp_path / "t.txt").write_text("\n".join(lines + lines))
+    meta = make(tmp_path / "bins", [tmp_path / "t.txt"], heldout_fraction=0.25, document="line")
+    bins = TokenBins.open(tmp_path / "bins")
+    train, held = documents(bins, "train"), documents(bins, "heldout")
+    assert not set(train) & set(held)
+    assert len(train) + len(held) == 800
+    assert 0.15 < len(held) / 800 < 0.35
+    assert meta["splits"]["heldout"]["documents"] == len(held)
+
+
+def test_tokenizer_sees_only_training_text(files: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("Ξένος Ξένος ξένος\n")
+    make(tmp_path / "bins", [files[0]], heldout_text=[tmp_path / "held.txt"])
+    assert not any("ξ" in token for token in load_tokenizer(tmp_path / "bins").get_vocab())
+    ids, _ = TokenBins.open(tmp_path / "bins").split("heldout")
+    assert set(ids.tolist()) == {TokenBins.open(tmp_path / "bins").special["unk"]}
+
+
+def test_entropies(files: tuple[Path, Path], tmp_path: Path) -> None:
+    meta = make(tmp_path / "bins", [files[0]], heldout_text=[files[1]])
+    ids, _ = TokenBins.open(tmp_path / "bins").split("heldout")
+    train, _ = TokenBins.open(tmp_path / "bins").split("train")
+    held = meta["splits"]["heldout"]
+    counts = np.unique(ids, return_counts=True)[1] / len(ids)
+    assert held["unigram_entropy"] == pytest.approx(-(counts * np.log(counts)).sum(), rel=1e-12)
+    model = [(int((train == i).sum()) + 1) / (len(train) + meta["vocab_size"]) for i in ids]
+    assert held["unigram_cross_entropy"] == pytest.approx(-np.log(model).mean(), rel=1e-12)
+    assert unigram_cross_entropy(np.ones(7, int), np.ones(7, int), 0) == pytest.approx(np.log(7))
+
+
+def test_special_tokens_written_in_the_text_are_text(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("before [MASK] after [SEP] and [CLS] more\n" * 5)
+    (tmp_path / "h.txt").write_text("see [PAD]\n")
+    make(tmp_path / "bins", [tmp_path / "t.txt"], heldout_text=[tmp_path / "h.txt"], document="line")
+    bins = TokenBins.open(tmp_path / "bins")
+    for split in ("train", "heldout"):
+        found = set(bins.split(split)[0].tolist())
+        assert not found & {bins.special[key] for key in ("pad", "cls", "sep", "mask")}
+
+
+def test_a_given_tokenizer_is_taken(files: tuple[Path, Path], tmp_path: Path) -> None:
+    first = make(tmp_path / "a", [files[0]], heldout_text=[files[1]])
+    for i, path in enumerate((tmp_path / "a", tmp_path / "a" / "tokenizer.json")):
+        again = make(tmp_path / f"b{i}", [files[0]], heldout_text=[files[1]], tokenizer=path)
+        assert (again["digest"], again["tokenizer_digest"]) == (first["digest"], first["tokenizer_digest"])
+    vocab = load_tokenizer(tmp_path / "a").get_vocab()
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/vocab.txt").write_text("\n".join(sorted(vocab, key=vocab.__getitem__)))
+    for i, path in enumerate((tmp_path / "v", tmp_path / "v" / "vocab.txt")):
+        assert (
+            make(tmp_path / f"c{i}", [files[0]], heldout_text=[files[1]], tokenizer=path)["digest"] == first["digest"]
+        )
+    (tmp_path / "v/tokenizer_config.json").write_text('{"do_lower_case": false}')
+    cased = make(tmp_path / "d", [files[0]], heldout_text=[files[1]], tokenizer=tmp_path / "v")
+    assert cased["digest"] != first["digest"]
+
+
+def test_truncation_and_padding_in_a_tokenizer_are_off(files: tuple[Path, Path], tmp_path: Path) -> None:
+    first = make(tmp_path / "a", [files[0]], heldout_text=[files[1]], document="file")
+    tokenizer = load_tokenizer(tmp_path / "a")
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=16)
+    tokenizer.save(str(tmp_path / "t.json"))
+    again = make(tmp_path / "b", [files[0]], heldout_text=[files[1]], document="file", tokenizer=tmp_path / "t.json")
+    assert again["digest"] == first["digest"]
+
+
+def test_large_vocabulary_takes_32_bits(files: tuple[Path, Path], tmp_path: Path) -> None:
+    words = [*SPECIAL.values(), "the", "cat", *(f"w{i}" for i in range(70_000)), "cats"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    meta = make(tmp_path / "bins", [files[0]], heldout_text=[files[1]], tokenizer=tmp_path / "vocab.txt")
+    ids, _ = TokenBins.open(tmp_path / "bins").split("train")
+    assert meta["dtype"] == "uint32" and ids.max() == len(words) - 1 == 70_007
+
+
+def test_local_datasets(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    records = [{"body": block + "\n", "n": i} for i, block in enumerate(TRAIN.split("\n\n")[:-1])]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = datasets.Dataset.from_list(records)
+    data.to_parquet(str(tmp_path / "d.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "dict"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/train.jsonl").write_text((tmp_path / "d.jsonl").read_text())
+    plain = make(tmp_path / "plain", [files[0]], heldout_text=[files[1]])
+    for name in ("d.jsonl", "d.parquet", "saved", "dict", "folder"):
+        options = {"dataset": str(tmp_path / name), "text_column": "body", "heldout_text": [files[1]]}
+        meta = make(tmp_path / f"{name}-bins", **options)
+        assert meta["digest"] == plain["digest"], name
+    meta = make(tmp_path / "records", **options, document="file")
+    assert meta["splits"]["train"]["documents"] == len(records)
+    with pytest.raises(InvalidData, match=r"no column 'text'.*body, n.*\n.*--text-column"):
+        make(tmp_path / "x", dataset=str(tmp_path / "d.jsonl"), heldout_text=[files[1]])
+    with pytest.raises(InvalidData, match="holds int, expected text"):
+        make(tmp_path / "x", dataset=str(tmp_path / "d.jsonl"), text_column="n", heldout_text=[files[1]])
+    with pytest.raises(InvalidData, match="no split 'trian'; did you mean 'train'"):
+        make(tmp_path / "x", dataset=str(tmp_path / "dict"), dataset_split="trian", heldout_text=[files[1]])
+    with pytest.raises(InvalidData, match=r"cannot be opened.*\n(.*\n)*.*save_to_disk"):
+        make(tmp_path / "x", dataset="no-such-owner/no-such-name", heldout_text=[files[1]])
+    (tmp_path / "bad.jsonl").write_text("{not json\n")
+    with pytest.raises(InvalidData, match="cannot be opened"):
+        make(tmp_path / "x", dataset=str(tmp_path / "bad.jsonl"), heldout_text=[files[1]])
+    (tmp_path / "d.docx").write_text("x")
+    with pytest.raises(InvalidData, match=r"unknown kind '\.docx'"):
+        make(tmp_path / "x", dataset=str(tmp_path / "d.docx"), heldout_text=[files[1]])
+    assert not (tmp_path / "x").exists()
+
+
+BAD_FILES = [
+    ("missing.txt", None, "does not exist"),
+    ("empty.txt", b"", r"is empty \(0 bytes\)"),
+    ("blank.txt", b"\n  \n\n", "only blank lines"),
+    ("latin1.txt", b"fine\ncaf\xe9\n", r"not UTF-8: byte 0xe9"),
+    ("utf16.txt", "wide text\n".encode("utf-16-le"), "NUL character in line 1"),
+    ("bad.gz", b"no gzip at all", "cannot be read after line 0"),
+    ("short.gz", gzip.compress(bytes(range(65, 91)) * 4000)[:60], "cannot be read"),
+    ("bad.xz", b"no xz at all", "cannot be read after line 0"),
+    ("short.xz", lzma.compress(TRAIN.encode() * 50)[:-40], "cannot be read"),
+    ("table.jsonl", b'{"text": "x"}\n', r"table, not plain text.\n.*--dataset"),
+    (".", None, r"is a folder.\n.*\*\.txt"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+@pytest.mark.parametrize("side", ["train", "heldout"])
+def test_bad_text_files(
+    files: tuple[Path, Path], tmp_path: Path, name: str, content: bytes | None, message: str, side: str
+) -> None:
+    bad = tmp_path / name
+    if content is not None:
+        bad.write_bytes(content)
+    with pytest.raises(InvalidData, match=message):
+        if side == "train":
+            make(tmp_path / "bins", [files[0], bad], heldout_text=[files[1]])
+        else:
+            make(tmp_path / "bins", [files[0]], heldout_text=[bad])
+    assert not (tmp_path / "bins").exists() and not (tmp_path / "bins.partial").exists()
+
+
+def test_bad_options(files: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "bins"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"heldout_text": [files[1]]}, "no text to prepare"),
+        ({"text": [files[0]], "heldout_text": [files[1]], "document": "lines"}, "did you mean 'line'"),
+        ({"text": [files[0]]}, "--heldout-fraction is 0, expected more than 0"),
+        ({"text": [files[0]], "heldout_fraction": 1.5}, "--heldout-fraction is 1.5"),
+        ({"text": [files[0]], "heldout_text": [files[1]], "heldout_fraction": 0.1}, "both given"),
+        ({"text": [files[0]], "heldout_text": [files[0]]}, "given 2 times"),
+        ({"text": [files[0]], "heldout_text": [files[1]], "vocab_size": 10}, "--vocab-size is 10"),
+    ]
+    for options, message in cases:
+        with pytest.raises(InvalidConfig, match=message):
+            make(out, **options)
+    with pytest.raises(InvalidData, match="'heldout' got none of the 1 documents"):
+        make(out, [files[0]], heldout_fraction=1e-9, document="file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["held.txt", "train.txt"]
+
+
+@pytest.mark.parametrize("missing", list(SPECIAL.values()))
+def test_tokenizer_without_a_special_token(files: tuple[Path, Path], tmp_path: Path, missing: str) -> None:
+    words = [token for token in SPECIAL.values() if token != missing] + ["the", "cats", "a"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    with pytest.raises(InvalidData, match=rf"has no \[{missing[1:-1]}\] token"):
+        make(tmp_path / "bins", [files[0]], heldout_text=[files[1]], tokenizer=tmp_path / "vocab.txt")
+
+
+def test_tokenizer_that_cannot_be_read(files: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "none").mkdir()
+    for path, message in (
+        ("tokenizer.json", "cannot be read"),
+        ("gone.json", "does not exist"),
+        ("none", "neither tokenizer.json nor vocab.txt"),
+    ):
+        with pytest.raises(InvalidData, match=message):
+            make(tmp_path / "bins", [files[0]], heldout_text=[files[1]], tokenizer=tmp_path / path)
+
+
+def test_an_existing_output_is_kept(files: tuple[Path, Path], tmp_path: Path) -> None:
+    make(tmp_path / "bins", [files[0]], heldout_text=[files[1]])
+    before = {file.name: file.read_bytes() for file in (tmp_path / "bins").iterdir()}
+    with pytest.raises(InvalidData, match="already holds token bins"):
+        make(tmp_path / "bins", [files[1]], heldout_text=[files[0]])
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "bins").iterdir()}
+    with pytest.raises(InvalidData, match="exists already"):
+        make(files[0], [files[0]], heldout_text=[files[1]])
+    assert files[0].read_text() == TRAIN
+    (tmp_path / "new").mkdir()
+    make(tmp_path / "new", [files[0]], heldout_text=[files[1]])
+
+
+def test_a_killed_run_is_swept_and_foreign_folders_are_not(files: tuple[Path, Path], tmp_path: Path) -> None:
+    partial = tmp_path / "bins.partial"
+    partial.mkdir()
+    (partial / "train.bin").write_bytes(b"half")
+    make(tmp_path / "bins", [files[0]], heldout_text=[files[1]])
+    assert not partial.exists()
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial/thesis.doc").write_text("mine")
+    with pytest.raises(InvalidData, match=r"thesis\.doc"):
+        make(tmp_path / "other", [files[0]], heldout_text=[files[1]])
+    assert (tmp_path / "other.partial/thesis.doc").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, ids: list[int], ends: bool) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SplitWriter, "add", full)
+    with pytest.raises(InvalidData, match=r"cannot be written.*No space left"):
+        make(tmp_path / "bins", [files[0]], heldout_text=[files[1]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["held.txt", "train.txt"]
