@@ -1,9 +1,9 @@
 """The DeepSpeed engine behind one small face: build, forward, step, freeze. The only module that imports deepspeed.
 
-A layer that does not learn in a step keeps weights and moments bit for bit, at ZeRO stages 0 to 3: its parameters do not
-require gradients in that step (no backward, no share in the gradient norm) *and* its optimizer groups are skipped (no
-momentum, no decay, no step count). Either alone fails: the first still moves weights by momentum and decay, the second
-still lets gradients into the norm; ZeRO-3 moreover re-applies the last gradient of a parameter that gets none.
+A layer that does not learn in a step keeps weights and moments bit for bit, at ZeRO stages 0 to 3: its parameters do
+not require gradients in that step (no backward, no share in the gradient norm) *and* its optimizer groups are skipped
+(no momentum, no decay, no step count). Either alone fails: the first still moves weights by momentum and decay, the
+second still lets gradients into the norm; ZeRO-3 moreover re-applies the last gradient of a parameter that gets none.
 
 Refused: a ds_config that bert2bert.train.ds_config refuses, and a precision that the device lacks.
 """
@@ -40,7 +40,7 @@ class FreezableAdamW(torch.optim.AdamW):
     """torch's AdamW that passes over every group marked ``frozen``: no update, no decay, no moments, no step count."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group.get("frozen", False)]
         try:
@@ -75,10 +75,10 @@ def start(timeout: float = 1800.0) -> torch.device:
 class Engine:
     """One model under DeepSpeed. Built by `build`; every rank makes the same calls in the same order.
 
-    ``ds``: the DeepSpeed engine; ``names``: every parameter in model order (tied ones once); ``groups``: the optimizer's
-    groups, index by index; ``stage``: ZeRO stage 0 to 3; ``precision``: fp32, bf16 or fp16; ``micro_rows``: rows of one
-    micro-batch of one rank; ``accumulation``: micro-batches a step; ``grad_norm``: 2-norm of the last step's gradient
-    over all ranks before clipping (None: DeepSpeed computed none).
+    ``ds``: the DeepSpeed engine; ``names``: every parameter in model order (tied ones once); ``groups``: those of the
+    optimizer, index by index; ``stage``: ZeRO stage 0 to 3; ``precision``: fp32, bf16 or fp16; ``micro_rows``: rows of
+    one micro-batch of one rank; ``accumulation``: micro-batches a step; ``grad_norm``: 2-norm of the last step's
+    gradient over all ranks before clipping (None: DeepSpeed computed none).
     """
 
     def __init__(self, ds: Any, model: torch.nn.Module, groups: list[Group], device: torch.device) -> None:
@@ -157,7 +157,8 @@ class Engine:
         norm = self.ds.get_global_grad_norm() if plain is None else plain
         if norm is not None and self.precision == "fp16":
             # Stage 0 tells the scaled norm, stage 3 divides by the scale of the next step.
-            norm = norm / scale * {0: 1.0, 3: self.loss_scale}.get(self.stage, scale)
+            told = {0: 1.0, 3: self.loss_scale or 1.0}.get(self.stage, scale)
+            norm = norm * (told / scale)
         self.grad_norm = None if norm is None else float(norm)
 
     @property
@@ -262,8 +263,8 @@ def restore_linear() -> None:
 def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) -> Engine:
     """The engine that trains ``model`` (a bert2bert Bert, in fp32 on any device) as the recipe says.
 
-    ``ds_config``: DeepSpeed's own, see bert2bert.train.ds_config.resolve. Joins the process group by `start` if that was
-    not done. Raises InvalidConfig for an option that is refused.
+    ``ds_config``: DeepSpeed's own, see bert2bert.train.ds_config.resolve. Joins the process group by `start` if that
+    was not done. Raises InvalidConfig for an option that is refused.
     """
     device = start()
     settings = resolve(dict(ds_config), recipe, dist.get_world_size())
@@ -276,13 +277,13 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) 
             for g in groups
         ],
         lr=0.0,  # DeepSpeed steps once at its own start (16-bit stage 0): nothing may move
-        betas=tuple(recipe.optimizer.betas),
+        betas=recipe.optimizer.betas,
         eps=recipe.optimizer.eps,
         fused=True,
     )
     settings |= {
         "steps_per_print": None,
-        "zero_force_ds_cpu_optimizer": False,  # the same optimizer, resting layers skipped alike, on an offloaded partition
+        "zero_force_ds_cpu_optimizer": False,  # offloaded partitions, too, are stepped by the optimizer that can rest
     }
     try:
         ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)

@@ -7,8 +7,8 @@ sub-groups. Here every rank reads the elements that it holds, by name, through t
 bert2bert.shards; hyper-parameters stay the recipe's; and afterwards the live engine is compared with the manifest:
 groups, names, order, shapes, steps, and the digest of every tensor's weight and moments.
 
-Refuses: another model, tokenizer, data, seed or row length than the checkpoint's run had (InvalidConfig); a checkpoint of
-anyone's DeepSpeed run that has no manifest, and any that fails a comparison (InvalidCheckpoint).
+Refuses: another model, tokenizer, data, seed or row length than the checkpoint's run had (InvalidConfig); a checkpoint
+of anyone's DeepSpeed run that has no manifest, and any that fails a comparison (InvalidCheckpoint).
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from bert2bert.shards import torchfile
 from bert2bert.shards.source import Source, open_source, read_manifest
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
+from bert2bert.train.position import Progress, continued, start
 from bert2bert.train.randomness import seed_all, set_random_state
-from bert2bert.train.saving import Progress, random_file
+from bert2bert.train.saving import random_file
 from bert2bert.train.stage0 import Stage0Source
 
 BLOCK = 1 << 22  # elements read at a time
+_HYPER = ("weight_decay", "betas", "eps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _ARCHITECTURE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -41,9 +43,11 @@ _ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a run continues from. ``kind``: "train", "growth" or "weights"; ``progress``: its position (step 0 but for
-    "train"); ``growth``: the manifest's growth, for a run from a grown checkpoint and its own later ones; ``notes``: what
-    the user should be told, one sentence each."""
+    """What a run continues from.
+
+    ``kind``: "train", "growth" or "weights"; ``progress``: its position (step 0 but for "train"); ``growth``: that of
+    the manifest, for a run from a grown checkpoint and its own later ones; ``notes``: what the user should be told.
+    """
 
     folder: Path
     kind: str
@@ -55,8 +59,8 @@ class Resumed:
 def resume(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any], tag: str | None = None) -> Resumed:
     """Load the checkpoint at ``path`` (its ``tag``, else its latest) into the engine. Collective.
 
-    ``data``: {"digest", "tokenizer_digest"} of the bins the run will read. Raises InvalidCheckpoint or InvalidConfig, the
-    same on every rank.
+    ``data``: {"digest", "tokenizer_digest"} of the bins the run will read. Raises InvalidCheckpoint or InvalidConfig,
+    the same on every rank.
     """
     found = _agree(engine, lambda: _open_and_fill(engine, path, recipe, data, tag))
     source, resumed = found
@@ -92,10 +96,7 @@ def _open_and_fill(
         )
     _check_model(source, recipe)
     notes: list[str] = []
-    if kind == "train":
-        progress = _position(source, recipe, data, notes)
-    else:
-        progress = Progress(0, 0, 0, 0, {"flops": 0.0, "seconds": 0.0, "tokens": 0, "steps": 0})
+    progress = continued(manifest["training"], source.folder, recipe, data, notes) if kind == "train" else start()
     _check_tensors(engine, source)
     _check_groups(engine, source, recipe, notes)
     _fill(engine, source)
@@ -129,58 +130,11 @@ def _check_model(source: Source, recipe: Recipe) -> None:
             )
 
 
-def _position(source: Source, recipe: Recipe, data: Mapping[str, Any], notes: list[str]) -> Progress:
-    """Where the run stood, after making sure that it can go on from there with this recipe and these data."""
-    training = (source.manifest or {})["training"]
-    for key, what in (("tokenizer_digest", "tokenizer"), ("digest", "data")):
-        if training["data"][key] != data[key]:
-            raise InvalidConfig(
-                f"the {what} are not those of {source.folder}: digest {data[key]}, the run had {training['data'][key]}. "
-                f"Give the bins that the run was started with (--bins), or start a new run in another --output folder"
-            )
-    before, now = _flat(training["recipe"]), _flat(recipe.to_dict())
-    for key in ("seed", "data.seq_len", "data.mask_share"):
-        if before.get(key) != now[key]:
-            raise InvalidConfig(
-                f"{key} is {now[key]!r}, the run in {source.folder} had {before.get(key)!r}: its position in the data would "
-                f"mean other rows. Continue with --set {key}={before.get(key)}, or start a new run"
-            )
-    phase, phase_step, step = training["phase"], training["phase_step"], training["step"]
-    old, new = training["recipe"]["phases"], recipe.to_dict()["phases"]
-    passed = [(p["name"], p["steps"]) for p in old[:phase]]
-    kept = [(p["name"], p["steps"]) for p in new[:phase]]
-    if (
-        passed != kept
-        or phase >= len(new)
-        or new[phase]["name"] != old[phase]["name"]
-        or new[phase]["steps"] < phase_step
-    ):
-        raise InvalidConfig(
-            f"{source.folder} stands at step {phase_step} of phase {old[phase]['name']!r}, after {passed or 'no other'}; the "
-            f"recipe's phases are {[(p['name'], p['steps']) for p in new]}. Phases already run must stay as they were"
-        )
-    ignored = ("name", "data.bins", "data.eval_rows", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
-    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in ignored]
-    if changed:
-        said = ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in changed[:6])
-        notes.append(f"the recipe differs from the checkpoint's run ({said}): from here on the recipe's values hold")
-    return Progress(step, phase, phase_step, training["data"]["rows"], dict(training["spent"]))
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict | list) and tree:
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {
-            k: v for key, value in items for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
-    return {prefix: tree}
-
-
 def _check_tensors(engine: Engine, source: Source) -> None:
     for name in engine.names:
         if name not in source.tensors:
             raise InvalidCheckpoint(
-                f"{source.folder}: lacks the tensor {name}, which the model has. It is not a whole checkpoint of this model"
+                f"{source.folder}: lacks the tensor {name}, which the model has. It is of another model, or incomplete"
             )
         found, wanted = source.tensors[name].shape, engine.shape(name)
         if tuple(found) != wanted:
@@ -206,33 +160,37 @@ def _check_groups(engine: Engine, source: Source, recipe: Recipe, notes: list[st
     if manifest.get("group_layout") != GROUP_LAYOUT or source.form != "zero":
         return
     told, filed = manifest["groups"], source.groups
+    for what, groups in (("manifest", told), ("shard files", filed)):
+        _check_order(engine, source, what, groups)
+    for part, said, file in zip((g.part for g in engine.groups), told, filed, strict=True):
+        for key in _HYPER:
+            if key in said["hyper"] and _plain(said["hyper"][key]) != _plain(file.get(key)):
+                raise InvalidCheckpoint(
+                    f"{source.folder}: the optimizer group {part} has {key} {file.get(key)!r} in the shard files, "
+                    f"{said['hyper'][key]!r} in the manifest: they are of two checkpoints"
+                )
+    wanted = [{"weight_decay": live["weight_decay"]} for live in engine.optimizer.param_groups]
+    for said, ours in zip(told, wanted, strict=True):
+        for key, value in (ours | {"betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}).items():
+            note = f"{key} was {said['hyper'].get(key)} in the checkpoint; the recipe's {value} holds from here on"
+            if _plain(said["hyper"].get(key, value)) != _plain(value) and note not in notes:
+                notes.append(note)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_order(engine: Engine, source: Source, what: str, groups: list[dict[str, Any]]) -> None:
     for i, group in enumerate(engine.groups):
-        for what, groups in (("manifest", told), ("shard files", filed)):
-            names = tuple(groups[i]["names"]) if i < len(groups) else ()
-            if names != group.names or len(groups) != len(engine.groups):
-                odd = next((n for n in [*names, *group.names] if (n in names) != (n in group.names)), group.names[0])
-                raise InvalidCheckpoint(
-                    f"{source.folder}: optimizer group {i} ({group.part}) of the {what} does not hold the model's parameters "
-                    f"in the model's order; the first difference is at {odd}. Files of two checkpoints are mixed"
-                )
-    for i, (said, group) in enumerate(zip(told, filed, strict=True)):
-        for key in ("weight_decay", "betas", "eps"):
-            a, b = said["hyper"].get(key), group.get(key)
-            if key in said["hyper"] and (list(a) if key == "betas" else a) != (list(b) if key == "betas" and b else b):
-                raise InvalidCheckpoint(
-                    f"{source.folder}: group {i} ({engine.groups[i].part}) has {key} {b!r} in the shard files, {a!r} in the "
-                    "manifest: they are of two checkpoints"
-                )
-    ours = recipe.optimizer
-    decay = next((g["hyper"].get("weight_decay") for g in told if g["decay"]), ours.weight_decay)
-    hyper = told[0]["hyper"]
-    for key, a, b in (
-        ("weight_decay", decay, ours.weight_decay),
-        ("betas", list(hyper.get("betas", ours.betas)), list(ours.betas)),
-        ("eps", hyper.get("eps", ours.eps), ours.eps),
-    ):
-        if a != b:
-            notes.append(f"{key} was {a} in the checkpoint; the recipe's {b} holds from here on")
+        names = tuple(groups[i]["names"]) if i < len(groups) else ()
+        if names == group.names and len(groups) == len(engine.groups):
+            continue
+        odd = next((a for a, b in zip(group.names, names, strict=False) if a != b), group.names[0])
+        raise InvalidCheckpoint(
+            f"{source.folder}: optimizer group {i} ({group.part}) of the {what} does not hold the model's parameters "
+            f"in the model's order; the first difference is at {odd}. Files of two checkpoints are mixed"
+        )
 
 
 def _fill(engine: Engine, source: Source) -> None:
@@ -292,19 +250,19 @@ def _restore_rest(
 def _compare(engine: Engine, source: Source) -> None:
     """The live engine against the manifest: Adam steps and the digest of every tensor's states. Collective."""
     manifest = source.manifest or {}
-    said_steps = {name: group["step"] for group in manifest.get("groups", ()) for name in group["names"]}
-    for group, step in zip(engine.groups, partitions.steps(engine), strict=True):
-        for name in group.names if set(partitions.MOMENTS) <= set(source.states) else ():
-            if said_steps.get(name, step) != step:
+    said = {name: group["step"] for group in manifest.get("groups", ()) for name in group["names"]}
+    if set(partitions.MOMENTS) <= set(source.states):
+        for group, step in zip(engine.groups, partitions.steps(engine), strict=True):
+            if odd := [name for name in group.names if said.get(name, step) != step]:
                 raise InvalidCheckpoint(
-                    f"{source.folder}: {name} has Adam step {step} in the files, {said_steps[name]} in the manifest: they are "
-                    "of two checkpoints. Use another tag"
+                    f"{source.folder}: {odd[0]} has Adam step {step} in the files, {said[odd[0]]} in the manifest: "
+                    "they are of two checkpoints. Use another tag"
                 )
     live = partitions.digests(engine)
     for name, entry in manifest.get("tensors", {}).items():
         for state, told in entry.get("digest", {}).items():
             if state in source.states and live[name][state] != told:
                 raise InvalidCheckpoint(
-                    f"{source.folder}: {state} of {name} has digest {live[name][state]} once loaded, the manifest says {told}: "
-                    "the file is damaged or was changed. Use another tag, or restore the file"
+                    f"{source.folder}: {state} of {name} has digest {live[name][state]} once loaded, the manifest says "
+                    f"{told}: the file is damaged or was changed. Use another tag, or restore the file"
                 )

@@ -1,8 +1,8 @@
 """Pre-train: phases of optimizer steps, each under the layer program drawn for it, with evaluations and checkpoints.
 
-Everything that decides a step (program, learning rate, rows, masks) is a pure function of the recipe and the step, so a
-run continued from a checkpoint is the run that was never stopped. A SIGTERM or SIGUSR1 (a cluster's time limit) ends the
-run after the step under way, with a checkpoint. Refuses a loss or a gradient that is not finite: it stops, and no
+Everything that decides a step (program, learning rate, rows, masks) is a pure function of the recipe and the step, so
+a run continued from a checkpoint is the run that was never stopped. A SIGTERM or SIGUSR1 (a cluster's time limit) ends
+the run after the step under way, with a checkpoint. Refuses a loss or a gradient that is not finite: it stops, and no
 checkpoint is written of it.
 """
 
@@ -30,11 +30,13 @@ from bert2bert.recipe import Recipe
 from bert2bert.train import engine as engines
 from bert2bert.train import runfolder
 from bert2bert.train.evaluate import MASK_SEED, evaluate
-from bert2bert.train.loading import Resumed, resume as load
+from bert2bert.train.loading import Resumed
+from bert2bert.train.loading import resume as load
 from bert2bert.train.metrics import MetricsWriter
+from bert2bert.train.position import Progress, start
 from bert2bert.train.programs import draw
 from bert2bert.train.randomness import seed_all
-from bert2bert.train.saving import Progress, save, versions
+from bert2bert.train.saving import save, versions
 from bert2bert.train.schedules import lr_at, peak_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -51,8 +53,9 @@ def train(
     """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.train.ranks.set_up).
 
     ``resume``: a run folder (``output`` itself: the run goes on), a tag's folder, a grown checkpoint, or a Hugging Face
-    folder. Returns {"step", "loss" (held-out, None if stopped), "accuracy", "flops", "seconds", "tokens", "stopped" (the
-    signal's name or None)}. Raises UserError for every mistake of the user.
+    folder. ``command``: what run.json says started it (default sys.argv); ``recipe_file`` is copied into the folder.
+    Returns {"step", "loss" and "accuracy" (of the last evaluation on held-out text), "flops", "seconds", "tokens",
+    "stopped" (the signal's name or None)}. Raises UserError for every mistake of the user.
     """
     output = Path(output)
     resume = None if resume is None else Path(resume)
@@ -85,7 +88,7 @@ class _Signals:
     """Remembers the first of `SIGNALS` that this process gets, instead of dying from it."""
 
     def __init__(self) -> None:
-        self.caught: str | None = None
+        self.caught: signal.Signals | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -94,7 +97,7 @@ class _Signals:
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.caught = self.caught or signal.Signals(number).name
+        self.caught = self.caught or signal.Signals(number)
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
@@ -127,7 +130,7 @@ class _Run:
         name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
         self.peak = None if name is None else peak_flops(name, engine.precision)
         self.step = 0
-        self.spent: dict[str, float] = {"flops": 0.0, "seconds": 0.0, "tokens": 0, "steps": 0}
+        self.spent = start().spent
         self.growth: dict[str, Any] | None = None
         self.saved = -1  # the step of the newest checkpoint
         self.result: dict[str, float] = {}
@@ -181,8 +184,7 @@ class _Run:
                 self._evaluate(metrics)
             interval = _Interval(self.spent)
             while self.step < recipe.steps and stopped is None:
-                record, signalled = self._optimizer_step()
-                stopped = (self.signals.caught or "signal") if signalled else None
+                record, stopped = self._optimizer_step()
                 phase, phase_step = record["phase"], record["phase_step"]
                 steps = next(p.steps for p in recipe.phases if p.name == phase)
                 metrics.advance(phase)
@@ -200,13 +202,15 @@ class _Run:
                 f"Continue with --resume {self.output}"
             )
         elif self.engine.rank == 0:
+            if not self.result:
+                self._say(f"the run in {self.output} is complete: step {self.step} of {recipe.steps}")
             runfolder.finish(self.output)
         spent = {key: self.spent[key] for key in ("flops", "seconds", "tokens")}
         held = {key: self.result.get(key) for key in ("loss", "accuracy")}
         return {"step": self.step, **held, **spent, "stopped": stopped}
 
-    def _optimizer_step(self) -> tuple[dict[str, Any], bool]:
-        """One optimizer step; its 'train' record without the rates, and whether any rank got a signal."""
+    def _optimizer_step(self) -> tuple[dict[str, Any], str | None]:
+        """One optimizer step; its 'train' record without the rates, and the signal that any rank got."""
         recipe, engine = self.recipe, self.engine
         began = time.perf_counter()
         index, phase_step = recipe.locate(self.step)
@@ -227,8 +231,10 @@ class _Run:
                 engine.backward(micro_loss)
                 loss += micro_loss.detach().float()
         local = [float(loss) / engine.accumulation / engine.world, tokens, attended, predicted]
-        mean, *counts, signalled = engine.sum([*local, float(self.signals.caught is not None)])
-        tokens, attended, predicted = (int(count) for count in counts)
+        caught = [float(self.signals.caught is number) for number in SIGNALS]
+        mean, *totals = engine.sum([*local, *caught])
+        tokens, attended, predicted = (int(total) for total in totals[:3])
+        stopped = next((number.name for number, ranks in zip(SIGNALS, totals[3:], strict=True) if ranks), None)
         self.spent["flops"] += step_flops(self.config, tokens, attended, predicted, program)
         self.spent["tokens"] += tokens
         self.spent["steps"] += 1
@@ -236,12 +242,12 @@ class _Run:
         self._check_finite(mean, phase.name)
         self.step += 1
         record = {
-            "kind": "train", "step": self.step, "phase": phase.name, "phase_step": phase_step + 1, "loss": mean, "lr": lr,
-            "grad_norm": engine.grad_norm, "tokens": self.spent["tokens"], "flops": self.spent["flops"],
+            "kind": "train", "step": self.step, "phase": phase.name, "phase_step": phase_step + 1, "loss": mean,
+            "lr": lr, "grad_norm": engine.grad_norm, "tokens": self.spent["tokens"], "flops": self.spent["flops"],
             "seconds": self.spent["seconds"], "layers_run": len(program.run), "layers_learning": len(program.learn),
             "loss_scale": engine.loss_scale,
         }  # fmt: skip
-        return record, signalled > 0
+        return record, stopped
 
     def _check_finite(self, loss: float, phase: str) -> None:
         """fp16 has its loss scale to recover with; in fp32 and bf16 what is not finite stays so."""
@@ -250,7 +256,9 @@ class _Run:
         if sound or self.engine.precision == "fp16":
             return
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm} (loss {loss:.4g})"
-        newest = f"The newest checkpoint is of step {self.saved}" if self.saved >= 0 else "No checkpoint was written yet"
+        newest = (
+            f"The newest checkpoint is of step {self.saved}" if self.saved >= 0 else "No checkpoint was written yet"
+        )
         raise UserError(
             f"{what} in step {self.step + 1} (phase {phase!r}): training diverged. {newest}; lower the learning rate, "
             "lengthen the warm-up, or set clip"
@@ -297,13 +305,13 @@ def _explained(phase: str, step: int) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU is out of memory in step {step + 1} (phase {phase!r}). Lower train_micro_batch_size_per_gpu in the "
-            "ds_config, use a higher ZeRO stage, or more ranks"
+            f"the GPU is out of memory in step {step + 1} (phase {phase!r}). Lower train_micro_batch_size_per_gpu in "
+            "the ds_config, use a higher ZeRO stage, or more ranks"
         ) from error
     except Exception as error:
         if "loss scale already at minimum" not in str(error):
             raise
         raise UserError(
-            f"fp16 gradients overflow at the smallest loss scale in step {step + 1} (phase {phase!r}): training diverged. "
-            "Lower the learning rate, lengthen the warm-up, or use bf16"
+            f"fp16 gradients overflow at the smallest loss scale in step {step + 1} (phase {phase!r}): training "
+            "diverged. Lower the learning rate, lengthen the warm-up, or use bf16"
         ) from error

@@ -1,8 +1,8 @@
 """What one rank holds of every parameter and its Adam state, as views into DeepSpeed's flat buffers.
 
 A native ZeRO load knows no names and checks nothing, so the trainer reads, writes and verifies its states through these
-views: a fragment says which elements of which named tensor lie where. Works at ZeRO stage 0 (whole tensors), 1, 2 and 3,
-in every precision, offloaded to the CPU or not.
+views: a fragment says which elements of which named tensor lie where. Works at ZeRO stage 0 (whole tensors), 1, 2 and
+3, in every precision, offloaded to the CPU or not.
 
 Refuses (RuntimeError: a defect, not an input) a DeepSpeed whose buffers do not have the sizes that the layout predicts.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bert2bert.shards.digest import digest, hex16
-from bert2bert.shards.layout import zero12_layout, zero3_sub_group
+from bert2bert.shards.layout import parameter_alignment, zero3_sub_group, zero12_layout
 
 if TYPE_CHECKING:
     from bert2bert.train.engine import Engine
@@ -29,7 +29,7 @@ MOMENTS = STATES[1:]
 class Fragment:
     """Elements [start, stop) of the flattened parameter ``name``: they lie at ``at`` of this rank's flat ``master``.
 
-    ``group``: index of the optimizer group; ``master``: the fp32 tensor that the torch optimizer steps (its state's key).
+    ``group``: index of the optimizer group; ``master``: the fp32 tensor that the torch optimizer steps.
     """
 
     name: str
@@ -78,8 +78,6 @@ def _stage12(engine: Engine) -> Iterator[Fragment]:
 
 
 def _alignment(engine: Engine) -> int:
-    from bert2bert.shards.layout import parameter_alignment
-
     config = engine.ds.config.get("zero_optimization") or {}
     size = 4 if engine.precision == "fp32" else 2
     return parameter_alignment(size, bool(config.get("parameter_alignment", False)))

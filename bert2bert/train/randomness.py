@@ -38,7 +38,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> bool:
-    """Continue from what `random_state` returned. False when it was taken on another kind of device (dropout differs)."""
+    """Continue from what `random_state` returned. False if it is of another kind of device (dropout differs)."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)

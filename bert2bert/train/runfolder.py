@@ -109,7 +109,9 @@ def describe(
         before = json.loads((output / RUN).read_text(encoding="utf-8"))
         again = {key: about[key] for key in ("command", "versions", "git_commit", "world_size")}
         again |= {"step": step, "started": about["started"]}
-        about |= {key: before[key] for key in ("command", "versions", "git_commit", "source", "started") if key in before}
+        about |= {
+            key: before[key] for key in ("command", "versions", "git_commit", "source", "started") if key in before
+        }
         about["continued"] = [*before.get("continued", []), again]
     write_json(output / RUN, about)
     write_json(output / "ds_config.json", dict(ds_config))

@@ -1,4 +1,4 @@
-"""Write a training checkpoint: DeepSpeed's own shards, every rank's random state, and a manifest that makes it checkable.
+"""Write a training checkpoint: DeepSpeed's own shards, every rank's random state, and a manifest to check them against.
 
 Order: shards and random states, synced to the disk; then the manifest (names, order, shapes, digests, steps, position);
 then, atomically, `latest`. DeepSpeed itself writes `latest` before the last rank has finished, so a killed rank would
@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from bert2bert.shards.commit import (
 )
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
+from bert2bert.train.position import Progress
 from bert2bert.train.randomness import random_state
 
 UNFINISHED = "bert2bert.unfinished"
@@ -43,18 +43,6 @@ UNFINISHED = "bert2bert.unfinished"
 
 HYPER = ("lr", "weight_decay", "betas", "eps")
 _TAG = re.compile(r"global_step(\d+)")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands. ``step``: optimizer steps done; ``phase``, ``phase_step``: of the next one (or of the end);
-    ``rows``: rows that the loader has given out, over all ranks; ``spent``: "flops", "seconds", "tokens", "steps"."""
-
-    step: int
-    phase: int
-    phase_step: int
-    rows: int
-    spent: dict[str, float]
 
 
 def random_file(rank: int) -> str:
@@ -232,7 +220,7 @@ def _step_of(name: str) -> int | None:
 
 
 def _kind(folder: Path) -> str | None:
-    """The manifest's kind; None for what a killed save or deletion left; 'foreign' for what this program did not write."""
+    """The manifest's kind; None: left by a killed save or deletion; 'foreign': not written by this program."""
     path = folder / MANIFEST
     if path.is_file():
         try:

@@ -50,8 +50,8 @@ class Stage0Source(Source):
             self.buffers = {name: module[name] for name in file.get("buffer_names") or ()}
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InvalidCheckpoint(
-                f"{folder / MODEL}: its contents do not fit the manifest beside it ({type(error).__name__} {error}): they "
-                "are of two checkpoints. Restore the file or use another tag."
+                f"{folder / MODEL}: its contents do not fit the manifest beside it ({type(error).__name__} {error}): "
+                "they are of two checkpoints. Restore the file or use another tag."
             ) from None
 
     def _rows(self, meta: TensorMeta, state: str, start: int, stop: int) -> torch.Tensor:

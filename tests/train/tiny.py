@@ -12,7 +12,7 @@ from bert2bert.model.config import BertConfig
 from bert2bert.recipe import AdamW, Data, Phase, Recipe
 
 LAYERS = 3
-VOCAB = 61
+VOCAB = 67
 
 
 def model_config(dropout: float = 0.0, **other: Any) -> dict[str, Any]:
@@ -31,7 +31,9 @@ def recipe(bins: str = "bins", *, steps: int = 100, dropout: float = 0.0, clip: 
     return Recipe(**(given | other))
 
 
-def ds_config(stage: int, precision: str = "fp32", world: int = 2, accumulation: int = 2, rows: int = 8) -> dict[str, Any]:
+def ds_config(
+    stage: int, precision: str = "fp32", world: int = 2, accumulation: int = 2, rows: int = 8
+) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_batch_size": rows, "gradient_accumulation_steps": accumulation,
         "train_micro_batch_size_per_gpu": rows // accumulation // world, "zero_optimization": {"stage": stage},
@@ -57,10 +59,12 @@ def model(nsp: bool = True, seed: int = 1) -> Bert:
 
 
 def batch(seed: int, rows: int = 2, length: int = 12) -> Batch:
-    """`rows` sequences of `length` random tokens, the same count of masked positions in each (so means of means agree)."""
+    """`rows` sequences of `length` random tokens, equally many masked in each (so that means of means agree)."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(5, VOCAB, (rows * length,), generator=generator)
-    masked = torch.cat([torch.randperm(length, generator=generator)[:3].sort().values + r * length for r in range(rows)])
+    masked = torch.cat(
+        [torch.randperm(length, generator=generator)[:3].sort().values + r * length for r in range(rows)]
+    )
     return Batch(
         tokens=tokens,
         positions=torch.arange(length).repeat(rows),
