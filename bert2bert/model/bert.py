@@ -96,7 +96,14 @@ class Bert(nn.Module):
             self.bert.embeddings.word_embeddings.weight[pad] = 0
 
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
-        """Compile the Transformer block (once: all layers share its code) and the loss. Parameter names stay."""
+        """Compile the Transformer block (once: all layers share its code) and the loss. Parameter names stay.
+
+        The block is compiled anew for each autograd setting (frozen, lowest learning, learning), for evaluation and for
+        shapes that begin to vary. That can exceed torch's default limit of 8, past which it silently stops compiling.
+        """
+        import torch._dynamo.config as dynamo  # not at the top: it takes a second and only compiling needs it
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 32)
         for layer in self.bert.encoder.layer:
             layer.compile(backend=backend)
         self._label_loss = torch.compile(label_loss, backend=backend)

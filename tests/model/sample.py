@@ -46,8 +46,10 @@ def batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0, nsp: bool = False, 
 
     total = sum(lengths)
     masked = torch.randperm(total, generator=generator)[: max(total // 3, 1)].sort().values
+    tokens = draw(vocab, total)
+    tokens[total // 2] = 0  # the padding id, whose embedding gets no gradient, as an ordinary token
     return Batch(
-        tokens=draw(vocab, total),
+        tokens=tokens,
         positions=torch.cat([torch.arange(n) for n in lengths]),
         types=draw(2, total),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),

@@ -122,3 +122,23 @@ def test_initialisation_has_transformers_distribution() -> None:
         assert abs(ours.mean() - theirs.float().mean()) < 0.02, name
         assert abs(ours.std() - theirs.float().std()) < 0.01, name
     assert not build(config).bert.embeddings.word_embeddings.weight[0].any()
+
+
+@pytest.mark.parametrize("rate", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_is_where_transformers_has_it(rate: str) -> None:
+    """One sequence draws the same random numbers in both, so training mode agrees from one seed, gradients too."""
+    theirs, ours = (m.train() for m in pair(**{rate: 0.2}))
+    flat = batch((14,))
+    torch.manual_seed(4)
+    expected = theirs(**padded(flat), next_sentence_label=torch.tensor([-100]))
+    torch.manual_seed(4)
+    found = ours(flat, return_logits=True)
+    assert (found.logits - expected.prediction_logits[0][flat.masked]).abs().max() <= 1e-10
+    assert (ours.eval()(flat, return_logits=True).logits - found.logits).abs().max() > 1e-3
+    found.loss.backward()
+    kept = flat.labels != -100
+    logits = expected.prediction_logits[0][flat.masked[kept]]
+    torch.nn.functional.cross_entropy(logits, flat.labels[kept]).backward()
+    for name, parameter in ours.named_parameters():
+        if parameter.grad is not None:
+            assert (parameter.grad - theirs.get_parameter(name).grad).abs().max() <= 1e-10, name

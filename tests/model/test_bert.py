@@ -104,6 +104,7 @@ def test_one_compiled_block_serves_all_layers_and_programs() -> None:
     for program in (None, *programs):
         compiled(flat, program).loss.backward()
     assert len(graphs) == settled
+    assert torch._dynamo.config.recompile_limit >= 32
     torch._dynamo.reset()
 
 
