@@ -39,6 +39,7 @@ class Case:
     buffer: bool = False  # one persistent buffer
     seed: int = 0
     client_state: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)  # more of the model's config
 
 
 class SkippingAdamW(torch.optim.AdamW):
@@ -104,7 +105,7 @@ def build(case: Case) -> Any:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any CPU; DeepSpeed asks for AVX512-FP16
-    model = tiny_bert(case.model, case.seed)
+    model = tiny_bert(case.model, case.seed, **case.sizes)
     if case.buffer:
         model.bert.register_buffer("tally", torch.arange(3.0) + case.seed)
     parameters = dict(model.named_parameters())
@@ -199,6 +200,8 @@ def save(engine: Any, case: Case, folder: Path) -> None:
     import deepspeed.comm as dist
 
     engine.save_checkpoint(str(folder / case.name), client_state=dict(case.client_state))
+    if case.stage == 0:
+        return  # no partitions for DeepSpeed's functions to gather
     found = truth(engine, case)
     if dist.get_rank() == 0:
         torch.save(found, folder / f"{case.name}.truth.pt")
