@@ -226,8 +226,9 @@ class Pending:
 
     def abort(self) -> None:
         """Leave nothing behind: no partial folder, no lock, no empty target folder that was made here."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self._release()
+        if self._lock is not None:  # else the partial folder is another's
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self._release()
         if self._made_target:
             with contextlib.suppress(OSError):
                 self.target.rmdir()

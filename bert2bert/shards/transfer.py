@@ -28,7 +28,8 @@ from bert2bert.shards.universal_writer import universal_files
 from bert2bert.shards.writing import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries
 from bert2bert.shards.zero_writer import zero_files
 
-FORMS = ("zero", "universal", "hub")
+POINTERS = {"zero": ("latest",), "universal": ("latest_universal", "latest"), "hub": ()}
+"""What is made to name the tag, in order, for each format; `latest` last, for it means that all is done."""
 _OVERHEAD = 1 << 16  # bytes allowed per file beyond its tensor data when looking for room
 _LAUNCHED_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")
 
@@ -90,8 +91,8 @@ def _together(comm: Any, do: Callable[[], Any]) -> Any:
 def _plan(
     job: Job, form: str, stage: int | None, world_size: int | None, sub_group_size: int, max_file_bytes: int
 ) -> list[FilePlan]:
-    if form not in FORMS:
-        raise InvalidConfig(f"there is no checkpoint format {form!r}; {did_you_mean(form, FORMS)}")
+    if form not in POINTERS:
+        raise InvalidConfig(f"there is no checkpoint format {form!r}; {did_you_mean(form, POINTERS)}")
     if form == "zero":
         if stage is None or world_size is None:
             raise InvalidConfig("format zero needs a ZeRO stage (1, 2, 3) and a world size: --stage S --world-size N.")
@@ -186,8 +187,8 @@ def write_checkpoint(
             folder.begin(sum(plan.payload + _OVERHEAD for plan in plans))
         return plans
 
-    plans: list[FilePlan] = _together(comm, begin)  # no rank writes before rank 0 holds the folder
     try:
+        plans: list[FilePlan] = _together(comm, begin)  # no rank writes before rank 0 holds the folder
         mine = [plans[i] for i in deal([plan.payload for plan in plans], comm.size)[comm.rank]]
         sizes = _together(comm, lambda: _write(folder.partial, mine))
         reports = comm.gather((sizes, tally.digests))
@@ -202,9 +203,7 @@ def write_checkpoint(
                 )
             tensors = tensor_entries(spec, (digests for _, digests in reports))
             manifest = _manifest(spec, form, stage, world_size, manifest_growth, tensors, planned)
-            return folder.commit(
-                manifest, {"zero": ("latest",), "universal": ("latest_universal", "latest"), "hub": ()}[form]
-            )
+            return folder.commit(manifest, POINTERS[form])
 
         written: Path = _together(comm, commit)
         return written

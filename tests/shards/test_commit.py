@@ -1,0 +1,242 @@
+"""Nothing half-written is ever taken for a checkpoint: kills at every moment, refusals, full disks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
+from bert2bert.shards import commit
+from bert2bert.shards.commit import check_complete, file_sizes, set_latest, write_manifest
+from bert2bert.shards.transfer import write_checkpoint
+from bert2bert.shards.writing import check_target
+from tests.shards.targets import make_tensors, plain_spec, reader
+
+FORMS: list[dict[str, Any]] = [{"form": "zero", "stage": 2, "world_size": 2}, {"form": "universal"}, {"form": "hub"}]
+
+
+def write(target: Path, how: dict[str, Any], values: Callable[..., torch.Tensor] | None = None) -> Path:
+    spec = plain_spec()
+    return write_checkpoint(target, spec, values or reader(make_tensors(spec)), manifest_growth=None, **how)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@contextlib.contextmanager
+def forked(work: Callable[[], Any]) -> Iterator[int]:
+    """A process that does the work; killed at the end if it still runs."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    try:
+        yield child
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+@pytest.fixture
+def half_way(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, Any], int]]:
+    """A real process stopped in the middle of writing to ``tmp_path / 'd'``."""
+    values, count = reader(make_tensors(plain_spec())), [0]
+    heard, said = os.pipe()
+
+    def slow(*request: Any) -> torch.Tensor:
+        count[0] += 1
+        if count[0] == 4:
+            os.write(said, b"half way")
+            time.sleep(60)
+        return values(*request)
+
+    with forked(lambda: write(tmp_path / "d", request.param, slow)) as child:
+        os.close(said)
+        assert os.read(heard, 100) == b"half way"
+        yield tmp_path / "d", request.param, child
+    os.close(heard)
+
+
+@pytest.mark.parametrize("half_way", FORMS, indirect=True, ids=lambda how: how["form"])
+def test_a_killed_writer_leaves_nothing_complete_and_a_rerun_finishes(
+    half_way: tuple[Path, dict[str, Any], int], tmp_path: Path
+) -> None:
+    target, how, child = half_way
+    with pytest.raises(InvalidConfig, match=f"process {child} on .* is writing"):  # it still lives
+        write(target, how)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = [p.name for p in tmp_path.rglob("*")]
+    assert any(name.endswith(".partial") for name in left)
+    assert not {"latest", "latest_universal", "bert2bert.json"} & set(left)
+    final = write(target, how)
+    check_complete(final)
+    write(tmp_path / "clean", how)
+    assert tree(target) == tree(tmp_path / "clean")
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".partial", ".lock")]
+
+
+@pytest.mark.parametrize(
+    ("how", "moment"),
+    [(FORMS[0], "rename"), (FORMS[0], "latest"), (FORMS[1], "latest_universal"), (FORMS[1], "latest")],
+    ids=str,
+)
+def test_a_writer_killed_at_the_very_end_is_finished_by_a_rerun(
+    tmp_path: Path, how: dict[str, Any], moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die_at_pointer(root: Path, tag: str, name: str) -> None:
+        if name == moment:
+            os._exit(9)
+        set_latest(root, tag, name)
+
+    def work() -> None:
+        monkeypatch.setattr(commit, "set_latest", die_at_pointer)
+        if moment == "rename":
+            monkeypatch.setattr(os, "rename", lambda *_: os._exit(9))
+        write(tmp_path / "d", how)
+
+    with forked(work) as child:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (tmp_path / "d" / "latest").exists()
+    final = write(tmp_path / "d", how)
+    assert (tmp_path / "d" / "latest").read_text() == final.name
+    write(tmp_path / "clean", how)
+    assert tree(tmp_path / "d") == tree(tmp_path / "clean")
+
+
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+def test_a_second_growth_into_a_finished_folder_is_refused(tmp_path: Path, how: dict[str, Any]) -> None:
+    write(tmp_path / "d", how)
+    before = tree(tmp_path)
+    for other in FORMS:
+        with pytest.raises(InvalidConfig, match="already holds a checkpoint"):
+            write(tmp_path / "d", other)
+        with pytest.raises(InvalidConfig, match="already holds a checkpoint"):
+            check_target(tmp_path / "d", plain_spec(), other["form"])
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize(
+    "name",
+    ["latest", "model.safetensors", "pytorch_model.bin", "global_step3/mp_rank_00_model_states.pt", "global_step7/x"],
+)
+def test_other_peoples_checkpoints_are_left_alone(tmp_path: Path, how: dict[str, Any], name: str) -> None:
+    path = tmp_path / "d" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(InvalidConfig, match="already holds"):
+        write(tmp_path / "d", how)
+    assert tree(tmp_path) == {f"d/{name}": b"mine"}
+
+
+def test_a_tag_of_a_training_run_without_latest_is_not_an_abandoned_growth(tmp_path: Path) -> None:
+    final = write(tmp_path / "d", FORMS[0])
+    manifest = json.loads((final / "bert2bert.json").read_text())
+    write_manifest(final, {**manifest, "kind": "train"})
+    (tmp_path / "d" / "latest").unlink()
+    with pytest.raises(InvalidConfig, match="already holds"):
+        write(tmp_path / "d", FORMS[0])
+    check_complete(final)
+
+
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+def test_an_empty_folder_is_a_fine_target(tmp_path: Path, how: dict[str, Any]) -> None:
+    (tmp_path / "d").mkdir()
+    check_complete(write(tmp_path / "d", how))
+
+
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+def test_a_target_that_cannot_be_written_is_refused(tmp_path: Path, how: dict[str, Any]) -> None:
+    with pytest.raises(InvalidConfig, match="the parent of the target d, is no folder"):
+        write(tmp_path / "missing" / "d", how)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InvalidConfig, match="is not a folder"):
+        write(tmp_path / "file", how)
+    with pytest.raises(InvalidConfig, match="cannot be written"):
+        write(Path("/sys/bert2bert"), how)
+    assert tree(tmp_path) == {"file": b"x"}
+
+
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, "defect"])
+def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path, how: dict[str, Any], failure: Any) -> None:
+    values, count = reader(make_tensors(plain_spec())), [0]
+
+    def failing(*request: Any) -> torch.Tensor:
+        count[0] += 1
+        if count[0] == 5:
+            raise ZeroDivisionError if failure == "defect" else OSError(failure, os.strerror(failure))
+        return values(*request)
+
+    expected = {"defect": ZeroDivisionError, errno.EROFS: InvalidConfig}.get(failure, UserError)
+    with pytest.raises(expected) as raised:
+        write(tmp_path / "d", how, failing)
+    assert failure not in (errno.ENOSPC, errno.EDQUOT) or "no room left on the disk" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+def test_room_is_looked_for_before_anything_is_written(
+    tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8_000))
+
+    def untouched(*request: Any) -> torch.Tensor:
+        raise AssertionError("values were asked for")
+
+    with pytest.raises(UserError, match=r"needs .* GB and its disk has 0.00 GB free"):
+        write(tmp_path / "d", how, untouched)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_complete_finds_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.pt").write_bytes(b"12345")
+    with pytest.raises(InvalidCheckpoint, match=r"has no bert2bert\.json"):
+        check_complete(tmp_path)
+    manifest = {"kind": "train", "files": file_sizes(tmp_path)}
+    write_manifest(tmp_path, manifest)
+    assert check_complete(tmp_path) == manifest == {"kind": "train", "files": {"a/b.pt": 5}}
+    (tmp_path / "a" / "b.pt").write_bytes(b"1234")
+    with pytest.raises(InvalidCheckpoint, match=r"has 4 bytes; bert2bert\.json says 5"):
+        check_complete(tmp_path)
+    (tmp_path / "a" / "b.pt").unlink()
+    with pytest.raises(InvalidCheckpoint, match=r"lacks a/b\.pt \(5 bytes\)"):
+        check_complete(tmp_path)
+    for text in ("{", "[]", '{"files": 3}'):
+        (tmp_path / "bert2bert.json").write_text(text)
+        with pytest.raises(InvalidCheckpoint, match="is not a manifest of this project"):
+            check_complete(tmp_path)
+
+
+def test_latest_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_latest(tmp_path, "global_step1")
+    set_latest(tmp_path, "global_step1", "latest_universal")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        set_latest(tmp_path, "global_step2")
+    assert tree(tmp_path) == {"latest": b"global_step1", "latest_universal": b"global_step1"}
+
+
+def test_a_lock_left_by_a_dead_process_does_not_block(tmp_path: Path) -> None:
+    (tmp_path / ".d.lock").write_text("process 1 on elsewhere")
+    started = time.monotonic()
+    check_complete(write(tmp_path / "d", FORMS[2]))
+    assert time.monotonic() - started < 20 and not (tmp_path / ".d.lock").exists()
