@@ -1,8 +1,9 @@
 """Hugging Face folders: `config.json`, safetensors (split with an index above a size), tokenizer files.
 
-Weights only. A safetensors file is a length, a JSON header and the tensors' bytes; the header is known from the
-shapes, so the tensors are streamed after it and never held. Tied tensors are stored once under the kept name, as
-`save_pretrained` does. `spec.precision` is the dtype of the file; digests are of the elements as stored.
+Weights only: transformers makes a model's buffers anew. A safetensors file is a length, a JSON header and the
+tensors' bytes; the header is known from the shapes, so the tensors are streamed after it and never held. Tied tensors
+are stored once under the kept name, as `save_pretrained` does. `spec.precision` is the dtype of the file; digests are
+of the elements as stored.
 """
 
 from __future__ import annotations
@@ -20,10 +21,7 @@ from bert2bert.shards.frames import Blank, stream
 from bert2bert.shards.writing import FilePlan, Job, TargetSpec, flat_values
 
 MAX_FILE_BYTES = 5 * 10**9
-_NAMES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def hub_files(job: Job, max_file_bytes: int = MAX_FILE_BYTES) -> list[FilePlan]:
@@ -77,8 +75,7 @@ def write_bytes(content: bytes, path: Path) -> int:
 
 def _blanks(job: Job) -> dict[str, Blank]:
     spec = job.spec
-    weights = {name: Blank(shape, spec.dtype, partial(_stored, job, name)) for name, shape in spec.shapes.items()}
-    return weights | {name: Blank(tuple(b.shape), b.dtype, partial(iter, (b,))) for name, b in spec.buffers.items()}
+    return {name: Blank(shape, spec.dtype, partial(_stored, job, name)) for name, shape in spec.shapes.items()}
 
 
 def _weights(job: Job, blanks: dict[str, Blank], path: Path) -> int:

@@ -177,7 +177,8 @@ def test_transformers_loads_the_hub_folder_silently(
 ) -> None:
     from transformers import BertForPreTraining
 
-    spec = make_spec(precision, states=("fp32",), extra_files={"tokenizer.json": b"{}\n"})
+    buffers = {"bert.tally": torch.arange(3)}  # of a training script's own
+    spec = make_spec(precision, states=("fp32",), extra_files={"tokenizer.json": b"{}\n"}, buffers=buffers)
     tensors = make_tensors(spec)
     folder = write_checkpoint(
         tmp_path / "hub", spec, reader(tensors), form="hub", manifest_growth={"operator": "x"}, max_file_bytes=limit
@@ -200,18 +201,6 @@ def test_transformers_loads_the_hub_folder_silently(
     manifest = json.loads((folder / "bert2bert.json").read_text())
     for name, entry in manifest["tensors"].items():  # of the elements as stored
         assert entry["digest"] == {"fp32": hex16(digest(tensors[name]["fp32"].to(spec.dtype)))}
-
-
-def test_the_hub_folder_keeps_buffers(tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    spec = make_spec(states=("fp32",), buffers={"bert.tally": torch.arange(3)})
-    folder = write_checkpoint(
-        tmp_path / "hub", spec, reader(make_tensors(spec)), form="hub", manifest_growth=None, max_file_bytes=30_000
-    )
-    where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    with safe_open(folder / where["bert.tally"], "pt") as file:
-        assert file.get_tensor("bert.tally").tolist() == [0, 1, 2]
 
 
 def test_the_manifest_says_what_was_written(tmp_path: Path) -> None:
