@@ -152,27 +152,36 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, dtype: np.dtype, vocab_size: int) -> None:
         self.folder, self.split, self.dtype = folder, split, dtype
         self.counts = np.zeros(vocab_size, dtype=np.int64)
-        self.tokens = self.documents = self.open_tokens = 0
+        self.tokens = self.documents = self._open = 0
+        self._pending: list[int] = []
+        self._ended: list[int] = []
         self.digest = blake2b(digest_size=16)
         self.bin = open(folder / f"{split}.bin", "wb")  # noqa: SIM115 (closed by close)
         self.ends = open(folder / f"{split}.ends", "wb")  # noqa: SIM115
 
     def add(self, ids: list[int], ends: bool) -> None:
         """Write a piece of a document; `ends`: its last."""
-        if ids:
-            array = np.asarray(ids, dtype=self.dtype)
-            self.bin.write(array.data)
-            self.digest.update(array.data)
-            self.counts += np.bincount(array, minlength=len(self.counts))
-            self.tokens += len(ids)
-            self.open_tokens += len(ids)
-        if ends and self.open_tokens:  # a document that the tokenizer drops altogether leaves no trace
-            self.ends.write(np.int64(self.tokens).tobytes())
+        self._pending += ids
+        self.tokens += len(ids)
+        self._open += len(ids)
+        if ends and self._open:  # a document that the tokenizer drops altogether leaves no trace
+            self._ended.append(self.tokens)
             self.documents += 1
-            self.open_tokens = 0
+            self._open = 0
+        if len(self._pending) + len(self._ended) >= 1 << 16:
+            self._flush()
+
+    def _flush(self) -> None:
+        ids = np.asarray(self._pending, dtype=self.dtype)
+        self.bin.write(ids.data)
+        self.digest.update(ids.data)
+        self.counts += np.bincount(ids, minlength=len(self.counts))
+        self.ends.write(np.asarray(self._ended, dtype="<i8").data)
+        self._pending, self._ended = [], []
 
     def close(self) -> None:
         """Turn the raw document ends into `{split}.idx.npy`."""
+        self._flush()
         self.bin.close()
         self.ends.close()
         raw = self.folder / f"{self.split}.ends"

@@ -80,7 +80,7 @@ def _alphabet(texts: Iterator[str], tokenizer: Any, limit: int) -> tuple[list[st
     joins: dict[int, bool] = {}  # whether the character stays in a word, asked of the pre-tokenizer itself
     counts: Counter[int] = Counter()
     inner: set[int] = set()
-    for text in texts:
+    for text in _joined(texts, 1 << 16):
         codes = np.frombuffer(tokenizer.normalizer.normalize_str(text).encode("utf-32-le"), dtype=np.uint32)
         if not len(codes):
             continue
@@ -94,6 +94,20 @@ def _alphabet(texts: Iterator[str], tokenizer: Any, limit: int) -> tuple[list[st
     ranked = sorted((code for code in counts if not chr(code).isspace()), key=lambda code: (-counts[code], code))
     kept = sorted(ranked[:limit])
     return [chr(code) for code in kept], [chr(code) for code in kept if code in inner]
+
+
+def _joined(texts: Iterator[str], size: int) -> Iterator[str]:
+    """The texts in runs of about `size` characters, a space between them: many small ones at the cost of a few."""
+    run: list[str] = []
+    held = 0
+    for text in texts:
+        run.append(text)
+        held += len(text)
+        if held >= size:
+            yield " ".join(run)
+            run, held = [], 0
+    if run:
+        yield " ".join(run)
 
 
 def load_tokenizer(path: Path) -> Any:
