@@ -98,9 +98,11 @@ def _open_and_fill(
     notes: list[str] = []
     progress = continued(manifest["training"], source.folder, recipe, data, notes) if kind == "train" else start()
     _check_tensors(engine, source)
-    _check_groups(engine, source, recipe, notes)
+    _check_groups(engine, source)
     _fill(engine, source)
     _restore_rest(engine, source, kind, recipe, progress, notes)
+    if kind == "growth":
+        notes += _other_hyper(engine, manifest)
     if kind == "weights":
         notes.append("a Hugging Face folder holds weights only: Adam's moments start at zero")
     return source, Resumed(source.folder, kind, progress, manifest.get("growth"), tuple(notes))
@@ -146,8 +148,8 @@ def _check_tensors(engine: Engine, source: Source) -> None:
         )
 
 
-def _check_groups(engine: Engine, source: Source, recipe: Recipe, notes: list[str]) -> None:
-    """Names and order of the optimizer groups, one step count in each, and a word on other hyper-parameters."""
+def _check_groups(engine: Engine, source: Source) -> None:
+    """One Adam step in each group; in native files also the groups' names, order and hyper-parameters."""
     for group in engine.groups:
         counts = {source.step(name): name for name in group.names}
         if len(counts) > 1:
@@ -169,12 +171,21 @@ def _check_groups(engine: Engine, source: Source, recipe: Recipe, notes: list[st
                     f"{source.folder}: the optimizer group {part} has {key} {file.get(key)!r} in the shard files, "
                     f"{said['hyper'][key]!r} in the manifest: they are of two checkpoints"
                 )
-    wanted = [{"weight_decay": live["weight_decay"]} for live in engine.optimizer.param_groups]
-    for said, ours in zip(told, wanted, strict=True):
-        for key, value in (ours | {"betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}).items():
-            note = f"{key} was {said['hyper'].get(key)} in the checkpoint; the recipe's {value} holds from here on"
-            if _plain(said["hyper"].get(key, value)) != _plain(value) and note not in notes:
-                notes.append(note)
+
+
+def _other_hyper(engine: Engine, manifest: dict[str, Any]) -> list[str]:
+    """A sentence about each hyper-parameter that a grown checkpoint carries and the recipe sets otherwise."""
+    ours = {
+        name: live for live, g in zip(engine.optimizer.param_groups, engine.groups, strict=True) for name in g.names
+    }
+    found: dict[str, None] = {}
+    for group in manifest.get("groups", ()):
+        live = ours[group["names"][0]]
+        for key in _HYPER:
+            said, value = group["hyper"].get(key), _plain(live[key])
+            if said is not None and _plain(said) != value:
+                found[f"{key} was {said} in the checkpoint; the recipe's {value} holds from here on"] = None
+    return list(found)
 
 
 def _plain(value: Any) -> Any:

@@ -162,6 +162,9 @@ def publish(engine: Engine) -> None:
         outer.checkpoint_event_epilogue()
     else:
         outer.update_lp_params()
+        # Else DeepSpeed's own readers of optimizer state (safe_get_...) know only the groups that it stepped first.
+        outer._hp_optimizer_states_linked = False
+        outer._lazy_init_hp_params_optimizer_state()
 
 
 def digests(engine: Engine) -> dict[str, dict[str, str]]:

@@ -29,8 +29,8 @@ def check_free(output: Path, resume: Path | None) -> bool:
     if output.exists() and not output.is_dir():
         raise InvalidConfig(f"--output {output} is a file; expected a folder for the run")
     latest, run = output / "latest", output / RUN
-    if resume is not None and output.exists() and resume.exists() and _same(output, resume):
-        return run.is_file()
+    if resume is not None and run.is_file() and output.resolve() in (resume.resolve(), resume.resolve().parent):
+        return True  # the run's folder, or one of its tags
     if latest.exists() or (output / "bert2bert.json").exists():
         if run.is_file():
             remedy = f"continue it with --resume {output}, or name a new folder"
@@ -40,10 +40,6 @@ def check_free(output: Path, resume: Path | None) -> bool:
     if resume is not None and resume.resolve().is_relative_to(output.resolve()) and output.exists():
         raise InvalidConfig(f"--resume {resume} lies inside --output {output}; give a new output folder")
     return False
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve() or a.resolve() == b.resolve().parent
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -117,7 +113,7 @@ def describe(
     write_json(output / "ds_config.json", dict(ds_config))
     write_json(output / "config.json", dict(model))
     shutil.copyfile(bins / "tokenizer.json", output / "tokenizer.json")
-    if recipe_file is not None:
+    if recipe_file is not None and recipe_file.resolve() != (output / "recipe.py").resolve():
         shutil.copyfile(recipe_file, output / "recipe.py")
 
 

@@ -1,0 +1,157 @@
+"""The training loop's folder, refusals, divergence, and which checkpoints are kept."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.recipe import Phase
+from bert2bert.train import saving
+from tests.distributed import run_ranks
+from tests.train import runs, tiny
+
+
+@pytest.fixture(scope="module")
+def bins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_bins(tmp_path_factory.mktemp("data"))
+
+
+def fake(root: Path, step: int, kind: str | None) -> None:
+    folder = root / f"global_step{step}"
+    folder.mkdir()
+    if kind is None:
+        (folder / saving.UNFINISHED).touch()
+    elif kind != "none":
+        (folder / saving.MANIFEST).write_text(json.dumps({"kind": kind}))
+
+
+def test_prune_keeps_the_last_and_what_is_not_ours(tmp_path: Path) -> None:
+    for step, kind in ((1, "train"), (2, "train"), (3, None), (4, "train"), (5, "growth"), (6, "none"), (9, "train")):
+        fake(tmp_path, step, kind)
+    fake(tmp_path, 7, "train")
+    (tmp_path / "tensorboard").mkdir()
+    saving.prune(tmp_path, "global_step7", keep=2)
+    left = {p.name for p in tmp_path.glob("global_step*")}
+    assert left == {f"global_step{n}" for n in (4, 5, 6, 7, 9)}
+    saving.prune(tmp_path, "global_step7", keep=1)
+    assert not (tmp_path / "global_step4").exists() and (tmp_path / "global_step7").exists()
+
+
+def one_rank(bins: Path, root: Path) -> dict[str, Any]:
+    """Everything that one rank can show, in one process."""
+    from bert2bert.train import loop
+
+    def refused(*args: Any, **more: Any) -> tuple[str, str]:
+        try:
+            runs.run(*args, **more)
+        except UserError as error:
+            return type(error).__name__, str(error)
+        return "", ""
+
+    out: dict[str, Any] = {}
+    plan = runs.recipe(bins, phases=(Phase("one", 2), Phase("left out", 0), Phase("two", 2)), log_every=3, eval_every=3)
+    config = tiny.ds_config(1, world=1)
+    out["first"] = runs.run(plan, config, root / "run")
+    out["again"] = refused(plan, config, root / "run")
+    out["complete"] = runs.run(plan, config, root / "run", resume=root / "run")
+    out["longer"] = runs.run(
+        replace(plan, phases=(*plan.phases, Phase("three", 1))), config, root / "run", root / "run"
+    )
+    out["inside"] = refused(plan, config, root, resume=root / "run")
+    small = replace(plan, model={**plan.model, "vocab_size": 32})
+    out["vocabulary"] = refused(small, config, root / "small")
+    out["written"] = (root / "small").exists()
+    out["nothing"] = refused(plan, config, root / "new", resume=root / "nowhere")
+    out["new"] = (root / "new").exists()
+
+    original = loop.engines.Engine.forward
+
+    def diverge(self: Any, batch: Any, program: Any = None) -> Any:
+        loss, *rest = original(self, batch, program)
+        return (loss * float("nan") if self.model.training and self.ds.global_steps == 2 else loss, *rest)
+
+    loop.engines.Engine.forward = diverge
+    try:
+        every = replace(plan, checkpoint_every=2)
+        out["diverged"] = refused(every, config, root / "nan")
+    finally:
+        loop.engines.Engine.forward = original
+    out["left"] = sorted(p.name for p in (root / "nan").glob("global_step*"))
+
+    usage = namedtuple("usage", "total used free")
+    keep, saving.shutil.disk_usage = saving.shutil.disk_usage, lambda path: usage(100, 90, 10)
+    try:
+        out["full"] = refused(plan, config, root / "full")
+    finally:
+        saving.shutil.disk_usage = keep
+    return out
+
+
+@pytest.mark.timeout(120)
+def test_one_rank(bins: Path, tmp_path: Path) -> None:
+    (found,) = run_ranks(one_rank, 1, bins, tmp_path, timeout=110)
+    first = found["first"]
+    assert first["step"] == 4 and first["stopped"] is None and first["tokens"] > 0 and first["flops"] > 0
+    kind, text = found["again"]
+    assert kind == InvalidConfig.__name__ and "already holds a run" in text and "--resume" in text
+    assert found["complete"]["step"] == 4 and found["longer"]["step"] == 5
+    assert found["inside"][0] == InvalidConfig.__name__ and "lies inside" in found["inside"][1]
+    assert found["vocabulary"][0] == InvalidConfig.__name__ and "32" in found["vocabulary"][1]
+    assert found["nothing"][0] == "InvalidCheckpoint" and "nowhere" in found["nothing"][1]
+    assert not found["written"] and not found["new"]
+    kind, text = found["diverged"]
+    assert kind == "UserError" and "the loss is nan in step 3 (phase 'two')" in text and "of step 2" in text
+    assert found["left"] == ["global_step2"]
+    assert found["full"][0] == "UserError" and "free" in found["full"][1]
+
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["name"] == "tiny" and about["world_size"] == 1 and about["source"] is None and about["finished"]
+    assert about["data"]["heldout_unigram_entropy"] > 0 and set(about["data"]) >= {"digest", "tokenizer_digest"}
+    assert set(about["versions"]) == {"bert2bert", "torch", "deepspeed"}
+    records = runs.records(tmp_path / "run")
+    trained = [r for r in records if r["kind"] == "train"]
+    assert [(r["step"], r["phase"], r["phase_step"]) for r in trained] == [
+        (2, "one", 2), (3, "two", 1), (4, "two", 2), (5, "three", 1),
+    ]  # fmt: skip
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 3, 4, 5]
+    assert all(
+        a["flops"] < b["flops"] and a["tokens"] < b["tokens"] for a, b in zip(trained, trained[1:], strict=False)
+    )
+    assert all(r["mfu"] is None and r["loss_scale"] is None and r["layers_run"] == tiny.LAYERS for r in trained)
+
+
+def evaluations(bins: Path, stages: tuple[int, ...]) -> list[dict[str, float]]:
+    import os
+
+    from bert2bert.data.bins import TokenBins
+    from bert2bert.data.loader import eval_batches
+    from bert2bert.train import engine as engines
+    from bert2bert.train.evaluate import evaluate
+
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    out = []
+    for stage in stages:
+        engine = engines.build(runs.recipe(bins), tiny.ds_config(stage, world=world), tiny.model(nsp=False))
+        batches = eval_batches(TokenBins.open(bins), "heldout", 16, 2, 11, rank, world, 0)
+        before = torch.get_rng_state()
+        out.append(evaluate(engine, batches))
+        assert torch.equal(before, torch.get_rng_state())  # dropout is off: training does not notice
+        assert engine.model.training
+        engine.destroy()
+    return out
+
+
+@pytest.mark.timeout(60)
+def test_evaluation_does_not_depend_on_ranks_and_stage(bins: Path) -> None:
+    (alone,) = run_ranks(evaluations, 1, bins, (0,), timeout=50)
+    for shared in run_ranks(evaluations, 2, bins, (1, 3), timeout=50):
+        for result in shared:
+            assert result["loss"] == pytest.approx(alone[0]["loss"], abs=1e-6)
+            assert result["accuracy"] == alone[0]["accuracy"]
