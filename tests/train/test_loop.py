@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import namedtuple
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,7 @@ def test_one_rank(bins: Path, tmp_path: Path) -> None:
         (2, "one", 2), (3, "two", 1), (4, "two", 2), (5, "three", 1),
     ]  # fmt: skip
     assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 3, 4, 5]
-    assert all(
-        a["flops"] < b["flops"] and a["tokens"] < b["tokens"] for a, b in zip(trained, trained[1:], strict=False)
-    )
+    assert all(a["flops"] < b["flops"] and a["tokens"] < b["tokens"] for a, b in pairwise(trained))
     assert all(r["mfu"] is None and r["loss_scale"] is None and r["layers_run"] == tiny.LAYERS for r in trained)
 
 

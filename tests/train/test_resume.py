@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
 
-CASES = [(1, "fp32"), (2, "bf16"), (3, "fp32"), (0, "fp16")]
+CASES = [(1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "fp16"), (0, "fp16")]
 
 
 @pytest.fixture(scope="module")
