@@ -263,11 +263,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--stage", type=int, choices=(1, 2, 3), help="ZeRO stage of --format zero")
     p.add_argument("--world-size", type=int, metavar="N", help="data-parallel ranks of --format zero")
-    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of the target's run (default: the source's)")
+    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of the target run (default: the source's)")
     p.add_argument(
         "--groups",
         choices=("layers", "decay", "single", "source"),
-        help="optimizer groups: this project's own, decay/no-decay, one, the source's (default: as found)",
+        help="optimizer groups: per layer (ours), decay/no-decay, one, the source's (default: as found)",
     )
     p.add_argument("--lossy", action="store_true", help="accept a width that cannot keep the function")
     p.add_argument("--bins", type=Path, metavar="DIR", help="measure the change on held-out text, not on random tokens")
@@ -276,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command(
         "verify",
         _verify,
-        "Check a grown checkpoint against its source: tensors, moments, logits, loss. Exit status 1 when a check fails.",
+        "Check a grown checkpoint against its source: tensors, moments, logits, loss. Exit status 1 when one fails.",
         "  bert2bert verify runs/small runs/grown --json",
     )
     p.add_argument("source", type=Path, help=_SOURCE)

@@ -265,7 +265,7 @@ def grow(
     memory) and commits. Raises UserError of all kinds, with nothing left behind.
     """
     from bert2bert.realise import realise
-    from bert2bert.shards.transfer import write_checkpoint
+    from bert2bert.shards.transfer import together, write_checkpoint
     from bert2bert.shards.writing import check_target
     from bert2bert.verify import drift
 
@@ -277,10 +277,16 @@ def grow(
     if form != "zero" and (stage is not None or world_size is not None):
         raise InvalidConfig(f"--stage and --world-size belong to --format zero, not to --format {form}; leave them out")
     first = comm is None or comm.Get_rank() == 0
-    growth = open_growth(source, config, **how)
-    accept(growth, lossy)
-    spec = target_spec(growth, form=form, layout=layout, precision=precision)
-    check_target(target, spec, form)
+
+    def prepare() -> tuple[Growth, TargetSpec]:
+        growth = open_growth(source, config, **how)
+        accept(growth, lossy)
+        spec = target_spec(growth, form=form, layout=layout, precision=precision)
+        if first:
+            check_target(target, spec, form)
+        return growth, spec
+
+    growth, spec = together(comm, prepare)
     if first:
         say(summary(growth))
     model, plan = growth.model, growth.plan
@@ -289,7 +295,7 @@ def grow(
     def values(name: str, state: str, start: int, stop: int) -> Any:
         return realise(plan.tensors[canonical[name]].narrow(start, stop), state, model.read)
 
-    measured = drift(growth, bins) if measure and first and "mlm" in model.heads else None
+    measured = together(comm, lambda: drift(growth, bins) if measure and first and "mlm" in model.heads else None)
     if measured and first:
         say(measured.render())
     manifest = {
@@ -316,12 +322,11 @@ def grow(
 
 
 def _spent(manifest: dict[str, Any] | None) -> dict[str, float] | None:
-    """What training the source cost, by its own manifest, its own source's cost included."""
-    training = (manifest or {}).get("training")
-    if not training:
-        return None
-    spent: dict[str, float] = training["spent"]
-    return spent
+    """What training the source cost by its manifest, the cost of what it was itself grown from included."""
+    manifest = manifest or {}
+    parts = [(manifest.get("training") or {}).get("spent"), (manifest.get("growth") or {}).get("source_spent")]
+    known = [part for part in parts if part]
+    return {key: sum(part[key] for part in known) for key in known[0]} if known else None
 
 
 def _progress(total: int, show: bool) -> Any:

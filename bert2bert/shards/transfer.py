@@ -71,8 +71,10 @@ def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     return hands
 
 
-def _together(comm: Any, do: Callable[[], Any]) -> Any:
-    """Call ``do`` on this rank; if any rank failed, all fail: a UserError as it is, a defect with its rank."""
+def together(comm: Any, do: Callable[[], Any]) -> Any:
+    """Call ``do`` on every rank of ``comm`` (None: alone); if any rank failed, all fail: a UserError as it is, a defect
+    with its rank. No collective may be inside."""
+    comm = comm if comm is not None else _Alone()
     result, error = None, None
     try:
         result = do()
@@ -188,9 +190,9 @@ def write_checkpoint(
         return plans
 
     try:
-        plans: list[FilePlan] = _together(comm, begin)  # no rank writes before rank 0 holds the folder
+        plans: list[FilePlan] = together(comm, begin)  # no rank writes before rank 0 holds the folder
         mine = [plans[i] for i in deal([plan.payload for plan in plans], comm.size)[comm.rank]]
-        sizes = _together(comm, lambda: _write(folder.partial, mine))
+        sizes = together(comm, lambda: _write(folder.partial, mine))
         reports = comm.gather((sizes, tally.digests))
 
         def commit() -> Path:
@@ -205,7 +207,7 @@ def write_checkpoint(
             manifest = _manifest(spec, form, stage, world_size, manifest_growth, tensors, planned)
             return folder.commit(manifest, POINTERS[form])
 
-        written: Path = _together(comm, commit)
+        written: Path = together(comm, commit)
         return written
     except BaseException:
         if comm.rank == 0:

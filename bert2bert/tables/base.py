@@ -7,7 +7,7 @@ Refuses configs that lack a size or whose heads do not divide the width (`Invali
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bert2bert import axes
@@ -42,7 +42,8 @@ class Table:
     outer: the name prefix of the base model inside the full one; anchor: a tensor that every variant has, less outer.
     classes: transformers class -> heads; sizes: axis -> config key; head_axes: axes of the head size, width / heads.
     normalised: axes that a norm renormalises; units: axes whose features are whole units (heads, neurons).
-    must_agree: config keys that a growth cannot change; ties: absent tied name -> kept name.
+    must_agree: config keys that a growth cannot change; ties: absent tied name -> kept name;
+    defaults: axis -> its size where a config is silent, as transformers has it.
     """
 
     model_type: str
@@ -57,12 +58,13 @@ class Table:
     must_agree: tuple[str, ...]
     rows: tuple[Row, ...]
     ties: Mapping[str, str]
+    defaults: Mapping[str, int] = field(default_factory=dict)
 
     def axis_sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
         """The size of every axis under a config. Raises InvalidConfig."""
         sizes = dict(self.constants)
         for axis, key in self.sizes.items():
-            value = config.get(key)
+            value = config.get(key, self.defaults.get(axis))
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidConfig(f"model config: {key} is {value!r}; a positive integer is expected")
             sizes[axis] = value

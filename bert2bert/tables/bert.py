@@ -28,6 +28,7 @@ BERT = Table(
         "ffn": "intermediate_size",
         "layers": "num_hidden_layers",
     },
+    defaults={"types": 2},
     head_axes=("qk", "v"),
     constants={"tau": 1, "classes": 2},
     normalised=frozenset({"embed"}),
