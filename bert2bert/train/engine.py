@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -59,6 +60,8 @@ def start(timeout: float = 1800.0) -> torch.device:
     # Else DeepSpeed compiles a shared-memory all-reduce with g++ (23 s) that training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by their older names: nothing that a user could change.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -285,6 +288,8 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) 
         "steps_per_print": None,
         "zero_force_ds_cpu_optimizer": False,  # offloaded partitions, too, are stepped by the optimizer that can rest
     }
+    level = deepspeed.utils.logger.level
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it would warn that a subclass of AdamW is untested
     try:
         ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     except ValueError as error:  # DeepSpeed's sanity check of the precision
@@ -293,6 +298,8 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) 
         raise InvalidConfig(
             f"ds_config: {error} ({device.type}); enable another precision, or none for fp32"
         ) from error
+    finally:
+        deepspeed.utils.logger.setLevel(level)
     engine = Engine(ds, model, groups, device)
     engine.optimizer.state.clear()  # 16-bit stage 0: the count of that step at start
     return engine
