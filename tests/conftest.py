@@ -19,6 +19,12 @@ def seeded() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def no_compiled_ops() -> None:
     """Import DeepSpeed once, before any fork, and keep it from compiling its shared-memory collective (needs g++)."""
+    # Every forked rank would import these again, ten seconds each under load: an optimizer imports torch._dynamo, and
+    # DeepSpeed's Muon module compiles, which imports inductor.
     import deepspeed.ops
+    import deepspeed.runtime.zero.muon.original_muon
+    import torch._dynamo
+    import torch.utils.tensorboard
+    import transformers.models.bert.modeling_bert  # noqa: F401
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Imported here and not by every forked rank, which they would cost ten seconds: an optimizer imports torch._dynamo, and
-# DeepSpeed's Muon module compiles, which imports inductor.
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 import torch
-import torch._dynamo
-import torch.utils.tensorboard
 
 import bert2bert.train.loop  # noqa: F401
 from bert2bert.model.batch import Batch
