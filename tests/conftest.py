@@ -24,7 +24,7 @@ def no_compiled_ops() -> None:
     import deepspeed.ops
     import deepspeed.runtime.zero.muon.original_muon
     import torch._dynamo
-    import torch.utils.tensorboard
+    import torch.utils.tensorboard  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
