@@ -76,7 +76,20 @@ def open_model(path: Path, source_config: Path | None = None, tag: str | None = 
             f"{path}: the checkpoint does not say which model it holds (no bert2bert.json, no config.json).\n"
             f"Give the model's Hugging Face config with --source-config FILE."
         )
+    if source.config and source_config:
+        _check_own(source, config, source_config)
     return match(source, config)
+
+
+def _check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:
+    """A config given beside the checkpoint's own must not contradict it: not every key shows in the shapes."""
+    table, own = table_for(config), source.config or {}
+    for key in (*table.sizes.values(), *table.must_agree):
+        if key in config and key in own and config[key] != own[key]:
+            raise InvalidCheckpoint(
+                f"{file}: {key} is {config[key]!r}, the config that {source.path} itself holds says {own[key]!r}.\n"
+                f"Leave --source-config out."
+            )
 
 
 def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:

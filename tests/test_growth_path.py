@@ -228,6 +228,16 @@ def test_lossy_width_has_to_be_accepted_and_is_measured(folder: Path, tmp_path: 
     assert verify(folder / "z2", tmp_path / "t", source_config=folder / "small.json")["ok"]
 
 
+def test_a_config_that_contradicts_the_checkpoints_own_is_refused(folder: Path, tmp_path: Path) -> None:
+    """The number of heads does not show in any shape."""
+    grow(folder / "z2", tmp_path / "own", **{**options(folder), "config": folder / "small.json"})
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text(json.dumps({"model_type": "bert", **hf_config(num_attention_heads=4)}))
+    with pytest.raises(InvalidCheckpoint, match=r"num_attention_heads is 4, the config that .* itself holds says 2"):
+        grow(tmp_path / "own", tmp_path / "t", **{**options(folder), "source_config": wrong})
+    assert not (tmp_path / "t").exists()
+
+
 def test_refusals_write_nothing(folder: Path, tmp_path: Path) -> None:
     how = options(folder)
     with pytest.raises(InvalidCheckpoint, match="--source-config"):

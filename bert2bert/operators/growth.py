@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bert2bert import axes
-from bert2bert.errors import UnsupportedGrowth
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.maps import Gather, copies
 from bert2bert.operators import parse_operator
 from bert2bert.operators.depth import DEPTHS
@@ -43,6 +43,8 @@ def plan_growth(
     width, depth, breaker: ``NAME[:key=value,…]``. heads: which heads the checkpoint has (default: those of the
     source's class in ``architectures``). Raises UnsupportedGrowth, InvalidConfig.
     """
+    if seed < 0:
+        raise InvalidConfig(f"--seed is {seed}; expected a whole number of at least 0")
     table = table_for(source)
     if heads is None:
         heads = table.classes.get((source.get("architectures") or ["BertForMaskedLM"])[0], frozenset({"mlm"}))
@@ -114,10 +116,10 @@ def _check(table: Table, source: Mapping[str, Any], target: Mapping[str, Any]) -
                 f"the head size would change from {small[axis]} to {large[axis]} "
                 f"(width {large['embed']} over {large['heads']} heads): whole heads are copied.\n"
                 f"Set {table.sizes['heads']}={large['embed'] // small[axis]} in the target config"
-                + ("" if large["embed"] % small[axis] == 0 else f" and a width that {small[axis]} divides")
+                + ("." if large["embed"] % small[axis] == 0 else f" and a width that {small[axis]} divides.")
             )
-    for key in table.must_agree:
-        if (a := source.get(key)) != (b := target.get(key)) and None not in (a, b):
+    for key, default in table.must_agree.items():
+        if (a := source.get(key, default)) != (b := target.get(key, default)) and None not in (a, b):
             raise UnsupportedGrowth(
                 f"{key} is {a!r} in the source and {b!r} in the target config; a growth cannot change it: "
                 f"set {key} to {a!r} in the target config"

@@ -108,6 +108,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"no room left on the disk of {path}: {error.strerror}. Free some and run again."
             ) from error
+        if error.errno in (errno.EFBIG, errno.EIO, errno.ESTALE):
+            raise UserError(
+                f"{error.filename or path} cannot be written: {error.strerror}. Check the file system and the limit on "
+                "file sizes (ulimit -f), or choose another target."
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InvalidConfig(
                 f"{error.filename or path} cannot be written: {error.strerror}. Choose another target."

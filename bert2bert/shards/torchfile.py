@@ -129,7 +129,12 @@ def _check_frame(path: Path) -> None:
         raise InvalidCheckpoint(f"{path}: no such file") from None
     except OSError as error:
         raise InvalidCheckpoint(f"{path}: cannot be opened ({error.strerror})") from None
-    if start in (b"PK\x03\x04", b""):
+    if not size:
+        raise InvalidCheckpoint(
+            f"{path}: empty, 0 bytes (a save that was killed, or an unfinished copy). Use an older tag or copy the "
+            "file again."
+        )
+    if start in (b"PK\x03\x04", b"PK"):
         raise InvalidCheckpoint(
             f"{path}: truncated, its {size:,} bytes have a beginning but no end (a save that was killed, or an "
             "unfinished copy). Use an older tag or copy the file again."

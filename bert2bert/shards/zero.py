@@ -33,6 +33,8 @@ from bert2bert.shards.modelstates import (
 )
 from bert2bert.shards.source import STATES, Source, TensorMeta
 
+_FEW = 64  # elements of a rank that are compared to tell files of different saves apart
+
 
 class _Stored(NamedTuple):
     """Elements [start, ...) of a parameter: ``numel`` of them at ``at`` of flat group ``flat`` of ``rank``."""
@@ -69,6 +71,7 @@ class ZeroSource(Source):
         self._read_states()
         self._lay_out()
         self._describe()
+        self._check_weights()
 
     # --- opening and consistency -------------------------------------------------------------------------------
 
@@ -81,14 +84,11 @@ class ZeroSource(Source):
             )
         for kind, count in (("optimizer", len(self._paths)), ("model-states", len(self._model.paths))):
             if count != world and (kind == "optimizer" or self._model.sharded):
-                what = (
-                    f"those of ranks {ranks_text(list(range(count, world)))} are missing"
-                    if count < world
-                    else "too many"
-                )
+                what = f"missing: rank {ranks_text(list(range(count, world)))}" if count < world else "too many"
+                files = "file" if count == 1 else "files"
                 raise InvalidCheckpoint(
-                    f"{folder}: {count} {kind} files, but it was saved by {world} ranks: {what}. Each node writes its "
-                    "own files: copy all, and remove those of other runs."
+                    f"{folder}: {count} {kind} {files}, but it was saved by {world} ranks: {what}. Each node writes "
+                    "its own files: copy all, and remove those of other runs."
                 )
 
     def _open(self, path: Path) -> dict[str, Any]:
@@ -258,6 +258,27 @@ class ZeroSource(Source):
             else:
                 dtype = self._frozen[name][0].dtype
                 self.tensors[name] = TensorMeta(name, model.frozen[name], str(dtype)[6:], None, False)
+
+    def _check_weights(self) -> None:
+        """A few master weights of each rank are, but for rounding, those in the model-states file (stages 1 and 2)."""
+        checked = set()
+        for name, stored in self._place.items():
+            weight = self._model.module.get(name)
+            if not isinstance(weight, torch.Tensor) or weight.numel() != math.prod(self.tensors[name].shape):
+                continue  # stage 3 keeps empty placeholders
+            for start, numel, rank, flat, at in stored:
+                master = self._flat["fp32"][rank][flat]
+                if rank in checked or master is None:
+                    continue
+                checked.add(rank)
+                few = min(numel, _FEW)
+                one, other = weight.reshape(-1)[start : start + few].float(), master[at : at + few].float()
+                if not torch.allclose(one, other, torch.finfo(weight.dtype).eps, 1e-7, equal_nan=True):
+                    raise InvalidCheckpoint(
+                        f"{self.folder}: files of different checkpoints are mixed: the weights of '{name}' in "
+                        f"{self._model.paths[0].name} are not the master weights in {self._paths[rank].name}. "
+                        "Restore the files of one save, or use another tag."
+                    )
 
     # --- reading -----------------------------------------------------------------------------------------------
 

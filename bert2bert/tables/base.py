@@ -42,7 +42,7 @@ class Table:
     outer: the name prefix of the base model inside the full one; anchor: a tensor that every variant has, less outer.
     classes: transformers class -> heads; sizes: axis -> config key; head_axes: axes of the head size, width / heads.
     normalised: axes that a norm renormalises; units: axes whose features are whole units (heads, neurons).
-    must_agree: config keys that a growth cannot change; ties: absent tied name -> kept name;
+    must_agree: config keys that a growth cannot change -> their defaults; ties: absent tied name -> kept name;
     defaults: axis -> its size where a config is silent, as transformers has it.
     """
 
@@ -55,7 +55,7 @@ class Table:
     constants: Mapping[str, int]
     normalised: frozenset[str]
     units: tuple[str, ...]
-    must_agree: tuple[str, ...]
+    must_agree: Mapping[str, Any]
     rows: tuple[Row, ...]
     ties: Mapping[str, str]
     defaults: Mapping[str, int] = field(default_factory=dict)
@@ -64,6 +64,8 @@ class Table:
         """The size of every axis under a config. Raises InvalidConfig."""
         sizes = dict(self.constants)
         for axis, key in self.sizes.items():
+            if key not in config and axis not in self.defaults:
+                raise InvalidConfig(f"model config: {key} is missing; a positive integer is expected")
             value = config.get(key, self.defaults.get(axis))
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidConfig(f"model config: {key} is {value!r}; a positive integer is expected")

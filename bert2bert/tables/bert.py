@@ -33,7 +33,7 @@ BERT = Table(
     constants={"tau": 1, "classes": 2},
     normalised=frozenset({"embed"}),
     units=("heads", "ffn"),
-    must_agree=("hidden_act", "layer_norm_eps", "tie_word_embeddings", "pad_token_id"),
+    must_agree={"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True, "pad_token_id": 0},
     rows=(
         Row("bert.embeddings.word_embeddings.weight", "vocab -> embed"),
         Row("bert.embeddings.position_embeddings.weight", "pos -> embed"),

@@ -127,11 +127,21 @@ def test_bad_options(how: dict, text: str) -> None:
         plan_growth(bert_config(), bert_config(16, 4), **how)
 
 
+def test_bad_seed() -> None:
+    with pytest.raises(InvalidConfig, match="--seed is -1"):
+        plan_growth(bert_config(), bert_config(16, 4), seed=-1)
+
+
 def test_bad_configs() -> None:
     with pytest.raises(InvalidConfig, match="does not divide"):
         plan_growth(bert_config(), bert_config() | {"num_attention_heads": 3})
     with pytest.raises(InvalidConfig, match="intermediate_size is None"):
         plan_growth(bert_config(), bert_config() | {"intermediate_size": None})
+    with pytest.raises(InvalidConfig, match="hidden_size is missing"):
+        plan_growth({key: value for key, value in bert_config().items() if key != "hidden_size"}, bert_config())
+    silent = {key: value for key, value in bert_config().items() if key != "hidden_act"}
+    with pytest.raises(UnsupportedGrowth, match="hidden_act is 'gelu' in the source and 'relu'"):
+        plan_growth(silent, bert_config(hidden_act="relu"))
     with pytest.raises(UnsupportedGrowth, match="model_type 'gpt2'"):
         plan_growth(bert_config() | {"model_type": "gpt2"}, bert_config())
     with pytest.raises(UnsupportedGrowth, match="does not grow vocab_size"):

@@ -174,7 +174,7 @@ def test_a_target_that_cannot_be_written_is_refused(tmp_path: Path, how: dict[st
 
 
 @pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
-@pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, "defect"])
+@pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, "defect"])
 def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path, how: dict[str, Any], failure: Any) -> None:
     values, count = reader(make_tensors(plain_spec())), [0]
 

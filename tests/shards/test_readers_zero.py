@@ -203,11 +203,11 @@ def test_checkpoints_of_refused_kinds(saved: Callable[[int], Path], case: str, m
 
 FILES: dict[str, tuple[str, list[tuple[Any, ...]], str]] = {
     # what was done: (case, steps on its tag folder, message)
-    "rank-lost": ("z2fp32", [("rm", zero2("1"))], "1 optimizer files, but it was saved by 2 ranks: those of ranks 1 are missing"),
+    "rank-lost": ("z2fp32", [("rm", zero2("1"))], "1 optimizer file, but it was saved by 2 ranks: missing: rank 1"),
     "first-rank-lost": ("z2fp32", [("rm", zero2("0"))], "optimizer files of ranks 0 are missing"),
     "all-shards-lost": ("z2bf16", [("rm", "bf16_" + zero2("0")), ("rm", "bf16_" + zero2("1"))], "no .*optim_states.pt beside .* shards of all 2 ranks are missing"),
     "model-states-lost": ("z2fp32", [("rm", "mp_rank_00_model_states.pt")], "no .*model_states.pt"),
-    "model-states-3-lost": ("z3fp32", [("rm", zero3("1"))], "1 model-states files, but it was saved by 2 ranks"),
+    "model-states-3-lost": ("z3fp32", [("rm", zero3("1"))], "1 model-states file, but it was saved by 2 ranks"),
     "truncated": ("z2fp32", [("cut", zero2("1"))], r"zero_pp_rank_1_mp_rank_00_optim_states.pt: truncated"),
     "text": ("z3fp32", [("text", zero2("0"))], r"zero_pp_rank_0_mp_rank_00_optim_states.pt: not a torch file"),
     "foreign": ("z2fp32", [("tensor", zero2("0"))], "no ZeRO optimizer file"),
@@ -215,6 +215,7 @@ FILES: dict[str, tuple[str, list[tuple[Any, ...]], str]] = {
     "other-step-2": ("z2fp32", [("from", 2, "older2/global_step2", zero2("1"))], "mixed: .*(lr|step).* in zero_pp_rank_0.* in zero_pp_rank_1"),
     "other-step-3": ("z3fp32", [("from", 2, "older3/global_step2", zero2("1"))], "mixed: .*(lr|step).*"),
     "other-model-3": ("z3fp32", [("from", 2, "older3/global_step2", zero3("1"))], "mixed: global_steps is 3 in zero_pp_rank_0.* and 2 in zero_pp_rank_1"),
+    "other-model-2": ("z2fp32", [("from", 2, "older2/global_step2", "mp_rank_00_model_states.pt")], "mixed: the weights of '.*' in mp_rank_00.* are not the master weights in zero_pp_rank_0"),
     "other-world": ("z2fp32", [("from", 3, "z2fp32/global_step2", zero2("1"))], "a shard of a run of 3 ranks, mp_rank_00_model_states.pt is of a run of 2"),
     "other-world-3": ("z3fp32", [("from", 3, "z3fp32/global_step2", zero2("1"))], "a shard of a run of 3 ranks"),
     "extra-rank": ("z2fp32", [("from", 3, "z2fp32/global_step2", zero2("2"))], "3 optimizer files, but it was saved by 2 ranks: too many"),

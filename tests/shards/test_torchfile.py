@@ -117,7 +117,7 @@ def test_bad_files_each_get_their_own_message(tmp_path: Path) -> None:
     good = save(tmp_path / "good.pt", {"x": torch.randn(1000)}).read_bytes()
     cases = {
         "cut.pt": (good[: len(good) // 2], "truncated, its [0-9,]+ bytes have a beginning but no end"),
-        "empty.pt": (b"", "truncated"),
+        "empty.pt": (b"", "empty, 0 bytes"),
         "text.pt": (b"hello, I am a text file", "not a torch file .it starts with b'hell'"),
         "hole.pt": (good.replace(b"data.pkl", b"data.xkl"), "not readable as a torch file"),
     }
