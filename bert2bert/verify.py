@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # An exact growth in float32 differs by the rounding of its shares (1/3 is no float); 16-bit files by more.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-5, "float16": 2e-2, "bfloat16": 1.5e-1}
 _ROWS = 1 << 22  # elements compared at a time
-_SAMPLE_ROWS, _SAMPLE_LENGTH = 8, 64
+_SAMPLE_TOKENS, _SAMPLE_LENGTH = 2048, 64
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _compare(
     model: CheckpointModel, grown: Callable[[str], Tensor], config: dict[str, Any], bins: Path | None
 ) -> Drift:
     small = BertConfig.from_hf(model.config)
-    batch, text = _sample(small, bins)
+    batch, text = _sample(small, bins, _trained_length(model))
 
     def source(name: str) -> Tensor:
         return model.read(name, "fp32", 0, model.parameters[name].shape[0])
@@ -102,9 +102,16 @@ def _compare(
     )
 
 
-def _sample(config: BertConfig, bins: Path | None) -> tuple[Batch, str]:
+def _trained_length(model: CheckpointModel) -> int:
+    """The rows' length that the source was trained on, where its manifest tells: positions beyond it know nothing."""
+    training = (model.source.manifest or {}).get("training") or {}
+    return int(training.get("recipe", {}).get("data", {}).get("seq_len", _SAMPLE_LENGTH))
+
+
+def _sample(config: BertConfig, bins: Path | None, longest: int) -> tuple[Batch, str]:
     """Held-out text from token bins, or random tokens from a fixed seed; 15 % of the places are predicted."""
-    length = min(_SAMPLE_LENGTH, config.max_position_embeddings)
+    length = min(_SAMPLE_LENGTH, longest, config.max_position_embeddings)
+    rows = max(1, _SAMPLE_TOKENS // length)
     if bins is not None:
         from bert2bert.data.bins import TokenBins
         from bert2bert.data.loader import eval_batches
@@ -115,21 +122,21 @@ def _sample(config: BertConfig, bins: Path | None) -> tuple[Batch, str]:
                 f"{bins}: a vocabulary of {opened.vocab_size} tokens, the model's has {config.vocab_size}; "
                 f"give the bins that this model was trained on"
             )
-        return eval_batches(opened, "heldout", length, 4 * _SAMPLE_ROWS, 4 * _SAMPLE_ROWS, 0, 1, 0)[0], "held-out text"
+        return eval_batches(opened, "heldout", length, rows, rows, 0, 1, 0)[0], "held-out text"
     rng = np.random.default_rng(0)
-    count = _SAMPLE_ROWS * length
+    count = rows * length
     tokens = torch.from_numpy(rng.integers(0, config.vocab_size, count))
     masked = torch.from_numpy(np.sort(rng.permutation(count)[: max(1, round(0.15 * count))]))
     batch = Batch(
         tokens=tokens,
-        positions=torch.arange(length).repeat(_SAMPLE_ROWS),
+        positions=torch.arange(length).repeat(rows),
         types=torch.zeros(count, dtype=torch.int64),
         cu_seqlens=torch.arange(0, count + 1, length, dtype=torch.int32),
         max_seqlen=length,
         masked=masked,
         labels=tokens[masked],
         real_tokens=count,
-        attended=_SAMPLE_ROWS * length**2,
+        attended=rows * length**2,
     )
     return batch, "random tokens"
 
