@@ -108,19 +108,20 @@ def _how(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, comm: Any) -> None:
-    from bert2bert.growth import describe, open_growth, summary
+    from bert2bert.planning import describe, open_growth, summary
 
     growth = open_growth(args.source, args.config, **_how(args))
+    found = describe(growth)
     if args.json:
-        print(json.dumps(describe(growth), indent=1, default=str))
+        print(json.dumps(found, indent=1, default=str))
         return
-    print(summary(growth))
-    tensors = describe(growth)["tensors"]
+    print(summary(growth, found))
+    tensors = found["tensors"]
     wide = max(len(name) for name in tensors)
-    print(f"\n{'target tensor':{wide}}  {'shape':14} {'from':{wide}}  how")
+    print(f"\n{'target tensor':{wide}}  {'shape':14} {'bytes':>14}  {'from':{wide}}  how")
     for name, t in tensors.items():
         shape = " x ".join(map(str, t["shape"]))
-        print(f"{name:{wide}}  {shape:14} {', '.join(t['from']) or '-':{wide}}  {t['how']}")
+        print(f"{name:{wide}}  {shape:14} {t['bytes']:14,}  {', '.join(t['from']) or '-':{wide}}  {t['how']}")
 
 
 def _grow(args: argparse.Namespace, comm: Any) -> None:

@@ -1,4 +1,4 @@
-"""The commands ``plan`` and ``grow``: from a source checkpoint and a target config to a grown checkpoint.
+"""The command ``grow``: from a source checkpoint and a target config to a grown checkpoint.
 
 Refuses a width that misses its promise of exactness unless that is accepted (`LossyGrowth`), a target folder that holds
 a checkpoint already, and parameters that the source run had frozen where the target format keeps optimizer state.
@@ -8,141 +8,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert2bert.checkpoint_model import CheckpointModel, open_model, read_config
 from bert2bert.errors import InvalidConfig, LossyGrowth, UnsupportedGrowth
 from bert2bert.groups import LAYOUTS, decays, param_groups
-from bert2bert.model.config import BertConfig
-from bert2bert.model.flops import forward_flops
-from bert2bert.operators.growth import plan_growth
-from bert2bert.plan import GrowthPlan
+from bert2bert.planning import Growth, describe, exactness, open_growth, summary
 
 if TYPE_CHECKING:
     from bert2bert.shards.writing import TargetSpec
 
-FORMATS = ("universal", "zero", "hub")
-PRECISIONS = ("fp32", "bf16", "fp16")
 _NO_HYPER = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
-
-
-@dataclass(frozen=True, eq=False)
-class Growth:
-    """A source opened as a model, and the plan by which it grows; plan names are canonical."""
-
-    model: CheckpointModel
-    plan: GrowthPlan
-
-
-def open_growth(
-    source: Path,
-    config: Path,
-    *,
-    source_config: Path | None = None,
-    tag: str | None = None,
-    width: str = "fpi",
-    depth: str = "stack",
-    seed: int = 0,
-    breaker: str | None = None,
-) -> Growth:
-    """Open a source and plan its growth into the target config's model; reads no tensor."""
-    target = read_config(config)
-    model = open_model(source, source_config, tag)
-    plan = plan_growth(model.config, target, width=width, depth=depth, seed=seed, breaker=breaker, heads=model.heads)
-    classes = [name for name, heads in model.table.classes.items() if heads == model.heads]
-    grown = dict(target) | {"architectures": classes[:1] or target.get("architectures")}
-    return Growth(model, replace(plan, config=grown))
-
-
-# ---------------------------------------------------------------------------------------------------- plan
-
-
-def describe(growth: Growth) -> dict[str, Any]:
-    """What a growth will do, as plain data: sizes, exactness, cost, and the origin of every target tensor."""
-    model, plan = growth.model, growth.plan
-    states = len(model.source.states)
-    source_numel = sum(prod(p.shape) for p in model.parameters.values())
-    target_numel = sum(prod(t.shape) for t in plan.tensors.values())
-    per_token = [_flops_per_token(c) for c in (model.config, plan.config)] if "mlm" in model.heads else None
-    return {
-        "source": model.source.identity(),
-        "prefix": model.prefix,
-        "operators": plan.recipe,
-        "digest": plan.digest(),
-        "exactness": _exactness(plan),
-        "warnings": list(plan.warnings),
-        "parameters": [source_numel, target_numel],
-        "bytes_read": 4 * states * source_numel,
-        "bytes_written": 4 * states * target_numel,
-        "forward_flops_per_token": per_token,
-        "tensors": {
-            name: {
-                "shape": list(t.shape),
-                "from": [model.stored(s) for s in t.sources],
-                "axes": t.spec,
-                "how": _how(t),
-            }
-            for name, t in plan.tensors.items()
-        },
-    }
-
-
-def _how(tensor: Any) -> str:
-    if not tensor.terms:
-        return f"fill {tensor.fill.kind}"
-    grown = any(d.param or d.grad or not d.full for t in tensor.terms for d in t.dims)
-    text = "copy" if not grown else "corner" if tensor.fill else "grow"
-    if len(tensor.terms) > 1:
-        text += ", fresh units from above"
-    if tensor.fill:
-        text += f" + {tensor.fill.kind} fill"
-    return text + (" + noise" if tensor.noise else "")
-
-
-def _flops_per_token(config: dict[str, Any]) -> float:
-    """Forward FLOPs of one token in a row of full length, 15 % of tokens through the head."""
-    length = int(config["max_position_embeddings"])
-    c = BertConfig.from_hf(config)
-    return forward_flops(c, real_tokens=length, attended=length**2, predicted=round(0.15 * length)) / length
-
-
-def _exactness(plan: GrowthPlan) -> dict[str, list[str]]:
-    e = plan.exactness
-    return {"function": list(e.function), "moments": list(e.moments)}
-
-
-def summary(growth: Growth) -> str:
-    """The growth in a few lines, for a terminal."""
-    d = describe(growth)
-    model, plan = growth.model, growth.plan
-    step = model.source.counters.get("global_steps")
-    lines = [
-        f"source   {model.source.path} ({model.source.form}"
-        + (f", stage {model.source.stage}, world size {model.source.world_size}" if model.source.stage else "")
-        + (f", step {step}" if step is not None else "")
-        + (f", name prefix {model.prefix!r}" if model.prefix else "")
-        + ")",
-        f"operator width {plan.recipe['width']}, depth {plan.recipe['depth']}, seed {plan.recipe['seed']}"
-        + (f", symmetry breaker {plan.recipe['break_symmetry']}" if plan.recipe["break_symmetry"] else ""),
-        "axes     " + (", ".join(f"{a} {s} -> {t}" for a, (s, t) in plan.recipe["axes"].items()) or "unchanged"),
-        f"layers   {' '.join(map(str, plan.recipe['layers']))}",
-        f"size     {d['parameters'][0]:,} -> {d['parameters'][1]:,} parameters, "
-        f"{d['bytes_read'] / 1e9:.3g} GB read, {d['bytes_written'] / 1e9:.3g} GB written "
-        f"({', '.join(model.source.states)})",
-    ]
-    if d["forward_flops_per_token"]:
-        small, large = d["forward_flops_per_token"]
-        lines.append(f"compute  {small / 1e6:.4g} -> {large / 1e6:.4g} MFLOP a token forward ({large / small:.2f}x)")
-    for what, reasons in d["exactness"].items():
-        lines.append(f"{what:8} " + ("exact" if not reasons else "not exact: " + "; ".join(reasons)))
-    return "\n".join(lines + [f"warning  {text}" for text in d["warnings"]])
-
-
-# ---------------------------------------------------------------------------------------------------- grow
 
 
 def accept(growth: Growth, lossy: bool) -> None:
@@ -194,8 +72,8 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
 
     names = list(origins)
     if chosen == "source":
-        made = [("group", True, tuple(n for n in names if group_of(n) == i)) for i in range(len(groups))]
-        sets = [(f"group.{i}", d, ns) for i, (_, d, ns) in enumerate(made) if ns]
+        members = [tuple(n for n in names if group_of(n) == i) for i in range(len(groups))]
+        sets = [(f"group.{i}", bool(groups[i].get("weight_decay")), ns) for i, ns in enumerate(members) if ns]
     else:
         sets = [(g.part, g.decay, g.names) for g in param_groups(names, chosen)]
     return TargetSpec(
@@ -288,7 +166,7 @@ def grow(
 
     growth, spec = together(comm, prepare)
     if first:
-        say(summary(growth))
+        say(summary(growth, describe(growth)))
     model, plan = growth.model, growth.plan
     canonical = {model.stored(n): n for n in plan.tensors}
 
@@ -304,8 +182,9 @@ def grow(
         "source": model.source.identity(),
         "source_config": model.config,
         "source_spent": _spent(model.source.manifest),
+        "tokenizer_digest": _tokenizer_digest(model.source.manifest),
         "prefix": model.prefix,
-        "exactness": _exactness(plan),
+        "exactness": exactness(plan),
         "warnings": list(plan.warnings),
         "drift": measured.as_dict() if measured else None,
         "versions": {"bert2bert": version("bert2bert"), "torch": version("torch")},
@@ -327,6 +206,14 @@ def _spent(manifest: dict[str, Any] | None) -> dict[str, float] | None:
     parts = [(manifest.get("training") or {}).get("spent"), (manifest.get("growth") or {}).get("source_spent")]
     known = [part for part in parts if part]
     return {key: sum(part[key] for part in known) for key in known[0]} if known else None
+
+
+def _tokenizer_digest(manifest: dict[str, Any] | None) -> str | None:
+    """Of the tokenizer that the source, or what it was itself grown from, was trained with; None if not known."""
+    manifest = manifest or {}
+    data = (manifest.get("training") or {}).get("data") or manifest.get("growth") or {}
+    found: str | None = data.get("tokenizer_digest")
+    return found
 
 
 def _progress(total: int, show: bool) -> Any:

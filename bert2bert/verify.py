@@ -30,7 +30,7 @@ from bert2bert.realise import realise
 from bert2bert.states import MOMENTS
 
 if TYPE_CHECKING:
-    from bert2bert.growth import Growth
+    from bert2bert.planning import Growth
 
 # An exact growth in float32 differs by the rounding of its shares (1/3 is no float); 16-bit files by more.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-5, "float16": 2e-2, "bfloat16": 1.5e-1}

@@ -14,7 +14,8 @@ import torch
 from bert2bert import cli
 from bert2bert.checkpoint_model import open_model
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, LossyGrowth, UnsupportedGrowth
-from bert2bert.growth import grow, open_growth
+from bert2bert.growth import grow
+from bert2bert.planning import open_growth
 from bert2bert.realise import realise
 from bert2bert.verify import verify
 from tests.distributed import run_ranks

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-import bert2bert
+from bert2bert import __version__
 from bert2bert.errors import InvalidConfig, UserError, did_you_mean
 from bert2bert.shards.commit import FORMAT_VERSION, disk_errors, file_sizes
 from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes, write_bytes
@@ -135,7 +135,7 @@ def _manifest(
         "world_size": world_size, "precision": spec.precision, "group_layout": spec.group_layout, "model": spec.config,
         "aliases": spec.aliases, "groups": groups, "tensors": tensors, "files": files, "counters": spec.counters,
         "versions": {
-            "bert2bert": bert2bert.__version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed"),
+            "bert2bert": __version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed"),
         },
         "growth": growth, "training": None,
     }  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-import bert2bert
+from bert2bert import __version__
 from bert2bert.errors import UserError
 from bert2bert.shards.commit import (
     FORMAT_VERSION,
@@ -52,7 +52,7 @@ def random_file(rank: int) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what wrote a checkpoint or a run folder."""
-    return {"bert2bert": bert2bert.__version__} | {name: version(name) for name in ("torch", "deepspeed")}
+    return {"bert2bert": __version__} | {name: version(name) for name in ("torch", "deepspeed")}
 
 
 def save(

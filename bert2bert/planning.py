@@ -1,0 +1,127 @@
+"""The command ``plan``: a source checkpoint and a target config, matched and described without reading a tensor.
+
+Refuses what `operators.growth` and `checkpoint_model` refuse: a growth that the algebra cannot express, a config that does
+not describe the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from bert2bert.checkpoint_model import CheckpointModel, open_model, read_config
+from bert2bert.model.config import BertConfig
+from bert2bert.model.flops import forward_flops
+from bert2bert.operators.growth import plan_growth
+from bert2bert.plan import GrowthPlan, TensorPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """A source opened as a model, and the plan by which it grows; plan names are canonical."""
+
+    model: CheckpointModel
+    plan: GrowthPlan
+
+
+def open_growth(
+    source: Path,
+    config: Path,
+    *,
+    source_config: Path | None = None,
+    tag: str | None = None,
+    width: str = "fpi",
+    depth: str = "stack",
+    seed: int = 0,
+    breaker: str | None = None,
+) -> Growth:
+    """Open a source and plan its growth into the target config's model; reads no tensor."""
+    target = read_config(config)
+    model = open_model(source, source_config, tag)
+    plan = plan_growth(model.config, target, width=width, depth=depth, seed=seed, breaker=breaker, heads=model.heads)
+    classes = [name for name, heads in model.table.classes.items() if heads == model.heads]
+    grown = dict(target) | {"architectures": classes[:1] or target.get("architectures")}
+    return Growth(model, replace(plan, config=grown))
+
+
+def describe(growth: Growth) -> dict[str, Any]:
+    """What a growth will do, as plain data: sizes, exactness, cost, and the origin of every target tensor."""
+    model, plan = growth.model, growth.plan
+    states = len(model.source.states)
+    source_numel = sum(prod(p.shape) for p in model.parameters.values())
+    target_numel = sum(prod(t.shape) for t in plan.tensors.values())
+    per_token = [_flops_per_token(c) for c in (model.config, plan.config)] if "mlm" in model.heads else None
+    return {
+        "source": model.source.identity(),
+        "prefix": model.prefix,
+        "operators": plan.recipe,
+        "digest": plan.digest(),
+        "exactness": exactness(plan),
+        "warnings": list(plan.warnings),
+        "parameters": [source_numel, target_numel],
+        "bytes_read": 4 * states * source_numel,
+        "bytes_written": 4 * states * target_numel,
+        "forward_flops_per_token": per_token,
+        "tensors": {
+            name: {
+                "shape": list(t.shape),
+                "from": [model.stored(s) for s in t.sources],
+                "axes": t.spec,
+                "bytes": 4 * states * prod(t.shape),
+                "how": _how(t),
+            }
+            for name, t in plan.tensors.items()
+        },
+    }
+
+
+def _how(tensor: TensorPlan) -> str:
+    if not tensor.terms and tensor.fill:
+        return f"fill {tensor.fill.kind}"
+    grown = any(d.param or d.grad or not d.full for t in tensor.terms for d in t.dims)
+    text = "copy" if not grown else "corner" if tensor.fill else "grow"
+    if len(tensor.terms) > 1:
+        text += ", fresh units from above"
+    if tensor.fill:
+        text += f" + {tensor.fill.kind} fill"
+    return text + (" + noise" if tensor.noise else "")
+
+
+def _flops_per_token(config: dict[str, Any]) -> float:
+    """Forward FLOPs of one token in a row of full length, 15 % of tokens through the head."""
+    length = int(config["max_position_embeddings"])
+    c = BertConfig.from_hf(config)
+    return forward_flops(c, real_tokens=length, attended=length**2, predicted=round(0.15 * length)) / length
+
+
+def exactness(plan: GrowthPlan) -> dict[str, list[str]]:
+    e = plan.exactness
+    return {"function": list(e.function), "moments": list(e.moments)}
+
+
+def summary(growth: Growth, d: dict[str, Any]) -> str:
+    """The growth in a few lines, for a terminal. d: its `describe`."""
+    model, plan = growth.model, growth.plan
+    step = model.source.counters.get("global_steps")
+    lines = [
+        f"source   {model.source.path} ({model.source.form}"
+        + (f", stage {model.source.stage}, world size {model.source.world_size}" if model.source.stage else "")
+        + (f", step {step}" if step is not None else "")
+        + (f", name prefix {model.prefix!r}" if model.prefix else "")
+        + ")",
+        f"operator width {plan.recipe['width']}, depth {plan.recipe['depth']}, seed {plan.recipe['seed']}"
+        + (f", symmetry breaker {plan.recipe['break_symmetry']}" if plan.recipe["break_symmetry"] else ""),
+        "axes     " + (", ".join(f"{a} {s} -> {t}" for a, (s, t) in plan.recipe["axes"].items()) or "unchanged"),
+        f"layers   {' '.join(map(str, plan.recipe['layers']))}",
+        f"size     {d['parameters'][0]:,} -> {d['parameters'][1]:,} parameters, "
+        f"{d['bytes_read'] / 1e9:.3g} GB read, {d['bytes_written'] / 1e9:.3g} GB written "
+        f"({', '.join(model.source.states)})",
+    ]
+    if d["forward_flops_per_token"]:
+        small, large = d["forward_flops_per_token"]
+        lines.append(f"compute  {small / 1e6:.4g} -> {large / 1e6:.4g} MFLOP a token forward ({large / small:.2f}x)")
+    for what, reasons in d["exactness"].items():
+        lines.append(f"{what:8} " + ("exact" if not reasons else "not exact: " + "; ".join(reasons)))
+    return "\n".join(lines + [f"warning  {text}" for text in d["warnings"]])
