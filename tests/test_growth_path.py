@@ -14,7 +14,7 @@ import torch
 from bert2bert import cli
 from bert2bert.checkpoint_model import open_model
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, LossyGrowth, UnsupportedGrowth
-from bert2bert.growth import grow
+from bert2bert.growth import _tokenizer_digest, grow
 from bert2bert.planning import open_growth
 from bert2bert.realise import realise
 from bert2bert.verify import verify
@@ -237,6 +237,13 @@ def test_a_config_that_contradicts_the_checkpoints_own_is_refused(folder: Path, 
     with pytest.raises(InvalidCheckpoint, match=r"num_attention_heads is 4, the config that .* itself holds says 2"):
         grow(tmp_path / "own", tmp_path / "t", **{**options(folder), "source_config": wrong})
     assert not (tmp_path / "t").exists()
+
+
+def test_the_sources_tokenizer_is_told_through_a_chain_of_growths() -> None:
+    trained = {"training": {"data": {"tokenizer_digest": "t", "digest": "d"}}, "growth": None}
+    assert _tokenizer_digest(trained) == "t"
+    assert _tokenizer_digest({"growth": {"tokenizer_digest": "t"}}) == "t"
+    assert _tokenizer_digest(None) is None
 
 
 def test_refusals_write_nothing(folder: Path, tmp_path: Path) -> None:

@@ -64,14 +64,19 @@ def continued(
     there = phase < len(new) and new[phase]["name"] == old[phase]["name"] and new[phase]["steps"] >= phase_step
     if passed != kept or not there:
         raise InvalidConfig(
-            f"{folder} stands at step {phase_step} of phase {old[phase]['name']!r}, after {passed or 'no other'}; the "
-            f"recipe's phases are {[(p['name'], p['steps']) for p in new]}. Phases already run must stay as they were"
+            f"the recipe's phases are {_listed(new)}, but {folder} stands at step {phase_step} of phase "
+            f"{old[phase]['name']!r} of {_listed(old)}. Phases already run must stay as they were, and the one under "
+            "way can only get longer"
         )
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in _FREE]
     if changed:
         said = ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in changed[:6])
         notes.append(f"the recipe differs from that of the checkpoint's run ({said}); its values hold from here on")
     return Progress(step, phase, phase_step, training["data"]["rows"], dict(training["spent"]))
+
+
+def _listed(phases: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{p['name']!r} ({p['steps']} steps)" for p in phases)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
