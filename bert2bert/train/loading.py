@@ -56,13 +56,13 @@ class Resumed:
     notes: tuple[str, ...]
 
 
-def resume(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any], tag: str | None = None) -> Resumed:
-    """Load the checkpoint at ``path`` (its ``tag``, else its latest) into the engine. Collective.
+def resume(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) -> Resumed:
+    """Load the checkpoint at ``path`` (a tag's folder, or the latest of a run's) into the engine. Collective.
 
     ``data``: {"digest", "tokenizer_digest"} of the bins the run will read. Raises InvalidCheckpoint or InvalidConfig,
     the same on every rank.
     """
-    found = _agree(engine, lambda: _open_and_fill(engine, path, recipe, data, tag))
+    found = _agree(engine, lambda: _open_and_fill(engine, path, recipe, data))
     source, resumed = found
     partitions.publish(engine)
     _compare(engine, source)
@@ -82,10 +82,8 @@ def _agree(engine: Engine, act: Callable[[], Any]) -> Any:
     return result
 
 
-def _open_and_fill(
-    engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any], tag: str | None
-) -> tuple[Source, Resumed]:
-    source = _open(path, tag)
+def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) -> tuple[Source, Resumed]:
+    source = _open(path)
     manifest = source.manifest or {}
     kind = "weights" if source.form == "hub" else str(manifest.get("kind"))
     if source.form != "hub" and kind not in ("train", "growth"):
@@ -97,6 +95,8 @@ def _open_and_fill(
     _check_model(source, recipe)
     notes: list[str] = []
     progress = continued(manifest["training"], source.folder, recipe, data, notes) if kind == "train" else start()
+    if kind != "train":
+        _check_tokenizer(source, manifest.get("growth") or {}, data)
     _check_tensors(engine, source)
     _check_groups(engine, source)
     _fill(engine, source)
@@ -108,13 +108,23 @@ def _open_and_fill(
     return source, Resumed(source.folder, kind, progress, manifest.get("growth"), tuple(notes))
 
 
-def _open(path: Path, tag: str | None) -> Source:
+def _open(path: Path) -> Source:
     latest = path / "latest"
-    named = tag or (latest.read_text(encoding="utf-8").strip() if latest.is_file() else "")
-    folder = path / named if named else path
+    folder = path / latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else path
     if folder.is_dir() and (manifest := read_manifest(folder)) and manifest.get("stage") == 0:
-        return Stage0Source(folder, manifest)  # S1's readers need partitions
-    return open_source(path, tag)
+        return Stage0Source(folder, manifest)  # it has no partitions, which open_source looks for
+    return open_source(path)
+
+
+def _check_tokenizer(source: Source, growth: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Rows of the embedding mean tokens: a grown model goes on with the tokenizer of its source, on any data."""
+    told = growth.get("tokenizer_digest")
+    if told is not None and told != data["tokenizer_digest"]:
+        raise InvalidConfig(
+            f"the tokenizer differs from that of the model that {source.folder} was grown from: digest "
+            f"{data['tokenizer_digest']}, that model had {told}. Give bins made with its tokenizer (bert2bert prepare "
+            "--tokenizer tokenizer.json of the source's run folder)"
+        )
 
 
 def _check_model(source: Source, recipe: Recipe) -> None:
@@ -269,7 +279,8 @@ def _compare(engine: Engine, source: Source) -> None:
                     f"{source.folder}: {odd[0]} has Adam step {step} in the files, {said[odd[0]]} in the manifest: "
                     "they are of two checkpoints. Use another tag"
                 )
-    live = partitions.digests(engine)
+    stored = getattr(torch, next(iter(source.tensors.values())).dtype) if source.form == "hub" else torch.float32
+    live = partitions.digests(engine, stored)
     for name, entry in manifest.get("tensors", {}).items():
         for state, told in entry.get("digest", {}).items():
             if state in source.states and live[name][state] != told:

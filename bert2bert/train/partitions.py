@@ -167,11 +167,12 @@ def publish(engine: Engine) -> None:
         outer._lazy_init_hp_params_optimizer_state()
 
 
-def digests(engine: Engine) -> dict[str, dict[str, str]]:
+def digests(engine: Engine, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:
     """Digest of every tensor's states over all ranks: {name: {"fp32": hex16, "exp_avg": …, "exp_avg_sq": …}}.
 
-    Moments of a group that was never stepped count as zeros. Collective: each rank digests the fragments it holds, and
-    the parts are summed modulo 2**64.
+    ``dtype``: in which the elements are digested (a Hugging Face folder may store 16 bits). Moments of a group that was
+    never stepped count as zeros. Collective: each rank digests the fragments it holds, and the parts are summed modulo
+    2**64.
     """
     index = {name: i for i, name in enumerate(engine.names)}
     parts = torch.zeros(len(index), len(STATES), dtype=torch.int64)
@@ -181,7 +182,7 @@ def digests(engine: Engine) -> dict[str, dict[str, str]]:
                 held = read(engine, fragment, state)
                 if held is None:
                     held = torch.zeros(fragment.stop - fragment.start, device=fragment.master.device)
-                value = digest(held, fragment.start)
+                value = digest(held.to(dtype), fragment.start)
                 parts[index[fragment.name], s] += value - (1 << 64) if value >> 63 else value
     total = engine.sum_ints(parts)
     return {name: {s: hex16(int(total[i, k])) for k, s in enumerate(STATES)} for name, i in index.items()}

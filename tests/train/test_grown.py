@@ -131,6 +131,32 @@ def test_native_shards_and_hub_folders(bins: Path, tmp_path: Path) -> None:
         assert set(results[0]["steps"]) == {0} and "weights only" in results[0]["notes"]
 
 
+def load_hub(bins: Path, path: Path, told: dict[str, str]) -> tuple[str, bool]:
+    """What kind of checkpoint was taken (or the refusal), and whether all weights are those of a 16-bit file."""
+    from bert2bert.errors import InvalidConfig
+    from bert2bert.train import engine as engines
+    from bert2bert.train import loading, partitions
+
+    plan = runs.recipe(bins)
+    engine = engines.build(plan, tiny.ds_config(2, "fp32", 1), tiny.model(nsp=False))
+    try:
+        found = loading.resume(engine, path, plan, told)
+    except InvalidConfig as error:
+        return str(error), False
+    held = {f.name: partitions.read(engine, f, "fp32") for f in partitions.fragments(engine)}
+    return found.kind, all(torch.equal(held[n], whole(n, "fp32").bfloat16().float().flatten()) for n in held)
+
+
+@pytest.mark.timeout(60)
+def test_a_hub_folder_of_16_bit_weights_and_the_tokenizer_of_its_source(bins: Path, tmp_path: Path) -> None:
+    growth = {**GROWTH, "tokenizer_digest": "mine"}
+    write_checkpoint(tmp_path / "hub", spec("bf16", STATES[:1]), values, form="hub", manifest_growth=growth)
+    data = {"digest": "", "tokenizer_digest": "mine"}
+    assert run_ranks(load_hub, 1, bins, tmp_path / "hub", data, timeout=50) == [("weights", True)]
+    (refusal, _), *_ = run_ranks(load_hub, 1, bins, tmp_path / "hub", {**data, "tokenizer_digest": "other"}, timeout=50)
+    assert "digest other, that model had mine" in refusal and "--tokenizer" in refusal
+
+
 def run_then_continue(bins: Path, grown: Path, output: Path) -> None:
     plan = runs.recipe(bins, phases=(Phase("all", 3),), eval_every=3, checkpoint_every=2)
     config = tiny.ds_config(2)
