@@ -11,7 +11,6 @@ Refused: a ds_config that bert2bert.train.ds_config refuses, and a precision tha
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -23,12 +22,14 @@ import deepspeed.comm as dist
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
+from pydantic import ValidationError
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.groups import Group, param_groups
 from bert2bert.model.batch import Batch
 from bert2bert.model.program import LayerProgram
 from bert2bert.train.ds_config import resolve
+from bert2bert.train.ranks import device_number
 
 if TYPE_CHECKING:
     from bert2bert.recipe import Recipe
@@ -64,7 +65,7 @@ def start(timeout: float = 1800.0) -> torch.device:
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        accelerator.set_device(device_number(accelerator.device_count()))
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend=accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
@@ -91,7 +92,6 @@ class Engine:
         self.device = device
         self.parameters = dict(model.named_parameters())
         self.names = tuple(self.parameters)
-        self.layers = 1 + max((g.layer for g in groups if g.layer is not None), default=-1)
         self.stage = int(ds.zero_optimization_stage())
         self.precision = "bf16" if ds.bfloat16_enabled() else "fp16" if ds.fp16_enabled() else "fp32"
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -244,10 +244,6 @@ class Engine:
         """Wait for all ranks."""
         dist.barrier()
 
-    def synchronize(self) -> None:
-        """Wait until the device has finished all work given to it."""
-        get_accelerator().synchronize()
-
     def destroy(self) -> None:
         """Take DeepSpeed's hooks off the process, the replaced ``torch.nn.functional.linear`` of ZeRO-3 included."""
         self.ds.destroy()
@@ -292,7 +288,10 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) 
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it would warn that a subclass of AdamW is untested
     try:
         ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    except ValueError as error:  # DeepSpeed's sanity check of the precision
+    except ValidationError as error:  # DeepSpeed's own check of what lies inside a section
+        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InvalidConfig(f"ds_config: {said} (DeepSpeed's {error.title}); correct or remove it") from None
+    except ValueError as error:  # and of the precision
         if "not supported on your device" not in str(error):
             raise
         raise InvalidConfig(

@@ -46,6 +46,24 @@ def set_up(environ: MutableMapping[str, str] = os.environ) -> Ranks:
     return ranks
 
 
+def device_number(count: int, environ: MutableMapping[str, str] = os.environ) -> int:
+    """Which of the ``count`` devices that this process sees is its own: number LOCAL_RANK.
+
+    A launcher may show each rank its own device alone (srun --gpus-per-task): then it is number 0 whatever the rank,
+    and LOCAL_RANK, which DeepSpeed takes for the device's number, is set so. InvalidConfig for too few devices.
+    """
+    local = int(environ.get("LOCAL_RANK", "0"))
+    if local < count:
+        return local
+    if count > 1:
+        raise InvalidConfig(
+            f"the rank with LOCAL_RANK {local} sees {count} devices, numbered from 0; start at most as many ranks on a "
+            "host as it has devices"
+        )
+    environ.update({name: "0" for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK") if name in environ})
+    return 0
+
+
 def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
     """The ranks that the launcher's variables tell of. Raises InvalidConfig where they are broken."""
     ranks = _find(environ)

@@ -4,8 +4,8 @@ Order: shards and random states, synced to the disk; then the manifest (names, o
 then, atomically, `latest`. DeepSpeed itself writes `latest` before the last rank has finished, so a killed rank would
 leave a run that cannot be resumed; here a kill at any moment leaves the older checkpoint in force.
 
-Refuses a disk without room for the checkpoint before anything is written. Deletes only complete and abandoned tags of
-this run folder, never the newest complete one.
+Refuses a disk without room for the checkpoint before anything is written, and a folder that not all ranks see. Deletes
+only complete and abandoned tags of this run folder, never the newest complete one.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ def _make_room(engine: Engine, root: Path, folder: Path) -> None:
             raise UserError(
                 f"{folder} exists and is no checkpoint of this run. Move it away, or choose another --output"
             )
+        _withdraw(root, folder)
         _delete(folder)
     numel = sum(torch.Size(engine.shape(name)).numel() for name in engine.names)
     need = numel * (12 + (4 if engine.precision == "fp32" else 2))
@@ -155,6 +156,19 @@ def _make_room(engine: Engine, root: Path, folder: Path) -> None:
         )
     folder.mkdir()
     (folder / UNFINISHED).touch()
+
+
+def _withdraw(root: Path, folder: Path) -> None:
+    """Before a tag is written anew: if `latest` names it, let it name the newest whole one below instead."""
+    latest = root / "latest"
+    if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != folder.name:
+        return
+    limit, below = _step_of(folder.name) or 0, {_step_of(path.name): path for path in root.iterdir()}
+    steps = [step for step, path in below.items() if step is not None and step < limit and _kind(path) == "train"]
+    if steps:
+        set_latest(root, below[max(steps)].name)
+    else:
+        latest.unlink()
 
 
 @contextlib.contextmanager
@@ -180,6 +194,12 @@ def _sync_own(engine: Engine, folder: Path) -> None:
 
 
 def _commit(root: Path, folder: Path, manifest: dict[str, Any], keep: int) -> None:
+    world = manifest["world_size"]
+    if absent := [rank for rank in range(world) if not (folder / random_file(rank)).is_file()]:
+        raise UserError(
+            f"checkpoint {folder} lacks the files of {len(absent)} of {world} ranks, the first of them {absent[0]}: "
+            "their hosts see another folder of that name. Let --output lie on a file system that all hosts share"
+        )
     (folder / UNFINISHED).unlink()
     fsync_tree(folder)
     manifest["files"] = file_sizes(folder)

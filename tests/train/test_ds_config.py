@@ -53,6 +53,7 @@ def test_batch_sizes_and_clipping_come_from_the_recipe() -> None:
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "no fp32 master weights"),
         ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer is not true"),
         ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype"),
+        ({"zero_force_ds_cpu_optimizer": True}, "'zero_force_ds_cpu_optimizer': DeepSpeed's CPU Adam cannot"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; expected 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2'"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "weights are lost in silence"),

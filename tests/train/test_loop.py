@@ -45,6 +45,28 @@ def test_prune_keeps_the_last_and_what_is_not_ours(tmp_path: Path) -> None:
     assert not (tmp_path / "global_step4").exists() and (tmp_path / "global_step7").exists()
 
 
+def test_a_tag_that_is_written_anew_is_not_the_latest_meanwhile(tmp_path: Path) -> None:
+    """After a resume from an older tag: a kill during the save would leave `latest` naming half a checkpoint."""
+    for step, kind in ((2, "train"), (3, None), (4, "growth"), (6, "train"), (8, "train")):
+        fake(tmp_path, step, kind)
+    saving.set_latest(tmp_path, "global_step6")
+    saving._withdraw(tmp_path, tmp_path / "global_step8")
+    assert (tmp_path / "latest").read_text() == "global_step6"
+    saving._withdraw(tmp_path, tmp_path / "global_step6")
+    assert (tmp_path / "latest").read_text() == "global_step2"
+    saving._withdraw(tmp_path, tmp_path / "global_step2")
+    assert not (tmp_path / "latest").exists()
+
+
+def test_ranks_that_do_not_see_the_same_folder_are_told_so(tmp_path: Path) -> None:
+    fake(tmp_path, 2, None)
+    folder = tmp_path / "global_step2"
+    (folder / saving.random_file(0)).touch()
+    with pytest.raises(UserError, match="lacks the files of 1 of 2 ranks, the first of them 1"):
+        saving._commit(tmp_path, folder, {"world_size": 2}, 1)
+    assert not (tmp_path / "latest").exists() and not (folder / saving.MANIFEST).exists()
+
+
 def one_rank(bins: Path, root: Path) -> dict[str, Any]:
     """Everything that one rank can show, in one process."""
     from bert2bert.train import loop
@@ -86,6 +108,9 @@ def one_rank(bins: Path, root: Path) -> dict[str, Any]:
         loop.engines.Engine.forward = original
     out["left"] = sorted(p.name for p in (root / "nan").glob("global_step*"))
 
+    misspelt = {**config, "zero_optimization": {"stage": 1, "overlap_com": True}}
+    out["misspelt"] = refused(plan, misspelt, root / "misspelt")
+
     usage = namedtuple("usage", "total used free")
     keep, saving.shutil.disk_usage = saving.shutil.disk_usage, lambda path: usage(100, 90, 10)
     try:
@@ -110,6 +135,7 @@ def test_one_rank(bins: Path, tmp_path: Path) -> None:
     kind, text = found["diverged"]
     assert kind == "UserError" and "the loss is nan in step 3 (phase 'two')" in text and "of step 2" in text
     assert found["left"] == ["global_step2"]
+    assert found["misspelt"][0] == InvalidConfig.__name__ and "overlap_com: Extra inputs" in found["misspelt"][1]
     assert found["full"][0] == "UserError" and "free" in found["full"][1]
 
     about = json.loads((tmp_path / "run" / "run.json").read_text())

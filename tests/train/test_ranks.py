@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bert2bert.errors import InvalidConfig
-from bert2bert.train.ranks import Ranks, first_host, set_up
+from bert2bert.train.ranks import Ranks, device_number, first_host, set_up
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1",
             "MASTER_PORT": "29501"}  # fmt: skip
@@ -110,3 +110,12 @@ def test_a_node_list_without_a_host_is_refused() -> None:
 
 def test_one_process_is_rank_0_of_1() -> None:
     assert set_up({}) == Ranks("one process", 0, 0, 1, 1)
+
+
+def test_the_device_is_numbered_by_the_local_rank_or_is_the_only_one_seen() -> None:
+    environ = dict(OPEN_MPI, LOCAL_RANK="1")
+    assert device_number(8, environ) == 1 and environ["LOCAL_RANK"] == "1"
+    assert device_number(1, environ) == 0
+    assert environ["LOCAL_RANK"] == environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0"  # DeepSpeed compares the two
+    with pytest.raises(InvalidConfig, match="LOCAL_RANK 5 sees 4 devices"):
+        device_number(4, {"LOCAL_RANK": "5"})
