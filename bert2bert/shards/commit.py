@@ -26,6 +26,7 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 
 MANIFEST = "bert2bert.json"
 FORMAT_VERSION = 1
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 
 def fsync_folder(folder: Path) -> None:
@@ -169,6 +170,10 @@ class Pending:
                 raise InvalidConfig(
                     f"{holder} is writing {self.partial} now. Wait for it, or choose another target."
                 ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    os.close(fd)
+                    raise
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.stat(self._lock_path)):
                     os.ftruncate(fd, 0)

@@ -155,6 +155,14 @@ def test_a_tag_of_a_training_run_without_latest_is_not_an_abandoned_growth(tmp_p
     check_complete(final)
 
 
+def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # Lustre without -o flock
+
+    monkeypatch.setattr(commit.fcntl, "flock", refuse)
+    check_complete(write(tmp_path / "d", FORMS[0]))
+
+
 @pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
 def test_an_empty_folder_is_a_fine_target(tmp_path: Path, how: dict[str, Any]) -> None:
     (tmp_path / "d").mkdir()
