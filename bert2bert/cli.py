@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None, comm: Any = None) -> int:
 def _prepare(args: argparse.Namespace, comm: Any) -> None:
     from bert2bert.data.prepare import prepare
 
-    text = args.text
-    heldout = args.heldout_text
+    text, heldout, fraction = args.text, args.heldout_text, args.heldout_fraction
     if args.corpus:
         from bert2bert.data.corpus import books
 
@@ -65,6 +64,8 @@ def _prepare(args: argparse.Namespace, comm: Any) -> None:
             )
         text = [path for name, path in shelf.items() if name != args.corpus]
         heldout = [shelf[args.corpus]]
+    if fraction is None:
+        fraction = 0.0 if heldout else 0.01
     meta = prepare(
         text=text,
         dataset=args.dataset,
@@ -74,7 +75,7 @@ def _prepare(args: argparse.Namespace, comm: Any) -> None:
         tokenizer=args.tokenizer,
         vocab_size=args.vocab_size,
         heldout_text=heldout,
-        heldout_fraction=args.heldout_fraction,
+        heldout_fraction=fraction,
         document=args.document,
         output=args.output,
         seed=args.seed,
@@ -205,7 +206,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--vocab-size", type=int, default=30522, metavar="N", help="of a trained tokenizer (default: 30522)")
     p.add_argument("--heldout-text", nargs="+", type=Path, default=[], metavar="FILE", help="files to hold out")
-    p.add_argument("--heldout-fraction", type=float, default=0.0, metavar="F", help="share of documents to hold out")
+    p.add_argument(
+        "--heldout-fraction",
+        type=float,
+        metavar="F",
+        help="share of the documents to hold out (default: 0.01 where no --heldout-text is given)",
+    )
     p.add_argument("--document", choices=("file", "blank-line", "line"), default="file", help="what ends a document")
     p.add_argument("--seed", type=int, default=0, help="chooses the held-out documents (default: 0)")
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="the bins folder to write")

@@ -152,6 +152,8 @@ def grow(
             "--format zero needs --stage 1|2|3 and --world-size N: native shards are written for one "
             "stage and one number of data-parallel ranks.\nThe default --format universal fits any."
         )
+    if world_size is not None and world_size < 1:
+        raise InvalidConfig(f"--world-size is {world_size}; expected at least 1, the number of data-parallel ranks")
     if form != "zero" and (stage is not None or world_size is not None):
         raise InvalidConfig(f"--stage and --world-size belong to --format zero, not to --format {form}; leave them out")
     first = comm is None or comm.Get_rank() == 0

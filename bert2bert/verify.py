@@ -169,7 +169,8 @@ def verify(
     else:
         mine, theirs = model.source.identity(), manifest["source"]
         keys = [k for k in theirs if k != "path" and mine.get(k) != theirs[k]]
-        check("source", not keys, f"differs in {', '.join(keys)}" if keys else "the checkpoint that was grown")
+        was = f"grown from tag {theirs.get('tag')}, this is {mine.get('tag')} (differs in {', '.join(keys)})"
+        check("source", not keys, f"{was}; choose it with --tag" if keys else "the checkpoint that was grown")
         plan = _replan(model, target, manifest["operators"])
         same = plan.digest() == manifest["plan_digest"]
         check("plan", same, plan.digest()[:16] if same else "rebuilt from the manifest, it has another digest")
