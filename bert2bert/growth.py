@@ -18,6 +18,7 @@ from bert2bert.groups import LAYOUTS, decays, param_groups
 from bert2bert.planning import Growth, describe, exactness, open_growth, summary
 
 if TYPE_CHECKING:
+    from bert2bert.shards.source import Source
     from bert2bert.shards.writing import TargetSpec
 
 _NO_HYPER = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
@@ -49,13 +50,17 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
     origins = {model.stored(n): (t.sources or (None,))[0] for n, t in plan.tensors.items()}
     groups = source.groups or []
     of_name = {name: i for i, group in enumerate(groups) for name in group["names"]}
-    known = source.manifest.get("group_layout") if source.manifest else _layout_of(groups)
-    chosen = layout or known or ("source" if groups else "layers")
+    known = source.manifest.get("group_layout") if source.manifest else _layout_of(groups, list(source.tensors))
+    chosen = layout or known or "source"
+    if form == "hub" or (layout is None and not groups):
+        chosen = "layers"  # there are none to keep
+    elif chosen == "source" and not groups:
+        raise InvalidConfig(f"--groups source: {source.path} holds weights only, and no optimizer groups; leave it out")
 
     def group_of(name: str) -> int | None:
         origin = origins[name]
         return of_name.get(model.stored(origin)) if origin else next(
-            (i for i, g in enumerate(groups) if bool(g.get("weight_decay")) == decays(name)), None
+            (i for i, g in enumerate(groups) if bool(g.get("weight_decay")) == decays(name)), 0 if groups else None
         )  # fmt: skip
 
     def hyper(name: str, decay: bool) -> dict[str, Any]:
@@ -72,7 +77,8 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
 
     names = list(origins)
     if chosen == "source":
-        members = [tuple(n for n in names if group_of(n) == i) for i in range(len(groups))]
+        ordered = _as_in(source, names, form)
+        members = [tuple(n for n in ordered if group_of(n) == i) for i in range(len(groups))]
         sets = [(f"group.{i}", bool(groups[i].get("weight_decay")), ns) for i, ns in enumerate(members) if ns]
     else:
         sets = [(g.part, g.decay, g.names) for g in param_groups(names, chosen)]
@@ -80,13 +86,14 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
         shapes={model.stored(n): t.shape for n, t in plan.tensors.items()},
         aliases={model.stored(a): model.stored(b) for a, b in plan.aliases.items()},
         config=plan.config,
-        groups=tuple(TargetGroup(part, decay, ns, hyper(ns[0], decay), step(ns[0])) for part, decay, ns in sets),
+        # Where a group joins differently trained layers: too few steps would make Adam's first updates too large.
+        groups=tuple(TargetGroup(part, d, ns, hyper(ns[0], d), max(map(step, ns))) for part, d, ns in sets),
         group_layout=chosen,
         precision=precision or _precision(source, form),
         states=source.states if form != "hub" else source.states[:1],
         counters={k: int(source.counters.get(k) or 0) for k in ("global_steps", "global_samples", "skipped_steps")},
         lr_scheduler=source.lr_scheduler,
-        loss_scaler=source.loss_scaler,
+        loss_scaler=source.loss_scaler if source.precision == "fp16" else None,  # bf16's is a fixed scale of 1
         client_state={
             k: v for k, v in source.client_state.items() if k not in ("bert2bert", "universal_checkpoint_info")
         },
@@ -95,14 +102,35 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
     )
 
 
-def _layout_of(groups: list[dict[str, Any]]) -> str | None:
-    """The layout whose rule gives exactly these groups, if any."""
+def _layout_of(groups: list[dict[str, Any]], names: list[str]) -> str | None:
+    """The layout whose rule gives exactly these groups, in this order, if any. names: in the model's order."""
     have = [tuple(g["names"]) for g in groups]
-    ordered = [name for names in have for name in names]
+    owned = {name for group in have for name in group}
+    ordered = [name for name in names if name in owned]
     for layout in LAYOUTS if have else ():
-        if {frozenset(g.names) for g in param_groups(ordered, layout)} == {frozenset(n) for n in have}:
+        if [g.names for g in param_groups(ordered, layout)] == have:
             return layout
     return None
+
+
+def _as_in(source: Source, names: list[str], form: str) -> list[str]:
+    """The target's names, given in the model's order, in the order in which the source's groups hold theirs.
+
+    A native shard is addressed by position, so the order must be the script's own: the model's, or by name. Raises
+    UnsupportedGrowth for native shards in any other order, which a larger model's names do not follow.
+    """
+    place = {name: i for i, name in enumerate(source.tensors)}
+    if all(group["names"] == sorted(group["names"], key=place.__getitem__) for group in source.groups):
+        return names
+    if all(group["names"] == sorted(group["names"]) for group in source.groups):
+        return sorted(names)
+    if form == "zero":
+        raise UnsupportedGrowth(
+            f"{source.path}: its optimizer groups hold their parameters neither in the model's order nor by name, so "
+            "the order that the training script will expect of a larger model is not known.\nUse --format universal, "
+            "which is addressed by name, or choose the groups with --groups."
+        )
+    return names
 
 
 def _precision(source: Any, form: str) -> str:
@@ -156,6 +184,8 @@ def grow(
         raise InvalidConfig(f"--world-size is {world_size}; expected at least 1, the number of data-parallel ranks")
     if form != "zero" and (stage is not None or world_size is not None):
         raise InvalidConfig(f"--stage and --world-size belong to --format zero, not to --format {form}; leave them out")
+    if form == "hub" and layout is not None:
+        raise InvalidConfig("--groups: a Hugging Face folder holds no optimizer groups; leave it out")
     first = comm is None or comm.Get_rank() == 0
 
     def prepare() -> tuple[Growth, TargetSpec]:
