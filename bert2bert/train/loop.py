@@ -8,12 +8,11 @@ checkpoint is written of it.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from bert2bert.recipe import Recipe
 from bert2bert.train import engine as engines
 from bert2bert.train import runfolder
 from bert2bert.train.evaluate import MASK_SEED, evaluate
+from bert2bert.train.failures import explained
 from bert2bert.train.loading import Resumed
 from bert2bert.train.loading import resume as load
 from bert2bert.train.metrics import MetricsWriter
@@ -221,7 +221,7 @@ class _Run:
         engine.set_lr(lr)
         loss = torch.zeros((), device=engine.device)
         tokens = attended = predicted = 0
-        with _explained(phase.name, self.step):
+        with explained(f"in step {self.step + 1} (phase {phase.name!r})"):
             for _ in range(engine.accumulation):
                 batch = next(self.loader)
                 tokens += batch.real_tokens
@@ -265,7 +265,8 @@ class _Run:
         )
 
     def _evaluate(self, metrics: MetricsWriter) -> None:
-        self.result = evaluate(self.engine, self.held_out)
+        with explained(f"in the evaluation after step {self.step}"):
+            self.result = evaluate(self.engine, self.held_out)
         done = max(self.step - 1, 0)
         phase = self.recipe.phases[self.recipe.locate(done)[0]].name
         spent = {key: self.spent[key] for key in ("tokens", "flops", "seconds")}
@@ -296,22 +297,3 @@ class _Interval:
         tokens, flops, seconds = (spent[key] - self.start[key] for key in ("tokens", "flops", "seconds"))
         seconds = max(seconds, 1e-9)
         return {"tokens_per_s": tokens / seconds, "mfu": None if peak is None else flops / seconds / (peak * world)}
-
-
-@contextlib.contextmanager
-def _explained(phase: str, step: int) -> Iterator[None]:
-    """Turn DeepSpeed's giving up on fp16 and a device out of memory into what the user can do."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU is out of memory in step {step + 1} (phase {phase!r}). Lower train_micro_batch_size_per_gpu in "
-            "the ds_config, use a higher ZeRO stage, or more ranks"
-        ) from error
-    except Exception as error:
-        if "loss scale already at minimum" not in str(error):
-            raise
-        raise UserError(
-            f"fp16 gradients overflow at the smallest loss scale in step {step + 1} (phase {phase!r}): training "
-            "diverged. Lower the learning rate, lengthen the warm-up, or use bf16"
-        ) from error

@@ -67,6 +67,24 @@ def test_ranks_that_do_not_see_the_same_folder_are_told_so(tmp_path: Path) -> No
     assert not (tmp_path / "latest").exists() and not (folder / saving.MANIFEST).exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "out of memory in step 3. Lower train_micro_batch_size"),
+        (Exception("Current loss scale already at minimum - cannot decrease"), "smallest loss scale in step 3"),
+        (RuntimeError("backend='inductor' raised: Failed to find C compiler."), "TORCHDYNAMO_DISABLE=1"),
+    ],
+)
+def test_what_a_step_dies_of_isexplained(error: Exception, words: str) -> None:
+    from bert2bert.train.failures import explained
+
+    with pytest.raises(UserError) as caught, explained("in step 3"):
+        raise error
+    assert words in str(caught.value) and caught.value.__cause__ is error
+    with pytest.raises(ZeroDivisionError), explained("in step 3"):
+        raise ZeroDivisionError
+
+
 def one_rank(bins: Path, root: Path) -> dict[str, Any]:
     """Everything that one rank can show, in one process."""
     from bert2bert.train import loop
