@@ -1,7 +1,7 @@
 """The command ``plan``: a source checkpoint and a target config, matched and described without reading a tensor.
 
-Refuses what `operators.growth` and `checkpoint_model` refuse: a growth that the algebra cannot express, a config that does
-not describe the checkpoint.
+Refuses what `operators.growth` and `checkpoint_model` refuse: a growth that the algebra cannot express, a config that
+does not describe the checkpoint.
 """
 
 from __future__ import annotations

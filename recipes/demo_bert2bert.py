@@ -1,4 +1,4 @@
-r"""The demo's subject: BERT(4, 256) grown from BERT(2, 128) and pre-trained in bert2BERT's two stages.
+r"""The demo's subject: BERT(4, 128) grown from BERT(2, 64) and pre-trained in bert2BERT's two stages.
 
 Command:   bert2bert grow runs/demo_small grown/demo --config recipes/configs/demo_base.json --width aki --depth stack
            deepspeed --num_gpus 2 launch/pretrain.py --ds_config ds_configs/zero2_cpu.json \
@@ -18,10 +18,10 @@ MODEL = {
     "architectures": ["BertForMaskedLM"],
     "model_type": "bert",
     "vocab_size": 1024,
-    "hidden_size": 256,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
     "max_position_embeddings": 16,
     "type_vocab_size": 2,
     "hidden_act": "gelu",
@@ -33,10 +33,10 @@ MODEL = {
     "pad_token_id": 0,
 }
 
-STEPS, SUB_MODEL_STEPS, WARMUP = 320, 40, 10
+STEPS, SUB_MODEL_STEPS, WARMUP = 800, 100, 10
 
 # One linear schedule from the peak down to a tenth of it over both stages, cut in two.
-PEAK, FINAL = 1e-3, 0.1
+PEAK, FINAL = 2e-3, 0.1
 LEFT = FINAL + (1 - FINAL) * (STEPS - SUB_MODEL_STEPS) / (STEPS - WARMUP)
 
 recipe = Recipe(
@@ -61,8 +61,8 @@ recipe = Recipe(
     optimizer=AdamW(lr=PEAK, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),
     clip=1.0,
     seed=0,
-    eval_every=20,
-    checkpoint_every=320,
+    eval_every=50,
+    checkpoint_every=800,
     keep_checkpoints=1,
     log_every=10,
 )

@@ -1,4 +1,4 @@
-r"""The demo's comparison: BERT(4, 256) from scratch, with the data, seed and steps of demo_bert2bert.py.
+r"""The demo's comparison: BERT(4, 128) from scratch, with the data, seed and steps of demo_bert2bert.py.
 
 Command:   deepspeed --num_gpus 2 launch/pretrain.py --ds_config ds_configs/zero2_cpu.json \
                --recipe recipes/demo_scratch.py --bins bins/demo --output runs/demo_scratch  (part of `make demo`)
@@ -13,10 +13,10 @@ MODEL = {
     "architectures": ["BertForMaskedLM"],
     "model_type": "bert",
     "vocab_size": 1024,
-    "hidden_size": 256,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
     "max_position_embeddings": 16,
     "type_vocab_size": 2,
     "hidden_act": "gelu",
@@ -33,12 +33,12 @@ recipe = Recipe(
     model=MODEL,
     data=Data(bins="bins/demo", seq_len=16, mask_share=0.15, eval_rows=2048),
     batch_rows=128,
-    phases=(Phase("full", steps=320, schedule=Schedule("linear", warmup_steps=60, final=0.1)),),
-    optimizer=AdamW(lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),
+    phases=(Phase("full", steps=800, schedule=Schedule("linear", warmup_steps=100, final=0.1)),),
+    optimizer=AdamW(lr=2e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),
     clip=1.0,
     seed=0,
-    eval_every=20,
-    checkpoint_every=320,
+    eval_every=50,
+    checkpoint_every=800,
     keep_checkpoints=1,
     log_every=10,
 )

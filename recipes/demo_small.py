@@ -1,4 +1,4 @@
-r"""The demo's source: BERT(2, 128), vocabulary 1,024, on the embedded novels.
+r"""The demo's source: BERT(2, 64), vocabulary 1,024, on the embedded novels.
 
 Command:   deepspeed --num_gpus 2 launch/pretrain.py --ds_config ds_configs/zero2_cpu.json \
                --recipe recipes/demo_small.py --bins bins/demo --output runs/demo_small      (part of `make demo`)
@@ -14,10 +14,10 @@ MODEL = {
     "architectures": ["BertForMaskedLM"],
     "model_type": "bert",
     "vocab_size": 1024,
-    "hidden_size": 128,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,  # heads of 32, as in the target
-    "intermediate_size": 512,
+    "num_attention_heads": 2,  # heads of 32, as in the target
+    "intermediate_size": 256,
     "max_position_embeddings": 16,
     "type_vocab_size": 2,
     "hidden_act": "gelu",
@@ -34,12 +34,12 @@ recipe = Recipe(
     model=MODEL,
     data=Data(bins="bins/demo", seq_len=16, mask_share=0.15, eval_rows=2048),
     batch_rows=128,
-    phases=(Phase("full", steps=800, schedule=Schedule("linear", warmup_steps=100, final=0.1)),),
-    optimizer=AdamW(lr=2e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),
+    phases=(Phase("full", steps=1200, schedule=Schedule("linear", warmup_steps=100, final=0.1)),),
+    optimizer=AdamW(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),
     clip=1.0,
     seed=0,
     eval_every=100,
-    checkpoint_every=1000,
+    checkpoint_every=1200,
     keep_checkpoints=1,
     log_every=10,
 )
