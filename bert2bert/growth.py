@@ -72,7 +72,7 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
     def step(name: str) -> int:
         origin = origins[name]
         if origin is None or len(source.states) == 1:
-            return int(source.counters.get("global_steps") or 0) if origin is None else 0
+            return 0  # nothing of the source's optimizer is carried over: a fresh one
         return source.step(model.stored(origin))
 
     names = list(origins)

@@ -196,6 +196,14 @@ def test_verify_and_hub(folder: Path, tmp_path: Path) -> None:
     assert not again.read("bert.pooler.dense.bias", "exp_avg", 0, 64).any()
 
 
+def test_random_width_starts_a_fresh_optimizer(folder: Path, tmp_path: Path) -> None:
+    grow(folder / "z2", tmp_path / "t", width="random", **options(folder))
+    grown = open_model(tmp_path / "t").source
+    assert {grown.step(name) for name in grown.tensors} == {0}
+    assert not any(grown.read(n, "exp_avg_sq", 0, m.shape[0]).any() for n, m in grown.tensors.items())
+    assert verify(folder / "z2", tmp_path / "t", source_config=folder / "small.json")["ok"]
+
+
 def test_wrapped_names_are_found_and_kept(folder: Path, tmp_path: Path) -> None:
     model = tiny_bert()
     from safetensors.torch import save_file

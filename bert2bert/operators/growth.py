@@ -292,7 +292,7 @@ def _warnings(
             + ("The target config has dropout, which tells them apart slowly. " if dropout else "")
             + "To break the symmetry: --width aki, or --break-symmetry noise | uneven | fresh-moments."
         )
-    if any(plan.fill for plan in tensors.values()) or breaker == "fresh-moments":
+    if any(plan.fill and plan.terms for plan in tensors.values()) or breaker == "fresh-moments":
         found.append(
             "entries with zeroed moments keep the step count, so their first Adam update is (1-beta1)/sqrt(1-beta2) "
             "times the learning rate: 3.16x for betas (0.9, 0.999), 0.71x for (0.9, 0.98). Warm the rate up again."

@@ -163,6 +163,7 @@ def test_warnings_name_the_breakers_and_the_first_step() -> None:
     assert plan_growth(small, large, width="aki").warnings == ()
     for how in (dict(width="direct"), dict(breaker="fresh-moments")):
         assert any("3.16x" in w for w in plan_growth(small, large, **how).warnings)
+    assert plan_growth(small, large, width="random").warnings == ()  # a fresh optimizer at step 0
 
 
 def test_fusing_after_a_fill_is_refused() -> None:
