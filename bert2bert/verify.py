@@ -223,7 +223,7 @@ def _check_tensors(
 
 
 def _steps(model: CheckpointModel, target: CheckpointModel, plan: GrowthPlan) -> dict[str, tuple[int, int]]:
-    """Adam steps of every target tensor: expected, found. A group has one count: the largest of its tensors' origins."""
+    """Adam steps of every target tensor, expected and found. A group has one count, the largest of its origins."""
     origin = {
         target.stored(n): model.source.step(model.stored(t.sources[0])) if t.sources else 0
         for n, t in plan.tensors.items()
