@@ -33,7 +33,7 @@ MODEL = {
     "pad_token_id": 0,
 }
 
-STEPS, SUB_MODEL_STEPS, WARMUP = 800, 100, 10
+STEPS, SUB_MODEL_STEPS, WARMUP = 600, 75, 10
 
 # One linear schedule from the peak down to a tenth of it over both stages, cut in two.
 PEAK, FINAL = 2e-3, 0.1
@@ -61,8 +61,8 @@ recipe = Recipe(
     optimizer=AdamW(lr=PEAK, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),
     clip=1.0,
     seed=0,
-    eval_every=50,
-    checkpoint_every=800,
+    eval_every=40,
+    checkpoint_every=600,
     keep_checkpoints=1,
     log_every=10,
 )
