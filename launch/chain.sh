@@ -15,7 +15,7 @@ LARGE=${LARGE:-recipes/bert_base_bert2bert.py}
 CONFIG=${CONFIG:-recipes/configs/bert_base.json}
 GROWTH=${GROWTH:---width aki --depth stack --lossy}
 RUNS=${RUNS:-runs}
-GROWN=${GROWN:-grown/base}
+GROWN=${GROWN:-$RUNS/grown}
 # ------------------------
 
 small=$(sbatch --parsable "$@" launch/pretrain.sbatch "$SMALL" "$DS_CONFIG" "$RUNS/small" --bins "$BINS")

@@ -1,7 +1,7 @@
 """Grow a checkpoint over MPI ranks: `bert2bert grow` with the same options, the target's shards dealt by bytes.
 
 example:
-  mpirun -n 4 python launch/grow.py runs/small grown/base --config recipes/configs/bert_base.json \\
+  mpirun -n 4 python launch/grow.py runs/small runs/grown --config recipes/configs/bert_base.json \\
       --width aki --depth stack --lossy
   srun --mpi=pmix -n 4 python launch/grow.py ...      (see launch/grow.sbatch)
 

@@ -21,7 +21,7 @@ examples:
   srun --ntasks 2 python launch/pretrain.py ...       (see launch/pretrain.sbatch)
 
 continue where a run stopped:       --output runs/small --resume runs/small
-start from a grown checkpoint:      --output runs/base --resume grown/base
+start from a grown checkpoint:      --output runs/base --resume runs/grown
 """
 
 GRACE_SECONDS = 5.0

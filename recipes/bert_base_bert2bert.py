@@ -1,9 +1,9 @@
 r"""BERT(12, 768) grown from BERT(12, 512) and pre-trained in bert2BERT's two stages (Chen et al., ACL 2022, table 2).
 
-Command:   bert2bert grow runs/small grown/base --config recipes/configs/bert_base.json \
+Command:   bert2bert grow runs/small runs/grown --config recipes/configs/bert_base.json \
                --width aki --depth stack --lossy
            deepspeed --num_gpus 8 launch/pretrain.py --ds_config ds_configs/zero2_bf16.json \
-               --recipe recipes/bert_base_bert2bert.py --bins bins/wiki_books --resume grown/base --output runs/base
+               --recipe recipes/bert_base_bert2bert.py --bins bins/wiki_books --resume runs/grown --output runs/base
            (--lossy: 768 is no multiple of 512, so the copies of some features are more than of others and no
            post-norm BERT keeps its function exactly; the drift is measured and stored)
 Machine:   8 x H100; 7.1e19 FLOPs over all steps: 92 % of bert_base_scratch.py, since a sub-model step costs 37.5 % of a

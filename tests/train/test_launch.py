@@ -35,7 +35,7 @@ def entry(name: str) -> types.ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("name", "word"), [("pretrain", "--resume grown/base"), ("grow", "--config")])
+@pytest.mark.parametrize(("name", "word"), [("pretrain", "--resume runs/grown"), ("grow", "--config")])
 def test_help_shows_an_example_and_imports_nothing_heavy(name: str, word: str) -> None:
     code = (
         "import runpy, sys\n"
