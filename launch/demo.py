@@ -44,7 +44,8 @@ def steps(out: Path, port: int) -> list[Step]:
         files = ["--ds_config", "ds_configs/zero2_cpu.json", "--recipe", f"recipes/{recipe}.py"]
         return [*launcher, *files, "--bins", bins, "--output", output, *more]
 
-    growth = ["--config", target, "--width", "aki", "--depth", "stack"]
+    # aki leaves the top layer's copies alike, and this small model has no dropout to tell them apart
+    growth = ["--config", target, "--width", "aki", "--depth", "stack", "--break-symmetry", "noise"]
     return [
         Step(
             "Seven novels to token bins, one of them held out",

@@ -1,7 +1,7 @@
 r"""The demo's subject: BERT(4, 128) grown from BERT(2, 64) and pre-trained in bert2BERT's two stages.
 
 Command:   bert2bert grow runs/demo_small runs/demo_grown --config recipes/configs/demo_base.json \
-               --width aki --depth stack
+               --width aki --depth stack --break-symmetry noise
            deepspeed --num_gpus 2 launch/pretrain.py --ds_config ds_configs/zero2_cpu.json \
                --recipe recipes/demo_bert2bert.py --bins bins/demo --resume runs/demo_grown \
                --output runs/demo_bert2bert                                                  (part of `make demo`)

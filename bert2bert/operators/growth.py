@@ -88,7 +88,7 @@ def plan_growth(
         table.aliases(target, heads),
         recipe,
         _exactness(table, operator, layers, small, large, break_name),
-        _warnings(table, operator, target, tensors, break_name),
+        _warnings(table, operator, small, target, tensors, break_name),
     )
 
 
@@ -273,24 +273,32 @@ def _exactness(
 
 
 def _warnings(
-    table: Table, width: Width, target: Mapping[str, Any], tensors: Mapping[str, TensorPlan], breaker: str | None
+    table: Table,
+    width: Width,
+    small: Mapping[str, int],
+    target: Mapping[str, Any],
+    tensors: Mapping[str, TensorPlan],
+    breaker: str | None,
 ) -> tuple[str, ...]:
     found = []
-    locked = [
+    even = [
         axis
         for axis, maps in width.maps.items()
-        if not (width.borrow and axis in (*table.units, "embed"))
-        and any(g.is_even and (g.counts > 1).any() for g in ([maps] if isinstance(maps, Gather) else maps))
+        if any(g.is_even and (g.counts > 1).any() for g in ([maps] if isinstance(maps, Gather) else maps))
     ]
+    # Borrowing tells copies apart, hidden ones by the biases, but the top layer has none above it to borrow from.
+    borrowed = width.borrow and small["layers"] > 1
+    locked = [axis for axis in even if axis in table.units] if borrowed else even
     if locked and breaker is None:
-        dropout = float(target.get("hidden_dropout_prob", 0) or 0) or float(
-            target.get("attention_probs_dropout_prob", 0) or 0
-        )
+        dropout = any(float(target.get(key) or 0) for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"))
+        where = " in the source's top layer, which has none above it to borrow from," if borrowed else ""
         found.append(
-            f"copies on {', '.join(locked)} are even and carry exactly mapped moments: without dropout they stay "
-            f"identical for ever and the added width learns nothing. "
+            f"copies on {', '.join(locked)}{where} are even and carry exactly mapped moments: without dropout they "
+            f"stay identical for ever and that added width learns nothing. "
             + ("The target config has dropout, which tells them apart slowly. " if dropout else "")
-            + "To break the symmetry: --width aki, or --break-symmetry noise | uneven | fresh-moments."
+            + "To break the symmetry: "
+            + ("" if borrowed else "--width aki, or ")
+            + "--break-symmetry noise | uneven | fresh-moments."
         )
     if any(plan.fill and plan.terms for plan in tensors.values()) or breaker == "fresh-moments":
         found.append(

@@ -285,6 +285,28 @@ def test_direct_and_random() -> None:
     assert same_outputs(model, load(large, random)) > 0.01
 
 
+def copies_apart(plan: GrowthPlan, config: dict[str, Any], states: dict[str, Any], steps: int = 5) -> list[float]:
+    """Train five AdamW steps; for each layer, how far the fresh neurons' input weights are from their originals'."""
+    grown = load(config, grown_state(plan, states))
+    params = dict(grown.named_parameters())
+    optimizer = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=0.1)
+    m, v = grown_state(plan, states, "exp_avg"), grown_state(plan, states, "exp_avg_sq")
+    for n, p in params.items():
+        optimizer.state[p] = {"step": torch.tensor(50.0), "exp_avg": m[n], "exp_avg_sq": v[n]}
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(grown, seed=step).backward()
+        optimizer.step()
+    gaps = []
+    for layer in range(config["num_hidden_layers"]):
+        name = f"bert.encoder.layer.{layer}.intermediate.dense.weight"
+        w = params[name].detach()
+        index = plan.tensors[name].terms[-1].dims[0].index
+        original = w[torch.from_numpy(index[12:])]
+        gaps.append(((w[12:] - original).norm(dim=1) / original.norm(dim=1)).max().item())
+    return gaps
+
+
 @pytest.mark.parametrize("breaker", ["noise", "uneven", "fresh-moments"])
 def test_breakers_tell_copies_apart(breaker: str) -> None:
     """Without one, AdamW keeps the copies of a grown net identical for ever; with one they part within five steps."""
@@ -292,31 +314,15 @@ def test_breakers_tell_copies_apart(breaker: str) -> None:
     large = bert_config(16, 4, 24, cls="BertForMaskedLM")
     values, grads = parameters(model), gradients(model)
     states = {"fp32": values, "exp_avg": grads, "exp_avg_sq": {n: g.square() for n, g in grads.items()}}
-
-    def gap(kind: str | None) -> float:
-        plan = plan_growth(small, large, breaker=kind)
-        if kind is None:
-            assert any("identical for ever" in w for w in plan.warnings)
-        else:
-            assert not any("identical for ever" in w for w in plan.warnings)
-        grown = load(large, grown_state(plan, states))
-        params = dict(grown.named_parameters())
-        optimizer = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=0.1)
-        m, v = grown_state(plan, states, "exp_avg"), grown_state(plan, states, "exp_avg_sq")
-        for n, p in params.items():
-            optimizer.state[p] = {"step": torch.tensor(50.0), "exp_avg": m[n], "exp_avg_sq": v[n]}
-        for step in range(5):
-            optimizer.zero_grad()
-            loss_of(grown, seed=step).backward()
-            optimizer.step()
-        w = params["bert.encoder.layer.1.intermediate.dense.weight"].detach()
-        index = torch.from_numpy(plan.tensors["bert.encoder.layer.1.intermediate.dense.weight"].terms[0].dims[0].index)
-        return max(
-            ((w[12 + i] - w[index[12 + i]]).norm() / w[index[12 + i]].norm()).item() for i in range(12)
-        )  # each fresh neuron against its original
-
-    assert gap(None) < 1e-9
-    assert gap(breaker) > 1e-3
+    plain, broken = plan_growth(small, large), plan_growth(small, large, breaker=breaker)
+    assert any("identical for ever" in w for w in plain.warnings)
+    assert not any("identical for ever" in w for w in broken.warnings)
+    assert max(copies_apart(plain, large, states)) < 1e-9
+    assert min(copies_apart(broken, large, states)) > 1e-3
+    # aki: every layer but the top one, which borrows from itself
+    *lower, top = copies_apart(plan_growth(small, large, width="aki"), large, states)
+    assert min(lower) > 1e-3 and top < 1e-9
+    assert min(copies_apart(plan_growth(small, large, width="aki", breaker=breaker), large, states)) > 1e-3
 
 
 @pytest.mark.parametrize(

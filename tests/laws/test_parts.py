@@ -160,7 +160,11 @@ def test_warnings_name_the_breakers_and_the_first_step() -> None:
     small, large = bert_config(), bert_config(16, 4, 24)
     assert "--break-symmetry noise | uneven | fresh-moments" in plan_growth(small, large).warnings[0]
     assert "dropout, which" in plan_growth(small, large | {"hidden_dropout_prob": 0.1}).warnings[0]
-    assert plan_growth(small, large, width="aki").warnings == ()
+    (warning,) = plan_growth(small, large, width="aki").warnings
+    assert "copies on heads, ffn in the source's top layer" in warning and "--width aki" not in warning
+    assert plan_growth(small, large, width="aki", breaker="noise").warnings == ()
+    one = plan_growth(bert_config(layers=1), bert_config(16, 4, 24, layers=1), width="aki")
+    assert "copies on embed, heads, ffn are even" in one.warnings[0]  # a single layer borrows nothing
     for how in (dict(width="direct"), dict(breaker="fresh-moments")):
         assert any("3.16x" in w for w in plan_growth(small, large, **how).warnings)
     assert plan_growth(small, large, width="random").warnings == ()  # a fresh optimizer at step 0
