@@ -77,6 +77,13 @@ def test_light_modules_import_no_torch(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_shards_and_algebra_name_the_states_alike() -> None:
+    from bert2bert import states
+    from bert2bert.shards import source
+
+    assert tuple(states.STATES) == source.STATES
+
+
 def test_the_algebra_stays_small() -> None:
     """The budget that keeps it honest: 700 lines for the five modules, about 300 for any file, 60 for a table."""
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import torchfile
+from bert2bert.shards.source import TensorMeta
 
 _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -218,6 +220,25 @@ class ModelStates:
         kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
         values = (v for v in self.module.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
         return kinds.get(next(values, torch.empty(0)).dtype, "fp32")
+
+    def describe(
+        self, groups: list[dict[str, Any]], dtype: Callable[[str], torch.dtype]
+    ) -> tuple[dict[str, TensorMeta], dict[str, list[torch.Tensor]]]:
+        """Every tensor's description, in the model's order, and the flat pieces of the frozen ones.
+
+        ``groups``: optimizer groups with their "names"; ``dtype(name)``: of a trainable tensor's master.
+        """
+        shape = {name: shape for shapes in self.shapes for name, shape in shapes.items()}
+        group = {name: g for g, entry in enumerate(groups) for name in entry["names"]}
+        frozen = {name: self.frozen_pieces(name) for name in self.frozen}
+        tensors = {}
+        for name in self.in_order(set(shape) | set(frozen)):
+            if name in shape:
+                tensors[name] = TensorMeta(name, shape[name], str(dtype(name))[6:], group[name], True)
+            else:
+                kept = frozen[name][0].dtype
+                tensors[name] = TensorMeta(name, self.frozen[name], str(kept)[6:], None, False)
+        return tensors, frozen
 
     def in_order(self, names: set[str]) -> list[str]:
         """The names in the order of the model's state dict; those it lacks follow in flat order."""

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 from bert2bert.errors import InvalidCheckpoint, did_you_mean
+from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
-MANIFEST = "bert2bert.json"
-FORMAT_VERSION = 1
 _EDGE = 64 * 1024  # bytes; the end of a torch file holds the checksums of its records
 
 

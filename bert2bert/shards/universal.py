@@ -50,7 +50,7 @@ class UniversalSource(Source):
         self.groups, _ = optimizer_groups(found["param_groups"], model.shapes, optimizer)
         self._find_states()
         self._read_steps((found.get("optimizer_state_dict") or {}).get("state", {}))
-        self._describe()
+        self.tensors, self._frozen = self._model.describe(self.groups, lambda _: torch.float32)
         self.files = sorted(p for p in folder.rglob("*.pt") if p.is_file())
 
     def _find_states(self) -> None:
@@ -75,18 +75,6 @@ class UniversalSource(Source):
                     continue
                 step = torchfile.load(file) if file.is_file() else states.get(flat, states.get(0, {})).get("step", 0)
                 self._steps[name] = int(step)
-
-    def _describe(self) -> None:
-        model = self._model
-        shape = {name: shape for shapes in model.shapes for name, shape in shapes.items()}
-        group = {name: g for g, entry in enumerate(self.groups) for name in entry["names"]}
-        self._frozen = {name: model.frozen_pieces(name) for name in model.frozen}
-        for name in model.in_order(set(shape) | set(model.frozen)):
-            if name in shape:
-                self.tensors[name] = TensorMeta(name, shape[name], "float32", group[name], True)
-            else:
-                dtype = self._frozen[name][0].dtype
-                self.tensors[name] = TensorMeta(name, model.frozen[name], str(dtype)[6:], None, False)
 
     def _tensor(self, meta: TensorMeta, state: str) -> torch.Tensor:
         """The flat tensor of a state, its size checked (DeepSpeed's own loader does not)."""

@@ -18,8 +18,8 @@ import torch
 from bert2bert.shards.commit import Pending
 from bert2bert.shards.digest import combine, digest, hex16
 from bert2bert.shards.layout import Piece
+from bert2bert.shards.source import STATES
 
-STATES = ("fp32", "exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCK = 1 << 22  # elements: 16 MiB of fp32
 

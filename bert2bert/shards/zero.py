@@ -245,19 +245,12 @@ class ZeroSource(Source):
                 )
 
     def _describe(self) -> None:
-        model = self._model
-        shape = {name: shape for shapes in model.shapes for name, shape in shapes.items()}
-        group = {name: g for g, entry in enumerate(self.groups) for name in entry["names"]}
-        self._frozen = {name: model.frozen_pieces(name) for name in model.frozen}
-        for name in model.in_order(set(shape) | set(model.frozen)):
-            if name in shape:
-                stored = self._place.get(name, [])
-                kept = self._flat["fp32"][stored[0].rank][stored[0].flat] if stored else None
-                dtype = kept.dtype if kept is not None else torch.float32
-                self.tensors[name] = TensorMeta(name, shape[name], str(dtype)[6:], group[name], True)
-            else:
-                dtype = self._frozen[name][0].dtype
-                self.tensors[name] = TensorMeta(name, model.frozen[name], str(dtype)[6:], None, False)
+        def dtype(name: str) -> torch.dtype:
+            stored = self._place.get(name, [])
+            kept = self._flat["fp32"][stored[0].rank][stored[0].flat] if stored else None
+            return kept.dtype if kept is not None else torch.float32
+
+        self.tensors, self._frozen = self._model.describe(self.groups, dtype)
 
     def _check_weights(self) -> None:
         """A few master weights of each rank are, but for rounding, those in the model-states file (stages 1 and 2)."""

@@ -17,11 +17,11 @@ import torch
 
 from bert2bert.shards.digest import digest, hex16
 from bert2bert.shards.layout import parameter_alignment, zero3_sub_group, zero12_layout
+from bert2bert.shards.source import STATES
 
 if TYPE_CHECKING:
     from bert2bert.train.engine import Engine
 
-STATES = ("fp32", "exp_avg", "exp_avg_sq")
 MOMENTS = STATES[1:]
 
 
