@@ -1,49 +1,106 @@
 """What a table of an architecture holds, and what follows from one and a config: names, specs, shapes, ties.
 
-A row's name may hold ``{weight,bias}`` (two tensors: the bias has the written dims of the spec alone) and ``{layers}``.
-Refuses configs that lack a size or whose heads do not divide the width (`InvalidConfig`).
+A row's name may hold ``{weight,bias}`` (two tensors: the bias has the written dims of the spec alone) and one depth
+axis in braces, ``{layers}``, which numbers the layers. Axis sizes are small expressions over config keys, see `sizes`.
+Refuses configs that lack a size, or whose sizes do not divide where they must (`InvalidConfig`), and settings that the
+rows do not describe (`UnsupportedGrowth`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any
 
 from bert2bert import axes
-from bert2bert.errors import InvalidConfig
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+
+_BOTH = "{weight,bias}"
+_DEPTH = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: name pattern, spec, the head it ``needs``, and whether only ``tied`` embeddings have it."""
+    """One line of a table: name pattern, spec, and when the tensor exists.
+
+    needs: the head it belongs to. tied: only with tied (True) or untied (False) word embeddings. when: a condition on
+    the config, 'key', '!key' or 'key=glob'. only: the range [first, end) of the layers that have it, None = all above.
+    """
 
     name: str
     spec: str
     needs: str = ""
     tied: bool | None = None
+    when: str = ""
+    only: tuple[int, int | None] = (0, None)
+
+    @property
+    def depth(self) -> str:
+        """The depth axis that numbers this row's layers, '' outside the layers."""
+        found = [axis for axis in _DEPTH.findall(self.name)]
+        return found[0] if found else ""
+
+    def has(self, layer: int) -> bool:
+        """Whether this layer has the tensor."""
+        first, end = self.only
+        return layer >= first and (end is None or layer < end)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of a model: its spec, shape and layer (None outside the layers); ``pattern`` is its row's name."""
+    """One tensor of a model. layer: None outside the layers; depth: the axis that numbers the layer, '' outside;
+    pattern: its row's name, with weight or bias filled in."""
 
     name: str
     spec: str
     shape: tuple[int, ...]
     layer: int | None
     pattern: str
+    depth: str = ""
+
+    def at(self, layer: int | None) -> str:
+        """The name of the same tensor in another layer."""
+        return self.pattern if layer is None else self.pattern.replace("{" + self.depth + "}", str(layer))
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A tensor that is another one. needs, tied: as in `Row`."""
+
+    absent: str
+    kept: str
+    needs: str = ""
+    tied: bool | None = True
 
 
 @dataclass(frozen=True)
 class Table:
     """One architecture.
 
-    outer: the name prefix of the base model inside the full one; anchor: a tensor that every variant has, less outer.
-    classes: transformers class -> heads; sizes: axis -> config key; head_axes: axes of the head size, width / heads.
-    normalised: axes that a norm renormalises; units: axes whose features are whole units (heads, neurons).
-    must_agree: config keys that a growth cannot change -> their defaults; ties: absent tied name -> kept name;
-    defaults: axis -> its size where a config is silent, as transformers has it.
+    outer: the name prefix of the base model inside the full one ('' if none); anchor: a tensor that every variant has,
+    less outer. classes: transformers class -> heads, the usual one first.
+    sizes: axis -> an expression over config keys, axes named before it and whole numbers: ``a/b`` (must divide), ``a*b``,
+    alternatives ``a|b`` (the first that the config has). constants: axes of a fixed size.
+    follows: axis -> the axis whose size and map it has (the coordinates after a norm follow the residual stream's).
+    depth: the axes that number layers.
+    norm: 'layer' or 'rms'; prenorm: whether norms stand inside the residual branches; eps: the config key of the norms'
+    epsilon and transformers' default; normalised: axes that a norm renormalises; ``rho`` in a spec marks a norm's gain.
+    scales: axis of size one -> the axis by whose size the model divides there under a square root, so that its gain is
+    √(target / source).
+    units: axes whose features are whole units (heads, neurons) with maps that may differ by layer, except those in
+    ``aligned``, which one tensor outside the layers ties together.
+    fixed: axis -> why its size cannot change. must_agree: config keys that a growth cannot change -> their defaults.
+    requires: config key -> the only value that the rows describe (also its default).
+    ties: tensors that are others; tie_default: transformers' default of tie_word_embeddings.
+    stds: row name -> the standard deviation of a fresh weight, as sizes' names to multiply under 1/√; others take the
+    config's initializer_range.
+    first_position: positions from which on rows are for tokens (RoBERTa keeps two for padding).
+    kinds: the config key that lists each layer's kind (attention pattern), '' where layers are alike.
+    dense: for experts, pattern -> the patterns of the dense model's tensors that make one expert, in storage order;
+    dense_types: the dense model types that can be upcycled.
     """
 
     model_type: str
@@ -51,68 +108,121 @@ class Table:
     anchor: str
     classes: Mapping[str, frozenset[str]]
     sizes: Mapping[str, str]
-    head_axes: tuple[str, ...]
-    constants: Mapping[str, int]
-    normalised: frozenset[str]
-    units: tuple[str, ...]
-    must_agree: Mapping[str, Any]
     rows: tuple[Row, ...]
-    ties: Mapping[str, str]
-    defaults: Mapping[str, int] = field(default_factory=dict)
+    norm: str
+    prenorm: bool
+    eps: tuple[str, float]
+    units: tuple[str, ...]
+    normalised: frozenset[str] = frozenset({"embed"})
+    constants: Mapping[str, int] = field(default_factory=dict)
+    follows: Mapping[str, str] = field(default_factory=dict)
+    depth: tuple[str, ...] = ("layers",)
+    scales: Mapping[str, str] = field(default_factory=dict)
+    aligned: frozenset[str] = frozenset()
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    must_agree: Mapping[str, Any] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    ties: tuple[Tie, ...] = ()
+    tie_default: bool = True
+    stds: Mapping[str, str] = field(default_factory=dict)
+    first_position: int = 0
+    kinds: str = ""
+    dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dense_types: tuple[str, ...] = ()
+
+    def key(self, axis: str) -> str:
+        """The config key to change for another size of an axis."""
+        axis = self.follows.get(axis, axis)
+        found: str = re.split(r"[/*|]", self.sizes[axis])[0]
+        return self.key(found) if found in self.sizes and found != axis else found
 
     def axis_sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
-        """The size of every axis under a config. Raises InvalidConfig."""
+        """The size of every axis under a config. Raises InvalidConfig, UnsupportedGrowth."""
+        for key, value in self.requires.items():
+            if (found := config.get(key, value)) != value:
+                raise UnsupportedGrowth(
+                    f"model config: {key} is {found!r}; a {self.model_type} is described only with {key}={value!r}"
+                )
         sizes = dict(self.constants)
-        for axis, key in self.sizes.items():
-            if key not in config and axis not in self.defaults:
-                raise InvalidConfig(f"model config: {key} is missing; a positive integer is expected")
-            value = config.get(key, self.defaults.get(axis))
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidConfig(f"model config: {key} is {value!r}; a positive integer is expected")
-            sizes[axis] = value
-        if sizes["embed"] % sizes["heads"]:
-            raise InvalidConfig(
-                f"model config: {self.sizes['heads']}={sizes['heads']} does not divide "
-                f"{self.sizes['embed']}={sizes['embed']}; choose a number of heads that does"
-            )
-        return sizes | dict.fromkeys(self.head_axes, sizes["embed"] // sizes["heads"])
+        for axis, expression in self.sizes.items():
+            sizes[axis] = _evaluate(expression, config, sizes)
+        return sizes | {axis: sizes[of] for axis, of in self.follows.items()}
 
     def tied(self, config: Mapping[str, Any]) -> bool:
-        """Whether the decoder is the word embedding (transformers' default)."""
-        return bool(config.get("tie_word_embeddings", True))
+        """Whether the decoder is the word embedding."""
+        return bool(config.get("tie_word_embeddings", self.tie_default))
+
+    def layer_kind(self, config: Mapping[str, Any], layer: int) -> str:
+        """The kind of a layer under a config; layers of one kind are interchangeable."""
+        kinds = config.get(self.kinds) if self.kinds else None
+        return str(kinds[layer]) if kinds else ""
 
     def parameters(self, config: Mapping[str, Any], heads: frozenset[str]) -> dict[str, Parameter]:
         """Every parameter by its full name, in the order of the table; tied copies are left out."""
         sizes, tied = self.axis_sizes(config), self.tied(config)
-        rows = [r for r in self.rows if (not r.needs or r.needs in heads) and r.tied in (None, tied)]
-        first, last = _span(rows)
+        rows = [
+            row
+            for row in self.rows
+            if (not row.needs or row.needs in heads) and row.tied in (None, tied) and _holds(row.when, config)
+        ]
         found: dict[str, Parameter] = {}
-        for row in rows[:first]:
-            found.update(_expand(row, None, sizes))
-        for layer in range(sizes["layers"]):
-            for row in rows[first:last]:
-                found.update(_expand(row, layer, sizes))
-        for row in rows[last:]:
-            found.update(_expand(row, None, sizes))
+        for depth, span in groupby(rows, key=lambda row: row.depth):
+            block = list(span)
+            for layer in range(sizes[depth]) if depth else (None,):
+                for row in block:
+                    if layer is None or row.has(layer):
+                        found.update(_expand(row, layer, sizes))
         return found
 
     def aliases(self, config: Mapping[str, Any], heads: frozenset[str]) -> dict[str, str]:
         """Absent tied name -> kept name, for the heads present."""
-        return dict(self.ties) if self.tied(config) and "mlm" in heads else {}
+        tied = self.tied(config)
+        return {
+            t.absent: t.kept for t in self.ties if (not t.needs or t.needs in heads) and t.tied in (None, tied)
+        }
 
 
-def _span(rows: list[Row]) -> tuple[int, int]:
-    layered = [i for i, row in enumerate(rows) if "{layers}" in row.name]
-    return (layered[0], layered[-1] + 1) if layered else (len(rows), len(rows))
+def _evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+    first = ""
+    for alternative in expression.split("|"):
+        total: int | None = None
+        for sign, name in re.findall(r"([/*]?)([\w.]+)", alternative):
+            first = first or name
+            value = int(name) if name.isdigit() else sizes.get(name) if name in sizes else config.get(name)
+            if value is None:
+                total = None
+                break
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidConfig(f"model config: {name} is {value!r}; a positive integer is expected")
+            if sign == "/" and total is not None and total % value:
+                raise InvalidConfig(
+                    f"model config: {name}={value} does not divide {alternative.split('/')[0]}={total}; "
+                    f"choose sizes that do"
+                )
+            total = value if total is None else total // value if sign == "/" else total * value
+        if total is not None:
+            return total
+    raise InvalidConfig(f"model config: {first} is missing; a positive integer is expected")
+
+
+def _holds(when: str, config: Mapping[str, Any]) -> bool:
+    if not when:
+        return True
+    key, equals, glob = when.removeprefix("!").partition("=")
+    value = config.get(key)
+    found = fnmatchcase(str(value), glob) if equals else bool(value)
+    return found != when.startswith("!")
+
+
+def _written(spec: str) -> str:
+    """The dims that a spec writes: a bias's."""
+    return (spec.split("->")[1] if "->" in spec else spec.split("<-")[0]).strip()
 
 
 def _expand(row: Row, layer: int | None, sizes: Mapping[str, int]) -> Iterator[tuple[str, Parameter]]:
-    pattern = row.name
-    place = pattern if layer is None else pattern.replace("{layers}", str(layer))
-    if "{weight,bias}" not in pattern:
-        yield place, Parameter(place, row.spec, axes.shape(row.spec, sizes), layer, pattern)
-        return
-    for kind in ("weight", "bias"):
-        spec = row.spec if kind == "weight" else row.spec.split("<-")[0].strip()
-        name = place.replace("{weight,bias}", kind)
-        yield name, Parameter(name, spec, axes.shape(spec, sizes), layer, pattern.replace("{weight,bias}", kind))
+    kinds = (("weight", row.spec), ("bias", _written(row.spec))) if _BOTH in row.name else (("", row.spec),)
+    for kind, spec in kinds:
+        pattern = row.name.replace(_BOTH, kind)
+        p = Parameter("", spec, axes.shape(spec, sizes), layer, pattern, row.depth)
+        name = p.at(layer)
+        yield name, Parameter(name, spec, p.shape, layer, pattern, row.depth)

@@ -1,13 +1,13 @@
 """BERT's tensors by axis: the encoder, the pooler, the masked-LM head (tied or not) and the next-sentence head.
 
-Post-LayerNorm: the norms renormalise ``embed``, so a width is exact only when every hidden feature has equally many
-copies. ``tau`` is an axis of size one for the softmax temperature; it stays as it is while the head size does.
+Post-LayerNorm: the norms renormalise the residual stream ``embed`` itself, so a width is exact only when every hidden
+feature has equally many copies. ``tau`` and ``rho`` are axes of size one, the softmax temperature and the norms' gain.
 The tied decoder is the word embedding itself, so the last norm before it writes ``~embed``.
 """
 
 from __future__ import annotations
 
-from bert2bert.tables.base import Row, Table
+from bert2bert.tables.base import Row, Table, Tie
 
 BERT = Table(
     model_type="bert",
@@ -22,41 +22,49 @@ BERT = Table(
     sizes={
         "vocab": "vocab_size",
         "pos": "max_position_embeddings",
-        "types": "type_vocab_size",
+        "types": "type_vocab_size|2",
         "embed": "hidden_size",
         "heads": "num_attention_heads",
+        "qk": "hidden_size/heads",
+        "v": "qk",
         "ffn": "intermediate_size",
         "layers": "num_hidden_layers",
     },
-    defaults={"types": 2},
-    head_axes=("qk", "v"),
-    constants={"tau": 1, "classes": 2},
-    normalised=frozenset({"embed"}),
+    constants={"tau": 1, "rho": 1, "classes": 2},
+    norm="layer",
+    prenorm=False,
+    eps=("layer_norm_eps", 1e-12),
+    scales={"tau": "qk"},
     units=("heads", "ffn"),
     must_agree={"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True, "pad_token_id": 0},
     rows=(
         Row("bert.embeddings.word_embeddings.weight", "vocab -> embed"),
         Row("bert.embeddings.position_embeddings.weight", "pos -> embed"),
         Row("bert.embeddings.token_type_embeddings.weight", "types -> embed"),
-        Row("bert.embeddings.LayerNorm.{weight,bias}", "embed"),
+        Row("bert.embeddings.LayerNorm.weight", "(rho embed)"),
+        Row("bert.embeddings.LayerNorm.bias", "embed"),
         Row("bert.encoder.layer.{layers}.attention.self.query.{weight,bias}", "(tau heads qk) <- embed"),
         Row("bert.encoder.layer.{layers}.attention.self.key.{weight,bias}", "(heads ~qk) <- embed"),
         Row("bert.encoder.layer.{layers}.attention.self.value.{weight,bias}", "(heads v) <- embed"),
         Row("bert.encoder.layer.{layers}.attention.output.dense.{weight,bias}", "embed <- (heads v)"),
-        Row("bert.encoder.layer.{layers}.attention.output.LayerNorm.{weight,bias}", "embed"),
+        Row("bert.encoder.layer.{layers}.attention.output.LayerNorm.weight", "(rho embed)"),
+        Row("bert.encoder.layer.{layers}.attention.output.LayerNorm.bias", "embed"),
         Row("bert.encoder.layer.{layers}.intermediate.dense.{weight,bias}", "ffn <- embed"),
         Row("bert.encoder.layer.{layers}.output.dense.{weight,bias}", "embed <- ffn"),
-        Row("bert.encoder.layer.{layers}.output.LayerNorm.{weight,bias}", "embed"),
+        Row("bert.encoder.layer.{layers}.output.LayerNorm.weight", "(rho embed)"),
+        Row("bert.encoder.layer.{layers}.output.LayerNorm.bias", "embed"),
         Row("bert.pooler.dense.{weight,bias}", "embed <- embed", needs="pooler"),
         Row("cls.predictions.bias", "vocab", needs="mlm"),
         Row("cls.predictions.transform.dense.{weight,bias}", "embed <- embed", needs="mlm"),
-        Row("cls.predictions.transform.LayerNorm.{weight,bias}", "~embed", needs="mlm", tied=True),
-        Row("cls.predictions.transform.LayerNorm.{weight,bias}", "embed", needs="mlm", tied=False),
+        Row("cls.predictions.transform.LayerNorm.weight", "(rho ~embed)", needs="mlm", tied=True),
+        Row("cls.predictions.transform.LayerNorm.bias", "~embed", needs="mlm", tied=True),
+        Row("cls.predictions.transform.LayerNorm.weight", "(rho embed)", needs="mlm", tied=False),
+        Row("cls.predictions.transform.LayerNorm.bias", "embed", needs="mlm", tied=False),
         Row("cls.predictions.decoder.{weight,bias}", "vocab <- embed", needs="mlm", tied=False),
         Row("cls.seq_relationship.{weight,bias}", "classes <- embed", needs="nsp"),
     ),
-    ties={
-        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    },
+    ties=(
+        Tie("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight", needs="mlm"),
+        Tie("cls.predictions.decoder.bias", "cls.predictions.bias", needs="mlm"),
+    ),
 )
