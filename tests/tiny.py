@@ -1,31 +1,97 @@
-"""The smallest configs of each family, with scrambled parameters (fresh biases of 0 and gains of 1 hide mistakes)."""
+"""The smallest config of each family, with scrambled parameters (fresh biases of 0 and gains of 1 hide mistakes).
+
+Models run in float64 throughout: transformers casts to float32 inside norms, softmaxes and rotary angles, which would
+hide errors below 1e-7, so every such cast is lifted while a model of `build` runs.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel, PreTrainedModel
+import transformers
+from torch.overrides import TorchFunctionMode
 
-BERT_CLASSES = {c.__name__: c for c in (BertForPreTraining, BertForMaskedLM, BertModel)}
+from bert2bert.tables import table_for
 
-
-def bert_config(
-    hidden: int = 8, heads: int = 2, ffn: int = 12, layers: int = 3, cls: str = "BertForPreTraining", **more: Any
-) -> dict[str, Any]:
-    """A Hugging Face config dict without dropout."""
-    config = BertConfig(
-        hidden_size=hidden, num_attention_heads=heads, intermediate_size=ffn, num_hidden_layers=layers,
-        vocab_size=29, max_position_embeddings=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        architectures=[cls], layer_norm_eps=1e-12, **more,
-    )  # fmt: skip
-    return config.to_dict()
+TOKENS = range(2, 23)  # below every vocabulary, so that a grown or shrunk model reads the same ids; 0 and 1 may pad
 
 
-def hf_bert(config: dict[str, Any]) -> PreTrainedModel:
-    """The transformers model of a config dict, float64, eval mode, eager attention."""
-    cls = BERT_CLASSES[config["architectures"][0]]
-    model = cls._from_config(BertConfig(**config), attn_implementation="eager")
+@dataclass(frozen=True)
+class Variant:
+    """name: in test ids; cls: the transformers class; base: the smallest config, `model_type` included."""
+
+    name: str
+    cls: str
+    base: dict[str, Any]
+
+
+_BERT = {
+    "model_type": "bert", "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "num_hidden_layers": 3,
+    "vocab_size": 29, "max_position_embeddings": 10, "type_vocab_size": 2,
+}  # fmt: skip
+_ROBERTA = _BERT | {"model_type": "roberta", "max_position_embeddings": 12}
+_GPT2 = {
+    "model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_inner": 12, "n_layer": 3, "vocab_size": 29, "n_positions": 10,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+_LLAMA = {
+    "model_type": "llama", "hidden_size": 12, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4,
+    "intermediate_size": 10, "num_hidden_layers": 3, "vocab_size": 29, "max_position_embeddings": 16,
+}  # fmt: skip
+
+VARIANTS = {
+    v.name: v
+    for v in (
+        Variant("bert", "BertForPreTraining", _BERT),
+        Variant("bert-untied", "BertForPreTraining", _BERT | {"tie_word_embeddings": False}),
+        Variant("roberta", "RobertaForMaskedLM", _ROBERTA),
+        Variant("gpt2", "GPT2LMHeadModel", _GPT2),
+        Variant("gpt2-untied", "GPT2LMHeadModel", _GPT2 | {"tie_word_embeddings": False}),
+        Variant("llama", "LlamaForCausalLM", _LLAMA),
+        Variant("llama-mha", "LlamaForCausalLM", _LLAMA | {"num_key_value_heads": 6}),
+        Variant("llama-mqa", "LlamaForCausalLM", _LLAMA | {"num_key_value_heads": 1}),
+        Variant("llama-tied", "LlamaForCausalLM", _LLAMA | {"tie_word_embeddings": True}),
+        Variant("mistral", "MistralForCausalLM", _LLAMA | {"model_type": "mistral"}),
+        Variant("qwen2", "Qwen2ForCausalLM", _LLAMA | {"model_type": "qwen2"}),
+        Variant("qwen3", "Qwen3ForCausalLM", _LLAMA | {"model_type": "qwen3"}),
+    )
+}
+
+
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    """The full Hugging Face config of a variant without dropout; changes by config key."""
+    variant = VARIANTS[name]
+    config = transformers.AutoConfig.for_model(**variant.base | {"architectures": [variant.cls]} | changes).to_dict()
+    return {key: 0.0 if "drop" in key and isinstance(value, float) else value for key, value in config.items()}
+
+
+class _Double(TorchFunctionMode):
+    """Every cast to float32 becomes one to float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        double = [torch.float64 if a is torch.float32 else a for a in args]
+        return func(*double, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
+
+
+@lru_cache
+def _doubled(cls: type) -> Any:
+    @wraps(cls.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _Double():
+            return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def build(config: dict[str, Any]) -> transformers.PreTrainedModel:
+    """The transformers model of a config, float64, eval mode, eager attention."""
+    cls = _doubled(getattr(transformers, config["architectures"][0]))
+    model = cls._from_config(transformers.AutoConfig.for_model(**config), attn_implementation="eager")
     return model.double().eval()
 
 
@@ -35,7 +101,83 @@ def scramble(model: torch.nn.Module, seed: int = 0) -> None:
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=g, dtype=p.dtype)
-        p.copy_(1 + 0.3 * noise if "LayerNorm.weight" in name else 0.4 * noise)
+        p.copy_(1 + 0.3 * noise if p.ndim == 1 and name.endswith("weight") else 0.4 * noise)
+
+
+def _ids(g: torch.Generator, rows: int, length: int) -> torch.Tensor:
+    return torch.randint(TOKENS.start, TOKENS.stop, (rows, length), generator=g)
+
+
+def inputs(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """What a family's forward takes: ids, labels (-100 at padding), a padding mask, token types where there are two."""
+    g = torch.Generator().manual_seed(seed)
+    ids = _ids(g, 3, 7)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    ids[mask == 0] = config.get("pad_token_id") or 0
+    given = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask == 1, _ids(g, 3, 7), -100)}
+    if config.get("is_encoder_decoder"):
+        given |= {"decoder_input_ids": _ids(g, 3, 6), "labels": _ids(g, 3, 6)}
+    if config.get("type_vocab_size", 0) > 1:
+        given["token_type_ids"] = ids % 2
+    return given
+
+
+def _forward(model: torch.nn.Module, config: dict[str, Any], seed: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    given = inputs(config, seed)
+    labels = given.pop("labels")
+    output = model(**given)
+    scores = output.prediction_logits if "prediction_logits" in output else output.logits
+    real = labels != -100
+    return scores[real], labels[real], output
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, config: dict[str, Any], seed: int = 0) -> torch.Tensor:
+    """What the language-model head says at every real position: [positions, vocab]."""
+    return _forward(model, config, seed)[0]
+
+
+def loss(model: torch.nn.Module, config: dict[str, Any], seed: int = 0) -> torch.Tensor:
+    """Mean cross entropy with random labels, the next-sentence head's added where there is one."""
+    scores, labels, output = _forward(model, config, seed)
+    total = torch.nn.functional.cross_entropy(scores, labels)
+    if "seq_relationship_logits" in output:
+        pairs = output.seq_relationship_logits
+        total = total + torch.nn.functional.cross_entropy(pairs, torch.arange(len(pairs)) % 2)
+    return total
+
+
+def _outer(model: torch.nn.Module, config: dict[str, Any]) -> str:
+    outer = table_for(config).outer
+    return "" if any(name.startswith(outer) for name, _ in model.named_parameters()) else outer
+
+
+def parameters(model: torch.nn.Module, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Parameters by the names that they have in the full model; ties once."""
+    outer = _outer(model, config)
+    return {outer + name: p for name, p in model.named_parameters()}
+
+
+def load(config: dict[str, Any], state: dict[str, torch.Tensor]) -> transformers.PreTrainedModel:
+    """A model with this state, which must be all of its parameters, ties apart, and nothing else."""
+    model = build(config)
+    outer = _outer(model, config)
+    names = {outer + name for name, _ in model.named_parameters()}
+    assert set(state) == names, f"missing {names - set(state)}, unexpected {set(state) - names}"
+    model.load_state_dict({name.removeprefix(outer): value for name, value in state.items()}, strict=False)
+    return model
+
+
+def bert_config(
+    hidden: int = 8, heads: int = 2, ffn: int = 12, layers: int = 3, cls: str = "BertForPreTraining", **more: Any
+) -> dict[str, Any]:
+    """A BERT's config by its sizes."""
+    return config_of("bert", hidden_size=hidden, num_attention_heads=heads, intermediate_size=ffn,
+                     num_hidden_layers=layers, architectures=[cls], **more)  # fmt: skip
+
+
+hf_bert = build
 
 
 def batch(seed: int = 0, rows: int = 3, length: int = 7, vocab: int = 29) -> dict[str, torch.Tensor]:
