@@ -1,17 +1,21 @@
 """A checkpoint seen as a model: its config, its table, and its tensors by the names that transformers gives them.
 
 A run may have saved a model inside wrappers, so stored names can carry a prefix (``module.``, ``model.``), and a bare
-encoder lacks the ``bert.`` of the full model; both are found from one tensor that every variant has, and reported.
+model lacks the outer name of the full one (``bert.``, ``transformer.``); both are found from one tensor that every
+variant has, and reported. Which heads there are shows in the tensors, or, for a head that is all tied, in the config's
+``architectures`` and the outer name. Old Hugging Face files also hold masks and copies of tied tensors, which are left.
 
 Refuses (`InvalidCheckpoint`) a config that does not describe the stored tensors, naming the first tensor and axis that
-disagree, and a checkpoint with tensors that the architecture's table does not know.
+disagree, a checkpoint with tensors that the architecture's table does not know, and tied tensors that differ.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +26,11 @@ from bert2bert.tables import Parameter, Table, table_for
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bert2bert.shards.source import Source
+    from bert2bert.shards.source import Source, TensorMeta
+
+_BUFFERS = ("*.attn.bias", "*.attn.masked_bias", "*rotary_emb.inv_freq")
+"""What older versions of transformers stored beside the parameters: causal masks, rotary frequencies."""
+_BLOCK = 1 << 22  # elements compared at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +92,7 @@ def open_model(path: Path, source_config: Path | None = None, tag: str | None = 
 def _check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:
     """A config given beside the checkpoint's own must not contradict it: not every key shows in the shapes."""
     table, own = table_for(config), source.config or {}
-    for key in (*table.sizes.values(), *table.must_agree):
+    for key in dict.fromkeys((*map(table.key, table.sizes), *table.must_agree)):
         if key in config and key in own and config[key] != own[key]:
             raise InvalidCheckpoint(
                 f"{file}: {key} is {config[key]!r}, the config that {source.path} itself holds says {own[key]!r}.\n"
@@ -97,30 +105,58 @@ def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     table = table_for(config)
     prefix, bare = _prefix(source, table)
     stored = {name.removeprefix(prefix): meta for name, meta in source.tensors.items() if name.startswith(prefix)}
-    canonical = {(table.outer + name if bare else name): meta for name, meta in stored.items()}
-    heads = frozenset(
-        row.needs for row in table.rows if row.needs and row.name.replace("{weight,bias}", "weight") in canonical
-    )
+    heads = frozenset.union(*table.classes.values())
+    full = table.parameters(config, heads).keys() | table.aliases(config, heads).keys()
+    canonical = {(name if name in full else table.outer + name if bare else name): m for name, m in stored.items()}
+    heads = _heads(table, config, canonical, bare)
     parameters = table.parameters(config, heads)
     for name, parameter in parameters.items():
         if name not in canonical:
+            said = {table.key(axis): config.get(table.key(axis)) for axis in table.depth}
+            said["tie_word_embeddings"] = table.tied(config)
             raise InvalidCheckpoint(
                 f"{source.path}: tensor {prefix}{name} is missing, which the config asks for "
-                f"({table.sizes['layers']}={config.get(table.sizes['layers'])}, "
-                f"tie_word_embeddings={table.tied(config)}).\nIs this the config of this checkpoint?"
+                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\nIs this the config of this checkpoint?"
             )
         if canonical[name].shape != parameter.shape:
             raise InvalidCheckpoint(_shape_error(source, table, config, parameter, canonical[name].shape))
-    strange = [prefix + n for n in canonical if n not in parameters] + [
-        n for n in source.tensors if not n.startswith(prefix)
-    ]
+    copies = {a: k for a, k in table.aliases(config, heads).items() if a in canonical and k in parameters}
+    known = parameters.keys() | copies.keys() | {n for n in canonical if any(fnmatchcase(n, b) for b in _BUFFERS)}
+    strange = [canonical[n].name for n in canonical if n not in known]
+    strange += [n for n in source.tensors if not n.startswith(prefix)]
     if strange:
         raise InvalidCheckpoint(
             f"{source.path}: {len(strange)} tensors are not part of a {table.model_type} of this config, first "
             f"{strange[0]}.\nKnown heads: {', '.join(table.classes)}. Remove other heads before growing, or check the "
             f"config's number of layers and tie_word_embeddings."
         )
+    for absent, kept in copies.items():
+        _check_copy(source, canonical[absent], canonical[kept])
     return CheckpointModel(source, dict(config), table, heads, parameters, prefix, bare)
+
+
+def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare: bool) -> frozenset[str]:
+    """The heads whose tensors are there, and those without own tensors that the class or the outer name tells of."""
+    stored, base = set(stored), table.parameters(config, frozenset()).keys()
+    every = frozenset.union(*table.classes.values())
+    said = [table.classes[c] for c in config.get("architectures") or () if c in table.classes]
+    silent = said[0] if said else frozenset() if bare else every
+    own = {head: table.parameters(config, frozenset({head})).keys() - base for head in every}
+    return frozenset(head for head in every if own[head] & stored or (not own[head] and head in silent))
+
+
+def _check_copy(source: Source, copy: TensorMeta, kept: TensorMeta) -> None:
+    """A stored copy of a tied tensor must be one, or growing the kept tensor alone would lose it."""
+    same, rows = copy.shape == kept.shape, kept.shape[0]
+    step = max(1, _BLOCK // max(1, prod(kept.shape[1:])))
+    for start in range(0, rows if same else 0, step):
+        stop = min(rows, start + step)
+        same = same and source.read(copy.name, "fp32", start, stop).equal(source.read(kept.name, "fp32", start, stop))
+    if not same:
+        raise InvalidCheckpoint(
+            f"{source.path}: {copy.name} differs from {kept.name}, to which this config ties it.\n"
+            f"Set tie_word_embeddings to false in the source's config."
+        )
 
 
 def _prefix(source: Source, table: Table) -> tuple[str, bool]:
@@ -144,9 +180,8 @@ def _shape_error(
     for dim, have, want in zip(axes.parse(parameter.spec), found, parameter.shape, strict=False):
         if have != want:
             named = [a.axis for product in dim for a in product]
-            keys = [f"{table.sizes[a]}={config.get(table.sizes[a])}" for a in named if a in table.sizes]
-            text += (
-                f"\n  axis '{' '.join(named)}': {have} features, expected {want} from {', '.join(keys) or 'the table'}."
-            )
+            of = dict.fromkeys(table.key(a) for a in named if table.follows.get(a, a) in table.sizes)
+            keys = ", ".join(f"{key}={config[key]}" for key in of if key in config)
+            text += f"\n  axis '{' '.join(named)}': {have} features, expected {want} from {keys or 'the table'}."
             break
     return text + "\n  Is this the config of this checkpoint (--source-config)?"
