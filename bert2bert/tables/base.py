@@ -8,6 +8,7 @@ rows do not describe (`UnsupportedGrowth`).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,8 +27,9 @@ _DEPTH = re.compile(r"\{(\w+)\}")
 class Row:
     """One line of a table: name pattern, spec, and when the tensor exists.
 
-    needs: the head it belongs to. tied: only with tied (True) or untied (False) word embeddings. when: a condition on
-    the config, 'key', '!key' or 'key=glob'. only: the range [first, end) of the layers that have it, None = all above.
+    needs: heads that the model must have, or with '!' not have ('decoder !mlm'). tied: only with tied (True) or untied
+    (False) word embeddings. when: a condition on the config, 'key', '!key' or 'key=glob'. only: the range [first, end)
+    of the layers that have it, None = all above.
     """
 
     name: str
@@ -92,13 +94,15 @@ class Table:
     √(target / source).
     units: axes whose features are whole units (heads, neurons) with maps that may differ by layer, except those in
     ``aligned``, which one tensor outside the layers ties together.
-    fixed: axis -> why its size cannot change. must_agree: config keys that a growth cannot change -> their defaults.
+    fixed: axis -> why its size cannot change. must_agree: config keys that a growth cannot change -> their defaults;
+    agree_when: those of them that matter only when one of these conditions on the config holds (as in `Row`).
     requires: config key -> the only value that the rows describe (also its default).
     ties: tensors that are others; tie_default: transformers' default of tie_word_embeddings.
-    stds: row name -> the standard deviation of a fresh weight, as sizes' names to multiply under 1/√; others take the
-    config's initializer_range.
+    stds: the end of a row's name -> the standard deviation of a fresh weight: axes and whole numbers to multiply under
+    1/√, after 'range' if times the config's initializer_range; others take initializer_range, see `std`.
     first_position: positions from which on rows are for tokens (RoBERTa keeps two for padding).
-    kinds: the config key that lists each layer's kind (attention pattern), '' where layers are alike.
+    kinds: the config key that lists each layer's kind (attention pattern), '' where layers are alike; every: the key,
+    and its default, of the period with which full attention comes where that list is absent, 0 = all layers are alike.
     dense: for experts, pattern -> the patterns of the dense model's tensors that make one expert, in storage order;
     dense_types: the dense model types that can be upcycled.
     """
@@ -121,12 +125,14 @@ class Table:
     aligned: frozenset[str] = frozenset()
     fixed: Mapping[str, str] = field(default_factory=dict)
     must_agree: Mapping[str, Any] = field(default_factory=dict)
+    agree_when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     requires: Mapping[str, Any] = field(default_factory=dict)
     ties: tuple[Tie, ...] = ()
     tie_default: bool = True
     stds: Mapping[str, str] = field(default_factory=dict)
     first_position: int = 0
     kinds: str = ""
+    every: tuple[str, int] = ("", 0)
     dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dense_types: tuple[str, ...] = ()
 
@@ -152,10 +158,38 @@ class Table:
         """Whether the decoder is the word embedding."""
         return bool(config.get("tie_word_embeddings", self.tie_default))
 
+    def std(self, pattern: str, config: Mapping[str, Any]) -> float:
+        """The standard deviation with which transformers draws a fresh weight of this row."""
+        sizes, base = self.axis_sizes(config), float(config.get("initializer_range", 0.02))
+        for end, product in self.stds.items():
+            if pattern.endswith(end):
+                terms = product.split()
+                factors = [int(t) if t.isdigit() else sizes[t] for t in terms if t != "range"]
+                scale = base if "range" in terms else float(config.get("initializer_factor", 1.0))
+                return scale / math.sqrt(math.prod(factors))
+        return base
+
+    def settled(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a growth from or to this config cannot change: config key -> its value, or its default."""
+        full = {**self.must_agree, **config}
+        return {
+            key: full[key]
+            for key in self.must_agree
+            if key not in self.agree_when or any(_holds(when, full) for when in self.agree_when[key])
+        }
+
     def layer_kind(self, config: Mapping[str, Any], layer: int) -> str:
-        """The kind of a layer under a config; layers of one kind are interchangeable."""
+        """The kind of a layer under a config; layers of one kind are interchangeable. Raises InvalidConfig."""
         kinds = config.get(self.kinds) if self.kinds else None
-        return str(kinds[layer]) if kinds else ""
+        if kinds is None:
+            every = config.get(self.every[0], self.every[1]) if self.kinds else 0
+            return "" if not every else "sliding_attention" if layer % every else "full_attention"
+        if layer >= len(kinds):
+            raise InvalidConfig(
+                f"model config: {self.kinds} tells the kinds of {len(kinds)} layers, and there is a layer {layer}; "
+                f"list one kind a layer, or leave {self.kinds} out"
+            )
+        return str(kinds[layer])
 
     def parameters(self, config: Mapping[str, Any], heads: frozenset[str]) -> dict[str, Parameter]:
         """Every parameter by its full name, in the order of the table; tied copies are left out."""
@@ -163,7 +197,7 @@ class Table:
         rows = [
             row
             for row in self.rows
-            if (not row.needs or row.needs in heads) and row.tied in (None, tied) and _holds(row.when, config)
+            if _present(row.needs, heads) and row.tied in (None, tied) and _holds(row.when, config)
         ]
         found: dict[str, Parameter] = {}
         for depth, span in groupby(rows, key=lambda row: row.depth):
@@ -177,9 +211,7 @@ class Table:
     def aliases(self, config: Mapping[str, Any], heads: frozenset[str]) -> dict[str, str]:
         """Absent tied name -> kept name, for the heads present."""
         tied = self.tied(config)
-        return {
-            t.absent: t.kept for t in self.ties if (not t.needs or t.needs in heads) and t.tied in (None, tied)
-        }
+        return {t.absent: t.kept for t in self.ties if _present(t.needs, heads) and t.tied in (None, tied)}
 
 
 def _evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
@@ -203,6 +235,10 @@ def _evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, in
         if total is not None:
             return total
     raise InvalidConfig(f"model config: {first} is missing; a positive integer is expected")
+
+
+def _present(needs: str, heads: frozenset[str]) -> bool:
+    return all((head.removeprefix("!") in heads) != head.startswith("!") for head in needs.split())
 
 
 def _holds(when: str, config: Mapping[str, Any]) -> bool:
