@@ -8,8 +8,23 @@ from typing import Any
 from bert2bert.errors import UnsupportedGrowth, did_you_mean
 from bert2bert.tables.base import Parameter, Table
 from bert2bert.tables.bert import BERT
+from bert2bert.tables.gpt2 import GPT2
+from bert2bert.tables.llama import LLAMA, MISTRAL
+from bert2bert.tables.qwen import QWEN2, QWEN3
+from bert2bert.tables.roberta import ROBERTA
 
-TABLES = {table.model_type: table for table in (BERT,)}
+TABLES = {
+    table.model_type: table
+    for table in (
+        BERT,
+        ROBERTA,
+        GPT2,
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+    )
+}
 
 __all__ = ["TABLES", "Parameter", "Table", "table_for"]
 

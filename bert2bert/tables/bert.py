@@ -1,8 +1,7 @@
 """BERT's tensors by axis: the encoder, the pooler, the masked-LM head (tied or not) and the next-sentence head.
 
 Post-LayerNorm: the norms renormalise the residual stream ``embed`` itself, so a width is exact only when every hidden
-feature has equally many copies. ``tau`` and ``rho`` are axes of size one, the softmax temperature and the norms' gain.
-The tied decoder is the word embedding itself, so the last norm before it writes ``~embed``.
+feature has equally many copies. The tied decoder is the word embedding, so the last norm before it writes ``~embed``.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ BERT = Table(
     scales={"tau": "qk"},
     units=("heads", "ffn"),
     must_agree={"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True, "pad_token_id": 0},
+    requires={"is_decoder": False, "add_cross_attention": False},
     rows=(
         Row("bert.embeddings.word_embeddings.weight", "vocab -> embed"),
         Row("bert.embeddings.position_embeddings.weight", "pos -> embed"),

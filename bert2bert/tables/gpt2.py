@@ -1,0 +1,54 @@
+"""GPT-2's tensors by axis: Conv1D layout [in, out], the fused query, key and value, and the head, tied or not.
+
+Pre-LayerNorm: the norms write ``normed``, which the branches read; a tied head reads through the word embedding, so the
+final norm before it writes ``~embed``. Refuses cross-attention, and scores that are not divided by √head size alone.
+"""
+
+from __future__ import annotations
+
+from bert2bert.tables.base import Row, Table, Tie
+
+GPT2 = Table(
+    model_type="gpt2",
+    outer="transformer.",
+    anchor="wte.weight",
+    classes={"GPT2LMHeadModel": frozenset({"mlm"}), "GPT2Model": frozenset()},
+    sizes={
+        "vocab": "vocab_size",
+        "pos": "n_positions",
+        "embed": "n_embd",
+        "heads": "n_head",
+        "qk": "n_embd/heads",
+        "v": "qk",
+        "ffn": "n_inner|n_embd*4",
+        "layers": "n_layer",
+    },
+    constants={"tau": 1, "rho": 1},
+    follows={"normed": "embed"},
+    norm="layer",
+    prenorm=True,
+    eps=("layer_norm_epsilon", 1e-5),
+    scales={"tau": "qk"},
+    units=("heads", "ffn"),
+    must_agree={"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    requires={"add_cross_attention": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    rows=(
+        Row("transformer.wte.weight", "vocab -> embed"),
+        Row("transformer.wpe.weight", "pos -> embed"),
+        Row("transformer.h.{layers}.ln_1.weight", "(rho normed)"),
+        Row("transformer.h.{layers}.ln_1.bias", "normed"),
+        Row("transformer.h.{layers}.attn.c_attn.{weight,bias}", "normed -> (tau heads qk | heads ~qk | heads v)"),
+        Row("transformer.h.{layers}.attn.c_proj.{weight,bias}", "(heads v) -> embed"),
+        Row("transformer.h.{layers}.ln_2.weight", "(rho normed)"),
+        Row("transformer.h.{layers}.ln_2.bias", "normed"),
+        Row("transformer.h.{layers}.mlp.c_fc.{weight,bias}", "normed -> ffn"),
+        Row("transformer.h.{layers}.mlp.c_proj.{weight,bias}", "ffn -> embed"),
+        Row("transformer.ln_f.weight", "(rho ~embed)", tied=True),
+        Row("transformer.ln_f.bias", "~embed", tied=True),
+        Row("transformer.ln_f.weight", "(rho normed)", tied=False),
+        Row("transformer.ln_f.bias", "normed", tied=False),
+        Row("lm_head.weight", "vocab <- normed", needs="mlm", tied=False),
+    ),
+    stds={"c_proj.weight": "range 2 layers"},
+    ties=(Tie("lm_head.weight", "transformer.wte.weight", needs="mlm"),),
+)

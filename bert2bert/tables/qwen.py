@@ -1,0 +1,39 @@
+"""Qwen2 and Qwen3 by axis: Llama's rows with biases on queries, keys and values, or with norms on queries and keys.
+
+Refuses sliding windows, which only some layers would have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bert2bert.tables.base import Row
+from bert2bert.tables.llama import LLAMA
+
+_SHARED = tuple(row for row in LLAMA.rows if row.when != "mlp_bias")
+_FFN = [row.name for row in _SHARED].index("model.layers.{layers}.mlp.gate_proj.weight")
+
+QWEN2 = replace(
+    LLAMA,
+    model_type="qwen2",
+    classes={"Qwen2ForCausalLM": frozenset({"mlm"}), "Qwen2Model": frozenset()},
+    sizes={**LLAMA.sizes, "kv": "num_key_value_heads|32"},
+    requires={"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+    kinds="layer_types",
+    rows=tuple(replace(row, when="") for row in _SHARED if not row.name.endswith("o_proj.bias")),
+)
+
+QWEN3 = replace(
+    LLAMA,
+    model_type="qwen3",
+    classes={"Qwen3ForCausalLM": frozenset({"mlm"}), "Qwen3Model": frozenset()},
+    sizes={**LLAMA.sizes, "kv": "num_key_value_heads|32", "qk": "head_dim|128"},
+    requires={"mlp_bias": False, "use_sliding_window": False},
+    kinds="layer_types",
+    rows=(
+        *_SHARED[:_FFN],
+        Row("model.layers.{layers}.self_attn.q_norm.weight", "qk"),
+        Row("model.layers.{layers}.self_attn.k_norm.weight", "~qk"),
+        *_SHARED[_FFN:],
+    ),
+)

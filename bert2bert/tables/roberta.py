@@ -1,0 +1,44 @@
+"""RoBERTa's tensors by axis: BERT's encoder and pooler under other names, and its own masked-LM head, tied or not.
+
+Positions count from 2, after the padding id 1, so the first two rows of the position embedding are no token's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bert2bert.tables.base import Row, Tie
+from bert2bert.tables.bert import BERT
+
+_LAYERS = tuple(replace(row, name=f"roberta.{row.name.removeprefix('bert.')}") for row in BERT.rows if row.depth)
+
+ROBERTA = replace(
+    BERT,
+    model_type="roberta",
+    outer="roberta.",
+    classes={"RobertaForMaskedLM": frozenset({"mlm"}), "RobertaModel": frozenset({"pooler"})},
+    constants={"tau": 1, "rho": 1},
+    must_agree={"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True},
+    requires={"is_decoder": False, "add_cross_attention": False, "pad_token_id": 1},
+    first_position=2,
+    rows=(
+        Row("roberta.embeddings.word_embeddings.weight", "vocab -> embed"),
+        Row("roberta.embeddings.token_type_embeddings.weight", "types -> embed"),
+        Row("roberta.embeddings.LayerNorm.weight", "(rho embed)"),
+        Row("roberta.embeddings.LayerNorm.bias", "embed"),
+        Row("roberta.embeddings.position_embeddings.weight", "pos -> embed"),
+        *_LAYERS,
+        Row("roberta.pooler.dense.{weight,bias}", "embed <- embed", needs="pooler"),
+        Row("lm_head.bias", "vocab", needs="mlm"),
+        Row("lm_head.dense.{weight,bias}", "embed <- embed", needs="mlm"),
+        Row("lm_head.layer_norm.weight", "(rho ~embed)", needs="mlm", tied=True),
+        Row("lm_head.layer_norm.bias", "~embed", needs="mlm", tied=True),
+        Row("lm_head.layer_norm.weight", "(rho embed)", needs="mlm", tied=False),
+        Row("lm_head.layer_norm.bias", "embed", needs="mlm", tied=False),
+        Row("lm_head.decoder.{weight,bias}", "vocab <- embed", needs="mlm", tied=False),
+    ),
+    ties=(
+        Tie("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight", needs="mlm"),
+        Tie("lm_head.decoder.bias", "lm_head.bias", needs="mlm"),
+    ),
+)
