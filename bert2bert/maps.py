@@ -1,16 +1,17 @@
 """Growth of one axis as a pair of maps (E, L) with L E = I: features spread as x' = E x, readers collect x = L x'.
 
-A `Gather` is such a pair in which every target feature copies at most one source feature, stored as an index and two
-coefficient vectors instead of two matrices. ``~m`` is the axis seen from a reader (spread with L^T, collect with E^T),
-``g @ f`` applies f first, ``a * b`` is the row-major product of two axes and ``a | b`` their concatenation.
+A `Gather` is such a pair in which every target feature copies at most one source feature, or one of a few mixtures of
+source features, stored as an index and two coefficient vectors instead of two matrices. ``~m`` is the axis seen from a
+reader (spread with L^T, collect with E^T), ``a * b`` is the row-major product of two axes and ``a | b`` their
+concatenation.
 
-Refuses: maps in which a target feature mixes several source features (they need matrices, not an index).
+Refuses: products and concatenations of mixtures (ValueError; no operator needs them).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,48 +25,42 @@ Coefficients = NDArray[np.float64]
 class Gather:
     """One axis's (E, L), target x source: E[t, index[t]] = gain[t] and L[index[t], t] = share[t].
 
-    index: [target] source feature, -1 for a target feature that copies none. gain, share: [target], None = all ones.
+    index: [target] source feature, -1 for a target feature that copies none, source + r for row r of ``mix``
+    [rows, source], a mixture of source features. gain, share: [target], None = all ones.
     """
 
     index: Index
     source: int
     gain: Coefficients | None = None
     share: Coefficients | None = None
+    mix: Coefficients | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __invert__(self) -> Gather:
-        return Gather(self.index, self.source, self.share, self.gain)
-
-    def __matmul__(self, first: Gather) -> Gather:
-        if first_len := len(first) - self.source:
-            raise ValueError(f"cannot compose: {len(first)} features given, {self.source} expected ({first_len:+d})")
-        index = np.where(self.index >= 0, first.index[self.index], -1)
-        return Gather(
-            index,
-            first.source,
-            _times(_take(first.gain, self.index), self.gain),
-            _times(_take(first.share, self.index), self.share),
-        )
+        return replace(self, gain=self.share, share=self.gain)
 
     def __mul__(self, other: Gather) -> Gather:
+        alone = (other if self.mix is not None else self) if (self.mix is not None or other.mix is not None) else None
+        if alone is not None and (alone.source, len(alone), alone.mix) != (1, 1, None):
+            raise ValueError("a mixture of features multiplies only with an axis of size one")
         both = (self.index[:, None] >= 0) & (other.index[None, :] >= 0)
         index = np.where(both, self.index[:, None] * other.source + other.index[None, :], -1).reshape(-1)
-        return Gather(index, self.source * other.source, _outer(self, other, "gain"), _outer(self, other, "share"))
+        gain, share = _outer(self, other, "gain"), _outer(self, other, "share")
+        return Gather(index, self.source * other.source, gain, share, other.mix if self.mix is None else self.mix)
 
     def __or__(self, other: Gather) -> Gather:
+        if self.mix is not None or other.mix is not None:
+            raise ValueError("mixtures of features do not concatenate")
         index = np.concatenate([self.index, np.where(other.index >= 0, other.index + self.source, -1)])
         return Gather(index, self.source + other.source, _joined(self, other, "gain"), _joined(self, other, "share"))
-
-    def masked(self, keep: NDArray[np.bool_]) -> Gather:
-        """The same map, silent (-1) on the target features that are not kept."""
-        return Gather(np.where(keep, self.index, -1), self.source, self.gain, self.share)
 
     @cached_property
     def counts(self) -> Index:
         """[source] how many target features copy each source feature."""
-        return np.bincount(self.index[self.index >= 0], minlength=self.source)
+        plain = self.index[(self.index >= 0) & (self.index < self.source)]
+        return np.bincount(plain, minlength=self.source)
 
     @property
     def is_identity(self) -> bool:
@@ -76,29 +71,34 @@ class Gather:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every source feature has the same number of copies, at least one, and no target feature is silent."""
-        return bool((self.index >= 0).all()) and bool((self.counts == self.counts[0]).all()) and self.counts[0] > 0
+        """Whether every source feature has the same number of copies, at least one, and there is nothing else."""
+        plain = bool(((self.index >= 0) & (self.index < self.source)).all())
+        return plain and bool((self.counts == self.counts[0]).all()) and self.counts[0] > 0
 
     @property
     def is_even(self) -> bool:
         """Whether the copies of a feature are collected with equal shares, so that nothing tells them apart."""
         if self.share is None:
             return bool((self.counts <= 1).all())
-        ok = self.index >= 0
+        ok = (self.index >= 0) & (self.index < self.source)
         return bool(np.array_equal(self.share[ok], 1.0 / self.counts[self.index[ok]]))
 
     def dense(self) -> tuple[Coefficients, Coefficients]:
         """E [target, source] and L [source, target] as matrices, for laws and small tests."""
-        spread, collect = np.zeros((len(self), self.source)), np.zeros((self.source, len(self)))
-        t = np.nonzero(self.index >= 0)[0]
-        spread[t, self.index[t]] = _full(self.gain, len(self))[t]
-        collect[self.index[t], t] = _full(self.share, len(self))[t]
-        return spread, collect
+        known = np.eye(self.source) if self.mix is None else np.concatenate([np.eye(self.source), self.mix])
+        rows = np.where((self.index >= 0)[:, None], known[self.index], 0.0)
+        gain, share = (_full(c, len(self))[:, None] for c in (self.gain, self.share))
+        return rows * gain, (rows * share).T
 
 
 def identity(size: int) -> Gather:
     """The map that leaves an axis of this size alone."""
     return Gather(np.arange(size, dtype=np.int64), size)
+
+
+def scalar(factor: float) -> Gather:
+    """The map of an axis of size one that only multiplies: E = [factor], L = [1 / factor]."""
+    return Gather(np.zeros(1, dtype=np.int64), 1, np.array([factor]), np.array([1.0 / factor]))
 
 
 def copies(index: Iterable[int], source: int, weights: Sequence[float] | Coefficients | None = None) -> Gather:
@@ -128,16 +128,6 @@ def corner(source: int, target: int) -> Gather:
 
 def _full(values: Coefficients | None, size: int) -> Coefficients:
     return np.ones(size) if values is None else values
-
-
-def _take(values: Coefficients | None, index: Index) -> Coefficients | None:
-    return None if values is None else values[index]
-
-
-def _times(a: Coefficients | None, b: Coefficients | None) -> Coefficients | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a * b
 
 
 def _outer(a: Gather, b: Gather, name: str) -> Coefficients | None:

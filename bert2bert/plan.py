@@ -1,12 +1,12 @@
 """A growth as data: for every target tensor, which entries of which source tensors it is made of, with what factor.
 
-A `TensorPlan` is a set of `Term`s that fill disjoint parts of the target, over a `Fill` where no term speaks. Each dim
-of a term is an index into the source dim and two coefficient chains, one for parameters and one for gradients; a chain
-holds one vector per growth, so that two growths fused into one plan multiply in the same order as the two run in
-sequence and agree with them bit for bit. A plan narrowed to some rows needs only the source rows that those name.
+A `TensorPlan` is a set of `Term`s over a `Fill`. The terms fill disjoint parts of the target or, with ``sums``, add up.
+Each dim of a term is an index into the source dim and two coefficients a position, one for parameters and one for
+gradients. A plan narrowed to some rows needs only the source rows that those name. A plan may rest on other plans, in
+place of checkpoints: two growths in one pass are the second resting on the first.
 
 Imports no torch: a plan of a model of any size is a few index lists.
-Refuses: to fuse a growth whose first step fills or adds noise (`UnsupportedGrowth`).
+Refuses: a growth that reads tensors which the growth before it does not make (`UnsupportedGrowth`).
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from numpy.typing import NDArray
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.maps import Coefficients, Gather, Index
 
-Chain = tuple[Coefficients, ...]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
 class Dim:
-    """One dim of a term. index: [target] source position, -1 is silent; param, grad: coefficients over [target]."""
+    """One dim of a term. index: [target] source position, -1 is silent, source + r takes row r of ``mix``
+    [rows, source], a mixture of source positions. param, grad: [target] coefficients, None = all ones. new: the source
+    tensor has no such dim; index is then 0 where the term speaks."""
 
     index: Index
-    param: Chain = ()
-    grad: Chain = ()
+    param: Coefficients | None = None
+    grad: Coefficients | None = None
+    mix: Coefficients | None = None
+    new: bool = False
 
     @classmethod
     def of(cls, gather: Gather) -> Dim:
         """The dim of a tensor that writes the axis (pass ``~gather`` for one that reads it)."""
-        return cls(
-            gather.index,
-            () if gather.gain is None else (gather.gain,),
-            () if gather.share is None else (gather.share,),
-        )
+        return cls(gather.index, gather.gain, gather.share, gather.mix)
 
     def __getitem__(self, rows: slice | Index) -> Dim:
-        return Dim(self.index[rows], tuple(c[rows] for c in self.param), tuple(c[rows] for c in self.grad))
+        param, grad = (None if c is None else c[rows] for c in (self.param, self.grad))
+        return Dim(self.index[rows], param, grad, self.mix, self.new)
 
-    def after(self, first: Dim) -> Dim:
-        """This growth of a dim applied to the result of the first."""
-        taken = first[self.index]
-        return Dim(np.where(self.index >= 0, taken.index, -1), taken.param + self.param, taken.grad + self.grad)
+    def where(self, keep: Mask) -> Dim:
+        """The same dim, silent on the positions that are not kept."""
+        return replace(self, index=np.where(keep, self.index, -1))
 
     @property
     def full(self) -> bool:
@@ -58,10 +58,13 @@ class Dim:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """The entries that come from one source tensor: the outer product of the dims' positions that are not silent."""
+    """The entries that come from one source tensor: the outer product of the dims' positions that are not silent.
+
+    origin: which of the checkpoints (or plans) that the growth rests on has the tensor."""
 
     source: str
     dims: tuple[Dim, ...]
+    origin: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,23 @@ class Fill:
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Noise N (I - E L) on the last dim, which reads: it changes no output, whatever N is (N normal, mean 0, std).
-
-    index, share: the map of the last dim; the noises of one feature's copies sum to zero.
-    """
+    """Normal noise of this standard deviation on one dim, which reads: what a copy is given, the next copy of the same
+    feature loses, so that no output changes. sibling: [target positions of the dim] the next copy, round and round."""
 
     std: float
-    index: Index
-    share: Coefficients
+    dim: int
+    sibling: Index
 
 
 @dataclass(frozen=True, eq=False)
 class TensorPlan:
-    """One target tensor. ``row`` is the first target row that a narrowed plan covers; ``fresh`` marks, per dim, the
-    copies whose moments start at zero; ``seed`` drives fill and noise."""
+    """One target tensor.
+
+    sums: terms add up instead of filling disjoint parts. blank: per dim, positions where the fill is zero. fresh: per
+    dim, positions whose moments start at zero; reset: all moments do, and the step count. seed: of fill and noise.
+    row: the first target row that a narrowed plan covers, ``whole`` the plan that it was cut from (kept only where a
+    mixture is computed, in blocks of rows that do not depend on the cut).
+    """
 
     name: str
     spec: str
@@ -95,22 +101,37 @@ class TensorPlan:
     terms: tuple[Term, ...]
     fill: Fill | None = None
     noise: Noise | None = None
-    fresh: tuple[NDArray[np.bool_] | None, ...] = ()
+    blank: tuple[Mask | None, ...] = ()
+    fresh: tuple[Mask | None, ...] = ()
+    sums: bool = False
+    reset: bool = False
     seed: int = 0
     row: int = 0
+    whole: TensorPlan | None = None
 
     def narrow(self, start: int, stop: int) -> TensorPlan:
         """The plan of rows [start, stop) of dim 0. Raises ValueError for rows that the tensor lacks."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise ValueError(f"{self.name}: rows {start}:{stop} of {self.shape[0]}")
         rows = slice(start, stop)
+        blank, fresh = (
+            tuple(m[rows] if i == 0 and m is not None else m for i, m in enumerate(masks))
+            for masks in (self.blank, self.fresh)
+        )
         return replace(
             self,
             shape=(stop - start, *self.shape[1:]),
-            terms=tuple(Term(t.source, (t.dims[0][rows], *t.dims[1:])) for t in self.terms),
-            fresh=tuple(f[rows] if i == 0 and f is not None else f for i, f in enumerate(self.fresh)),
+            terms=tuple(replace(t, dims=(t.dims[0][rows], *t.dims[1:])) for t in self.terms),
+            blank=blank,
+            fresh=fresh,
             row=self.row + start,
+            whole=(self.whole or self) if self.mixes else None,
         )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether some entries mix several source entries."""
+        return any(d.mix is not None for t in self.terms for d in t.dims)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -119,15 +140,16 @@ class TensorPlan:
 
     def parts(self) -> Iterator[bytes]:
         """Everything that determines the result, for a digest."""
-        yield repr((self.name, self.spec, self.shape, self.fill, self.seed, self.row)).encode()
+        flags = (self.name, self.spec, self.shape, self.fill, self.seed, self.row, self.sums, self.reset)
+        yield repr(flags).encode()
         for term in self.terms:
-            yield term.source.encode()
+            yield f"{term.source}/{term.origin}".encode()
             for dim in term.dims:
-                for array in (dim.index, *dim.param, *dim.grad):
-                    yield array.tobytes() + b"|"
+                for array in (dim.index, dim.param, dim.grad, dim.mix):
+                    yield b"-" if array is None else array.tobytes() + b"|"
         if self.noise is not None:
-            yield repr(self.noise.std).encode() + self.noise.index.tobytes() + self.noise.share.tobytes()
-        for mask in self.fresh:
+            yield repr((self.noise.std, self.noise.dim)).encode() + self.noise.sibling.tobytes()
+        for mask in (*self.blank, None, *self.fresh):
             yield b"-" if mask is None else mask.tobytes()
 
 
@@ -143,56 +165,86 @@ class Exactness:
     moments: tuple[str, ...] = ()
     lossy: tuple[str, ...] = ()
 
+    def __add__(self, other: Exactness) -> Exactness:
+        def join(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(dict.fromkeys(a + b))
+
+        return Exactness(
+            join(self.function, other.function), join(self.moments, other.moments), join(self.lossy, other.lossy)
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class GrowthPlan:
     """A whole growth. ``tensors`` in the target model's order, tied copies absent and named in ``aliases``
-    (absent name -> kept name); ``config`` is the target's; ``recipe`` says which operators and seed made it."""
+    (absent name -> kept name); ``config`` is the target's; ``recipe`` says which operators and seed made it;
+    ``moments``: the policy, 'exact', 'carried', 'reset' or 'asymmetric'; ``before``: the plans that it rests on, none
+    where it reads checkpoints."""
 
     tensors: dict[str, TensorPlan]
     config: dict[str, Any]
     aliases: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     exactness: Exactness = field(default_factory=Exactness)
+    moments: str = "exact"
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    before: tuple[GrowthPlan, ...] = ()
+
+    @property
+    def leaves(self) -> int:
+        """How many checkpoints the growth reads."""
+        own = {t.origin for p in self.tensors.values() for t in p.terms}
+        return sum(p.leaves for p in self.before) if self.before else max(own, default=0) + 1
+
+    def roots(self, name: str) -> tuple[tuple[int, str], ...]:
+        """The (checkpoint, tensor) pairs that a target tensor is made of, each once."""
+        found: list[tuple[int, str]] = []
+        starts = np.cumsum([0, *(p.leaves for p in self.before)])
+        for term in self.tensors[name].terms:
+            if not self.before:
+                found.append((term.origin, term.source))
+            else:
+                inner = self.before[term.origin].roots(term.source)
+                found += [(int(starts[term.origin]) + i, source) for i, source in inner]
+        return tuple(dict.fromkeys(found))
 
     def digest(self) -> str:
         """SHA-256 over every index, coefficient and fill: equal digests give equal checkpoints."""
         h = hashlib.sha256()
+        for before in self.before:
+            h.update(before.digest().encode())
         for plan in self.tensors.values():
             for part in plan.parts():
                 h.update(part)
         return h.hexdigest()
 
-    def fuse(self, first: GrowthPlan) -> GrowthPlan:
-        """One plan for ``first`` then this one, bit for bit the same as the two in sequence."""
-        fused = {}
-        for name, plan in self.tensors.items():
-            terms = []
-            for term in plan.terms:
-                inner = first.tensors[term.source]
-                if inner.fill or inner.noise or any(f is not None for f in inner.fresh):
-                    raise UnsupportedGrowth(
-                        f"fusing two growths: the first one fills, adds noise to or resets moments of {inner.name}, "
-                        f"which an index list cannot express.\nRun the two growths one after the other, or put the "
-                        f"symmetry breaker into the second."
-                    )
-                terms += [
-                    Term(t.source, tuple(b.after(a) for a, b in zip(t.dims, term.dims, strict=True)))
-                    for t in inner.terms
-                ]
-            fused[name] = replace(plan, terms=tuple(terms))
-        return replace(
-            self,
-            tensors=fused,
-            recipe={"first": first.recipe, "then": self.recipe},
-            exactness=Exactness(
-                first.exactness.function + self.exactness.function,
-                first.exactness.moments + self.exactness.moments,
-                first.exactness.lossy + self.exactness.lossy,
-            ),
-            warnings=tuple(dict.fromkeys(first.warnings + self.warnings)),
+
+def then(first: GrowthPlan, second: GrowthPlan) -> GrowthPlan:
+    """One plan for ``first`` and then ``second``, bit for bit the same as the two in sequence.
+
+    Raises UnsupportedGrowth when the second does not start from what the first makes.
+    """
+    if second.before:
+        raise UnsupportedGrowth(
+            "a growth that rests on others can only come first in a sequence; compose from the left"
         )
+    for plan in second.tensors.values():
+        for source in plan.sources:
+            if source not in first.tensors:
+                raise UnsupportedGrowth(
+                    f"the second growth reads {source}, which the first does not make; "
+                    f"plan it from the config that the first one grows into"
+                )
+    return replace(
+        second,
+        before=(first,),
+        recipe={"first": first.recipe, "then": second.recipe},
+        exactness=first.exactness + second.exactness,
+        moments=second.moments if first.moments == "exact" else first.moments,
+        warnings=tuple(dict.fromkeys(first.warnings + second.warnings)),
+        notes=tuple(dict.fromkeys(first.notes + second.notes)),
+    )
 
 
 def identity_plan(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> GrowthPlan:

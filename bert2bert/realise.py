@@ -1,7 +1,8 @@
 """Turn a tensor plan into numbers: the only arithmetic on weights in this project.
 
 Works row block by row block: a narrowed plan reads only the source rows it names and gives, bit for bit, the same rows
-as the whole plan. Arithmetic is done in the dtype asked for (float32 by default).
+as the whole plan (mixtures, which are matrix products, are computed in fixed blocks of rows for that). Arithmetic is
+done in the dtype asked for (float32 by default).
 
 Refuses: an unknown state name (KeyError of `states.STATES`).
 """
@@ -9,103 +10,179 @@ Refuses: an unknown state name (KeyError of `states.STATES`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bert2bert.plan import Dim, TensorPlan, Term
+from bert2bert.plan import GrowthPlan, TensorPlan, Term
 from bert2bert.states import STATES, State
 
 Read = Callable[[str, str, int, int], Tensor]
 """(source tensor, state, first row, one past the last row) -> those rows of dim 0."""
 
+_BLOCK = 256  # rows in which mixtures are computed
 
-def realise(plan: TensorPlan, state: str, read: Read, dtype: torch.dtype = torch.float32) -> Tensor:
+
+def values(plan: GrowthPlan, reads: Sequence[Read], dtype: torch.dtype = torch.float32) -> Read:
+    """The grown checkpoint as a reader: rows of any target tensor and state.
+
+    reads: one a checkpoint that the growth starts from (``plan.leaves``). A plan that rests on others computes, row by
+    row, what those would have written.
+    """
+    below: list[Read] = []
+    for before in plan.before:
+        below.append(values(before, reads[: before.leaves], dtype))
+        reads = reads[before.leaves :]
+    sources = below or reads
+
+    def rows(name: str, state: str, start: int, stop: int) -> Tensor:
+        return realise(plan.tensors[name].narrow(start, stop), state, sources, dtype)
+
+    return rows
+
+
+def realise(plan: TensorPlan, state: str, read: Read | Sequence[Read], dtype: torch.dtype = torch.float32) -> Tensor:
     """The tensor (or the rows) that a plan describes, for one state: 'fp32', 'exp_avg' or 'exp_avg_sq'.
 
-    read: gives rows of the source tensors in any floating dtype. Returns a new tensor of ``plan.shape``.
+    read: gives rows of the source tensors in any floating dtype; one for each origin of the plan's terms. Returns a new
+    tensor of ``plan.shape``.
     """
+    reads = (read,) if callable(read) else read
     how = STATES[state]
-    whole = len(plan.terms) == 1 and all(dim.full for dim in plan.terms[0].dims)
-    out = _term(plan.terms[0], how, read, dtype) if whole else _background(plan, how, dtype)
-    if not whole:
+    if plan.reset and how.gradient:
+        return torch.zeros(plan.shape, dtype=dtype)
+    if not plan.mixes:
+        return _rows(plan, how, reads, dtype)
+    whole, first = plan.whole or plan, plan.row - plan.row % _BLOCK
+    blocks = [
+        _rows(whole.narrow(start, min(start + _BLOCK, whole.shape[0])), how, reads, dtype)
+        for start in range(first, plan.row + plan.shape[0], _BLOCK)
+    ]
+    return (
+        torch.cat(blocks)[plan.row - first :][: plan.shape[0]].clone()
+        if blocks
+        else torch.zeros(plan.shape, dtype=dtype)
+    )
+
+
+def _rows(plan: TensorPlan, how: State, reads: Sequence[Read], dtype: torch.dtype) -> Tensor:
+    alone = len(plan.terms) == 1 and not plan.mixes
+    if alone and all(dim.full for dim in plan.terms[0].dims):
+        out = _term(plan.terms[0], how, reads, dtype)
+    else:
+        out = _background(plan, how, dtype)
+        bounded = how.power == 2 and (plan.sums or plan.mixes)
+        weights = torch.zeros(plan.shape, dtype=dtype) if bounded else None
         for term in plan.terms:
             where = [np.nonzero(dim.index >= 0)[0] for dim in term.dims]
             if all(len(w) for w in where):
-                spoken = Term(term.source, tuple(d[w] for d, w in zip(term.dims, where, strict=True)))
-                _place(out, where, _term(spoken, how, read, dtype))
+                spoken = Term(term.source, tuple(d[w] for d, w in zip(term.dims, where, strict=True)), term.origin)
+                _place(out, where, _term(spoken, how, reads, dtype, absolute=bounded), plan.sums)
+                if weights is not None:
+                    _place(weights, where, _weights(spoken, dtype), plan.sums)
+        if weights is not None:  # (sum of c g)^2 is at most (sum of |c|) (sum of |c| g^2), and that where copies agree
+            out *= weights
     if plan.noise is not None and not how.gradient:
-        out += torch.from_numpy(_null_space_noise(plan)).to(dtype)
+        out += torch.from_numpy(_pair_noise(plan)).to(dtype)
     if how.gradient:
-        for d, mask in enumerate(plan.fresh):
-            if mask is not None:
-                out.index_fill_(d, torch.from_numpy(np.nonzero(mask)[0]), 0)
+        _zero(out, plan.fresh)
     return out
 
 
-def _term(term: Term, how: State, read: Read, dtype: torch.dtype) -> Tensor:
-    rows = term.dims[0].index
-    if not rows.size:
+def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, absolute: bool = False) -> Tensor:
+    """The block of a term's spoken positions. absolute: with |c| in place of c^2, for the bound on mixed squares."""
+    old = [d for d, dim in enumerate(term.dims) if not dim.new]
+    rows = term.dims[old[0]]
+    if not all(len(dim.index) for dim in term.dims):
         return torch.zeros([len(d.index) for d in term.dims], dtype=dtype)
-    low = int(rows.min())
-    x = read(term.source, how.name, low, int(rows.max()) + 1)
-    copied = False
+    low = 0 if rows.mix is not None else int(rows.index.min())
+    high = rows.mix.shape[1] if rows.mix is not None else int(rows.index.max()) + 1
+    x = reads[term.origin](term.source, how.name, low, high)
+    copied = x.dtype != dtype
+    x = x.to(dtype)
     for d, dim in enumerate(term.dims):
-        index = dim.index - low if d == 0 else dim.index
+        if dim.new:
+            x = x.unsqueeze(d)
+        index = dim.index - low if d == old[0] else dim.index
+        if dim.mix is not None:
+            matrix = np.abs(dim.mix) if absolute else dim.mix
+            x = torch.cat([x, torch.tensordot(x, torch.from_numpy(matrix).to(x), ([d], [1])).movedim(-1, d)], d)
+            copied = True
         if len(index) != x.shape[d] or not np.array_equal(index, np.arange(len(index))):
             x, copied = x.index_select(d, torch.from_numpy(index)), True
-    copied = copied or x.dtype != dtype
-    x = x.to(dtype)
-    for stage in range(max(len(_chain(dim, how)) for dim in term.dims)):
-        for d, dim in enumerate(term.dims):
-            chain = _chain(dim, how)
-            if stage < len(chain):
-                factor = torch.from_numpy(chain[stage] ** how.power).to(dtype)
-                factor = factor.view([-1 if i == d else 1 for i in range(x.ndim)])
-                x, copied = (x.mul_(factor) if copied else x * factor), True
+    for d, dim in enumerate(term.dims):
+        factor = dim.grad if how.gradient else dim.param
+        if factor is not None:
+            power = np.abs(factor) if absolute else factor**how.power
+            shaped = torch.from_numpy(power).to(dtype).view([-1 if i == d else 1 for i in range(x.ndim)])
+            x, copied = (x.mul_(shaped) if copied else x * shaped), True
     return x if copied else x.clone()
 
 
-def _place(out: Tensor, where: list[NDArray[np.int64]], block: Tensor) -> None:
+def _weights(term: Term, dtype: torch.dtype) -> Tensor:
+    """Per entry of a term, the sum of the absolute coefficients of the gradients it mixes."""
+    out = torch.ones([1] * len(term.dims), dtype=dtype)
+    for d, dim in enumerate(term.dims):
+        weight = np.ones(len(dim.index)) if dim.grad is None else np.abs(dim.grad)
+        if dim.mix is not None:
+            each = np.concatenate([np.ones(dim.mix.shape[1]), np.abs(dim.mix).sum(1)])
+            weight = weight * each[dim.index]
+        out = out * torch.from_numpy(weight).to(dtype).view([-1 if i == d else 1 for i in range(len(term.dims))])
+    return out
+
+
+def _place(out: Tensor, where: list[NDArray[np.int64]], block: Tensor, add: bool) -> None:
     """Write a block at the outer product of positions; positions in one run, the usual case, need no index tensors."""
     if all(w[-1] - w[0] + 1 == len(w) for w in where):
-        out[tuple(slice(int(w[0]), int(w[-1]) + 1) for w in where)] = block
+        view = out[tuple(slice(int(w[0]), int(w[-1]) + 1) for w in where)]
+        view.add_(block) if add else view.copy_(block)
     else:
-        out[torch.meshgrid(*[torch.from_numpy(w) for w in where], indexing="ij")] = block
+        at = torch.meshgrid(*[torch.from_numpy(w) for w in where], indexing="ij")
+        out[at] = out[at] + block if add else block
 
 
-def _chain(dim: Dim, how: State) -> tuple[NDArray[np.float64], ...]:
-    return dim.grad if how.gradient else dim.param
+def _zero(out: Tensor, masks: Sequence[NDArray[np.bool_] | None]) -> None:
+    for d, mask in enumerate(masks):
+        if mask is not None:
+            out.index_fill_(d, torch.from_numpy(np.nonzero(mask)[0]), 0)
 
 
 def _background(plan: TensorPlan, how: State, dtype: torch.dtype) -> Tensor:
     if plan.fill is None or how.gradient or plan.fill.kind == "zeros":
         return torch.zeros(plan.shape, dtype=dtype)
     if plan.fill.kind == "ones":
-        return torch.ones(plan.shape, dtype=dtype)
-    return torch.from_numpy(plan.fill.std * _normal(plan, "fill")).to(dtype)
+        out = torch.ones(plan.shape, dtype=dtype)
+    else:
+        out = torch.from_numpy(plan.fill.std * _normal(plan, "fill", plan.row, plan.row + plan.shape[0])).to(dtype)
+    _zero(out, plan.blank)
+    return out
 
 
-def _null_space_noise(plan: TensorPlan) -> NDArray[np.float64]:
-    """N - N E L over the last dim, so that the noise seen through the copies of any input vanishes."""
+def _pair_noise(plan: TensorPlan) -> NDArray[np.float64]:
+    """Each copy's own noise less its next sibling's: over the copies of a feature it sums to zero."""
     noise = plan.noise
-    if noise is None:
+    if noise is None or not plan.shape[0]:
         return np.zeros(plan.shape)
-    n = noise.std * _normal(plan, "noise")
-    order = np.argsort(noise.index, kind="stable")
-    starts = np.nonzero(np.diff(noise.index[order], prepend=-1))[0]
-    sums = np.add.reduceat(n[..., order], starts, axis=-1)
-    result: NDArray[np.float64] = n - sums[..., noise.index] * noise.share
+    mine = np.arange(plan.row, plan.row + plan.shape[0])
+    if noise.dim:
+        own = _normal(plan, "noise", plan.row, plan.row + plan.shape[0])
+        theirs = own.take(noise.sibling, axis=noise.dim)
+    else:
+        next_rows = noise.sibling[mine]
+        low, high = int(min(mine[0], next_rows.min())), int(max(mine[-1], next_rows.max())) + 1
+        drawn = _normal(plan, "noise", low, high)
+        own, theirs = drawn[mine - low], drawn[next_rows - low]
+    result: NDArray[np.float64] = noise.std / np.sqrt(2.0) * (own - theirs)
     return result
 
 
-def _normal(plan: TensorPlan, purpose: str) -> NDArray[np.float64]:
-    """Standard normal numbers that depend only on (seed, name, purpose, place in the whole tensor): rows are slices."""
+def _normal(plan: TensorPlan, purpose: str, first: int, end: int) -> NDArray[np.float64]:
+    """Standard normal numbers of rows [first, end): they depend only on (seed, name, purpose, place in the tensor)."""
     width = int(np.prod(plan.shape[1:], dtype=np.int64))
-    start, count = plan.row * width, plan.shape[0] * width
+    start, count = first * width, (end - first) * width
     key = hashlib.blake2b(f"{plan.seed}/{purpose}/{plan.name}".encode(), digest_size=16).digest()
     # Philox makes four 64-bit words per counter value: start at the block that holds word `start`.
     bits = np.random.Philox(key=np.frombuffer(key, dtype=np.uint64), counter=[start // 4, 0, 0, 0])
@@ -113,4 +190,4 @@ def _normal(plan: TensorPlan, purpose: str) -> NDArray[np.float64]:
     u = ((words >> np.uint64(32)).astype(np.float64) + 0.5) / 2.0**32
     v = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) / 2.0**32
     normal: NDArray[np.float64] = np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)
-    return normal.reshape(plan.shape)
+    return normal.reshape((end - first, *plan.shape[1:]))

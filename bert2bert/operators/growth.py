@@ -1,31 +1,26 @@
-"""From operators to a plan: apply width and depth maps to every row of a table, and derive what the result keeps.
+"""From operators' names to a plan of a whole growth.
 
-Exactness is computed from the maps, never assumed: copies pass a norm unchanged only when every feature has equally
-many; depth copies, borrowed units and filled entries change the function. Refuses (`UnsupportedGrowth`) what the maps
-cannot express: shrinking, another head size, another vocabulary or number of positions.
+Refuses (`UnsupportedGrowth`) what the maps cannot express, and says what would work: shrinking, another head size where
+an operator copies whole heads, settings that a growth cannot change, sizes that no operator was chosen for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import reduce
-from operator import mul, or_
 from typing import Any
 
-import numpy as np
-
-from bert2bert import axes
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.maps import Gather, copies
-from bert2bert.operators import parse_operator
-from bert2bert.operators.depth import DEPTHS
-from bert2bert.operators.width import WIDTHS, Width
-from bert2bert.plan import Dim, Exactness, Fill, GrowthPlan, Noise, TensorPlan, Term
-from bert2bert.tables import Parameter, Table, table_for
+from bert2bert.operators.builder import Builder
+from bert2bert.operators.exactness import exactness, notes, warnings
+from bert2bert.operators.pair import Layer, Pair, Width
+from bert2bert.operators.registry import OPERATORS, Operator, parse_operator
+from bert2bert.plan import Exactness, GrowthPlan
+from bert2bert.tables import Table, table_for
 
-NOISE_SCALE = 0.1  # of the config's initializer_range; small beside the weights, large beside rounding
-_FIXED = ("vocab", "pos", "types")
+MOMENTS = ("exact", "carried", "reset", "asymmetric")
+# kind of operator -> the axis that it grows
+_EXTRA = {"vocab": "vocab", "positions": "pos", "experts": "experts"}
 
 
 def plan_growth(
@@ -34,275 +29,171 @@ def plan_growth(
     *,
     width: str = "fpi",
     depth: str = "stack",
+    vocab: str | None = None,
+    positions: str | None = None,
+    experts: str | None = None,
     seed: int = 0,
     breaker: str | None = None,
+    moments: str | None = None,
     heads: frozenset[str] | None = None,
 ) -> GrowthPlan:
     """Plan the growth of a model with config ``source`` into one with config ``target``.
 
-    width, depth, breaker: ``NAME[:key=value,…]``. heads: which heads the checkpoint has (default: those of the
-    source's class in ``architectures``). Raises UnsupportedGrowth, InvalidConfig.
+    width, depth, vocab, positions, experts, breaker: ``NAME[:key=value,…]``. moments: a policy in place of the
+    operators' own. heads: which heads the checkpoint has (default: those of the source's class in ``architectures``).
+    Raises UnsupportedGrowth, InvalidConfig.
     """
     if seed < 0:
         raise InvalidConfig(f"--seed is {seed}; expected a whole number of at least 0")
+    if moments is not None and moments not in MOMENTS:
+        raise InvalidConfig(f"--moments is {moments!r}; expected one of {', '.join(MOMENTS)}")
     table = table_for(source)
     if heads is None:
-        heads = table.classes.get((source.get("architectures") or ["BertForMaskedLM"])[0], frozenset({"mlm"}))
-    small, large = _check(table, source, target)
-    name, options = parse_operator(width, "width")
-    operator = WIDTHS[name](small, large, table.units, seed, **options)
-    depth_name, depth_options = parse_operator(depth, "depth")
-    layers = DEPTHS[depth_name](small["layers"], large["layers"], **depth_options)
-    break_name, break_options = parse_operator(breaker, "breaker") if breaker else (None, {})
-    if break_name and name not in ("fpi", "aki"):
-        raise UnsupportedGrowth(
-            f"--break-symmetry {break_name} with --width {name}: {name} makes no copies, so there is no symmetry to "
-            f"break; leave the option out, or use --width fpi or aki"
-        )
-    if break_name == "uneven":
-        operator = _uneven(operator, seed)
-    build = _Builder(table, operator, layers, small, large, float(target.get("initializer_range", 0.02)), seed)
-    originals = table.parameters(source, heads)
+        first = (source.get("architectures") or [None])[0]
+        heads = table.classes.get(first, next(iter(table.classes.values())))
+    extra = {"vocab": vocab, "positions": positions, "experts": experts}
+    operator, options = parse_operator(width, "width")
+    pair = _pair(table, source, target, operator, extra, seed)
+    made: Width = operator.make(pair, **options)
+    for kind, text in extra.items():
+        if text is not None:
+            chosen, chosen_options = parse_operator(text, kind)
+            axis = _EXTRA[kind]
+            made = replace(made, maps={**made.maps, axis: chosen.make(pair, **chosen_options)})
+    layers = _layers(pair, depth)
+    noise = None
+    if breaker:
+        broken, broken_options = parse_operator(breaker, "breaker")
+        if not operator.copies:
+            raise UnsupportedGrowth(
+                f"--break-symmetry {broken.name} with --width {operator.name}: {operator.name} makes no even copies, "
+                f"so there is no symmetry to break; leave the option out, or use --width fpi or aki"
+            )
+        result = broken.make(pair, made, **broken_options)
+        made, noise = (result, None) if isinstance(result, Width) else (made, result)
+    build = Builder(pair, made, layers, table.parameters(source, heads))
     tensors = {p.name: build.tensor(p) for p in table.parameters(target, heads).values()}
-    if break_name == "noise":
-        std = float(break_options.get("scale", NOISE_SCALE)) * build.std
-        tensors = {n: build.with_noise(p, std) for n, p in tensors.items()}
-    if break_name == "fresh-moments":
+    if noise is not None:
+        tensors = {n: build.with_noise(p, noise) for n, p in tensors.items()}
+    kept = exactness(pair, made, layers, build)
+    if noise is not None and pair.grown:
+        reason = "noise makes the readers of copies differ, so the copies' moments are right only in sum"
+        kept = kept + Exactness(moments=(reason,))
+    policy, kept = _policy(moments, operator, made, kept)
+    if policy == "asymmetric":
         tensors = {n: build.with_fresh_moments(p) for n, p in tensors.items()}
-    for plan in tensors.values():
-        for term in plan.terms:
-            if term.source not in originals:
-                raise UnsupportedGrowth(f"{plan.name} would copy {term.source}, which the source model does not have")
+    if policy == "reset":
+        tensors = {n: replace(p, reset=True) for n, p in tensors.items()}
     recipe = {
         "width": width,
         "depth": depth,
+        **{kind: text for kind, text in extra.items() if text is not None},
         "break_symmetry": breaker,
+        "moments": moments,
         "seed": seed,
-        "layers": layers,
+        "layers": {axis: [str(row) for row in rows] for axis, rows in layers.items()},
         "heads": sorted(heads),
-        "axes": {a: [small[a], large[a]] for a in small if small[a] != large[a]},
+        "axes": {a: [pair.small[a], pair.large[a]] for a in pair.small if pair.small[a] != pair.large[a]},
     }
+    config = dict(target)
+    if made.eps != 1.0:
+        config[table.eps[0]] = made.eps * float(source.get(*table.eps))
     return GrowthPlan(
         tensors,
-        dict(target),
+        config,
         table.aliases(target, heads),
         recipe,
-        _exactness(table, operator, layers, small, large, break_name),
-        _warnings(table, operator, small, target, tensors, break_name),
+        kept,
+        policy,
+        warnings(pair, made, build, tensors, breaker, policy),
+        notes(pair, made, build, policy),
     )
 
 
-def _check(table: Table, source: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+def _policy(moments: str | None, operator: Operator, width: Width, kept: Exactness) -> tuple[str, Exactness]:
+    """The moments' policy that holds, and the reasons that it adds."""
+    own = operator.moments if operator.moments != "exact" or not kept.moments else "carried"
+    policy = moments or own
+    if moments == "exact" and kept.moments:
+        raise UnsupportedGrowth(
+            "--moments exact: this growth cannot keep the moments exactly:\n  " + "\n  ".join(kept.moments) + "\n"
+            "Use --moments carried (the same maps, a heuristic), asymmetric (zero for fresh entries) or reset."
+        )
+    if policy == "exact" or (policy == "carried" and kept.moments):
+        return policy, kept
+    reason = {
+        "carried": "",
+        "reset": "every moment and the step count start at zero by choice",
+        "asymmetric": "moments of fresh entries start at zero by choice",
+    }[policy]
+    return (policy, kept + Exactness(moments=(reason,))) if reason else (own, kept)
+
+
+def _layers(pair: Pair, text: str) -> dict[str, list[Layer]]:
+    operator, options = parse_operator(text, "depth")
+    found = {}
+    for axis in pair.table.depth:
+        rows = operator.make(pair, pair.small[axis], pair.large[axis], **options)
+        found[axis] = [row if isinstance(row, Layer) else Layer(row) for row in rows]
+        if len(found[axis]) != pair.large[axis]:
+            raise UnsupportedGrowth(
+                f"--depth {text} makes {len(found[axis])} layers of {pair.small[axis]}; the target config says "
+                f"{pair.table.key(axis)}={pair.large[axis]}: set it to {len(found[axis])}, or use --depth stack"
+            )
+    return found
+
+
+def _pair(
+    table: Table,
+    source: Mapping[str, Any],
+    target: Mapping[str, Any],
+    operator: Operator,
+    extra: Mapping[str, str | None],
+    seed: int,
+) -> Pair:
     if target.get("model_type") != table.model_type:
         raise UnsupportedGrowth(
             f"the source is a {table.model_type!r}, the target config says model_type {target.get('model_type')!r}; "
             f"a growth stays within one architecture"
         )
     small, large = table.axis_sizes(source), table.axis_sizes(target)
-    for axis, key in table.sizes.items():
-        if large[axis] < small[axis]:
+    derived = {axis for axis in ("qk", "v") if table.key(axis) == table.key("embed")}
+    for axis in table.sizes:
+        key = table.key(axis)
+        if large[axis] < small[axis] and axis not in derived:
             raise UnsupportedGrowth(
-                f"target {key}={large[axis]} is smaller than the source's {small[axis]}; "
-                f"a growth cannot shrink: choose a target at least as large on every axis"
+                f"target {key}={target.get(key, large[axis])} is smaller than the source's "
+                f"{source.get(key, small[axis])} (axis {axis}: {large[axis]} of {small[axis]}); a growth "
+                f"cannot shrink: choose a target at least as large on every axis"
             )
-        if axis in _FIXED and large[axis] != small[axis]:
+    for axis, reason in table.fixed.items():
+        if large[axis] != small[axis]:
+            raise UnsupportedGrowth(f"{table.key(axis)} would change from {small[axis]} to {large[axis]}: {reason}")
+    for kind, axis in _EXTRA.items():
+        if axis in table.sizes and large[axis] != small[axis] and extra[kind] is None and operator.name != "random":
             raise UnsupportedGrowth(
-                f"target {key}={large[axis]}, source {small[axis]}: this version does not grow {key}; "
+                f"target {table.key(axis)}={large[axis]}, source {small[axis]}: choose how it grows with --{kind} "
+                f"{' | '.join(OPERATORS[kind])}, or set it to {small[axis]} in the target config"
+            )
+    for axis in ("types", "classes"):
+        if axis in table.sizes and large[axis] != small[axis]:
+            raise UnsupportedGrowth(
+                f"target {table.key(axis)}={large[axis]}, source {small[axis]}: no operator grows it; "
                 f"set it to {small[axis]} in the target config"
             )
-    for axis in table.head_axes[:1]:
-        if large[axis] != small[axis]:
-            raise UnsupportedGrowth(
-                f"the head size would change from {small[axis]} to {large[axis]} "
-                f"(width {large['embed']} over {large['heads']} heads): whole heads are copied.\n"
-                f"Set {table.sizes['heads']}={large['embed'] // small[axis]} in the target config"
-                + ("." if large["embed"] % small[axis] == 0 else f" and a width that {small[axis]} divides.")
-            )
+    if large["qk"] != small["qk"] and not operator.head_size:
+        raise UnsupportedGrowth(
+            f"the head size would change from {small['qk']} to {large['qk']} "
+            f"(width {large['embed']} over {large.get('heads', 0)} heads): --width {operator.name} copies whole "
+            f"heads.\n"
+            f"Set {table.key('heads')}={large['embed'] // small['qk']} in the target config"
+            + ("" if large["embed"] % small["qk"] == 0 else f" and a width that {small['qk']} divides")
+            + ", or use --width hyperclone or gesmundo, which grow heads."
+        )
     for key, default in table.must_agree.items():
         if (a := source.get(key, default)) != (b := target.get(key, default)) and None not in (a, b):
             raise UnsupportedGrowth(
                 f"{key} is {a!r} in the source and {b!r} in the target config; a growth cannot change it: "
                 f"set {key} to {a!r} in the target config"
             )
-    return small, large
-
-
-class _Builder:
-    """Applies the maps of one growth to the rows of a table."""
-
-    def __init__(
-        self,
-        table: Table,
-        width: Width,
-        layers: list[int],
-        small: Mapping[str, int],
-        large: Mapping[str, int],
-        std: float,
-        seed: int,
-    ) -> None:
-        self.table, self.width, self.layers = table, width, layers
-        self.small, self.large, self.std, self.seed = small, large, std, seed
-
-    def tensor(self, p: Parameter) -> TensorPlan:
-        plan = TensorPlan(p.name, p.spec, p.shape, (), seed=self.seed)
-        if self.width.copy:
-            layer = None if p.layer is None else self.layers[p.layer]
-            plan = replace(plan, terms=tuple(self._terms(p, layer)))
-        silent = self.width.name == "direct" and any(not d.full for t in plan.terms for d in t.dims)
-        return replace(plan, fill=_fill(p, self.std)) if silent or not self.width.copy else plan
-
-    def _terms(self, p: Parameter, layer: int | None) -> list[Term]:
-        above = layer if layer is None else min(layer + self.width.borrow, self.small["layers"] - 1)
-        borrowed = self._borrowed_axis(p)
-        if above == layer or borrowed is None:
-            return [self._term(p, layer, layer)]
-        return [self._term(p, layer, layer, borrowed, fresh=False), self._term(p, above, layer, borrowed, fresh=True)]
-
-    def _borrowed_axis(self, p: Parameter) -> str | None:
-        """The grown axis whose fresh entries come from the layer above: a unit axis; for the biases of a layer's two
-        output matrices the hidden one, as the authors' code has it (this alone tells hidden copies apart)."""
-        named = axes.axes_of(p.spec)
-        for axis in self.table.units:
-            if axis in named:
-                return axis if axis in self.width.maps else None
-        if p.layer is not None and p.pattern.endswith("dense.bias") and "embed" in self.width.maps:
-            return "embed"
-        return None
-
-    def _term(
-        self, p: Parameter, source_layer: int | None, map_layer: int | None, only: str = "", fresh: bool = False
-    ) -> Term:
-        def one(atom: axes.Atom) -> Gather:
-            gather = self.width.at(atom.axis, map_layer, self.small[atom.axis])
-            if atom.axis == only:
-                gather = gather.masked((np.arange(len(gather)) >= gather.source) == fresh)
-            return ~gather if atom.reads else gather
-
-        dims = [
-            Dim.of(reduce(or_, [reduce(mul, [one(a) for a in product]) for product in dim]))
-            for dim in axes.parse(p.spec)
-        ]
-        pattern = p.pattern if source_layer is None else p.pattern.replace("{layers}", str(source_layer))
-        return Term(pattern, tuple(dims))
-
-    def with_noise(self, plan: TensorPlan, std: float) -> TensorPlan:
-        """Null-space noise on the weight matrices that read a copied axis in their last dim (HyperCloning's pairs)."""
-        last = axes.parse(plan.spec)[-1]
-        if len(plan.shape) < 2 or not all(a.reads for product in last for a in product):
-            return plan
-        dim = plan.terms[0].dims[-1]
-        if not dim.param or not dim.full:  # nothing copied, or borrowed units, which are no copies
-            return plan
-        return replace(plan, noise=Noise(std, dim.index, dim.param[0]))
-
-    def with_fresh_moments(self, plan: TensorPlan) -> TensorPlan:
-        """Zero the moments of every copy but the first (SPARKLING's asymmetric reset)."""
-        masks = []
-        for dim in axes.parse(plan.spec):
-            parts = []
-            for product in dim:
-                fresh = np.zeros(1, dtype=bool)
-                for atom in product:
-                    mine = np.arange(self.large[atom.axis]) >= self.small[atom.axis]
-                    fresh = (fresh[:, None] | mine[None, :]).reshape(-1)
-                parts.append(fresh)
-            mask = np.concatenate(parts)
-            masks.append(mask if mask.any() else None)
-        return replace(plan, fresh=tuple(masks))
-
-
-def _fill(p: Parameter, std: float) -> Fill:
-    """The initialisation of training from scratch: norm gains one, biases zero, weights normal."""
-    if p.name.endswith("bias"):
-        return Fill("zeros")
-    return Fill("ones") if "LayerNorm" in p.name else Fill("normal", std)
-
-
-def _uneven(width: Width, seed: int) -> Width:
-    """The same copies with unequal shares (another left inverse, as LEMON takes): still exact, no longer symmetric."""
-
-    def other(axis: str, i: int, gather: Gather) -> Gather:
-        rng = np.random.default_rng((seed, 1, i, len(axis)))
-        return copies(gather.index, gather.source, rng.uniform(0.5, 1.5, len(gather)))
-
-    maps = {
-        axis: other(axis, 0, m) if isinstance(m, Gather) else tuple(other(axis, i, g) for i, g in enumerate(m))
-        for axis, m in width.maps.items()
-    }
-    return replace(width, maps=maps)
-
-
-def _exactness(
-    table: Table,
-    width: Width,
-    layers: list[int],
-    small: Mapping[str, int],
-    large: Mapping[str, int],
-    breaker: str | None,
-) -> Exactness:
-    function, moments, lossy = [], [], []
-    grown = [axis for axis in small if small[axis] != large[axis] and axis not in ("layers", *table.head_axes)]
-    if not width.copy:
-        return Exactness(("nothing of the source is copied",), ("moments start at zero",))
-    if width.name == "direct" and grown:
-        function.append(f"direct: entries outside the source's corner are drawn at random on {', '.join(grown)}")
-        moments.append("moments outside the source's corner start at zero")
-    elif width.borrow and (units := [a for a in (*table.units, "embed") if a in grown]) and small["layers"] > 1:
-        function.append(f"aki: fresh features on {', '.join(units)} come from the layer above")
-        moments.append("borrowed units carry the moments of the layer they come from")
-    for axis in sorted(table.normalised & set(grown)):
-        gather = width.at(axis, 0, small[axis])
-        if width.name != "direct" and not gather.is_uniform:
-            low, high = int(gather.counts.min()), int(gather.counts.max())
-            lossy.append(
-                f"{axis} {small[axis]} -> {large[axis]}: features have {low} to {high} copies, and a norm keeps copies "
-                f"only when all have equally many"
-            )
-        elif width.name != "direct" and not gather.is_even:
-            moments.append(f"{axis} is normalised and its copies have uneven shares")
-    function += lossy
-    if layers != list(range(small["layers"])):
-        function.append(f"depth {small['layers']} -> {large['layers']}: stacked layers change the function")
-    if function and not moments:
-        moments.append("the function changes, so moments are carried over by the same maps, a heuristic")
-    if breaker == "noise" and grown:
-        moments.append("noise makes the readers of copies differ, so the copies' moments are right only in sum")
-    if breaker == "fresh-moments" and grown:
-        moments.append("moments of fresh copies start at zero by choice")
-    return Exactness(tuple(function), tuple(moments), tuple(lossy))
-
-
-def _warnings(
-    table: Table,
-    width: Width,
-    small: Mapping[str, int],
-    target: Mapping[str, Any],
-    tensors: Mapping[str, TensorPlan],
-    breaker: str | None,
-) -> tuple[str, ...]:
-    found = []
-    even = [
-        axis
-        for axis, maps in width.maps.items()
-        if any(g.is_even and (g.counts > 1).any() for g in ([maps] if isinstance(maps, Gather) else maps))
-    ]
-    # Borrowing tells copies apart, hidden ones by the biases, but the top layer has none above it to borrow from.
-    borrowed = width.borrow and small["layers"] > 1
-    locked = [axis for axis in even if axis in table.units] if borrowed else even
-    if locked and breaker is None:
-        dropout = any(float(target.get(key) or 0) for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"))
-        where = " in the source's top layer, which has none above it to borrow from," if borrowed else ""
-        found.append(
-            f"copies on {', '.join(locked)}{where} are even and carry exactly mapped moments: without dropout they "
-            f"stay identical for ever and that added width learns nothing. "
-            + ("The target config has dropout, which tells them apart slowly. " if dropout else "")
-            + "To break the symmetry: "
-            + ("" if borrowed else "--width aki, or ")
-            + "--break-symmetry noise | uneven | fresh-moments."
-        )
-    if any(plan.fill and plan.terms for plan in tensors.values()) or breaker == "fresh-moments":
-        found.append(
-            "entries with zeroed moments keep the step count, so their first Adam update is (1-beta1)/sqrt(1-beta2) "
-            "times the learning rate: 3.16x for betas (0.9, 0.999), 0.71x for (0.9, 0.98). Warm the rate up again."
-        )
-    return tuple(found)
+    return Pair(table, source, target, small, large, seed)

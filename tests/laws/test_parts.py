@@ -7,11 +7,13 @@ import pytest
 
 from bert2bert import axes
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.maps import Gather, copies, corner, identity
+from bert2bert.maps import Gather, copies, corner, identity, scalar
 from bert2bert.operators.depth import stack
 from bert2bert.operators.growth import plan_growth
+from bert2bert.operators.pair import Pair
 from bert2bert.operators.width import fpi
-from bert2bert.plan import identity_plan
+from bert2bert.plan import identity_plan, then
+from bert2bert.tables import table_for
 from tests.tiny import bert_config
 
 
@@ -31,16 +33,15 @@ def test_notation() -> None:
             axes.parse(bad)
 
 
-def test_maps_are_left_inverses_and_compose_as_matrices() -> None:
+def test_maps_are_left_inverses() -> None:
     rng = np.random.default_rng(0)
     a = copies([0, 1, 2, 2, 0, 0], 3)
     b = copies([0, 1, 2, 3, 4, 5, 1, 1], 6, rng.uniform(0.5, 1.5, 8))
-    for m in (a, b, b @ a, identity(4), a * identity(2), a | b):
+    for m in (a, b, identity(4), a * identity(2), a | b, scalar(3.0)):
         spread, collect = m.dense()
         assert np.allclose(collect @ spread, np.eye(m.source))
     ea, la = a.dense()
     eb, lb = b.dense()
-    assert np.allclose((b @ a).dense()[0], eb @ ea) and np.allclose((b @ a).dense()[1], la @ lb)
     assert np.allclose((a * b).dense()[0], np.kron(ea, eb)) and np.allclose((a * b).dense()[1], np.kron(la, lb))
     assert np.allclose((~a).dense()[0], la.T) and np.allclose((~a).dense()[1], ea.T)
     assert (a | b).dense()[0].shape == (14, 9)
@@ -49,16 +50,25 @@ def test_maps_are_left_inverses_and_compose_as_matrices() -> None:
     assert corner(2, 4).index.tolist() == [0, 1, -1, -1]
     with pytest.raises(ValueError, match="needs a copy"):
         copies([0, 0], 2)
-    with pytest.raises(ValueError, match="compose"):
-        _ = a @ b
 
 
-def test_masked_maps_compose_and_multiply() -> None:
-    half = copies([0, 1, 0, 1], 2).masked(np.array([True, True, False, False]))
-    assert half.index.tolist() == [0, 1, -1, -1]
+def test_silent_maps_multiply() -> None:
+    half = Gather(np.array([0, 1, -1, -1]), 2)
     assert (half * identity(2)).index.tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
-    assert (copies([0, 1, 2, 3, 2], 4) @ half).index.tolist() == [0, 1, -1, -1, -1]
-    assert isinstance(half, Gather)
+    assert (half | half).index.tolist() == [0, 1, -1, -1, 2, 3, -1, -1]
+
+
+def test_mixtures_are_rows_beyond_the_source() -> None:
+    mean = Gather(np.array([0, 1, 2]), 2, share=np.array([1.0, 1.0, 0.0]), mix=np.full((1, 2), 0.5))
+    spread, collect = mean.dense()
+    assert spread.tolist() == [[1, 0], [0, 1], [0.5, 0.5]] and np.allclose(collect @ spread, np.eye(2))
+    assert not mean.is_uniform and mean.counts.tolist() == [1, 1]
+    doubled = scalar(2.0) * mean
+    assert np.allclose(doubled.dense()[0], 2 * spread) and np.allclose(doubled.dense()[1], collect / 2)
+    with pytest.raises(ValueError, match="size one"):
+        _ = mean * identity(2)
+    with pytest.raises(ValueError, match="concatenate"):
+        _ = mean | identity(2)
 
 
 @pytest.mark.parametrize(
@@ -71,16 +81,21 @@ def test_masked_maps_compose_and_multiply() -> None:
     ],
 )
 def test_stack_with_the_papers_remainder(source: int, target: int, expected: list[int]) -> None:
-    assert stack(source, target) == expected
+    pair = _pair(bert_config(layers=source), bert_config(layers=target))
+    assert stack(pair, source, target) == expected
+
+
+def _pair(small: dict, large: dict, seed: int = 0) -> Pair:
+    table = table_for(small)
+    return Pair(table, small, large, table.axis_sizes(small), table.axis_sizes(large), seed)
 
 
 def test_choices() -> None:
-    small = {"embed": 8, "layers": 2, "ffn": 5, "heads": 2}
-    large = small | {"embed": 20, "ffn": 9}
+    small, large = bert_config(8, 2, 5, layers=2), bert_config(20, 5, 9, layers=2)
     for choice in ("balanced", "random", "left"):
-        width = fpi(small, large, ("heads", "ffn"), seed=3, choice=choice)
-        again = fpi(small, large, ("heads", "ffn"), seed=3, choice=choice)
-        other = fpi(small, large, ("heads", "ffn"), seed=4, choice=choice)
+        width = fpi(_pair(small, large, 3), choice=choice)
+        again = fpi(_pair(small, large, 3), choice=choice)
+        other = fpi(_pair(small, large, 4), choice=choice)
         m = width.maps["embed"]
         assert isinstance(m, Gather) and m.index[:8].tolist() == list(range(8)) and len(m) == 20
         assert np.array_equal(m.index, again.maps["embed"].index)
@@ -88,7 +103,7 @@ def test_choices() -> None:
         assert same == (choice == "left")
         if choice != "random":
             assert set(m.counts.tolist()) == {2, 3}
-        assert len(width.maps["ffn"]) == 2 and "heads" not in width.maps
+        assert len(width.maps["ffn"]) == 2 and len(width.maps["heads"]) == 2 and "qk" not in width.maps
     assert m.index.tolist() == [*range(8), *range(8), 0, 1, 2, 3]
 
 
@@ -102,7 +117,7 @@ REFUSALS = [
     (dict(hidden=16, heads=4), {"width": "fpo"}, "did you mean 'fpi'"),
     (dict(hidden=16, heads=4), {"depth": "stak"}, "did you mean 'stack'"),
     (dict(hidden=16, heads=4), {"breaker": "noize"}, "did you mean 'noise'"),
-    (dict(hidden=16, heads=4), {"width": "direct", "breaker": "noise"}, "makes no copies"),
+    (dict(hidden=16, heads=4), {"width": "direct", "breaker": "noise"}, "makes no even copies"),
 ]
 
 
@@ -158,25 +173,28 @@ def test_digest_tells_plans_apart() -> None:
 
 def test_warnings_name_the_breakers_and_the_first_step() -> None:
     small, large = bert_config(), bert_config(16, 4, 24)
-    assert "--break-symmetry noise | uneven | fresh-moments" in plan_growth(small, large).warnings[0]
+    assert "--break-symmetry noise | uneven, or --moments asymmetric" in plan_growth(small, large).warnings[0]
     assert "dropout, which" in plan_growth(small, large | {"hidden_dropout_prob": 0.1}).warnings[0]
     (warning,) = plan_growth(small, large, width="aki").warnings
     assert "copies on heads, ffn in the source's top layer" in warning and "--width aki" not in warning
     assert plan_growth(small, large, width="aki", breaker="noise").warnings == ()
     one = plan_growth(bert_config(layers=1), bert_config(16, 4, 24, layers=1), width="aki")
     assert "copies on embed, heads, ffn are even" in one.warnings[0]  # a single layer borrows nothing
-    for how in (dict(width="direct"), dict(breaker="fresh-moments")):
+    for how in (dict(width="direct"), dict(moments="asymmetric")):
         assert any("3.16x" in w for w in plan_growth(small, large, **how).warnings)
     assert plan_growth(small, large, width="random").warnings == ()  # a fresh optimizer at step 0
 
 
-def test_fusing_after_a_fill_is_refused() -> None:
-    a, b, c = bert_config(), bert_config(16, 4, 24), bert_config(32, 8, 48)
-    with pytest.raises(UnsupportedGrowth, match="fusing two growths"):
-        plan_growth(b, c).fuse(plan_growth(a, b, width="direct"))
-    with pytest.raises(UnsupportedGrowth, match="fusing two growths"):
-        plan_growth(b, c).fuse(plan_growth(a, b, breaker="noise"))
-    assert plan_growth(b, c, breaker="noise").fuse(plan_growth(a, b)).tensors
+def test_growths_compose_from_the_left_and_must_fit() -> None:
+    a, b, c = bert_config(), bert_config(16, 4, 24, layers=5), bert_config(32, 8, 48, layers=5)
+    one, two = plan_growth(a, b), plan_growth(b, c)
+    both = then(one, two)
+    assert both.recipe == {"first": one.recipe, "then": two.recipe} and both.before == (one,)
+    assert both.exactness.function == one.exactness.function and not two.exactness.function
+    with pytest.raises(UnsupportedGrowth, match=r"layer\.3.*which the first does not make"):
+        then(plan_growth(a, a), two)
+    with pytest.raises(UnsupportedGrowth, match="compose from the left"):
+        then(one, both)
 
 
 def test_identity_plan_has_the_shapes() -> None:

@@ -1,0 +1,210 @@
+"""From what the operators decide to tensor plans: applies width and depth maps to every row of a table.
+
+Refuses (`UnsupportedGrowth`) a growth that would copy a tensor which the source model does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from math import prod, sqrt
+from operator import mul, or_
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bert2bert import axes
+from bert2bert.errors import UnsupportedGrowth
+from bert2bert.maps import Gather, identity, scalar
+from bert2bert.operators.pair import Layer, Pair, Width
+from bert2bert.plan import Dim, Fill, Noise, TensorPlan, Term
+from bert2bert.tables import Parameter
+
+Mask = NDArray[np.bool_]
+
+
+class Builder:
+    """Applies one growth to the rows of a table. layers: depth axis -> where each target layer comes from."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        width: Width,
+        layers: Mapping[str, Sequence[Layer]],
+        originals: Mapping[str, Parameter],
+    ) -> None:
+        self.pair, self.width, self.layers, self.originals = pair, width, layers, originals
+        self.table, self.small, self.large = pair.table, pair.small, pair.large
+        self.patterns = {p.pattern for p in originals.values()}
+        rows = [r for r in self.table.rows if r.depth and r.name.endswith("{weight,bias}")]
+        writers = [r for r in rows if any(a.axis == "embed" and not a.reads for a in _atoms(r.spec))]
+        self.output_biases = {r.name.replace("{weight,bias}", "bias") for r in writers}
+
+    def tensor(self, p: Parameter) -> TensorPlan:
+        """The plan of one target tensor."""
+        plan = TensorPlan(p.name, p.spec, p.shape, (), seed=self.pair.seed)
+        layer = self.layers[p.depth][p.layer] if p.layer is not None else Layer(None)
+        if not self.width.copy or (p.layer is not None and layer.source is None):
+            return replace(plan, fill=self._fill(p))
+        source = p.at(layer.source)
+        if source not in self.originals:
+            if p.pattern in self.patterns:  # a layer that lacks it, as ModernBERT's first lacks a norm
+                return replace(plan, fill=self._fill(p))
+            raise UnsupportedGrowth(f"{p.name} would copy {source}, which the source model does not have")
+        if layer.identity:
+            plan = replace(plan, fresh=(np.ones(p.shape[0], dtype=bool),))
+            if self._writes_residual(p):
+                return replace(plan, fill=Fill("zeros"))
+        terms = tuple(self._blocks(p, layer.source) if self.width.blocks else self._terms(p, layer.source))
+        plan = replace(plan, terms=terms)
+        if self.width.kept:
+            kept = [replace(t, dims=tuple(replace(d, grad=None) for d in t.dims)) for t in terms]
+            plan = replace(self.with_fresh_moments(plan), terms=tuple(kept))
+        if len(terms) == 1 and not all(d.full for d in terms[0].dims):
+            plan = replace(plan, fill=self._fill(p), blank=self._blank(p, layer.source))
+        return plan
+
+    def map(self, axis: str, layer: int | None) -> Gather:
+        """The map of an axis in a source layer. Raises UnsupportedGrowth where a grown axis has none."""
+        found = self.width.maps.get(axis)
+        if found is None:
+            if axis in self.table.follows:
+                return self.map(self.table.follows[axis], layer)
+            if (of := self.table.scales.get(axis)) and self.small[of] != self.large[of]:
+                return scalar(sqrt(self.large[of] / self.small[of]))
+            if self.small[axis] != self.large[axis]:
+                raise UnsupportedGrowth(f"--width {self.width.name} cannot grow the axis {axis}")
+            return identity(self.small[axis])
+        return found if isinstance(found, Gather) else found[layer or 0]
+
+    def gathers(self, p: Parameter, layer: int | None) -> list[Gather]:
+        """One map a dim of a tensor, as it is applied to a parameter."""
+
+        def one(atom: axes.Atom) -> Gather:
+            gather = self.map(atom.axis, layer)
+            return ~gather if atom.reads else gather
+
+        return [reduce(or_, [reduce(mul, [one(a) for a in product]) for product in dim]) for dim in axes.parse(p.spec)]
+
+    def with_noise(self, plan: TensorPlan, scale: float) -> TensorPlan:
+        """Null-space noise on a weight that reads copied features (HyperCloning's pairs)."""
+        if len(plan.shape) < 2 or not plan.terms:
+            return plan
+        for d, (spec, dim) in enumerate(zip(axes.parse(plan.spec), plan.terms[0].dims, strict=True)):
+            reads = all(a.reads for product in spec for a in product)
+            if not reads or dim.param is None or dim.grad is not None or not dim.full or dim.mix is not None:
+                continue  # nothing copied, or borrowed units, which are no copies
+            order = np.argsort(dim.index, kind="stable")
+            first = np.diff(dim.index[order], prepend=-1) != 0
+            starts = np.nonzero(first)[0]
+            after = np.append(np.arange(1, len(order)), 0)
+            ends = np.append(starts[1:], len(order)) - 1
+            after[ends] = starts
+            sibling = np.empty_like(order)
+            sibling[order] = order[after]
+            return replace(plan, noise=Noise(scale * self._std(plan.name, ""), d, sibling))
+        return plan
+
+    def with_fresh_moments(self, plan: TensorPlan) -> TensorPlan:
+        """Zero the moments of every entry that the source does not have (SPARKLING's asymmetric reset)."""
+        if plan.fresh:
+            return plan
+
+        def fresh(atom: axes.Atom) -> Mask:
+            return np.arange(self.large[atom.axis]) >= self.small[atom.axis]
+
+        masks = self._masks(plan.spec, fresh)
+        return replace(plan, fresh=tuple(m if m.any() else None for m in masks))
+
+    def _terms(self, p: Parameter, layer: int | None) -> list[Term]:
+        dims = [Dim.of(g) for g in self.gathers(p, layer)]
+        above = layer
+        if layer is not None and self.width.borrow:
+            above = min(max(layer + self.width.borrow, 0), self.small[p.depth] - 1)
+        borrowed = self._borrowed(p)
+        if above == layer or borrowed is None or p.at(above) not in self.originals:
+            return [Term(p.at(layer), tuple(dims))]
+        d, fresh = borrowed
+        own = tuple(dim.where(~fresh) if i == d else dim for i, dim in enumerate(dims))
+        taken = tuple(dim.where(fresh) if i == d else dim for i, dim in enumerate(dims))
+        return [Term(p.at(layer), own), Term(p.at(above), taken)]
+
+    def _borrowed(self, p: Parameter) -> tuple[int, Mask] | None:
+        """The dim whose fresh entries come from another layer, and which those are: fresh units; for the biases of a
+        layer's residual writers the hidden entries, as bert2BERT's authors' code has it (this alone tells hidden copies
+        apart)."""
+        units = {a for a in self.table.units if a in self.width.maps}
+        if p.pattern in self.output_biases and "embed" in self.width.maps:
+            units = {"embed"}
+
+        def fresh(atom: axes.Atom) -> Mask:
+            return (np.arange(self.large[atom.axis]) >= self.small[atom.axis]) & (atom.axis in units)
+
+        for d, mask in enumerate(self._masks(p.spec, fresh)):
+            if mask.any():
+                return d, mask
+        return None
+
+    def _blocks(self, p: Parameter, layer: int | None) -> list[Term]:
+        """Block-diagonal weights; the gradients of all blocks are those of even copies, also off the diagonal."""
+        dims, name = [Dim.of(g) for g in self.gathers(p, layer)], p.at(layer)
+        copied = [d for d, dim in enumerate(dims) if len(np.unique(dim.index)) < len(dim.index)]
+        if len(copied) < 2:
+            return [Term(name, tuple(dims))]
+        ranks = {d: _ranks(dims[d].index) for d in copied}
+        terms = []
+        for block in range(self.width.blocks):
+            for on in (True, False):
+                cut = list(dims)
+                write, read = copied
+                for d in copied:
+                    mask = ranks[d] == block
+                    keep = mask if on or d == write else ~mask
+                    param = np.full(len(mask), float(on)) if d == read else dims[d].param
+                    cut[d] = replace(dims[d], param=param).where(keep)
+                terms.append(Term(name, tuple(cut)))
+        return terms
+
+    def _masks(self, spec: str, one: Callable[[axes.Atom], Mask]) -> list[Mask]:
+        """Per dim, where any atom of a product says so."""
+
+        def either(a: Mask, b: Mask) -> Mask:
+            joined: Mask = (a[:, None] | b[None, :]).reshape(-1)
+            return joined
+
+        return [np.concatenate([reduce(either, map(one, product)) for product in dim]) for dim in axes.parse(spec)]
+
+    def _blank(self, p: Parameter, layer: int | None) -> tuple[Mask | None, ...]:
+        def blank(atom: axes.Atom) -> Mask:
+            return (self.map(atom.axis, layer).index < 0) & (("~" * atom.reads + atom.axis) in self.width.blank)
+
+        return tuple(m if m.any() else None for m in self._masks(p.spec, blank))
+
+    def _writes_residual(self, p: Parameter) -> bool:
+        return p.layer is not None and any(a.axis == "embed" and not a.reads for a in _atoms(p.spec))
+
+    def _fill(self, p: Parameter) -> Fill:
+        """The initialisation of training from scratch: norm gains one, biases zero, weights normal."""
+        if any(a.axis == "rho" for a in _atoms(p.spec)):
+            return Fill("ones")
+        return Fill("zeros") if p.name.endswith("bias") else Fill("normal", self._std(p.name, p.pattern))
+
+    def _std(self, name: str, pattern: str) -> float:
+        config = self.pair.target
+        if sizes := self.table.stds.get(pattern):
+            return float(config.get("initializer_factor", 1.0)) / sqrt(prod(self.large[a] for a in sizes.split("*")))
+        return float(config.get("initializer_range", 0.02))
+
+
+def _atoms(spec: str) -> list[axes.Atom]:
+    return [atom for dim in axes.parse(spec) for product in dim for atom in product]
+
+
+def _ranks(index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of every position, how many before it copy the same source position."""
+    order = np.argsort(index, kind="stable")
+    starts = np.nonzero(np.diff(index[order], prepend=-1))[0]
+    ranks = np.empty_like(index)
+    ranks[order] = np.arange(len(index)) - np.repeat(starts, np.diff(np.append(starts, len(index))))
+    return ranks

@@ -1,0 +1,122 @@
+"""What a growth keeps, and what has to be said about it: derived from its maps, never assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bert2bert.maps import Gather
+from bert2bert.operators.builder import Builder
+from bert2bert.operators.pair import Layer, Pair, Width
+from bert2bert.plan import Exactness, TensorPlan
+
+
+def exactness(pair: Pair, width: Width, layers: Mapping[str, Sequence[Layer]], build: Builder) -> Exactness:
+    """The reasons why function and moments change: none for an exact growth."""
+    if not width.copy:
+        return Exactness(("nothing of the source is copied",), ("moments start at zero",))
+    function, moments, lossy = list(width.function), list(width.moments), []
+    for axis in sorted(pair.table.normalised & set(pair.grown)):
+        gather = build.map(axis, 0)
+        if width.averaged:
+            continue
+        if not gather.is_uniform:
+            low, high = int(gather.counts.min()), int(gather.counts.max())
+            lossy.append(
+                f"{axis} {pair.small[axis]} -> {pair.large[axis]}: features have {low} to {high} copies, and a norm "
+                f"keeps copies only when all have equally many"
+            )
+        elif not gather.is_even:
+            moments.append(f"{axis} is normalised and its copies have uneven shares")
+    function += lossy
+    for axis, rows in layers.items():
+        function += _depth(pair, axis, rows)
+        if any(row.identity for row in rows):
+            moments.append(f"{axis}: the moments of inserted layers start at zero")
+    if function and not moments:
+        moments.append("the function changes, so moments are carried over by the same maps, a heuristic")
+    return Exactness(tuple(function), tuple(moments), tuple(lossy))
+
+
+def _depth(pair: Pair, axis: str, rows: Sequence[Layer]) -> list[str]:
+    small, large = pair.small[axis], pair.large[axis]
+    kept = [row.source for row in rows if not row.identity]
+    change = f"{'depth' if axis == 'layers' else axis} {small} -> {large}"
+    if kept != list(range(small)):
+        drawn = sum(row.source is None for row in rows)
+        return [
+            f"{change}: " + (f"{drawn} layers are drawn at random" if drawn else "stacked layers change the function")
+        ]
+    if len(rows) > small and not pair.table.prenorm:
+        return [
+            f"{change}: inserted layers still normalise, so they are no identity where norms follow the residual sum"
+        ]
+    kinds = [(pair.table.layer_kind(pair.source, r.source), pair.table.layer_kind(pair.target, i))
+             for i, r in enumerate(rows) if not r.identity and r.source is not None]  # fmt: skip
+    if any(a != b for a, b in kinds):
+        return [f"{change}: layers of one attention pattern ({pair.table.kinds}) take the place of another's"]
+    return []
+
+
+def warnings(
+    pair: Pair,
+    width: Width,
+    build: Builder,
+    tensors: Mapping[str, TensorPlan],
+    breaker: str | None,
+    moments: str,
+) -> tuple[str, ...]:
+    """What a user must know before training goes on: locked copies, zeroed moments."""
+    found = []
+    even = [
+        axis
+        for axis, maps in width.maps.items()
+        if any(g.is_even and (g.counts > 1).any() for g in ([maps] if isinstance(maps, Gather) else maps))
+        and axis in pair.grown
+    ]
+    # Borrowing tells copies apart, hidden ones by the biases, but the last layer has none beyond it to borrow from.
+    borrowed = bool(width.borrow) and pair.layers > 1
+    biased = borrowed and bool(build.output_biases & build.patterns)
+    locked = [axis for axis in even if axis in pair.table.units or not biased] if borrowed else even
+    if locked and breaker is None and moments in ("exact", "carried") and not width.kept:
+        dropout = any("drop" in key and isinstance(value, float) and value > 0 for key, value in pair.target.items())
+        edge = "top layer, which has none above" if width.borrow > 0 else "bottom layer, which has none below"
+        where = f" in the source's {edge} it to borrow from," if borrowed else ""
+        found.append(
+            f"copies on {', '.join(locked)}{where} are even and carry exactly mapped moments: without dropout they "
+            f"stay identical for ever and that added width learns nothing. "
+            + ("The target config has dropout, which tells them apart slowly. " if dropout else "")
+            + "To break the symmetry: "
+            + ("" if borrowed else "--width aki, ")
+            + "--break-symmetry noise | uneven, or --moments asymmetric."
+        )
+    zeroed = any(
+        not plan.reset and plan.terms and (plan.fill or any(mask is not None for mask in plan.fresh))
+        for plan in tensors.values()
+    )
+    if zeroed:
+        found.append(
+            "entries with zeroed moments keep the step count, so their first Adam update is (1-beta1)/sqrt(1-beta2) "
+            "times the learning rate: 3.16x for betas (0.9, 0.999), 0.71x for (0.9, 0.98). Warm the rate up again, or "
+            "start every moment anew with --moments reset."
+        )
+    return tuple(found)
+
+
+def notes(pair: Pair, width: Width, build: Builder, moments: str) -> tuple[str, ...]:
+    """What mapped moments mean for Adam: steps of matrices that read copies, epsilon."""
+    counts = {}
+    for axis in pair.grown if width.copy else ():
+        gather = build.map(axis, 0)
+        if (gather.counts > 1).any():
+            counts[axis] = gather.counts.max()
+    found = []
+    if counts and moments in ("exact", "carried"):
+        each = ", ".join(f"{count} on {axis}" for axis, count in counts.items())
+        found.append(
+            f"Adam moves a matrix that reads copied features as many times faster as there are copies ({each}), "
+            f"compared with the source; its learning rate divided by that number, and its weight decay multiplied by "
+            f"it, follow the source exactly. Epsilon weighs as many times more in what writes them."
+        )
+    if width.eps != 1.0:
+        found.append(f"the target config's {pair.table.eps[0]} is multiplied by {width.eps:.6g}, to keep the function")
+    return tuple(found)

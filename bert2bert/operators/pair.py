@@ -1,0 +1,85 @@
+"""What the operators see and decide: the two models of a growth, a width (maps on axes) and a depth (layers).
+
+Holds data only; knows no operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bert2bert.maps import Gather
+from bert2bert.tables import Table
+
+TOKENS = ("vocab", "pos", "types", "classes")  # axes that index tokens or classes: no width grows them
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The source and the target model: configs and axis sizes by the target's table; seed of every choice."""
+
+    table: Table
+    source: Mapping[str, Any]
+    target: Mapping[str, Any]
+    small: Mapping[str, int]
+    large: Mapping[str, int]
+    seed: int = 0
+
+    @property
+    def grown(self) -> tuple[str, ...]:
+        """The axes whose size changes and that a width operator maps, in the table's order."""
+        other = {*TOKENS, "experts", *self.table.depth, *self.table.follows}
+        return tuple(a for a in self.table.sizes if a not in other and self.small[a] != self.large[a])
+
+    @property
+    def layers(self) -> int:
+        """How many layers of one stack the source has at most."""
+        return max(self.small[axis] for axis in self.table.depth)
+
+    def draws(self, axis: str) -> int:
+        """How many maps an axis has: one a layer for units, else one for the whole network."""
+        return self.layers if axis in self.table.units and axis not in self.table.aligned else 1
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """Random numbers for one choice."""
+        return np.random.default_rng((self.seed, *key))
+
+
+@dataclass(frozen=True)
+class Width:
+    """What a width operator decides.
+
+    maps[axis]: one map, or one per source layer for unit axes; axes left out follow their table's rule or stay as they
+    are. borrow: where fresh units come from, as an offset to their layer (1: the layer above). copy: False when nothing
+    is copied. blocks: weights that both write and read grown axes are block-diagonal in this many blocks.
+    blank: axes, '~' in front where read, whose silent positions are filled with zeros, not at random.
+    kept: moments of old entries are kept as they are. eps: factor on the norms' epsilon. averaged: a norm is exact
+    though features have unequally many copies. function, moments: reasons why those are not kept.
+    """
+
+    name: str
+    maps: Mapping[str, Gather | tuple[Gather, ...]] = field(default_factory=dict)
+    borrow: int = 0
+    copy: bool = True
+    blocks: int = 0
+    blank: frozenset[str] = frozenset()
+    kept: bool = False
+    eps: float = 1.0
+    averaged: bool = False
+    function: tuple[str, ...] = ()
+    moments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where a target layer comes from: a source layer (None: drawn at random); identity: its residual branches write
+    zero, so that it changes nothing where norms stand inside the branches."""
+
+    source: int | None
+    identity: bool = False
+
+    def __str__(self) -> str:
+        return "new" if self.source is None else f"{self.source}{'+0' if self.identity else ''}"

@@ -1,0 +1,115 @@
+"""The operators by kind and name, what each promises, and the reading of ``NAME[:key=value,…]`` from a command line.
+
+An operator is a function with its options as keyword arguments; its docstring is the formula that the command
+``operators NAME`` prints. Refuses unknown operators (`UnsupportedGrowth`), unknown options and values
+(`InvalidConfig`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth, did_you_mean
+
+FLAGS = {
+    "width": "--width",
+    "depth": "--depth",
+    "vocab": "--vocab",
+    "positions": "--positions",
+    "experts": "--experts",
+    "breaker": "--break-symmetry",
+}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One growth operator. keeps: what of the function it preserves; needs: on which models; moments: its policy,
+    'exact', 'carried', 'reset' or 'asymmetric'; copies: whether it makes copies, so that a symmetry can be broken;
+    head_size: whether it can grow the size of a head."""
+
+    kind: str
+    name: str
+    paper: str
+    keeps: str
+    needs: str
+    moments: str
+    make: Callable[..., Any]
+    copies: bool = False
+    head_size: bool = False
+
+    @property
+    def options(self) -> dict[str, tuple[Any, Any]]:
+        """Option -> (type, default), from the function's keyword-only arguments."""
+        types = typing.get_type_hints(self.make)
+        parameters = inspect.signature(self.make).parameters.values()
+        return {p.name: (types[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @property
+    def formula(self) -> str:
+        """The operator's own description."""
+        return inspect.getdoc(self.make) or ""
+
+
+OPERATORS: dict[str, dict[str, Operator]] = {kind: {} for kind in FLAGS}
+
+
+def operator(
+    kind: str,
+    name: str,
+    *,
+    paper: str,
+    keeps: str,
+    needs: str = "any model",
+    moments: str = "exact",
+    copies: bool = False,
+    head_size: bool = False,
+) -> Callable[[F], F]:
+    """Register the function below as an operator."""
+
+    def add(make: F) -> F:
+        OPERATORS[kind][name] = Operator(kind, name, paper, keeps, needs, moments, make, copies, head_size)
+        return make
+
+    return add
+
+
+def parse_operator(text: str, kind: str) -> tuple[Operator, dict[str, Any]]:
+    """Split ``fpi:choice=left`` into the operator and its options, checked and converted.
+
+    Raises UnsupportedGrowth for an unknown operator and InvalidConfig for an unknown option, with the nearest names.
+    """
+    known, flag = OPERATORS[kind], FLAGS[kind]
+    name, _, rest = text.partition(":")
+    if name not in known:
+        raise UnsupportedGrowth(f"{flag} {name!r}: unknown operator; {did_you_mean(name, known)}")
+    allowed = known[name].options
+    options = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if key not in allowed or not equals:
+            hint = did_you_mean(key, allowed) if allowed else f"{name} takes no options"
+            raise InvalidConfig(f"{flag} {text}: option {item!r} is not of the form key=value with a known key; {hint}")
+        options[key] = _convert(f"{flag} {text}: {key}", value, allowed[key][0])
+    return known[name], options
+
+
+def _convert(what: str, value: str, kind: Any) -> Any:
+    if choices := typing.get_args(kind):
+        if value not in choices:
+            raise InvalidConfig(f"{what} is {value!r}; {did_you_mean(value, choices)}")
+        return value
+    if kind is str:
+        return value
+    try:
+        number = kind(value)
+    except ValueError:
+        number = 0
+    if not number > 0:
+        noun = "number" if kind is float else "whole number"
+        raise InvalidConfig(f"{what} is {value!r}; a positive {noun} is expected")
+    return number
