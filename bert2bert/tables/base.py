@@ -42,7 +42,7 @@ class Row:
     @property
     def depth(self) -> str:
         """The depth axis that numbers this row's layers, '' outside the layers."""
-        found = [axis for axis in _DEPTH.findall(self.name)]
+        found = _DEPTH.findall(self.name)
         return found[0] if found else ""
 
     def has(self, layer: int) -> bool:
@@ -84,8 +84,8 @@ class Table:
 
     outer: the name prefix of the base model inside the full one ('' if none); anchor: a tensor that every variant has,
     less outer. classes: transformers class -> heads, the usual one first.
-    sizes: axis -> an expression over config keys, axes named before it and whole numbers: ``a/b`` (must divide), ``a*b``,
-    alternatives ``a|b`` (the first that the config has). constants: axes of a fixed size.
+    sizes: axis -> an expression over config keys, axes named before it and whole numbers: ``a/b`` (must divide),
+    ``a*b``, alternatives ``a|b`` (the first that the config has). constants: axes of a fixed size.
     follows: axis -> the axis whose size and map it has (the coordinates after a norm follow the residual stream's).
     depth: the axes that number layers.
     norm: 'layer' or 'rms'; prenorm: whether norms stand inside the residual branches; eps: the config key of the norms'
@@ -234,7 +234,8 @@ def _evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, in
             total = value if total is None else total // value if sign == "/" else total * value
         if total is not None:
             return total
-    raise InvalidConfig(f"model config: {first} is missing; a positive integer is expected")
+    found = f"is {config[first]!r}" if first in config else "is missing"
+    raise InvalidConfig(f"model config: {first} {found}; a positive integer is expected")
 
 
 def _present(needs: str, heads: frozenset[str]) -> bool:
