@@ -1,0 +1,68 @@
+"""T5's tensors by axis: encoder and decoder, each with its own depth, cross-attention, plain and gated feed-forward.
+
+Pre-RMSNorm. The encoder's last norm writes ``normed``, which the keys and values of the cross-attention read too. The
+first block of a stack holds the relative position bias of all its blocks, by head, so heads have one map in all layers.
+Scores are not divided by √head size, so there is no ``tau``. Before a head whose input is divided by √width (the first
+T5's, not 1.1's) the last norm has ``sigma``. transformers ties the head, unless a checkpoint stores another one.
+"""
+
+from __future__ import annotations
+
+from bert2bert.tables.base import Row, Table, Tie
+
+_E, _D, _BIAS = "encoder.block.{layers}.layer", "decoder.block.{decoder_layers}.layer", "relative_attention_bias.weight"
+_LAST, _SCALED, _BUCKETS = "decoder.final_layer_norm.weight", "scale_decoder_outputs", "relative_attention_num_buckets"
+_GATED = "feed_forward_proj=gated-*"
+
+
+def _attention(block: str, name: str, needs: str = "") -> tuple[Row, ...]:
+    specs = {"q": "(heads qk) <- normed", "k": "(heads ~qk) <- normed", "v": "(heads v) <- normed"}
+    specs["o"] = "embed <- (heads v)"
+    rows = [Row(f"{block}.{name}.{part}.weight", spec, needs) for part, spec in specs.items()]
+    if name == "SelfAttention":
+        rows.append(Row(f"{block}.{name}.{_BIAS}", "buckets -> heads", needs, only=(0, 1)))
+    return (*rows, Row(f"{block}.layer_norm.weight", "(rho normed)", needs))
+
+
+def _ffn(block: str, needs: str = "") -> tuple[Row, ...]:
+    names = {"wi": f"!{_GATED}", "wi_0": _GATED, "wi_1": _GATED}
+    rows = [Row(f"{block}.DenseReluDense.{n}.weight", "ffn <- normed", needs, when=when) for n, when in names.items()]
+    rows.append(Row(f"{block}.DenseReluDense.wo.weight", "embed <- ffn", needs))
+    return (*rows, Row(f"{block}.layer_norm.weight", "(rho normed)", needs))
+
+
+T5 = Table(
+    model_type="t5", outer="", anchor="shared.weight", norm="rms", prenorm=True, eps=("layer_norm_epsilon", 1e-6),
+    classes={"T5ForConditionalGeneration": frozenset({"decoder", "mlm"}), "T5Model": frozenset({"decoder"}),
+             "T5EncoderModel": frozenset()},
+    sizes={"vocab": "vocab_size", "buckets": f"{_BUCKETS}|32", "embed": "d_model", "heads": "num_heads", "qk": "d_kv",
+           "v": "d_kv", "ffn": "d_ff", "layers": "num_layers", "decoder_layers": "num_decoder_layers|num_layers"},
+    constants={"rho": 1, "sigma": 1}, follows={"normed": "embed"}, depth=("layers", "decoder_layers"),
+    scales={"sigma": "embed"}, units=("heads", "ffn"), aligned=frozenset({"heads"}),
+    fixed={"buckets": f"its positions are ranges of distances; keep {_BUCKETS}"},
+    must_agree={"feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6, "tie_word_embeddings": True, "pad_token_id": 0,
+                _SCALED: None, "relative_attention_max_distance": 128},
+    stds={".q.weight": "embed qk", ".k.weight": "embed", ".v.weight": "embed", ".o.weight": "heads qk",
+          ".wi.weight": "embed", ".wi_0.weight": "embed", ".wi_1.weight": "embed", ".wo.weight": "ffn", _BIAS: "embed",
+          "shared.weight": "", "lm_head.weight": ""},
+    rows=(
+        Row("shared.weight", "vocab -> embed"),
+        *_attention(f"{_E}.0", "SelfAttention"),
+        *_ffn(f"{_E}.1"),
+        Row("encoder.final_layer_norm.weight", "(rho normed)"),
+        *_attention(f"{_D}.0", "SelfAttention", "decoder"),
+        *_attention(f"{_D}.1", "EncDecAttention", "decoder"),
+        *_ffn(f"{_D}.2", "decoder"),
+        Row(_LAST, "(rho normed)", "decoder !mlm"),
+        Row(_LAST, "(rho sigma ~embed)", "decoder mlm", tied=True, when=f"!{_SCALED}=False"),
+        Row(_LAST, "(rho ~embed)", "decoder mlm", tied=True, when=f"{_SCALED}=False"),
+        Row(_LAST, "(rho sigma normed)", "decoder mlm", tied=False, when=_SCALED),
+        Row(_LAST, "(rho normed)", "decoder mlm", tied=False, when=f"!{_SCALED}"),
+        Row("lm_head.weight", "vocab <- normed", "mlm", tied=False),
+    ),
+    ties=(
+        Tie("encoder.embed_tokens.weight", "shared.weight", tied=None),
+        Tie("decoder.embed_tokens.weight", "shared.weight", "decoder", tied=None),
+        Tie("lm_head.weight", "shared.weight", "mlm"),
+    ),
+)  # fmt: skip
