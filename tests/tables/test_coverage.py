@@ -1,0 +1,175 @@
+"""Every table against the models that the installed transformers builds: names, order, shapes, ties and defaults."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from bert2bert import axes, tables
+from bert2bert.tables import TABLES, table_for
+from bert2bert.tables.base import Table
+from tests import tiny
+
+FILES = [p for p in Path(tables.__file__).parent.glob("*.py") if p.name not in ("__init__.py", "base.py")]
+LAWS = Path(__file__).parents[1] / "laws"
+
+# Settings that add or reshape tensors, beyond the variants' own; {} is the variant, None transformers' default config.
+CHANGES: dict[str, tuple[dict[str, Any] | None, ...]] = {
+    "bert": (None, {"hidden_size": 12, "num_hidden_layers": 5, "type_vocab_size": 3, "max_position_embeddings": 7},),
+    "roberta": (None, {"hidden_size": 12, "num_hidden_layers": 5, "type_vocab_size": 1, "vocab_size": 31},),
+    "gpt2": (None, {"n_inner": None}, {"n_embd": 12, "n_layer": 5, "n_positions": 7, "n_head": 3},),
+    "llama": (None, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": None, "num_key_value_heads": 3},),
+    "mistral": (None, {"head_dim": None, "sliding_window": 5}, {"num_hidden_layers": 5, "num_key_value_heads": 3}),
+    "qwen2": (None, {"num_hidden_layers": 5, "num_key_value_heads": 6, "head_dim": 2},),
+    "qwen3": (None, {"attention_bias": True, "head_dim": 8}, {"num_hidden_layers": 5, "num_key_value_heads": 1}),
+}  # fmt: skip
+
+# Config keys that no model's function in eval mode depends on, or only by what tokens mean.
+INERT = re.compile(
+    r".*(dropout|pdrop).*|initializer.*|(bos|eos|sep|cls|decoder_start)_token_id|use_cache|summary_.*|classifier_.*"
+    r"|pretraining_tp|reorder_and_upcast_attn"
+)
+# The same for single models: GPT-2 has no padding row, and without sliding windows their sizes say nothing.
+INERT_HERE = {
+    "gpt2": {"pad_token_id"},
+    "qwen2": {"sliding_window", "max_window_layers"},
+    "qwen3": {"sliding_window", "max_window_layers"},
+}
+
+# The law that exercises each axis: a growth along it, checked against the model's function. Depth axes included.
+LAW_AXES = {
+    "embed": "test_growth.test_divisible_width_keeps_the_logits",
+    "heads": "test_growth.test_units_grow_exactly_with_any_map",
+    "ffn": "test_growth.test_units_grow_exactly_with_any_map",
+    "layers": "test_growth.test_depth_alone_differs_and_says_so",
+}
+
+
+def _cases() -> list[Any]:
+    cases = []
+    for name, variant in tiny.VARIANTS.items():
+        table = TABLES[variant.base["model_type"]]
+        own = next(v for v in tiny.VARIANTS.values() if v.base["model_type"] == table.model_type)
+        for cls in table.classes:
+            cases.append(pytest.param(name, cls, {}, id=f"{name}-{cls}"))
+            for i, changes in enumerate(CHANGES.get(table.model_type, (None,)) if variant is own else ()):
+                cases.append(pytest.param(name, cls, changes, id=f"{name}-{cls}-{i or 'default'}"))
+    return cases
+
+
+def _config(name: str, cls: str, changes: dict[str, Any] | None) -> dict[str, Any]:
+    if changes is not None:
+        return tiny.config_of(name, architectures=[cls], **changes)
+    kind = tiny.VARIANTS[name].base["model_type"]
+    return transformers.AutoConfig.for_model(kind, architectures=[cls]).to_dict()
+
+
+def _model(config: dict[str, Any]) -> torch.nn.Module:
+    with torch.device("meta"):
+        built = transformers.AutoConfig.for_model(**config)
+        return getattr(transformers, config["architectures"][0])._from_config(built, attn_implementation="eager")
+
+
+def _differences(table: Table, config: dict[str, Any], model: torch.nn.Module) -> str:
+    """What the table says otherwise than the model, '' if nothing."""
+    outer = "" if any(name.startswith(table.outer) for name, _ in model.named_parameters()) else table.outer
+    heads = table.classes[config["architectures"][0]]
+    have = [(outer + name, tuple(p.shape)) for name, p in model.named_parameters()]
+    said = [(name, p.shape) for name, p in table.parameters(config, heads).items()]
+    wrong = [f"{a} in the model, {b} in the table" for a, b in zip(have, said, strict=False) if a != b]
+    if have[len(said) :] or said[len(have) :]:
+        wrong.append(f"beyond: {have[len(said) :]} in the model, {said[len(have) :]} in the table")
+    kept: dict[int, str] = {}
+    ties = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if kept.setdefault(id(p), outer + name) != outer + name:
+            ties[outer + name] = kept[id(p)]
+    if ties != table.aliases(config, heads):
+        wrong.append(f"ties: {ties} in the model, {table.aliases(config, heads)} in the table")
+    return "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("name", "cls", "changes"), _cases())
+def test_every_parameter_is_described(name: str, cls: str, changes: dict[str, Any] | None) -> None:
+    config = _config(name, cls, changes)
+    model = _model(config)
+    assert not _differences(table_for(config), config, model)
+    short = model.config.to_diff_dict()  # what a config.json holds: no key at its default
+    assert not _differences(table_for(config), {**short, "architectures": [cls]}, model)
+
+
+def test_a_wrong_table_is_noticed() -> None:
+    config = tiny.config_of("gpt2")
+    model, right = _model(config), TABLES["gpt2"]
+    first, second, *rest = right.rows
+    for rows in ((second, first, *rest), (first, *rest), (*right.rows, replace(first, name="more.weight"))):
+        assert "in the table" in _differences(replace(right, rows=rows), config, model)
+    shape = replace(first, spec="pos -> embed")
+    assert "(10, 8)" in _differences(replace(right, rows=(shape, second, *rest)), config, model)
+    assert "ties" in _differences(replace(right, ties=()), config, model)
+
+
+def test_every_table_has_a_variant() -> None:
+    assert {v.base["model_type"] for v in tiny.VARIANTS.values()} == set(TABLES)
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_defaults_are_those_of_transformers(table: Table) -> None:
+    config = transformers.AutoConfig.for_model(table.model_type).to_dict()
+    said = {**table.must_agree, **table.requires, table.eps[0]: table.eps[1], "tie_word_embeddings": table.tie_default}
+    wrong = {k: (v, config[k]) for k, v in said.items() if v != config.get(k, v) and k != "max_position_embeddings"}
+    assert not wrong, "table's and transformers' defaults differ"
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_every_setting_is_an_axis_or_guarded_or_inert(table: Table) -> None:
+    """A key that alters the function, and that neither sizes a tensor nor must agree, would let a growth lie."""
+    own = transformers.AutoConfig.for_model(table.model_type).to_dict().keys()
+    general = transformers.PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
+    sized = {word for text in table.sizes.values() for word in re.findall(r"[a-z_]+", text)}
+    known = sized | table.must_agree.keys() | table.requires.keys() | {table.kinds, table.every[0], "model_type"}
+    known |= INERT_HERE.get(table.model_type, set())
+    assert not {key for key in own - general - known if not INERT.fullmatch(key)}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_specs(table: Table) -> None:
+    constants, sized = set(table.constants), set(table.sizes) | set(table.follows) | set(table.constants)
+    used = set(table.depth)
+    for row in table.rows:
+        used |= axes.axes_of(row.spec)
+        for dim in axes.parse(row.spec):
+            for product in dim:
+                order = [atom.axis in constants for atom in product]
+                assert order == sorted(order, reverse=True), f"{row.name}: axes of fixed size come first in {row.spec}"
+    assert used == sized
+    assert table.must_agree[table.eps[0]] == table.eps[1]
+    assert {*table.units, *table.scales, *table.scales.values(), *table.aligned, *table.fixed} <= sized
+    assert set(table.depth) >= {row.depth for row in table.rows} - {""}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_table_is_small(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert text.count("\n") <= 70
+    data = [node for node in ast.parse(text).body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    assert data and sum((node.end_lineno or 0) - node.lineno + 1 for node in data) <= 60
+
+
+def test_every_axis_has_a_law() -> None:
+    laws = {
+        f"{path.stem}.{node.name}"
+        for path in LAWS.glob("test_*.py")
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+    used = {axis for table in TABLES.values() for axis in (*table.sizes, *table.follows, *table.constants)}
+    assert used == LAW_AXES.keys(), f"without a law {used - LAW_AXES.keys()}, unknown {LAW_AXES.keys() - used}"
+    assert set(LAW_AXES.values()) <= laws, f"no such test: {set(LAW_AXES.values()) - laws}"

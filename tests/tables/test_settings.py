@@ -1,0 +1,80 @@
+"""What follows from a table and a config: sizes, what a growth must leave as it is, and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.tables import TABLES
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", {"embed": 12, "normed": 12, "kv": 2, "group": 3, "qk": 4, "v": 4, "ffn": 10}),
+        ("llama-mha", {"kv": 6, "group": 1}),
+        ("llama-mqa", {"kv": 1, "group": 6}),
+        ("gpt2", {"embed": 8, "heads": 2, "qk": 4, "ffn": 12}),
+    ],
+)
+def test_sizes(name: str, expected: dict[str, int]) -> None:
+    config = tiny.config_of(name)
+    sizes = TABLES[config["model_type"]].axis_sizes(config)
+    assert {axis: sizes[axis] for axis in expected} == expected
+
+
+def test_absent_keys_take_transformers_defaults() -> None:
+    base = {
+        "num_attention_heads": 64,
+        "hidden_size": 192,
+        "intermediate_size": 5,
+        "num_hidden_layers": 1,
+        "vocab_size": 7,
+    }
+    kv_and_head = {t: (TABLES[t].axis_sizes(base)["kv"], TABLES[t].axis_sizes(base)["qk"]) for t in
+                   ("llama", "mistral", "qwen2", "qwen3")}  # fmt: skip
+    assert kv_and_head == {"llama": (64, 3), "mistral": (8, 3), "qwen2": (32, 3), "qwen3": (32, 128)}
+    assert (
+        TABLES["gpt2"].axis_sizes({"n_embd": 6, "n_head": 2, "n_layer": 1, "n_positions": 4, "vocab_size": 7})["ffn"]
+        == 24
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "matters"),
+    [
+        ({}, False),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, False),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5.0, "factor": 2.0}}, True),
+        ({"rope_theta": 5.0, "rope_scaling": None}, False),
+        ({"rope_theta": 5.0, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, True),
+    ],
+)
+def test_the_context_matters_only_where_it_sets_frequencies(more: dict[str, Any], matters: bool) -> None:
+    settled = TABLES["llama"].settled({"max_position_embeddings": 16, "hidden_size": 8, **more})
+    assert ("max_position_embeddings" in settled) is matters
+    assert settled["hidden_act"] == "silu" and "hidden_size" not in settled
+    assert settled["rope_theta"] == more.get("rope_theta", 10000.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "text"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ("bert", {"add_cross_attention": True}, "add_cross_attention is True"),
+        ("roberta", {"pad_token_id": 0}, "pad_token_id is 0; a roberta is described only with pad_token_id=1"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True"),
+    ],
+)
+def test_settings_beyond_the_rows_are_refused(name: str, changes: dict[str, Any], text: str) -> None:
+    config = {**tiny.config_of(name), **changes}
+    with pytest.raises(UnsupportedGrowth, match=text):
+        TABLES[config["model_type"]].axis_sizes(config)
+
+
+def test_groups_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(InvalidConfig, match=r"kv=4 does not divide num_attention_heads=6"):
+        TABLES["llama"].axis_sizes({**tiny.config_of("llama"), "num_key_value_heads": 4})
