@@ -41,6 +41,23 @@ _LLAMA = {
     "model_type": "llama", "hidden_size": 12, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4,
     "intermediate_size": 10, "num_hidden_layers": 3, "vocab_size": 29, "max_position_embeddings": 16,
 }  # fmt: skip
+_T5 = {
+    "model_type": "t5", "d_model": 8, "num_heads": 2, "d_kv": 3, "d_ff": 12, "num_layers": 3, "num_decoder_layers": 2,
+    "vocab_size": 29, "relative_attention_num_buckets": 6, "relative_attention_max_distance": 7,
+}  # fmt: skip
+_GATED = _T5 | {"feed_forward_proj": "gated-gelu"}
+_MODERNBERT = {
+    "model_type": "modernbert", "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 10, "vocab_size": 29,
+    "num_hidden_layers": 3, "max_position_embeddings": 16, "local_attention": 4, "global_attn_every_n_layers": 2,
+    "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "cls_token_id": None, "sep_token_id": None,
+}  # fmt: skip
+_BIASES = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True)
+_MIXTRAL = _LLAMA | {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2}
+_QWEN3_MOE = _MIXTRAL | {"model_type": "qwen3_moe", "moe_intermediate_size": 9, "norm_topk_prob": True}
+_QWEN2_MOE = _LLAMA | {
+    "model_type": "qwen2_moe", "moe_intermediate_size": 9, "shared_expert_intermediate_size": 7, "num_experts": 5,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
 
 VARIANTS = {
     v.name: v
@@ -57,6 +74,14 @@ VARIANTS = {
         Variant("mistral", "MistralForCausalLM", _LLAMA | {"model_type": "mistral"}),
         Variant("qwen2", "Qwen2ForCausalLM", _LLAMA | {"model_type": "qwen2"}),
         Variant("qwen3", "Qwen3ForCausalLM", _LLAMA | {"model_type": "qwen3"}),
+        Variant("t5", "T5ForConditionalGeneration", _T5),
+        Variant("t5-gated", "T5ForConditionalGeneration", _GATED | {"scale_decoder_outputs": False}),
+        Variant("t5-untied", "T5ForConditionalGeneration", _GATED | {"tie_word_embeddings": False}),
+        Variant("modernbert", "ModernBertForMaskedLM", _MODERNBERT),
+        Variant("modernbert-untied", "ModernBertForMaskedLM", _MODERNBERT | _BIASES | {"tie_word_embeddings": False}),
+        Variant("mixtral", "MixtralForCausalLM", _MIXTRAL),
+        Variant("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN3_MOE),
+        Variant("qwen2_moe", "Qwen2MoeForCausalLM", _QWEN2_MOE),
     )
 }
 
@@ -64,7 +89,10 @@ VARIANTS = {
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
     """The full Hugging Face config of a variant without dropout; changes by config key."""
     variant = VARIANTS[name]
-    config = transformers.AutoConfig.for_model(**variant.base | {"architectures": [variant.cls]} | changes).to_dict()
+    asked = variant.base | {"architectures": [variant.cls]} | changes
+    config = transformers.AutoConfig.for_model(**asked).to_dict()
+    if "tie_word_embeddings" in asked:
+        config["tie_word_embeddings"] = asked["tie_word_embeddings"]  # a T5 says True whatever it was told
     return {key: 0.0 if "drop" in key and isinstance(value, float) else value for key, value in config.items()}
 
 
@@ -91,8 +119,18 @@ def _doubled(cls: type) -> Any:
 def build(config: dict[str, Any]) -> transformers.PreTrainedModel:
     """The transformers model of a config, float64, eval mode, eager attention."""
     cls = _doubled(getattr(transformers, config["architectures"][0]))
-    model = cls._from_config(transformers.AutoConfig.for_model(**config), attn_implementation="eager")
+    model = cls._from_config(
+        transformers.AutoConfig.for_model(**config), attn_implementation="eager", experts_implementation="eager"
+    )
+    untie(model, config)
     return model.double().eval()
+
+
+def untie(model: transformers.PreTrainedModel, config: dict[str, Any]) -> None:
+    """Give a T5 that shall have a head of its own one, as it has when it is loaded from a checkpoint with one."""
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    if not config["tie_word_embeddings"] and head is not None and head.weight is words.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
 @torch.no_grad()

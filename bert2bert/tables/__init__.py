@@ -10,8 +10,11 @@ from bert2bert.tables.base import Parameter, Table
 from bert2bert.tables.bert import BERT
 from bert2bert.tables.gpt2 import GPT2
 from bert2bert.tables.llama import LLAMA, MISTRAL
+from bert2bert.tables.modernbert import MODERNBERT
+from bert2bert.tables.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from bert2bert.tables.qwen import QWEN2, QWEN3
 from bert2bert.tables.roberta import ROBERTA
+from bert2bert.tables.t5 import T5
 
 TABLES = {
     table.model_type: table
@@ -23,6 +26,11 @@ TABLES = {
         MISTRAL,
         QWEN2,
         QWEN3,
+        T5,
+        MODERNBERT,
+        MIXTRAL,
+        QWEN3_MOE,
+        QWEN2_MOE,
     )
 }
 
