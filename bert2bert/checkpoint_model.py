@@ -138,11 +138,14 @@ def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
 def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare: bool) -> frozenset[str]:
     """The heads whose tensors are there, and those without own tensors that the class or the outer name tells of."""
     stored, base = set(stored), table.parameters(config, frozenset()).keys()
-    every = frozenset.union(*table.classes.values())
-    said = [table.classes[c] for c in config.get("architectures") or () if c in table.classes]
-    silent = said[0] if said else frozenset() if bare else every
-    own = {head: table.parameters(config, frozenset({head})).keys() - base for head in every}
-    return frozenset(head for head in every if own[head] & stored or (not own[head] and head in silent))
+    own = {
+        head: table.parameters(config, frozenset({head})).keys() - base
+        for head in frozenset.union(*table.classes.values())
+    }
+    found = frozenset(head for head in own if own[head] & stored)
+    possible = {name: has for name, has in table.classes.items() if {head for head in has if own[head]} == found}
+    named = [possible[name] for name in config.get("architectures") or () if name in possible]
+    return (named or sorted(possible.values(), key=len, reverse=not bare) or [found])[0]
 
 
 def _check_copy(source: Source, copy: TensorMeta, kept: TensorMeta) -> None:

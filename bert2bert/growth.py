@@ -37,6 +37,7 @@ def accept(growth: Growth, lossy: bool) -> None:
 
 def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str | None) -> TargetSpec:
     """Everything about the checkpoint to write but its values. layout: optimizer groups, None = as the source has."""
+    from bert2bert.shards.hub_writer import beside
     from bert2bert.shards.writing import TargetGroup, TargetSpec
 
     model, plan = growth.model, growth.plan
@@ -47,7 +48,9 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
             f"{source.path}: {len(frozen)} parameters were frozen in the source run (first {frozen[0]}) and have no "
             f"optimizer state to grow.\nGrow the weights alone with --format hub, or unfreeze them and save again."
         )
-    origins = {model.stored(n): (t.sources or (None,))[0] for n, t in plan.tensors.items()}
+    roots = {n: plan.roots(n) for n in plan.tensors}
+    origins = {model.stored(n): found[0][1] if found else None for n, found in roots.items()}
+    reset = {model.stored(n) for n, t in plan.tensors.items() if t.reset}
     groups = source.groups or []
     of_name = {name: i for i, group in enumerate(groups) for name in group["names"]}
     known = source.manifest.get("group_layout") if source.manifest else _layout_of(groups, list(source.tensors))
@@ -71,7 +74,7 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
 
     def step(name: str) -> int:
         origin = origins[name]
-        if origin is None or len(source.states) == 1:
+        if origin is None or name in reset or len(source.states) == 1:
             return 0  # nothing of the source's optimizer is carried over: a fresh one
         return source.step(model.stored(origin))
 
@@ -98,7 +101,7 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
             k: v for k, v in source.client_state.items() if k not in ("bert2bert", "universal_checkpoint_info")
         },
         buffers=source.buffers,
-        extra_files=_tokenizer_files(source.path, source.folder) if form == "hub" else {},
+        extra_files=beside(plan.config, source.folder, source.path) if form == "hub" else {},
     )
 
 
@@ -138,16 +141,6 @@ def _precision(source: Any, form: str) -> str:
     return "fp32" if form == "hub" and source.form != "hub" else source.precision
 
 
-def _tokenizer_files(*folders: Path) -> dict[str, bytes]:
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
-    found = {}
-    for folder in folders:
-        for name in names:
-            if (folder / name).is_file():
-                found[name] = (folder / name).read_bytes()
-    return found
-
-
 def grow(
     source: Path,
     target: Path,
@@ -161,6 +154,7 @@ def grow(
     lossy: bool = False,
     measure: bool = True,
     bins: Path | None = None,
+    shard_size: str | None = None,
     comm: Any = None,
     say: Callable[[str], None] = print,
     **how: Any,
@@ -170,10 +164,12 @@ def grow(
     Every rank of ``comm`` calls this alike; rank 0 reports, measures the change of the function (streamed, one layer in
     memory) and commits. Raises UserError of all kinds, with nothing left behind.
     """
-    from bert2bert.realise import realise
+    from bert2bert.drift import report_drift
+    from bert2bert.realise import values
+    from bert2bert.sample import Tokens
+    from bert2bert.shards.hub_writer import MAX_FILE_BYTES, file_bytes
     from bert2bert.shards.transfer import together, write_checkpoint
     from bert2bert.shards.writing import check_target
-    from bert2bert.verify import drift
 
     if form == "zero" and (stage is None or world_size is None):
         raise InvalidConfig(
@@ -186,6 +182,9 @@ def grow(
         raise InvalidConfig(f"--stage and --world-size belong to --format zero, not to --format {form}; leave them out")
     if form == "hub" and layout is not None:
         raise InvalidConfig("--groups: a Hugging Face folder holds no optimizer groups; leave it out")
+    if form != "hub" and shard_size is not None:
+        raise InvalidConfig(f"--shard-size belongs to --format hub, not to --format {form}; leave it out")
+    largest = MAX_FILE_BYTES if shard_size is None else file_bytes(shard_size)
     first = comm is None or comm.Get_rank() == 0
 
     def prepare() -> tuple[Growth, TargetSpec]:
@@ -202,12 +201,14 @@ def grow(
     model, plan = growth.model, growth.plan
     canonical = {model.stored(n): n for n in plan.tensors}
 
-    def values(name: str, state: str, start: int, stop: int) -> Any:
-        return realise(plan.tensors[canonical[name]].narrow(start, stop), state, model.read)
+    grown = values(plan, [model.read])
 
-    measured = together(comm, lambda: drift(growth, bins) if measure and first and "mlm" in model.heads else None)
-    if measured and first:
-        say(measured.render())
+    def read(name: str, state: str, start: int, stop: int) -> Any:
+        return grown(canonical[name], state, start, stop)
+
+    measured = together(
+        comm, lambda: report_drift(growth, Tokens(bins), say) if measure and first and "mlm" in model.heads else None
+    )
     manifest = {
         "operators": plan.recipe,
         "plan_digest": plan.digest(),
@@ -224,8 +225,8 @@ def grow(
     total = len(spec.states) * 4 * sum(prod(s) for s in spec.shapes.values())
     with _progress(total, first) as bar:
         folder = write_checkpoint(
-            target, spec, values, form=form, stage=stage, world_size=world_size, manifest_growth=manifest, comm=comm,
-            progress=bar.update,
+            target, spec, read, form=form, stage=stage, world_size=world_size, manifest_growth=manifest, comm=comm,
+            progress=bar.update, max_file_bytes=largest,
         )  # fmt: skip
     if first:
         say(f"written  {folder}")

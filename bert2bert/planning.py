@@ -6,16 +6,21 @@ does not describe the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from bert2bert import axes
 from bert2bert.checkpoint_model import CheckpointModel, open_model, read_config
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import forward_flops
 from bert2bert.operators.growth import plan_growth
 from bert2bert.plan import GrowthPlan, TensorPlan
+from bert2bert.tables import table_for
+
+_LOOKED_UP = frozenset({"vocab", "pos", "types", "buckets"})  # axes of tables, of which a token takes one row
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +46,14 @@ def open_growth(
     target = read_config(config)
     model = open_model(source, source_config, tag)
     plan = plan_growth(model.config, target, width=width, depth=depth, seed=seed, breaker=breaker, heads=model.heads)
-    classes = [name for name, heads in model.table.classes.items() if heads == model.heads]
-    grown = dict(target) | {"architectures": classes[:1] or target.get("architectures")}
-    return Growth(model, replace(plan, config=grown))
+    return Growth(model, replace(plan, config={**plan.config, "architectures": _classes(model, plan.config)}))
+
+
+def _classes(model: CheckpointModel, target: Mapping[str, Any]) -> list[str] | None:
+    """The transformers class of the grown model: the target config's or the source's if it has these heads."""
+    said = [*(target.get("architectures") or ()), *(model.config.get("architectures") or ())]
+    classes = [name for name, heads in table_for(target).classes.items() if heads == model.heads]
+    return [name for name in (*said, *classes) if name in classes][:1] or target.get("architectures")
 
 
 def describe(growth: Growth) -> dict[str, Any]:
@@ -52,7 +62,9 @@ def describe(growth: Growth) -> dict[str, Any]:
     states = len(model.source.states)
     source_numel = sum(prod(p.shape) for p in model.parameters.values())
     target_numel = sum(prod(t.shape) for t in plan.tensors.values())
-    per_token = [_flops_per_token(c) for c in (model.config, plan.config)] if "mlm" in model.heads else None
+    per_token = (
+        [_flops_per_token(c, model.heads) for c in (model.config, plan.config)] if "mlm" in model.heads else None
+    )
     return {
         "source": model.source.identity(),
         "prefix": model.prefix,
@@ -80,7 +92,7 @@ def describe(growth: Growth) -> dict[str, Any]:
 def _how(tensor: TensorPlan) -> str:
     if not tensor.terms and tensor.fill:
         return f"fill {tensor.fill.kind}"
-    grown = any(d.param or d.grad or not d.full for t in tensor.terms for d in t.dims)
+    grown = any(d.param is not None or d.grad is not None or not d.full for t in tensor.terms for d in t.dims)
     text = "copy" if not grown else "corner" if tensor.fill else "grow"
     if len(tensor.terms) > 1:
         text += ", fresh units from above"
@@ -89,11 +101,22 @@ def _how(tensor: TensorPlan) -> str:
     return text + (" + noise" if tensor.noise else "")
 
 
-def _flops_per_token(config: dict[str, Any]) -> float:
-    """Forward FLOPs of one token in a row of full length, 15 % of tokens through the head."""
-    length = int(config["max_position_embeddings"])
-    c = BertConfig.from_hf(config)
-    return forward_flops(c, real_tokens=length, attended=length**2, predicted=round(0.15 * length)) / length
+def _flops_per_token(config: Mapping[str, Any], heads: frozenset[str]) -> float:
+    """Forward FLOPs of one token in a row of full length, 15 % of tokens through a masked-LM head; those of the linear
+    maps alone where the model is not a BERT (an encoder-decoder: a token read and one written)."""
+    if config["model_type"] == "bert":
+        length = int(config["max_position_embeddings"])
+        c = BertConfig.from_hf(config)
+        return forward_flops(c, real_tokens=length, attended=length**2, predicted=round(0.15 * length)) / length
+    table, products = table_for(config), 0.0
+    for p in table.parameters(config, heads).values():
+        if "-" in p.spec and not axes.read_axes(p.spec) & _LOOKED_UP:
+            fused = p.spec.startswith("experts ") and len(p.shape) == 3
+            products += prod(p.shape[fused:]) * (int(config.get("num_experts_per_tok") or 2) if fused else 1)
+    if table.tied(config) and any("mlm" in tie.needs for tie in table.ties if "mlm" in heads):
+        sizes = table.axis_sizes(config)
+        products += sizes["vocab"] * sizes["embed"]
+    return 2 * products
 
 
 def exactness(plan: GrowthPlan) -> dict[str, list[str]]:
@@ -114,7 +137,7 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
         f"operator width {plan.recipe['width']}, depth {plan.recipe['depth']}, seed {plan.recipe['seed']}"
         + (f", symmetry breaker {plan.recipe['break_symmetry']}" if plan.recipe["break_symmetry"] else ""),
         "axes     " + (", ".join(f"{a} {s} -> {t}" for a, (s, t) in plan.recipe["axes"].items()) or "unchanged"),
-        f"layers   {' '.join(map(str, plan.recipe['layers']))}",
+        *(f"{axis.replace('_', ' '):8} {' '.join(rows)}" for axis, rows in plan.recipe["layers"].items()),
         f"size     {d['parameters'][0]:,} -> {d['parameters'][1]:,} parameters, "
         f"{d['bytes_read'] / 1e9:.3g} GB read, {d['bytes_written'] / 1e9:.3g} GB written "
         f"({', '.join(model.source.states)})",

@@ -1,4 +1,4 @@
-"""Hugging Face folders: `config.json`, safetensors (split with an index above a size), tokenizer files.
+"""Hugging Face folders: `config.json`, safetensors (split with an index above a size), and what lies beside them.
 
 Weights only: transformers makes a model's buffers anew. A safetensors file is a length, a JSON header and the
 tensors' bytes; the header is known from the shapes, so the tensors are streamed after it and never held. Tied tensors
@@ -8,19 +8,31 @@ of the elements as stored.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bert2bert.errors import InvalidConfig
 from bert2bert.shards.frames import Blank, stream
 from bert2bert.shards.writing import FilePlan, Job, TargetSpec, flat_values
 
 MAX_FILE_BYTES = 5 * 10**9
+BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+"""Files of a tokenizer, which a grown model keeps."""
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -55,8 +67,43 @@ def hub_files(job: Job, max_file_bytes: int = MAX_FILE_BYTES) -> list[FilePlan]:
 
 
 def hub_config(spec: TargetSpec) -> dict[str, Any]:
-    """The target's config with the dtype of the stored weights."""
-    return {**spec.config, "dtype": str(spec.dtype).removeprefix("torch.")}
+    """The target's config with the dtype of the stored weights, under the key that the installed transformers reads."""
+    rest = {key: value for key, value in spec.config.items() if key not in ("dtype", "torch_dtype")}
+    return {**rest, _dtype_key(): str(spec.dtype).removeprefix("torch.")}
+
+
+def _dtype_key() -> str:
+    try:
+        release = importlib.metadata.version("transformers").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return "dtype"
+    return "dtype" if tuple(int(number) for number in release) >= (4, 56) else "torch_dtype"
+
+
+def beside(config: Mapping[str, Any], *folders: Path) -> dict[str, bytes]:
+    """What a Hugging Face folder of a grown model holds beside its weights and config: the tokenizer's files and the
+    generation config of the source, which lie in ``folders`` (an earlier one counts more). A model that generates and
+    whose source has no generation config gets one of the config's special tokens."""
+    generates = any(str(name).endswith(_GENERATES) for name in config.get("architectures") or ())
+    generation = "generation_config.json"
+    found = {
+        name: next(folder / name for folder in folders if (folder / name).is_file()).read_bytes()
+        for name in (*BESIDE, *((generation,) if generates else ()))
+        if any((folder / name).is_file() for folder in folders)
+    }
+    known = {key: config[key] for key in _GENERATION if config.get(key) is not None}
+    if generates and known and generation not in found:
+        found[generation] = json_bytes({"_from_model_config": True, **known})
+    return found
+
+
+def file_bytes(text: str) -> int:
+    """A size such as 5GB, 200MB or 1000000 in bytes. Raises InvalidConfig."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", text.strip().upper())
+    size = int(float(match[1]) * _UNITS.get(match[2], 1)) if match else 0
+    if size < 1:
+        raise InvalidConfig(f"--shard-size is {text!r}; expected a size such as 5GB, 200MB or 1000000 (bytes)")
+    return size
 
 
 def json_bytes(tree: Any) -> bytes:
