@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any
 
 from bert2bert import axes
-from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth, did_you_mean
 
 _BOTH = "{weight,bias}"
 _DEPTH = re.compile(r"\{(\w+)\}")
@@ -94,8 +94,8 @@ class Table:
     √(target / source).
     units: axes whose features are whole units (heads, neurons) with maps that may differ by layer, except those in
     ``aligned``, which one tensor outside the layers ties together.
-    fixed: axis -> why its size cannot change. must_agree: config keys that a growth cannot change -> their defaults;
-    agree_when: those of them that matter only when one of these conditions on the config holds (as in `Row`).
+    fixed: axis -> why its size cannot change. must_agree: config keys that a growth cannot change -> their defaults
+    ('=KEY': that key's value); agree_when: those of them that matter only when one of these conditions on the config holds (as in `Row`).
     requires: config key -> the only value that the rows describe (also its default).
     ties: tensors that are others; tie_default: transformers' default of tie_word_embeddings.
     stds: the end of a row's name -> the standard deviation of a fresh weight: axes and whole numbers to multiply under
@@ -151,8 +151,43 @@ class Table:
                 )
         sizes = dict(self.constants)
         for axis, expression in self.sizes.items():
-            sizes[axis] = _evaluate(expression, config, sizes)
+            sizes[axis] = _evaluate(expression, config, sizes, self.key)
         return sizes | {axis: sizes[of] for axis, of in self.follows.items()}
+
+    def resize(self, config: Mapping[str, Any], changes: Mapping[str, int]) -> dict[str, Any]:
+        """The config with other sizes of some axes. With ``embed`` the units scale, at the same head size, unless given.
+
+        Raises InvalidConfig for an unknown axis and for sizes that the config cannot say.
+        """
+        old = self.axis_sizes(config)
+        for axis in changes:
+            if axis not in self.sizes:
+                raise InvalidConfig(f"{axis} is no axis of a {self.model_type}; {did_you_mean(axis, self.sizes)}")
+        new = old | changes
+        for unit in self.units:
+            scale = new["embed"] / old["embed"]
+            if unit not in changes and unit != "group" and "embed" in changes:
+                new[unit] = round(old[unit] * scale)
+                if new[unit] != old[unit] * scale:
+                    raise InvalidConfig(
+                        f"embed {old['embed']} -> {new['embed']} does not scale {unit}={old[unit]} to a whole number; "
+                        f"give {unit} too"
+                    )
+        resized = dict(config)
+        for axis, expression in self.sizes.items():
+            first, *rest = re.findall(r"[\w.]+", expression.split("|")[0])
+            if first in self.sizes or (axis in ("qk", "v") and rest and axis not in changes):
+                continue
+            resized[first] = new[axis] * (new[rest[0]] if rest else 1)
+        made = self.axis_sizes(resized)
+        for axis, size in new.items():
+            if axis in (*changes, *self.units) and made.get(axis) != size:
+                raise InvalidConfig(
+                    f"a {self.model_type} cannot have {axis}={size} with "
+                    + ", ".join(f"{a}={made[a]}" for a in changes if a != axis)
+                    + f": it would be {made.get(axis)}"
+                )
+        return resized
 
     def tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the decoder is the word embedding."""
@@ -171,7 +206,8 @@ class Table:
 
     def settled(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What a growth from or to this config cannot change: config key -> its value, or its default."""
-        full = {**self.must_agree, **config}
+        full = {**self.must_agree, "tie_word_embeddings": self.tie_default, **config}
+        full |= {k: full[v[1:]] for k, v in full.items() if k in self.must_agree and str(v).startswith("=")}
         return {
             key: full[key]
             for key in self.must_agree
@@ -214,7 +250,7 @@ class Table:
         return {t.absent: t.kept for t in self.ties if _present(t.needs, heads) and t.tied in (None, tied)}
 
 
-def _evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+def _evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, int], key: Callable[[str], str]) -> int:
     first = ""
     for alternative in expression.split("|"):
         total: int | None = None
@@ -228,7 +264,8 @@ def _evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, in
                 raise InvalidConfig(f"model config: {name} is {value!r}; a positive integer is expected")
             if sign == "/" and total is not None and total % value:
                 raise InvalidConfig(
-                    f"model config: {name}={value} does not divide {alternative.split('/')[0]}={total}; "
+                    f"model config: {key(name) if name in sizes else name}={value} does not divide "
+                    f"{alternative.split('/')[0]}={total}; "
                     f"choose sizes that do"
                 )
             total = value if total is None else total // value if sign == "/" else total * value

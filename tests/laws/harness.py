@@ -1,0 +1,134 @@
+"""What every law needs: a scrambled model, its growth, and the laws themselves as functions that a test calls.
+
+All in float64 against transformers' own models; logits are compared, never best guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert2bert.operators.growth import plan_growth
+from bert2bert.plan import GrowthPlan
+from bert2bert.realise import Read, realise, values
+from bert2bert.tables import table_for
+from tests import tiny
+
+EXACT = 1e-12
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+def reader(states: Mapping[str, Mapping[str, Tensor]]) -> Read:
+    """Tensors in memory as a checkpoint's reader."""
+    return lambda name, state, start, stop: states[state][name][start:stop]
+
+
+def scrambled(config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
+    """A model with random values everywhere."""
+    model = tiny.build(config)
+    tiny.scramble(model, seed)
+    return model
+
+
+def detached(model: torch.nn.Module, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Canonical name -> value."""
+    return {n: p.detach().clone() for n, p in tiny.parameters(model, config).items()}
+
+
+def gradients(model: torch.nn.Module, config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """Canonical name -> gradient of the loss; parameters that do not enter it are left out."""
+    model.zero_grad()
+    tiny.loss(model, config, seed).backward()
+    return {n: p.grad.clone() for n, p in tiny.parameters(model, config).items() if p.grad is not None}
+
+
+def realised(plan: GrowthPlan, read: Read | list[Read], state: str = "fp32") -> dict[str, Tensor]:
+    """Every tensor of a plan in float64, those it rests on included."""
+    rows = values(plan, read if isinstance(read, list) else [read], torch.float64)
+    return {n: rows(n, state, 0, p.shape[0]) for n, p in plan.tensors.items()}
+
+
+@dataclass
+class Grown:
+    """A scrambled source model, a plan, and what the plan makes of it."""
+
+    config: dict[str, Any]
+    plan: GrowthPlan
+    seed: int = 0
+
+    @cached_property
+    def source(self) -> torch.nn.Module:
+        return scrambled(self.config, self.seed)
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        return detached(self.source, self.config)
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        return realised(self.plan, reader({"fp32": self.weights}))
+
+    @cached_property
+    def target(self) -> torch.nn.Module:
+        return tiny.load(self.plan.config, self.state)
+
+    def drift(self) -> float:
+        """The largest difference of any logit (of the source's vocabulary)."""
+        a = tiny.logits(self.source, self.config)
+        b = tiny.logits(self.target, self.plan.config)
+        return (a - b[:, : a.shape[1]]).abs().max().item()
+
+
+def grow(name: str, sizes: Mapping[str, int] | None = None, seed: int = 1, keys: Mapping[str, Any] | None = None,
+         target: Mapping[str, Any] | None = None, **how: Any) -> Grown:  # fmt: skip
+    """Grow a variant of tests.tiny: sizes by axis, ``keys`` of its config changed first, ``target``'s keys changed only
+    in the grown config."""
+    config = tiny.config_of(name, **(keys or {}))
+    large = table_for(config).resize(config, dict(sizes or {})) | dict(target or {})
+    return Grown(config, plan_growth(config, large, seed=seed, **how))
+
+
+def assert_same_logits(grown: Grown) -> None:
+    """The function is kept, and the plan says so."""
+    assert grown.plan.exactness.function == (), grown.plan.exactness
+    assert grown.drift() <= EXACT
+
+
+def assert_gradient_rule(grown: Grown) -> int:
+    """Gradients, and so the moments, of the grown network are what the plan says; the number of tensors checked.
+
+    A tensor that softmax makes indifferent (key biases) has a gradient of rounding errors alone, compared absolutely.
+    """
+    assert grown.plan.exactness.moments == (), grown.plan.exactness
+    g, measured = gradients(grown.source, grown.config), gradients(grown.target, grown.plan.config)
+    states = reader({"exp_avg": g, "exp_avg_sq": {n: x.square() for n, x in g.items()}})
+    largest = max(x.abs().max().item() for x in measured.values())
+    checked = 0
+    for name, tensor in grown.plan.tensors.items():
+        if name not in measured or any(s not in g for s in tensor.sources):
+            continue
+        m, v = (realise(tensor, state, states, torch.float64) for state in ("exp_avg", "exp_avg_sq"))
+        scale = max(measured[name].abs().max().item(), 1e-9 * largest)
+        assert (m - measured[name]).abs().max() <= 1e-10 * scale + 1e-15, name
+        assert (v - measured[name].square()).abs().max() <= 1e-10 * scale**2 + 1e-15, name
+        checked += 1
+    assert checked >= 0.8 * len(grown.plan.tensors)
+    return checked
+
+
+def assert_slices(plan: GrowthPlan, weights: Mapping[str, Tensor]) -> None:
+    """A narrowed plan is a slice of the whole, bit for bit, in float32 and for every state."""
+    single = {n: w.float() for n, w in weights.items()}
+    read = reader(dict.fromkeys(STATES, single))
+    for tensor in plan.tensors.values():
+        for state in STATES:
+            whole = realise(tensor, state, read)
+            n = len(whole)
+            for start, stop in ((0, 1), (n // 3, n - 1), (n - 1, n), (n // 2, n // 2)):
+                part = tensor.narrow(start, max(start, stop))
+                assert torch.equal(realise(part, state, read), whole[start : max(start, stop)]), (tensor.name, state)
