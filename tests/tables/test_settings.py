@@ -76,5 +76,5 @@ def test_settings_beyond_the_rows_are_refused(name: str, changes: dict[str, Any]
 
 
 def test_groups_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(InvalidConfig, match=r"kv=4 does not divide num_attention_heads=6"):
+    with pytest.raises(InvalidConfig, match=r"num_key_value_heads=4 does not divide num_attention_heads=6"):
         TABLES["llama"].axis_sizes({**tiny.config_of("llama"), "num_key_value_heads": 4})
