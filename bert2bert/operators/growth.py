@@ -190,8 +190,9 @@ def _pair(
             + ("" if large["embed"] % small["qk"] == 0 else f" and a width that {small['qk']} divides")
             + ", or use --width hyperclone or gesmundo, which grow heads."
         )
-    for key, default in table.must_agree.items():
-        if (a := source.get(key, default)) != (b := target.get(key, default)) and None not in (a, b):
+    theirs = table.settled(target)
+    for key, a in table.settled(source).items():
+        if a != (b := theirs.get(key, a)) and None not in (a, b):
             raise UnsupportedGrowth(
                 f"{key} is {a!r} in the source and {b!r} in the target config; a growth cannot change it: "
                 f"set {key} to {a!r} in the target config"
