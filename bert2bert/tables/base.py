@@ -94,8 +94,9 @@ class Table:
     √(target / source).
     units: axes whose features are whole units (heads, neurons) with maps that may differ by layer, except those in
     ``aligned``, which one tensor outside the layers ties together.
-    fixed: axis -> why its size cannot change. must_agree: config keys that a growth cannot change -> their defaults
-    ('=KEY': that key's value); agree_when: those of them that matter only when one of these conditions on the config holds (as in `Row`).
+    fixed: axis -> why its size cannot change. must_agree: config keys that a growth cannot change -> their defaults,
+    '=KEY' for another key's value; agree_when: those of them that matter only when one of these conditions on the
+    config holds (as in `Row`).
     requires: config key -> the only value that the rows describe (also its default).
     ties: tensors that are others; tie_default: transformers' default of tie_word_embeddings.
     stds: the end of a row's name -> the standard deviation of a fresh weight: axes and whole numbers to multiply under

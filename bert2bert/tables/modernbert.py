@@ -13,6 +13,10 @@ from bert2bert.tables.base import Row, Table, Tie
 _L = "model.layers.{layers}."
 _QKV, _LATER = "(tau heads qk | heads ~qk | heads v)", (1, None)
 _ROTARY = "rotary positions pair a head's features at frequencies that follow from its size; grow the heads"
+_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 160000.0},
+}
 MODERNBERT = Table(
     model_type="modernbert", outer="model.", anchor="embeddings.tok_embeddings.weight",
     classes={"ModernBertForMaskedLM": frozenset({"mlm"}), "ModernBertModel": frozenset()},
@@ -26,9 +30,10 @@ MODERNBERT = Table(
     must_agree={
         "hidden_activation": "gelu", "classifier_activation": "gelu", "norm_eps": 1e-5, "norm_bias": False,
         "attention_bias": False, "mlp_bias": False, "classifier_bias": False, "decoder_bias": True,
-        "tie_word_embeddings": True, "local_attention": 128, "rope_parameters": None, "global_rope_theta": 160000.0,
-        "local_rope_theta": 10000.0, "pad_token_id": None,
+        "tie_word_embeddings": True, "local_attention": 128, "rope_parameters": _ROPE, "global_rope_theta": 160000.0,
+        "local_rope_theta": 10000.0, "max_position_embeddings": None, "pad_token_id": 50283,
     },
+    agree_when={"max_position_embeddings": ("rope_parameters=*'rope_type': '[!d]*", "rope_parameters=*'dynamic'*")},
     stds={"attn.Wo.weight": "range 2 layers", "mlp.Wo.weight": "range 2 layers", "head.dense.weight": "range 2 layers",
           "decoder.weight": "range 2 layers"},
     rows=(

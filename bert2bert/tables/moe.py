@@ -36,14 +36,15 @@ MIXTRAL = replace(
     LLAMA, model_type="mixtral", classes={"MixtralForCausalLM": frozenset({"mlm"}), "MixtralModel": frozenset()},
     sizes={**LLAMA.sizes, "kv": "num_key_value_heads|8", "experts": "num_local_experts|num_experts|8"},
     eps=("rms_norm_eps", 1e-5), rows=_rows(_ATTENTION, _GATE, *_EXPERTS), dense=_DENSE,
-    dense_types=("llama", "mistral"), must_agree={**LLAMA.must_agree, "rms_norm_eps": 1e-5, "sliding_window": None},
+    dense_types=("llama", "mistral"), must_agree={**LLAMA.must_agree, "rms_norm_eps": 1e-5, "sliding_window": None, "num_experts_per_tok": 2,
+                "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "rope_theta": 1000000.0},
     requires={"attention_bias": False, "mlp_bias": False},
 )  # fmt: skip
 
 QWEN3_MOE = replace(
     LLAMA, model_type="qwen3_moe", classes={"Qwen3MoeForCausalLM": frozenset({"mlm"}), "Qwen3MoeModel": frozenset()},
     sizes={**LLAMA.sizes, "ffn": "moe_intermediate_size", "experts": "num_local_experts|num_experts|128"},
-    must_agree={**LLAMA.must_agree, "norm_topk_prob": False}, requires=_ALL_SPARSE, dense=_DENSE,
+    must_agree={**LLAMA.must_agree, "norm_topk_prob": False, "num_experts_per_tok": 8}, requires=_ALL_SPARSE, dense=_DENSE,
     dense_types=("qwen3",),
     rows=_rows(
         (*_ATTENTION, Row("model.layers.{layers}.self_attn.q_norm.weight", "qk"),
@@ -56,7 +57,7 @@ QWEN2_MOE = replace(
     sizes={**LLAMA.sizes, "ffn": "moe_intermediate_size", "shared": "shared_expert_intermediate_size",
            "experts": "num_experts|60"},
     constants={**LLAMA.constants, "one": 1}, units=(*LLAMA.units, "shared"), requires=_ALL_SPARSE, kinds="layer_types",
-    must_agree={**LLAMA.must_agree, "norm_topk_prob": False, "qkv_bias": True},
+    must_agree={**LLAMA.must_agree, "norm_topk_prob": False, "qkv_bias": True, "num_experts_per_tok": 4},
     rows=_rows(
         tuple(replace(row, when=row.when and "!qkv_bias=False") for row in _ATTENTION if "o_proj.bias" not in row.name),
         _GATE, *_EXPERTS, Row(f"{_MLP}shared_expert.gate_proj.weight", "shared <- normed"),
