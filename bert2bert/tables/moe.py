@@ -36,16 +36,18 @@ MIXTRAL = replace(
     LLAMA, model_type="mixtral", classes={"MixtralForCausalLM": frozenset({"mlm"}), "MixtralModel": frozenset()},
     sizes={**LLAMA.sizes, "kv": "num_key_value_heads|8", "experts": "num_local_experts|num_experts|8"},
     eps=("rms_norm_eps", 1e-5), rows=_rows(_ATTENTION, _GATE, *_EXPERTS), dense=_DENSE,
-    dense_types=("llama", "mistral"), must_agree={**LLAMA.must_agree, "rms_norm_eps": 1e-5, "sliding_window": None, "num_experts_per_tok": 2,
-                "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "rope_theta": 1000000.0},
-    requires={"attention_bias": False, "mlp_bias": False},
+    dense_types=("llama", "mistral"), requires={"attention_bias": False, "mlp_bias": False},
+    must_agree={
+        **LLAMA.must_agree, "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-5, "sliding_window": None, "num_experts_per_tok": 2,
+    },
 )  # fmt: skip
 
 QWEN3_MOE = replace(
     LLAMA, model_type="qwen3_moe", classes={"Qwen3MoeForCausalLM": frozenset({"mlm"}), "Qwen3MoeModel": frozenset()},
     sizes={**LLAMA.sizes, "ffn": "moe_intermediate_size", "experts": "num_local_experts|num_experts|128"},
-    must_agree={**LLAMA.must_agree, "norm_topk_prob": False, "num_experts_per_tok": 8}, requires=_ALL_SPARSE, dense=_DENSE,
-    dense_types=("qwen3",),
+    must_agree={**LLAMA.must_agree, "norm_topk_prob": False, "num_experts_per_tok": 8},
+    requires=_ALL_SPARSE, dense=_DENSE, dense_types=("qwen3",),
     rows=_rows(
         (*_ATTENTION, Row("model.layers.{layers}.self_attn.q_norm.weight", "qk"),
          Row("model.layers.{layers}.self_attn.k_norm.weight", "~qk")), *_EXPERTS, _GATE,
