@@ -38,8 +38,8 @@ MIXTRAL = replace(
     eps=("rms_norm_eps", 1e-5), rows=_rows(_ATTENTION, _GATE, *_EXPERTS), dense=_DENSE,
     dense_types=("llama", "mistral"), requires={"attention_bias": False, "mlp_bias": False},
     must_agree={
-        **LLAMA.must_agree, "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-5, "sliding_window": None, "num_experts_per_tok": 2,
+        **LLAMA.must_agree, "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+        "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None, "num_experts_per_tok": 2,
     },
 )  # fmt: skip
 
