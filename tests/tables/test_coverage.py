@@ -56,9 +56,8 @@ INERT_HERE = {
 
 # The law that exercises each axis: a growth along it, checked against the model's function. Depth axes included.
 LAW_AXES = {
-    "embed": "test_growth.test_divisible_width_keeps_the_logits",
-    "heads": "test_growth.test_units_grow_exactly_with_any_map",
-    "ffn": "test_growth.test_units_grow_exactly_with_any_map",
+    **dict.fromkeys(("embed", "normed", "sigma"), "test_families.test_divisible_widths_keep_the_logits"),
+    **dict.fromkeys(("heads", "kv", "group", "ffn", "shared"), "test_families.test_units_grow_exactly_by_any_map"),
     "layers": "test_growth.test_depth_alone_differs_and_says_so",
 }
 
@@ -138,8 +137,9 @@ def test_every_table_has_a_variant() -> None:
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_defaults_are_those_of_transformers(table: Table) -> None:
     config = transformers.AutoConfig.for_model(table.model_type).to_dict()
-    said = {**table.must_agree, **table.requires, table.eps[0]: table.eps[1], "tie_word_embeddings": table.tie_default}
-    wrong = {k: (v, config[k]) for k, v in said.items() if v != config.get(k, v) and k != "max_position_embeddings"}
+    said = {**table.settled({}), **table.requires, table.eps[0]: table.eps[1]}
+    said["tie_word_embeddings"] = table.tie_default
+    wrong = {k: (v, config[k]) for k, v in said.items() if v != config.get(k, v)}
     assert not wrong, "table's and transformers' defaults differ"
 
 
