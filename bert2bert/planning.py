@@ -37,15 +37,12 @@ def open_growth(
     *,
     source_config: Path | None = None,
     tag: str | None = None,
-    width: str = "fpi",
-    depth: str = "stack",
-    seed: int = 0,
-    breaker: str | None = None,
+    **how: Any,
 ) -> Growth:
-    """Open a source and plan its growth into the target config's model; reads no tensor."""
+    """Open a source and plan its growth into the target config's model; reads no tensor. how: as of `plan_growth`."""
     target = read_config(config)
     model = open_model(source, source_config, tag)
-    plan = plan_growth(model.config, target, width=width, depth=depth, seed=seed, breaker=breaker, heads=model.heads)
+    plan = plan_growth(model.config, target, heads=model.heads, **how)
     return Growth(model, replace(plan, config={**plan.config, "architectures": _classes(model, plan.config)}))
 
 

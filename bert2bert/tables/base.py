@@ -164,7 +164,7 @@ class Table:
         for axis in changes:
             if axis not in self.sizes:
                 raise InvalidConfig(f"{axis} is no axis of a {self.model_type}; {did_you_mean(axis, self.sizes)}")
-        new = old | changes
+        new = old | dict(changes)
         for unit in self.units:
             scale = new["embed"] / old["embed"]
             if unit not in changes and unit != "group" and "embed" in changes:
