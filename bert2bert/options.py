@@ -96,7 +96,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         p.add_argument(
             "--moments",
             choices=("exact", "carried", "reset", "asymmetric"),
-            help="Adam's, in place of the operator's own policy: by the same maps, all zero at step 0, zero where fresh",
+            help="Adam's, in place of the operator's policy: by the same maps, all zero at step 0, zero where fresh",
         )
 
     p = command(

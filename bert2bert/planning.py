@@ -20,6 +20,10 @@ from bert2bert.operators.growth import plan_growth
 from bert2bert.plan import GrowthPlan, TensorPlan
 from bert2bert.tables import table_for
 
+_SAID = {  # recipe key -> how a summary calls it
+    "width": "width", "depth": "depth", "vocab": "vocabulary", "positions": "positions", "experts": "experts",
+    "break_symmetry": "symmetry breaker", "moments": "moments", "seed": "seed",
+}  # fmt: skip
 _LOOKED_UP = frozenset({"vocab", "pos", "types", "buckets"})  # axes of tables, of which a token takes one row
 
 
@@ -68,7 +72,9 @@ def describe(growth: Growth) -> dict[str, Any]:
         "operators": plan.recipe,
         "digest": plan.digest(),
         "exactness": exactness(plan),
+        "moments": plan.moments,
         "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
         "parameters": [source_numel, target_numel],
         "bytes_read": 4 * states * source_numel,
         "bytes_written": 4 * states * target_numel,
@@ -131,8 +137,7 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
         + (f", step {step}" if step is not None else "")
         + (f", name prefix {model.prefix!r}" if model.prefix else "")
         + ")",
-        f"operator width {plan.recipe['width']}, depth {plan.recipe['depth']}, seed {plan.recipe['seed']}"
-        + (f", symmetry breaker {plan.recipe['break_symmetry']}" if plan.recipe["break_symmetry"] else ""),
+        "operator " + ", ".join(f"{_SAID[k]} {plan.recipe[k]}" for k in _SAID if plan.recipe.get(k) is not None),
         "axes     " + (", ".join(f"{a} {s} -> {t}" for a, (s, t) in plan.recipe["axes"].items()) or "unchanged"),
         *(f"{axis.replace('_', ' '):8} {' '.join(rows)}" for axis, rows in plan.recipe["layers"].items()),
         f"size     {d['parameters'][0]:,} -> {d['parameters'][1]:,} parameters, "
@@ -144,4 +149,23 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
         lines.append(f"compute  {small / 1e6:.4g} -> {large / 1e6:.4g} MFLOP a token forward ({large / small:.2f}x)")
     for what, reasons in d["exactness"].items():
         lines.append(f"{what:8} " + ("exact" if not reasons else "not exact: " + "; ".join(reasons)))
-    return "\n".join(lines + [f"warning  {text}" for text in d["warnings"]])
+    lines[-1] += f" ({plan.moments})" if len(model.source.states) > 1 else " (the source holds none)"
+    lines += [f"warning  {text}" for text in d["warnings"]]
+    if len(model.source.states) > 1:
+        lines += [f"note     {text}" for text in d["notes"]] + _first_step(growth)
+    return "\n".join(lines)
+
+
+def _first_step(growth: Growth) -> list[str]:
+    """The size of the first update where moments start at zero at a late step, with the source's own betas."""
+    tensors = growth.plan.tensors.values()
+    if all(t.reset or not t.terms or not (t.fill or any(m is not None for m in t.fresh)) for t in tensors):
+        return []
+    factors = {
+        (1 - b1) / (1 - b2) ** 0.5 for b1, b2 in (g.get("betas", (0.9, 0.999)) for g in growth.model.source.groups)
+    }
+    return (
+        [f"note     entries with zeroed moments: first update {max(factors):.3g} x the learning rate"]
+        if factors
+        else []
+    )
