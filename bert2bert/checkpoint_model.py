@@ -3,10 +3,11 @@
 A run may have saved a model inside wrappers, so stored names can carry a prefix (``module.``, ``model.``), and a bare
 model lacks the outer name of the full one (``bert.``, ``transformer.``); both are found from one tensor that every
 variant has, and reported. Which heads there are shows in the tensors, or, for a head that is all tied, in the config's
-``architectures`` and the outer name. Old Hugging Face files also hold masks and copies of tied tensors, which are left.
+``architectures`` and the outer name. Old Hugging Face files also hold masks and copies of tied tensors, which are left;
+a head that is no copy makes the model untied.
 
 Refuses (`InvalidCheckpoint`) a config that does not describe the stored tensors, naming the first tensor and axis that
-disagree, a checkpoint with tensors that the architecture's table does not know, and tied tensors that differ.
+disagree, and a checkpoint with tensors that the architecture's table does not know.
 """
 
 from __future__ import annotations
@@ -131,7 +132,13 @@ def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
             f"config's number of layers and tie_word_embeddings."
         )
     for absent, kept in copies.items():
-        _check_copy(source, canonical[absent], canonical[kept])
+        if not _same(source, canonical[absent], canonical[kept]):
+            if absent in table.parameters({**config, "tie_word_embeddings": False}, heads):
+                return match(source, {**config, "tie_word_embeddings": False})  # as transformers does, too
+            raise InvalidCheckpoint(
+                f"{source.path}: {canonical[absent].name} differs from {canonical[kept].name}, of which it should be a "
+                f"copy.\nIs this the config of this checkpoint, and are all files of one save?"
+            )
     return CheckpointModel(source, dict(config), table, heads, parameters, prefix, bare)
 
 
@@ -148,18 +155,14 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare:
     return (named or sorted(possible.values(), key=len, reverse=not bare) or [found])[0]
 
 
-def _check_copy(source: Source, copy: TensorMeta, kept: TensorMeta) -> None:
-    """A stored copy of a tied tensor must be one, or growing the kept tensor alone would lose it."""
+def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:
+    """Whether a stored copy of a tied tensor is one: if not, growing the kept tensor alone would lose it."""
     same, rows = copy.shape == kept.shape, kept.shape[0]
     step = max(1, _BLOCK // max(1, prod(kept.shape[1:])))
     for start in range(0, rows if same else 0, step):
         stop = min(rows, start + step)
         same = same and source.read(copy.name, "fp32", start, stop).equal(source.read(kept.name, "fp32", start, stop))
-    if not same:
-        raise InvalidCheckpoint(
-            f"{source.path}: {copy.name} differs from {kept.name}, to which this config ties it.\n"
-            f"Set tie_word_embeddings to false in the source's config."
-        )
+    return same
 
 
 def _prefix(source: Source, table: Table) -> tuple[str, bool]:

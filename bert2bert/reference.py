@@ -111,7 +111,8 @@ def run(model: nn.Module, sample: Sample, what: str, vocab: int) -> tuple[Tensor
     inputs = {"input_ids": sample.ids}
     if what == "seq2seq":
         config: Any = model.config
-        start = next((t for t in (config.decoder_start_token_id, config.pad_token_id) if t is not None), 0)
+        starts = (getattr(config, key, None) for key in ("decoder_start_token_id", "pad_token_id"))
+        start = next((token for token in starts if token is not None), 0)
         inputs["decoder_input_ids"] = F.pad(sample.labels[:, :-1], (1, 0), value=start)
     double = next(model.parameters()).dtype == torch.float64
     with _Double() if double else nullcontext():

@@ -7,6 +7,7 @@ that does not describe its files.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bert2bert.errors import InvalidCheckpoint
+from bert2bert.shards import experts
 from bert2bert.shards.source import Source, TensorMeta, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -32,12 +34,14 @@ class HubSource(Source):
         files = self._files(index)
         self._handles = {file: self._open(folder / file) for file in files}
         self._file_of: dict[str, str] = {}
+        self._names: dict[str, experts.Parts] = {}  # where a tensor has another name in the files, or several
         for file, handle in self._handles.items():
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
                 self._add(name, file, handle)
         for name, file in (index or {}).items():
             if name not in self._handles[file].keys():  # noqa: SIM118
                 raise InvalidCheckpoint(f"{folder / INDEX}: says that {file} holds '{name}', which it does not")
+        self._fuse()
         if not self.tensors:
             raise InvalidCheckpoint(f"{folder}: its safetensors hold no floating-point tensor")
         self.precision = _PRECISION.get(next(iter(self.tensors.values())).dtype, "fp32")
@@ -80,7 +84,32 @@ class HubSource(Source):
         else:
             self.buffers[name] = handle.get_tensor(name)
 
+    def _fuse(self) -> None:
+        """Give experts, stored one by one, the names and shapes of transformers' models."""
+        single, shapes = self.tensors, {name: meta.shape for name, meta in self.tensors.items()}
+        self._names = experts.fused(single)
+        known = {part for parts in self._names.values() for expert in parts for part in expert}
+        self.tensors = {}
+        for name, meta in single.items():
+            if name not in known:
+                renamed = experts.model_name(name)
+                self.tensors[renamed] = replace(meta, name=renamed)
+                if renamed != name:
+                    self._names[renamed] = ((name,),)
+        for name, parts in self._names.items():
+            if name not in self.tensors:
+                shape = experts.shape(name, parts, shapes)
+                self.tensors[name] = TensorMeta(name, shape, single[parts[0][0]].dtype, None, True)
+
     def _rows(self, meta: TensorMeta, state: str, start: int, stop: int) -> torch.Tensor:
-        handle = self._handles[self._file_of[meta.name]]
-        found: torch.Tensor = handle.get_slice(meta.name)[start:stop] if meta.shape else handle.get_tensor(meta.name)
+        parts = self._names.get(meta.name, ((meta.name,),))
+        if len(meta.shape) == 3 and meta.name in self._names:  # rows are experts
+            each = [torch.cat([self._stored(name) for name in expert]) for expert in parts[start:stop]]
+            return torch.stack(each) if each else torch.empty(0, *meta.shape[1:])
+        name = parts[0][0]
+        return self._stored(name, slice(start, stop)) if meta.shape else self._stored(name)
+
+    def _stored(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        handle = self._handles[self._file_of[name]]
+        found: torch.Tensor = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows]
         return found

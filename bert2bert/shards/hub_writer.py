@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from bert2bert.errors import InvalidConfig
+from bert2bert.shards import experts
 from bert2bert.shards.frames import Blank, stream
 from bert2bert.shards.writing import FilePlan, Job, TargetSpec, flat_values
 
@@ -121,8 +123,12 @@ def write_bytes(content: bytes, path: Path) -> int:
 
 
 def _blanks(job: Job) -> dict[str, Blank]:
-    spec = job.spec
-    return {name: Blank(shape, spec.dtype, partial(_stored, job, name)) for name, shape in spec.shapes.items()}
+    spec, found = job.spec, {}
+    for name, shape in spec.shapes.items():
+        for stored, (part, start) in experts.stored(name, shape, spec.config).items():
+            values = partial(_values, job, name, start, start + math.prod(part))
+            found[stored] = Blank(part, spec.dtype, values)
+    return found
 
 
 def _weights(job: Job, blanks: dict[str, Blank], path: Path) -> int:
@@ -143,10 +149,10 @@ def _weights(job: Job, blanks: dict[str, Blank], path: Path) -> int:
     return end
 
 
-def _stored(job: Job, name: str) -> Iterator[torch.Tensor]:
-    at = 0
-    for piece in flat_values(job.values, job.spec, name, "fp32", 0, job.spec.numel(name)):
+def _values(job: Job, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
+    """Elements [start, stop) of a model's tensor, as stored."""
+    for piece in flat_values(job.values, job.spec, name, "fp32", start, stop):
         stored = piece.to(job.spec.dtype)
-        job.tally.digest(name, "fp32", stored, at)
-        at += piece.numel()
+        job.tally.digest(name, "fp32", stored, start)
+        start += piece.numel()
         yield stored
