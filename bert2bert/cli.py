@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bert2bert.errors import UserError
+from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.options import parser
 
 
@@ -138,6 +138,7 @@ def _grow(args: argparse.Namespace, comm: Any) -> None:
         lossy=args.lossy,
         measure=not args.no_measure,
         bins=args.bins,
+        shard_size=args.shard_size,
         comm=comm,
         **_how(args),
     )
@@ -153,8 +154,16 @@ def _verify(args: argparse.Namespace, comm: Any) -> int:
         tag=args.tag,
         grown_tag=args.grown_tag,
         bins=args.bins,
+        tokens=args.tokens,
+        logits=not args.no_logits,
     )
-    print(json.dumps(found, indent=1) if args.json else render(found))
+    text = json.dumps(found, indent=1)
+    if args.output:
+        try:
+            args.output.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InvalidConfig(f"--output {args.output}: cannot be written ({error.strerror}); name another") from None
+    print(text if args.json else render(found))
     return 0 if found["ok"] else 1
 
 

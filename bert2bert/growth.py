@@ -35,6 +35,18 @@ def accept(growth: Growth, lossy: bool) -> None:
         )
 
 
+def target_names(growth: Growth, form: str) -> dict[str, str]:
+    """Canonical name -> the target's name of every tensor and tied copy: the training script's own, as in the source;
+    in a Hugging Face folder those of transformers, whose base models lack the outer name."""
+    model, plan = growth.model, growth.plan
+    names = [*plan.tensors, *plan.aliases]
+    if form != "hub":
+        return {name: model.stored(name) for name in names}
+    cls = (plan.config.get("architectures") or [""])[0]
+    base = cls.endswith("Model") and not cls.endswith("LMHeadModel")
+    return {name: name.removeprefix(model.table.outer) if base else name for name in names}
+
+
 def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str | None) -> TargetSpec:
     """Everything about the checkpoint to write but its values. layout: optimizer groups, None = as the source has."""
     from bert2bert.shards.hub_writer import beside
@@ -49,8 +61,9 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
             f"optimizer state to grow.\nGrow the weights alone with --format hub, or unfreeze them and save again."
         )
     roots = {n: plan.roots(n) for n in plan.tensors}
-    origins = {model.stored(n): found[0][1] if found else None for n, found in roots.items()}
-    reset = {model.stored(n) for n, t in plan.tensors.items() if t.reset}
+    named = target_names(growth, form)
+    origins = {named[n]: found[0][1] if found else None for n, found in roots.items()}
+    reset = {named[n] for n, t in plan.tensors.items() if t.reset}
     groups = source.groups or []
     of_name = {name: i for i, group in enumerate(groups) for name in group["names"]}
     known = source.manifest.get("group_layout") if source.manifest else _layout_of(groups, list(source.tensors))
@@ -86,8 +99,8 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
     else:
         sets = [(g.part, g.decay, g.names) for g in param_groups(names, chosen)]
     return TargetSpec(
-        shapes={model.stored(n): t.shape for n, t in plan.tensors.items()},
-        aliases={model.stored(a): model.stored(b) for a, b in plan.aliases.items()},
+        shapes={named[n]: t.shape for n, t in plan.tensors.items()},
+        aliases={named[a]: named[b] for a, b in plan.aliases.items()},
         config=plan.config,
         # Where a group joins differently trained layers: too few steps would make Adam's first updates too large.
         groups=tuple(TargetGroup(part, d, ns, hyper(ns[0], d), max(map(step, ns))) for part, d, ns in sets),
@@ -199,8 +212,7 @@ def grow(
     if first:
         say(summary(growth, describe(growth)))
     model, plan = growth.model, growth.plan
-    canonical = {model.stored(n): n for n in plan.tensors}
-
+    canonical = {stored: n for n, stored in target_names(growth, form).items()}
     grown = values(plan, [model.read])
 
     def read(name: str, state: str, start: int, stop: int) -> Any:

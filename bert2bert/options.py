@@ -141,11 +141,12 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     p.add_argument("--lossy", action="store_true", help="accept a width that cannot keep the function")
     p.add_argument("--bins", type=Path, metavar="DIR", help="measure the change on held-out text, not on random tokens")
+    p.add_argument("--shard-size", metavar="SIZE", help="largest weights file of --format hub (default: 5GB)")
     p.add_argument("--no-measure", action="store_true", help="do not measure how the function changes")
 
     p = command(
         "verify",
-        "Check a grown checkpoint against its source: tensors, moments, logits, loss. Exit status 1 when one fails.",
+        "Check a grown checkpoint against its source: tensors, moments, logits, loss, gradients. Exit status 1 when one fails.",
         "  bert2bert verify runs/small runs/grown --json",
     )
     p.add_argument("source", type=Path, help=_SOURCE)
@@ -153,7 +154,11 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     p.add_argument("--source-config", type=Path, metavar="FILE", help="the source's config, when it carries none")
     p.add_argument("--tag", help="the source's tag (default: what `latest` names)")
     p.add_argument("--grown-tag", help="the grown checkpoint's tag (default: what `latest` names)")
-    p.add_argument("--bins", type=Path, metavar="DIR", help="compare on held-out text, not on random tokens")
+    read = p.add_mutually_exclusive_group()
+    read.add_argument("--bins", type=Path, metavar="DIR", help="compare on held-out text, not on random tokens")
+    read.add_argument("--tokens", type=Path, metavar="FILE", help="compare on these token ids, one row a line")
+    p.add_argument("--no-logits", action="store_true", help="run no model: compare tensors and moments alone")
+    p.add_argument("--output", type=Path, metavar="FILE", help="write the report there too, as JSON")
     p.add_argument("--json", action="store_true", help="machine-readable output")
 
     p = command(
