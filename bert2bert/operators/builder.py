@@ -61,6 +61,8 @@ class Builder:
         if self.width.kept:
             kept = [replace(t, dims=tuple(replace(d, grad=None) for d in t.dims)) for t in terms]
             plan = replace(self.with_fresh_moments(plan), terms=tuple(kept))
+        if layer.moment != 1.0:  # on the first dim, for gradients are linear in each
+            plan = replace(plan, terms=tuple(_scaled(t, layer.moment) for t in plan.terms))
         if len(terms) == 1 and not all(d.full for d in terms[0].dims):
             plan = replace(plan, fill=self._fill(p), blank=self._blank(p, layer.source))
         return plan
@@ -93,17 +95,18 @@ class Builder:
             return plan
         for d, (spec, dim) in enumerate(zip(axes.parse(plan.spec), plan.terms[0].dims, strict=True)):
             reads = all(a.reads for product in spec for a in product)
-            if not reads or dim.param is None or dim.grad is not None or not dim.full or dim.mix is not None:
+            index = np.max([t.dims[d].index for t in plan.terms], 0) if self.width.blocks else dim.index
+            if not reads or dim.param is None or dim.grad is not None or (index < 0).any() or dim.mix is not None:
                 continue  # nothing copied, or borrowed units, which are no copies
-            order = np.argsort(dim.index, kind="stable")
-            first = np.diff(dim.index[order], prepend=-1) != 0
+            order = np.argsort(index, kind="stable")
+            first = np.diff(index[order], prepend=-1) != 0
             starts = np.nonzero(first)[0]
             after = np.append(np.arange(1, len(order)), 0)
             ends = np.append(starts[1:], len(order)) - 1
             after[ends] = starts
             sibling = np.empty_like(order)
             sibling[order] = order[after]
-            return replace(plan, noise=Noise(scale * self._std(plan.name, ""), d, sibling))
+            return replace(plan, noise=Noise(scale * self.table.std("", self.pair.target), d, sibling))
         return plan
 
     def with_fresh_moments(self, plan: TensorPlan) -> TensorPlan:
@@ -154,10 +157,11 @@ class Builder:
             return [Term(name, tuple(dims))]
         ranks = {d: _ranks(dims[d].index) for d in copied}
         terms = []
+        spec = axes.parse(p.spec)
+        write, read = sorted(copied, key=lambda d: all(a.reads for product in spec[d] for a in product))
         for block in range(self.width.blocks):
             for on in (True, False):
                 cut = list(dims)
-                write, read = copied
                 for d in copied:
                     mask = ranks[d] == block
                     keep = mask if on or d == write else ~mask
@@ -182,23 +186,29 @@ class Builder:
         return tuple(m if m.any() else None for m in self._masks(p.spec, blank))
 
     def _writes_residual(self, p: Parameter) -> bool:
-        return p.layer is not None and any(a.axis == "embed" and not a.reads for a in _atoms(p.spec))
+        writes = p.layer is not None and any(a.axis == "embed" and not a.reads for a in _atoms(p.spec))
+        norm = not self.table.prenorm and len(p.shape) == 1 and p.pattern not in self.output_biases
+        return writes and not norm
 
     def _fill(self, p: Parameter) -> Fill:
         """The initialisation of training from scratch: norm gains one, biases zero, weights normal."""
+        factor = prod(self.width.std.get("~" * a.reads + a.axis, 1.0) for a in _atoms(p.spec))
         if any(a.axis == "rho" for a in _atoms(p.spec)):
-            return Fill("ones")
-        return Fill("zeros") if p.name.endswith("bias") else Fill("normal", self._std(p.name, p.pattern))
-
-    def _std(self, name: str, pattern: str) -> float:
-        config = self.pair.target
-        if sizes := self.table.stds.get(pattern):
-            return float(config.get("initializer_factor", 1.0)) / sqrt(prod(self.large[a] for a in sizes.split("*")))
-        return float(config.get("initializer_range", 0.02))
+            return Fill("ones", scale=factor)
+        if p.name.endswith("bias"):
+            return Fill("zeros")
+        return Fill("normal", factor * (self.width.std.get("") or self.table.std(p.pattern, self.pair.target)))
 
 
 def _atoms(spec: str) -> list[axes.Atom]:
     return [atom for dim in axes.parse(spec) for product in dim for atom in product]
+
+
+def _scaled(term: Term, factor: float) -> Term:
+    """The term with its gradients multiplied."""
+    first, *others = term.dims
+    grad = np.full(len(first.index), factor) if first.grad is None else factor * first.grad
+    return replace(term, dims=(replace(first, grad=grad), *others))
 
 
 def _ranks(index: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -97,7 +97,8 @@ class Table:
     fixed: axis -> why its size cannot change. must_agree: config keys that a growth cannot change -> their defaults,
     '=KEY' for another key's value; agree_when: those of them that matter only when one of these conditions on the
     config holds (as in `Row`).
-    requires: config key -> the only value that the rows describe (also its default).
+    requires: config key -> the only value that the rows describe (also its default). multiples: model type -> a config
+    key and the one whose multiple transformers wants it to be.
     ties: tensors that are others; tie_default: transformers' default of tie_word_embeddings.
     stds: the end of a row's name -> the standard deviation of a fresh weight: axes and whole numbers to multiply under
     1/√, after 'range' if times the config's initializer_range; others take initializer_range, see `std`.
@@ -128,6 +129,7 @@ class Table:
     must_agree: Mapping[str, Any] = field(default_factory=dict)
     agree_when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     requires: Mapping[str, Any] = field(default_factory=dict)
+    multiples: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     ties: tuple[Tie, ...] = ()
     tie_default: bool = True
     stds: Mapping[str, str] = field(default_factory=dict)
@@ -150,13 +152,19 @@ class Table:
                 raise UnsupportedGrowth(
                     f"model config: {key} is {found!r}; a {self.model_type} is described only with {key}={value!r}"
                 )
+        key, divisor = self.multiples.get(self.model_type, ("", ""))
+        if key and (whole := int(config.get(key) or 0)) % (part := int(config.get(divisor) or 1)):
+            raise InvalidConfig(
+                f"model config: {key}={whole} is no multiple of {divisor}={part}, without which transformers makes "
+                f"no {self.model_type}; choose sizes that divide"
+            )
         sizes = dict(self.constants)
         for axis, expression in self.sizes.items():
             sizes[axis] = _evaluate(expression, config, sizes, self.key)
         return sizes | {axis: sizes[of] for axis, of in self.follows.items()}
 
     def resize(self, config: Mapping[str, Any], changes: Mapping[str, int]) -> dict[str, Any]:
-        """The config with other sizes of some axes. With ``embed`` the units scale, at the same head size, unless given.
+        """The config with other sizes of some axes. With ``embed`` the units scale too, unless given: same head size.
 
         Raises InvalidConfig for an unknown axis and for sizes that the config cannot say.
         """

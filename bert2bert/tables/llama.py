@@ -37,6 +37,7 @@ LLAMA = Table(
     },
     agree_when={"max_position_embeddings": ("!rope_parameters=*'default'*", "rope_scaling")},
     tie_default=False,
+    multiples={"llama": ("hidden_size", "num_attention_heads")},
     rows=(
         Row("model.embed_tokens.weight", "vocab -> embed"),
         Row("model.layers.{layers}.self_attn.q_proj.weight", "(tau kv group qk) <- normed"),
