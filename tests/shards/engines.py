@@ -1,4 +1,4 @@
-"""Real DeepSpeed engines on forked ranks: train tiny BERTs, save checkpoints, and say what the live engine holds.
+"""Real DeepSpeed engines on forked ranks: train tiny models, save checkpoints, and say what the live engine holds.
 
 `save_cases(folder, world, cases)` runs many cases in one process group. Each leaves ``folder/<case>/`` (a DeepSpeed run
 folder: tag, `latest`) and ``folder/<case>.truth.pt`` (see `truth`). `build`, `train` and `truth` are for functions
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from bert2bert.groups import param_groups
+from tests import tiny
 from tests.distributed import run_ranks
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -40,6 +41,7 @@ class Case:
     seed: int = 0
     client_state: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)  # more of the model's config
+    hf: dict[str, Any] = field(default_factory=dict)  # a whole config, of any family of tests.tiny, in place of ``model``
 
 
 class SkippingAdamW(torch.optim.AdamW):
@@ -82,6 +84,18 @@ def tiny_bert(kind: str = "pretraining", seed: int = 0, **over: Any) -> torch.nn
     return model
 
 
+def hf_model(config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
+    """The transformers model of a config, in float32, with random values everywhere."""
+    import transformers
+
+    model = getattr(transformers, config["architectures"][0])._from_config(
+        transformers.AutoConfig.for_model(**config), attn_implementation="eager", experts_implementation="eager"
+    )
+    tiny.untie(model, config)
+    tiny.scramble(model, seed)
+    return model
+
+
 def ds_config(case: Case) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
@@ -105,7 +119,7 @@ def build(case: Case) -> Any:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any CPU; DeepSpeed asks for AVX512-FP16
-    model = tiny_bert(case.model, case.seed, **case.sizes)
+    model = hf_model(case.hf, case.seed) if case.hf else tiny_bert(case.model, case.seed, **case.sizes)
     if case.buffer:
         model.bert.register_buffer("tally", torch.arange(3.0) + case.seed)
     parameters = dict(model.named_parameters())
@@ -146,7 +160,10 @@ def train(engine: Any, case: Case, steps: int | None = None, start: int = 0) -> 
 
     losses = []
     for step in range(start, start + (case.steps if steps is None else steps)):
-        loss = engine(**batch(step, dist.get_rank(), case.model)).loss
+        if case.hf:
+            loss = tiny.loss(engine, case.hf, seed=10 * step + dist.get_rank())
+        else:
+            loss = engine(**batch(step, dist.get_rank(), case.model)).loss
         engine.backward(loss)
         engine.step()
         losses.append(float(loss.detach()))
