@@ -77,11 +77,16 @@ class Gather:
 
     @property
     def is_even(self) -> bool:
-        """Whether the copies of a feature are collected with equal shares, so that nothing tells them apart."""
-        if self.share is None:
-            return bool((self.counts <= 1).all())
+        """Whether the copies of a feature are spread and collected alike, so that nothing tells them apart."""
         ok = (self.index >= 0) & (self.index < self.source)
-        return bool(np.array_equal(self.share[ok], 1.0 / self.counts[self.index[ok]]))
+        index = self.index[ok]
+        for coefficient in (self.gain, self.share):
+            if coefficient is not None:
+                one = np.zeros(self.source)
+                one[index] = coefficient[ok]
+                if not np.array_equal(one[index], coefficient[ok]):
+                    return False
+        return True
 
     def dense(self) -> tuple[Coefficients, Coefficients]:
         """E [target, source] and L [source, target] as matrices, for laws and small tests."""

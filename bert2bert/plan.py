@@ -12,7 +12,7 @@ Refuses: a growth that reads tensors which the growth before it does not make (`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,10 +69,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Fill:
-    """What stands where no term speaks: ``kind`` 'normal' (mean 0, std), 'ones' or 'zeros'; moments are 0 there."""
+    """What stands where no term speaks: ``kind`` 'normal' (mean 0, std), 'ones' (times scale) or 'zeros'; moments are 0
+    there."""
 
     kind: str
     std: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +153,15 @@ class TensorPlan:
             yield repr((self.noise.std, self.noise.dim)).encode() + self.noise.sibling.tobytes()
         for mask in (*self.blank, None, *self.fresh):
             yield b"-" if mask is None else mask.tobytes()
+
+
+def zeroed(tensors: Iterable[TensorPlan]) -> bool:
+    """Whether some entries' moments start at zero while others carry theirs, and the step count, on: the first update
+    of the former is large. A tensor of fresh entries alone counts, for it may share an optimizer group."""
+    kept = [plan for plan in tensors if not plan.reset]
+    return any(p.terms for p in kept) and any(
+        not p.terms or p.fill is not None or any(mask is not None for mask in p.fresh) for p in kept
+    )
 
 
 @dataclass(frozen=True)

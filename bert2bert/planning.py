@@ -17,7 +17,7 @@ from bert2bert.checkpoint_model import CheckpointModel, open_model, read_config
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import forward_flops
 from bert2bert.operators.growth import plan_growth
-from bert2bert.plan import GrowthPlan, TensorPlan
+from bert2bert.plan import GrowthPlan, TensorPlan, zeroed
 from bert2bert.tables import table_for
 
 _SAID = {  # recipe key -> how a summary calls it
@@ -158,8 +158,7 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
 
 def _first_step(growth: Growth) -> list[str]:
     """The size of the first update where moments start at zero at a late step, with the source's own betas."""
-    tensors = growth.plan.tensors.values()
-    if all(t.reset or not t.terms or not (t.fill or any(m is not None for m in t.fresh)) for t in tensors):
+    if not zeroed(growth.plan.tensors.values()):
         return []
     factors = {
         (1 - b1) / (1 - b2) ** 0.5 for b1, b2 in (g.get("betas", (0.9, 0.999)) for g in growth.model.source.groups)

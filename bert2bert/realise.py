@@ -154,7 +154,7 @@ def _background(plan: TensorPlan, how: State, dtype: torch.dtype) -> Tensor:
     if plan.fill is None or how.gradient or plan.fill.kind == "zeros":
         return torch.zeros(plan.shape, dtype=dtype)
     if plan.fill.kind == "ones":
-        out = torch.ones(plan.shape, dtype=dtype)
+        out = torch.full(plan.shape, plan.fill.scale, dtype=dtype)
     else:
         out = torch.from_numpy(plan.fill.std * _normal(plan, "fill", plan.row, plan.row + plan.shape[0])).to(dtype)
     _zero(out, plan.blank)

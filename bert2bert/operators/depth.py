@@ -1,16 +1,39 @@
-"""Depth operators: for each target layer, the source layer that it comes from."""
+"""Depth operators: for each target layer, the source layer that it comes from.
+
+A copied layer keeps its moments, a heuristic; inserted identities and layers drawn at random start with zero moments.
+Refuses (`UnsupportedGrowth`) layer counts that an operator cannot make, and says which it can.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NoReturn
 
+from bert2bert.errors import UnsupportedGrowth
 from bert2bert.operators.pair import Layer, Pair
 from bert2bert.operators.registry import operator
 
+_CHANGES = "nothing exactly"
+
+
+def refuse(pair: Pair, text: str, source: int, target: int, works: str) -> NoReturn:
+    """Say which layer counts an operator makes. Raises UnsupportedGrowth."""
+    keys = [pair.table.key(a) for a in pair.table.depth if (pair.small[a], pair.large[a]) == (source, target)]
+    raise UnsupportedGrowth(
+        f"--depth {text}: the target config says {keys[0] if keys else 'layers'}={target}, and the source has "
+        f"{source}; it makes {works}. Choose such a number, or --depth stack, interpolate or insert_identity, which "
+        f"make any"
+    )
+
+
+def unchanged(pair: Pair, source: int, target: int) -> bool:
+    """Whether this is the one of several stacks (T5's two) that keeps its layers while another grows."""
+    return source == target and any(pair.small[axis] != pair.large[axis] for axis in pair.table.depth)
+
 
 @operator(
-    "depth", "stack", paper="Chen et al., bert2BERT, ACL 2022, algorithm 1", keeps="nothing exactly", moments="carried"
-)
+    "depth", "stack", paper="Chen et al., bert2BERT, ACL 2022, algorithm 1", keeps=_CHANGES, moments="carried"
+)  # fmt: skip
 def stack(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
     """Stack whole copies of the model, then its top layers once more for what remains: 5 -> 12 is 0-4, 0-4, 3, 4.
 
@@ -18,3 +41,116 @@ def stack(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
     """
     times, rest = divmod(target, source)
     return [*range(source)] * times + [*range(source - rest, source)]
+
+
+@operator(
+    "depth", "gstack", paper="Du et al., Stacking Your Transformers, NeurIPS 2024", keeps=_CHANGES,
+    needs="a multiple of the source's layers", moments="carried",
+)  # fmt: skip
+def gstack(pair: Pair, source: int, target: int, *, g: int = 0) -> Sequence[int | Layer]:
+    """g whole copies on top of each other: target layer l is source layer l mod L.
+
+    g: default, as many as the target config asks for; the paper finds 2 to 4 best and recommends 4.
+    """
+    if target % source or (g and g * source != target and not unchanged(pair, source, target)):
+        below = target // source * source
+        works = f"{g * source} layers" if g else f"whole copies: {below} or {below + source} layers"
+        refuse(pair, f"gstack:g={g}" if g else "gstack", source, target, works)
+    return [*range(source)] * (target // source)
+
+
+@operator(
+    "depth", "interleave", paper="Shen et al., Staged Training, ICML 2022, and others", keeps=_CHANGES,
+    needs="a multiple of the source's layers", moments="carried",
+)  # fmt: skip
+def interleave(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
+    """Copies of a layer beside each other: 0, 0, 1, 1, …"""
+    if target % source:
+        below = target // source * source
+        refuse(pair, "interleave", source, target, f"whole copies: {below} or {below + source} layers")
+    return [layer for layer in range(source) for _ in range(target // source)]
+
+
+@operator(
+    "depth", "interpolate", paper="Pan et al., Apollo, AAAI 2024; AquilaMoE, 2024", keeps=_CHANGES, moments="carried"
+)
+def interpolate(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
+    """Target layer l is source layer ⌊l · L_source / L_target⌋, for any number of layers: 3 -> 5 is 0, 0, 1, 1, 2."""
+    return [layer * source // target for layer in range(target)]
+
+
+@operator("depth", "gopher", paper="Warner et al., ModernBERT, 2024, A.2; Gopher", keeps=_CHANGES, moments="carried")
+def gopher(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
+    """Target layer l is source layer round(l · L_source / L_target), halves to even, at most the last.
+
+    ModernBERT-large's own: 22 -> 28 with --width centre.
+    """
+    return [min(round(layer * source / target), source - 1) for layer in range(target)]
+
+
+@operator(
+    "depth", "upscale", paper="Kim et al., SOLAR 10.7B, NAACL 2024", keeps=_CHANGES,
+    needs="an even number of layers, at most twice the source's", moments="carried",
+)  # fmt: skip
+def upscale(pair: Pair, source: int, target: int, *, m: int = 0) -> Sequence[int | Layer]:
+    """A copy without its last m layers below a copy without its first m: 0 … L-m-1, m … L-1; 2 (L - m) layers.
+
+    m: default, as the target config asks, L - target / 2; SOLAR's 32 -> 48 is m=8.
+    """
+    if target == source and (not m or unchanged(pair, source, target)):
+        return list(range(source))
+    made = 2 * (source - (m or source - target // 2))
+    if made != target or target > 2 * source:
+        even = f"an even number of layers from {source + source % 2} to {2 * source}"
+        works = f"{made} layers" if source <= made and m else even
+        refuse(pair, f"upscale:m={m}" if m else "upscale", source, target, works)
+    return [*range(target // 2), *range(source - target // 2, source)]
+
+
+@operator(
+    "depth", "top", paper="Yang et al., MSLT, 2020", keeps=_CHANGES, needs="at most twice the source's layers",
+    moments="carried",
+)  # fmt: skip
+def top(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
+    """New layers on top are copies of as many top ones: 4 -> 6 is 0-3, 2, 3.
+
+    MSLT trains them alone at first, the old ones frozen, and all together at the end; it grows in stages of at most
+    doubling.
+    """
+    if target > 2 * source:
+        refuse(pair, "top", source, target, f"at most {2 * source} layers in one growth")
+    return [*range(source), *range(2 * source - target, source)]
+
+
+@operator(
+    "depth", "insert_identity", paper="Wu et al., LLaMA Pro, ACL 2024; Wang et al., LEMON, ICLR 2024",
+    keeps="the function, bit for bit, where norms stand inside the residual branches",
+    needs="a pre-norm model, to be exact", moments="asymmetric",
+)  # fmt: skip
+def insert_identity(
+    pair: Pair, source: int, target: int, *, place: Literal["even", "top"] = "even"
+) -> Sequence[int | Layer]:
+    """Copies of layers, each right above its original, whose weights and biases that write the residual stream are 0.
+
+    place, which layers are followed by one (all, and some once more, beyond doubling): 'even', evenly spaced
+    (LLaMA Pro: 32 -> 40 after every fourth); 'top', the upper ones (LEMON). Only those zeroed weights get a gradient at
+    first. LLaMA Pro trains the new layers alone; their moments start at zero.
+    """
+    fresh, rows = target - source, list[int | Layer]()
+    for layer in range(source):
+        if place == "even":
+            many = (layer + 1) * fresh // source - layer * fresh // source
+        else:
+            many = fresh // source + (layer >= source - fresh % source)
+        rows += [layer, *[Layer(layer, identity=True)] * many]
+    return rows
+
+
+@operator("depth", "random", paper="training from scratch", keeps=_CHANGES, moments="asymmetric")
+def random(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
+    """Keep the source's layers and put layers drawn at random, as for training from scratch, on top.
+
+    G_stack's baseline, 26 % slower than training from scratch there; Bu's depth expansion (2025) finds it as good as
+    copies when a model of no or one layer grows once.
+    """
+    return [*range(source), *[Layer(None)] * (target - source)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from bert2bert.maps import Gather
 from bert2bert.operators.builder import Builder
 from bert2bert.operators.pair import Layer, Pair, Width
-from bert2bert.plan import Exactness, TensorPlan
+from bert2bert.plan import Exactness, TensorPlan, zeroed
 
 
 def exactness(pair: Pair, width: Width, layers: Mapping[str, Sequence[Layer]], build: Builder) -> Exactness:
@@ -29,32 +29,53 @@ def exactness(pair: Pair, width: Width, layers: Mapping[str, Sequence[Layer]], b
             moments.append(f"{axis} is normalised and its copies have uneven shares")
     function += lossy
     for axis, rows in layers.items():
-        function += _depth(pair, axis, rows)
-        if any(row.identity for row in rows):
+        function += _depth(pair, axis, rows, build)
+        if any(row.identity or row.source is None for row in rows):
             moments.append(f"{axis}: the moments of inserted layers start at zero")
+        if runs := max((row.runs for row in rows), default=1) - 1:
+            moments.append(
+                f"{axis}: every unshared layer starts with moments of the mean gradient over its {runs + 1} runs; its "
+                f"own second moment is larger where runs disagree, so its steps are up to {(runs + 1) ** 0.5:.3g} "
+                f"times too large for about 1/(1-beta2) steps"
+            )
     if function and not moments:
         moments.append("the function changes, so moments are carried over by the same maps, a heuristic")
     return Exactness(tuple(function), tuple(moments), tuple(lossy))
 
 
-def _depth(pair: Pair, axis: str, rows: Sequence[Layer]) -> list[str]:
-    small, large = pair.small[axis], pair.large[axis]
-    kept = [row.source for row in rows if not row.identity]
+def _depth(pair: Pair, axis: str, rows: Sequence[Layer], build: Builder) -> list[str]:
+    small, large, table = pair.small[axis], pair.large[axis], pair.table
     change = f"{'depth' if axis == 'layers' else axis} {small} -> {large}"
-    if kept != list(range(small)):
-        drawn = sum(row.source is None for row in rows)
-        return [
-            f"{change}: " + (f"{drawn} layers are drawn at random" if drawn else "stacked layers change the function")
-        ]
-    if len(rows) > small and not pair.table.prenorm:
-        return [
+    found = []
+    drawn = sum(row.source is None for row in rows)
+    if drawn:
+        found.append(f"{change}: {drawn} layers are drawn at random")
+    elif any(row.runs > 1 for row in rows):
+        found.append(
+            f"{change}: the function kept is that of the {small} layers run {rows[0].runs} times with shared weights, "
+            f"not that of one run"
+        )
+    elif [row.source for row in rows if not row.identity] != list(range(small)):
+        found.append(f"{change}: stacked layers change the function")
+    elif len(rows) > small and not table.prenorm:
+        found.append(
             f"{change}: inserted layers still normalise, so they are no identity where norms follow the residual sum"
-        ]
-    kinds = [(pair.table.layer_kind(pair.source, r.source), pair.table.layer_kind(pair.target, i))
-             for i, r in enumerate(rows) if not r.identity and r.source is not None]  # fmt: skip
-    if any(a != b for a, b in kinds):
-        return [f"{change}: layers of one attention pattern ({pair.table.kinds}) take the place of another's"]
-    return []
+        )
+    copied = [(i, row.source) for i, row in enumerate(rows) if row.source is not None and not row.identity]
+    for r in table.rows:
+        if r.depth == axis and r.name in build.patterns and r.only[0] > 0:
+            lacking = [str(i) for i, source in copied if r.has(i) and not r.has(source)]
+            if lacking:
+                found.append(
+                    f"{change}: layers {', '.join(lacking)} copy a layer that has no {r.name}; theirs starts fresh"
+                )
+    if any(table.layer_kind(pair.source, source) != table.layer_kind(pair.target, i) for i, source in copied):
+        kinds = [table.layer_kind(pair.source, row.source or 0) for row in rows]
+        found.append(
+            f"{change}: layers of one attention pattern take the place of another's; {table.kinds}={kinds} in the "
+            f"target config keeps each layer's own"
+        )
+    return found
 
 
 def warnings(
@@ -77,7 +98,7 @@ def warnings(
     borrowed = bool(width.borrow) and pair.layers > 1
     biased = borrowed and bool(build.output_biases & build.patterns)
     locked = [axis for axis in even if axis in pair.table.units or not biased] if borrowed else even
-    if locked and breaker is None and moments in ("exact", "carried") and not width.kept:
+    if locked and breaker is None and not width.noise and moments in ("exact", "carried") and not width.kept:
         dropout = any("drop" in key and isinstance(value, float) and value > 0 for key, value in pair.target.items())
         edge = "top layer, which has none above" if width.borrow > 0 else "bottom layer, which has none below"
         where = f" in the source's {edge} it to borrow from," if borrowed else ""
@@ -89,14 +110,11 @@ def warnings(
             + ("" if borrowed else "--width aki, ")
             + "--break-symmetry noise | uneven, or --moments asymmetric."
         )
-    zeroed = any(
-        not plan.reset and plan.terms and (plan.fill or any(mask is not None for mask in plan.fresh))
-        for plan in tensors.values()
-    )
-    if zeroed:
+    if zeroed(tensors.values()):
         found.append(
             "entries with zeroed moments keep the step count, so their first Adam update is (1-beta1)/sqrt(1-beta2) "
-            "times the learning rate: 3.16x for betas (0.9, 0.999), 0.71x for (0.9, 0.98). Warm the rate up again, or "
+            "times the learning rate: 3.16x for betas (0.9, 0.999), 0.71x for (0.9, 0.98), 0.45x for (0.9, 0.95); "
+            "1x where all entries of an optimizer group are new, for its step count is too. Warm the rate up again, or "
             "start every moment anew with --moments reset."
         )
     return tuple(found)
@@ -115,8 +133,14 @@ def notes(pair: Pair, width: Width, build: Builder, moments: str) -> tuple[str, 
         found.append(
             f"Adam moves a matrix that reads copied features as many times faster as there are copies ({each}), "
             f"compared with the source; its learning rate divided by that number, and its weight decay multiplied by "
-            f"it, follow the source exactly. Epsilon weighs as many times more in what writes them."
+            f"it, follow the source exactly. What writes copies has gradients smaller by that number: epsilon weighs "
+            f"as many times more there, and the global gradient norm, which is clipped, changes too."
+        )
+    if moments == "reset":
+        found.append(
+            "a fresh optimizer moves every entry by the whole learning rate in its first step, however small the "
+            "gradient: warm the rate up again"
         )
     if width.eps != 1.0:
         found.append(f"the target config's {pair.table.eps[0]} is multiplied by {width.eps:.6g}, to keep the function")
-    return tuple(found)
+    return (*found, *width.notes)

@@ -61,7 +61,7 @@ def plan_growth(
             axis = _EXTRA[kind]
             made = replace(made, maps={**made.maps, axis: chosen.make(pair, **chosen_options)})
     layers = _layers(pair, depth)
-    noise = None
+    noise = made.noise or None
     if breaker:
         broken, broken_options = parse_operator(breaker, "breaker")
         if not operator.copies:
@@ -70,7 +70,7 @@ def plan_growth(
                 f"so there is no symmetry to break; leave the option out, or use --width fpi or aki"
             )
         result = broken.make(pair, made, **broken_options)
-        made, noise = (result, None) if isinstance(result, Width) else (made, result)
+        made, noise = (result, noise) if isinstance(result, Width) else (made, result)
     build = Builder(pair, made, layers, table.parameters(source, heads))
     tensors = {p.name: build.tensor(p) for p in table.parameters(target, heads).values()}
     if noise is not None:

@@ -56,8 +56,10 @@ class Width:
     are. borrow: where fresh units come from, as an offset to their layer (1: the layer above). copy: False when nothing
     is copied. blocks: weights that both write and read grown axes are block-diagonal in this many blocks.
     blank: axes, '~' in front where read, whose silent positions are filled with zeros, not at random.
-    kept: moments of old entries are kept as they are. eps: factor on the norms' epsilon. averaged: a norm is exact
-    though features have unequally many copies. function, moments: reasons why those are not kept.
+    kept: moments of old entries are kept as they are. noise: scale of null-space noise, as --break-symmetry noise has.
+    eps: factor on the norms' epsilon. averaged: a norm is exact though features have unequally many copies.
+    std: factors on the standard deviation of fresh entries by axis ('~' in front where read); under '' what takes the
+    place of the config's own. function, moments: reasons why those are not kept. notes: advice to print.
     """
 
     name: str
@@ -67,19 +69,25 @@ class Width:
     blocks: int = 0
     blank: frozenset[str] = frozenset()
     kept: bool = False
+    noise: float = 0.0
     eps: float = 1.0
     averaged: bool = False
+    std: Mapping[str, float] = field(default_factory=dict)
     function: tuple[str, ...] = ()
     moments: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Layer:
     """Where a target layer comes from: a source layer (None: drawn at random); identity: its residual branches write
-    zero, so that it changes nothing where norms stand inside the branches."""
+    zero, so that it changes nothing where norms stand inside the branches; moment: factor on the source's gradients;
+    runs: how many times the source runs this layer, with shared weights."""
 
     source: int | None
     identity: bool = False
+    moment: float = 1.0
+    runs: int = 1
 
     def __str__(self) -> str:
         return "new" if self.source is None else f"{self.source}{'+0' if self.identity else ''}"
