@@ -1,0 +1,179 @@
+"""The command verify on models of every kind: what passes, what fails, and what is not promised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from bert2bert import cli, reference
+from bert2bert.checkpoint_model import open_model
+from bert2bert.errors import InvalidConfig, InvalidData
+from bert2bert.growth import grow
+from bert2bert.verify import render, verify
+from tests import tiny
+from tests.data.fixtures import write_bins
+
+BERT = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 25}
+LLAMA = {"hidden_size": 24, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 20}
+GROWN: dict[str, dict[str, Any]] = {
+    "bert": BERT,
+    "roberta": BERT,
+    "gpt2": {"n_embd": 16, "n_head": 4, "n_inner": 24},
+    "llama": LLAMA,
+    "llama-tied": LLAMA,
+    "t5": {"d_model": 16, "num_heads": 4, "d_ff": 24},
+    "modernbert": {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 20},
+    "mixtral": LLAMA,
+}
+
+
+def silent(_: str) -> None:
+    """For growths whose words do not matter."""
+
+
+def save(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """A scrambled model of a variant as transformers saves it."""
+    config = tiny.config_of(name)
+    cls = getattr(transformers, config["architectures"][0])
+    model = cls._from_config(transformers.AutoConfig.for_model(**config), attn_implementation="eager")
+    tiny.scramble(model)
+    model.to(dtype).save_pretrained(folder)
+    return model.eval()
+
+
+def target(path: Path, name: str, **changes: Any) -> Path:
+    """The config file of a grown variant."""
+    path.write_text(json.dumps(tiny.config_of(name, **(GROWN[name] | changes))))
+    return path
+
+
+def result(report: dict[str, Any], name: str) -> tuple[bool, str]:
+    """One check's outcome and detail."""
+    return next((c["ok"], c["detail"]) for c in report["checks"] if c["name"] == name)
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_an_exact_growth_passes_everything(name: str, tmp_path: Path) -> None:
+    save(tmp_path / "small", name)
+    lines: list[str] = []
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", name), say=lines.append)
+    assert any(line.startswith("drift    loss") for line in lines)
+    report = verify(tmp_path / "small", tmp_path / "big")
+    assert report["ok"], render(report)
+    assert [c["name"] for c in report["checks"]] == [
+        "source", "plan", "weights", "exp_avg", "exp_avg_sq", "logits", "loss", "gradients",
+    ]  # fmt: skip
+    assert "of the largest entry" in result(report, "gradients")[1]
+    assert report["drift"]["logits_relative"] < 1e-6 and report["drift"]["dtype"] == "float64"
+
+
+def test_a_changed_weight_and_a_changed_function_fail(tmp_path: Path) -> None:
+    save(tmp_path / "small", "gpt2")
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), form="hub", say=silent)
+    file = tmp_path / "big" / "model.safetensors"
+    tensor = load_file(file)["transformer.h.1.mlp.c_fc.weight"]
+    content = bytearray(file.read_bytes())
+    at = content.find(tensor.numpy().tobytes())
+    tensor[3, 4] += 1
+    content[at : at + tensor.nbytes] = tensor.numpy().tobytes()
+    file.write_bytes(content)
+    report = verify(tmp_path / "small", tmp_path / "big")
+    assert [c["name"] for c in report["checks"] if not c["ok"]] == ["weights", "logits", "loss"]
+    assert "transformer.h.1.mlp.c_fc.weight" in result(report, "weights")[1]
+    assert cli.main(["verify", str(tmp_path / "small"), str(tmp_path / "big")]) == 1
+
+
+def test_a_wrong_rule_for_gradients_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule is checked against real gradients: one that forgets the shares is found."""
+    from bert2bert import realise
+
+    save(tmp_path / "small", "gpt2")
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), form="hub", say=silent)
+    plain = dict(realise.STATES)
+    monkeypatch.setitem(realise.STATES, "exp_avg", type(plain["exp_avg"])("exp_avg", gradient=False, power=1))
+    report = verify(tmp_path / "small", tmp_path / "big")
+    assert [c["name"] for c in report["checks"] if not c["ok"]] == ["gradients"]
+
+
+def test_what_is_not_promised_is_reported_and_not_judged(tmp_path: Path) -> None:
+    save(tmp_path / "small", "llama")
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "llama"), width="aki", say=silent)
+    report = verify(tmp_path / "small", tmp_path / "big")
+    assert report["ok"] and report["drift"]["logits_relative"] > 1e-3
+    assert "not promised" in result(report, "logits")[1] and "not promised" in result(report, "gradients")[1]
+
+
+def test_sixteen_bit_files_are_compared_at_their_precision(tmp_path: Path) -> None:
+    save(tmp_path / "small", "t5", torch.bfloat16)
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "t5"), form="hub", say=silent)
+    assert {m.dtype for m in open_model(tmp_path / "big").source.tensors.values()} == {"bfloat16"}
+    report = verify(tmp_path / "small", tmp_path / "big")
+    assert report["ok"] and result(report, "logits")[1].endswith("at most 0.15"), render(report)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_given_tokens_and_held_out_text(name: str, tmp_path: Path) -> None:
+    save(tmp_path / "small", name)
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", name), form="hub", say=silent)
+    ids = tmp_path / "ids.txt"
+    ids.write_text("[5, 6, 7, 8, 9]\n10 11 12 13 14\n\n")
+    given = verify(tmp_path / "small", tmp_path / "big", tokens=ids)
+    assert given["ok"] and given["drift"]["tokens"] == 10 and str(ids) in given["drift"]["text"]
+    write_bins(tmp_path / "bins", [30], 29, heldout=[90, 50])
+    held = verify(tmp_path / "small", tmp_path / "big", bins=tmp_path / "bins")
+    assert held["ok"] and held["drift"]["text"] == "held-out text"
+    assert held["drift"]["loss_source"] != given["drift"]["loss_source"]
+    for text, words in (("1 2 3\n1 2\n", "rows of 2, 3 token ids"), ("1 29 3", "both models know 0 to 28"), ("", "no")):
+        ids.write_text(text)
+        with pytest.raises(InvalidData, match=words):
+            verify(tmp_path / "small", tmp_path / "big", tokens=ids)
+    with pytest.raises(InvalidData, match=r"not readable as text"):
+        verify(tmp_path / "small", tmp_path / "big", tokens=tmp_path / "none.txt")
+    write_bins(tmp_path / "other", [30], 31)
+    with pytest.raises(InvalidConfig, match="a vocabulary of 31 tokens, the model's has 29"):
+        verify(tmp_path / "small", tmp_path / "big", bins=tmp_path / "other")
+
+
+def test_a_model_too_large_for_memory_is_refused_and_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "small", "gpt2")
+    config, small, big = target(tmp_path / "big.json", "gpt2"), tmp_path / "small", tmp_path / "big"
+    monkeypatch.setattr(reference, "free_memory", lambda: 10_000)
+    assert cli.main(["grow", str(small), str(big), "--config", str(config)]) == 0
+    assert "drift    not measured: running the larger" in capsys.readouterr().out
+    assert cli.main(["verify", str(small), str(big)]) == 2
+    assert "GB are free; leave it out with --no-logits" in capsys.readouterr().err
+    file = tmp_path / "report.json"
+    assert cli.main(["verify", str(small), str(big), "--no-logits", "--output", str(file)]) == 0
+    assert "left out as asked" in capsys.readouterr().out
+    assert json.loads(file.read_text())["drift"] is None
+    # enough for float32 logits, not for both models' gradients
+    size = sum(m.numel for m in open_model(big).source.tensors.values())
+    monkeypatch.setattr(reference, "free_memory", lambda: size * 6)
+    report = verify(small, big)
+    assert report["ok"] and report["drift"]["dtype"] == "float32"
+    assert "not compared: the gradients of both models takes" in result(report, "gradients")[1]
+
+
+def test_without_transformers_only_a_bert_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bert", "gpt2"):
+        save(tmp_path / name, name)
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    lines: list[str] = []
+    for name in ("bert", "gpt2"):
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps({**json.loads((tmp_path / name / "config.json").read_text()), **GROWN[name]}))
+        grow(tmp_path / name, tmp_path / f"{name}-big", config, say=lines.append)
+    drifts = [line for line in lines if line.startswith("drift")]
+    assert "loss" in drifts[0] and "pip install transformers" in drifts[1]
+    report = verify(tmp_path / "bert", tmp_path / "bert-big")
+    assert report["ok"] and "not compared" in result(report, "gradients")[1]
+    with pytest.raises(reference.NoReference, match="--no-logits"):
+        verify(tmp_path / "gpt2", tmp_path / "gpt2-big")
