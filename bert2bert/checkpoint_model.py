@@ -144,15 +144,17 @@ def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
 
 def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare: bool) -> frozenset[str]:
     """The heads whose tensors are there, and those without own tensors that the class or the outer name tells of."""
-    stored, base = set(stored), table.parameters(config, frozenset()).keys()
-    own = {
-        head: table.parameters(config, frozenset({head})).keys() - base
-        for head in frozenset.union(*table.classes.values())
-    }
-    found = frozenset(head for head in own if own[head] & stored)
-    possible = {name: has for name, has in table.classes.items() if {head for head in has if own[head]} == found}
+
+    def names(*of: str) -> set[str]:
+        return {*table.parameters(config, frozenset(of)), *table.aliases(config, frozenset(of))}
+
+    stored, every = set(stored), frozenset.union(*table.classes.values())
+    told = frozenset(head for head in every if (names(head) - names()) & stored)
+    # a head that is all tied has no tensor of its own, at most a copy
+    silent = {head for head in every if names(head) - names() <= table.aliases(config, every).keys()}
+    possible = {name: has for name, has in table.classes.items() if told <= has <= told | silent}
     named = [possible[name] for name in config.get("architectures") or () if name in possible]
-    return (named or sorted(possible.values(), key=len, reverse=not bare) or [found])[0]
+    return (named or sorted(possible.values(), key=len, reverse=not bare) or [told])[0]
 
 
 def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:
