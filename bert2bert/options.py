@@ -146,7 +146,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
 
     p = command(
         "verify",
-        "Check a grown checkpoint against its source: tensors, moments, function, gradients. Exit status 1 when one fails.",
+        "Check a grown checkpoint against its source: tensors, moments, function, gradients. Exit status 1: not equal.",
         "  bert2bert verify runs/small runs/grown --json",
     )
     p.add_argument("source", type=Path, help=_SOURCE)
