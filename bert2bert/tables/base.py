@@ -89,7 +89,8 @@ class Table:
     follows: axis -> the axis whose size and map it has (the coordinates after a norm follow the residual stream's).
     depth: the axes that number layers.
     norm: 'layer' or 'rms'; prenorm: whether norms stand inside the residual branches; eps: the config key of the norms'
-    epsilon and transformers' default; normalised: axes that a norm renormalises; ``rho`` in a spec marks a norm's gain.
+    epsilon and transformers' default; normalised: axes that a norm renormalises; ``rho`` in a spec marks a norm's gain,
+    ``iota`` what norms inside attention read (as the others' epsilon changes with the width, so must that).
     scales: axis of size one -> the axis by whose size the model divides there under a square root, so that its gain is
     √(target / source).
     units: axes whose features are whole units (heads, neurons) with maps that may differ by layer, except those in

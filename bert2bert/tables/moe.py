@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from bert2bert.tables.base import Row
 from bert2bert.tables.llama import LLAMA
+from bert2bert.tables.qwen import head_norms
 
 _MLP = "model.layers.{layers}.mlp."
 _ATTENTION = tuple(row for row in LLAMA.rows if ".self_attn." in row.name)
@@ -47,11 +48,8 @@ QWEN3_MOE = replace(
     LLAMA, model_type="qwen3_moe", classes={"Qwen3MoeForCausalLM": frozenset({"mlm"}), "Qwen3MoeModel": frozenset()},
     sizes={**LLAMA.sizes, "ffn": "moe_intermediate_size", "experts": "num_local_experts|num_experts|128"},
     must_agree={**LLAMA.must_agree, "norm_topk_prob": False, "num_experts_per_tok": 8},
-    requires=_ALL_SPARSE, dense=_DENSE, dense_types=("qwen3",),
-    rows=_rows(
-        (*_ATTENTION, Row("model.layers.{layers}.self_attn.q_norm.weight", "qk"),
-         Row("model.layers.{layers}.self_attn.k_norm.weight", "~qk")), *_EXPERTS, _GATE,
-    ),
+    requires=_ALL_SPARSE, dense=_DENSE, dense_types=("qwen3",), constants={**LLAMA.constants, "iota": 1},
+    rows=_rows(head_norms(_ATTENTION), *_EXPERTS, _GATE),
 )  # fmt: skip
 
 QWEN2_MOE = replace(

@@ -13,6 +13,17 @@ from bert2bert.tables.llama import LLAMA
 _SHARED = tuple(row for row in LLAMA.rows if row.when != "mlp_bias")
 _FFN = [row.name for row in _SHARED].index("model.layers.{layers}.mlp.gate_proj.weight")
 
+
+def head_norms(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Rows with norms on queries and keys after them; ``iota`` stands on what those norms read."""
+    read = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
+    return (
+        *(replace(r, spec=r.spec.replace("(", "(iota ", 1)) if r.name.endswith(read) else r for r in rows),
+        Row("model.layers.{layers}.self_attn.q_norm.weight", "qk"),
+        Row("model.layers.{layers}.self_attn.k_norm.weight", "~qk"),
+    )
+
+
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
@@ -30,10 +41,6 @@ QWEN3 = replace(
     sizes={**LLAMA.sizes, "kv": "num_key_value_heads|32", "qk": "head_dim|128"},
     requires={"mlp_bias": False, "use_sliding_window": False},
     kinds="layer_types",
-    rows=(
-        *_SHARED[:_FFN],
-        Row("model.layers.{layers}.self_attn.q_norm.weight", "qk"),
-        Row("model.layers.{layers}.self_attn.k_norm.weight", "~qk"),
-        *_SHARED[_FFN:],
-    ),
+    constants={**LLAMA.constants, "iota": 1},
+    rows=(*head_norms(_SHARED[:_FFN]), *_SHARED[_FFN:]),
 )
