@@ -23,6 +23,13 @@ FLAGS = {
     "experts": "--experts",
     "breaker": "--break-symmetry",
 }
+REFUSED = {
+    (
+        "width",
+        "mango",
+    ): "its tensor-ring map mixes weights of all modules and layers with one another, and such a map is "
+    "no growth of named axes; the nearest is ligo, which learns the mixtures of features and those of layers",
+}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -30,7 +37,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Operator:
     """One growth operator. keeps: what of the function it preserves; needs: on which models; moments: its policy,
     'exact', 'carried', 'reset' or 'asymmetric'; copies: whether it makes copies, so that a symmetry can be broken;
-    head_size: whether it can grow the size of a head."""
+    head_size: whether it can grow the size of a head; shrinks: ``make`` takes the options alone and names the growth
+    whose way back this is."""
 
     kind: str
     name: str
@@ -41,6 +49,7 @@ class Operator:
     make: Callable[..., Any]
     copies: bool = False
     head_size: bool = False
+    shrinks: bool = False
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -68,11 +77,12 @@ def operator(
     moments: str = "exact",
     copies: bool = False,
     head_size: bool = False,
+    shrinks: bool = False,
 ) -> Callable[[F], F]:
     """Register the function below as an operator."""
 
     def add(make: F) -> F:
-        OPERATORS[kind][name] = Operator(kind, name, paper, keeps, needs, moments, make, copies, head_size)
+        OPERATORS[kind][name] = Operator(kind, name, paper, keeps, needs, moments, make, copies, head_size, shrinks)
         return make
 
     return add
@@ -85,6 +95,8 @@ def parse_operator(text: str, kind: str) -> tuple[Operator, dict[str, Any]]:
     """
     known, flag = OPERATORS[kind], FLAGS[kind]
     name, _, rest = text.partition(":")
+    if (kind, name) in REFUSED:
+        raise UnsupportedGrowth(f"{flag} {name}: {REFUSED[kind, name]}")
     if name not in known:
         raise UnsupportedGrowth(f"{flag} {name!r}: unknown operator; {did_you_mean(name, known)}")
     allowed = known[name].options
