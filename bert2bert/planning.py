@@ -97,7 +97,9 @@ def _how(tensor: TensorPlan) -> str:
         return f"fill {tensor.fill.kind}"
     grown = any(d.param is not None or d.grad is not None or not d.full for t in tensor.terms for d in t.dims)
     text = "copy" if not grown else "corner" if tensor.fill else "grow"
-    if len(tensor.terms) > 1:
+    if tensor.sums:
+        text += f", a sum of {len(tensor.terms)}"
+    elif len(tensor.terms) > 1:
         text += ", fresh units from above"
     if tensor.fill:
         text += f" + {tensor.fill.kind} fill"

@@ -108,7 +108,10 @@ def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, abs
             x = x.unsqueeze(d)
         index = dim.index - low if d == old[0] else dim.index
         if dim.mix is not None:
-            matrix = np.abs(dim.mix) if absolute else dim.mix
+            plain = dim.mix.shape[1]
+            used = np.unique(index[index >= plain])
+            matrix = np.abs(dim.mix[used - plain]) if absolute else dim.mix[used - plain]
+            index = np.where(index < plain, index, plain + np.searchsorted(used, index))
             x = torch.cat([x, torch.tensordot(x, torch.from_numpy(matrix).to(x), ([d], [1])).movedim(-1, d)], d)
             copied = True
         if len(index) != x.shape[d] or not np.array_equal(index, np.arange(len(index))):

@@ -47,12 +47,12 @@ def draw(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Samp
     rng = np.random.default_rng(0)
     mask = None
     if tokens.file:
-        ids = _given(tokens.file, vocab, _positions(model))
+        ids = _given(tokens.file, vocab, positions(model))
     else:
-        length = min(_LENGTH, _trained_length(model), _positions(model))
+        length = min(_LENGTH, trained_length(model), positions(model))
         rows = max(1, min(_TOKENS, _SCORES // vocab, _WORK // (2 * numel)) // length)
         if tokens.bins:
-            bins = _bins(tokens.bins, vocab)
+            bins = open_bins(tokens.bins, vocab)
             text = bins.split("heldout")[0]
             rows, mask = min(rows, max(1, len(text) // length)), bins.special["mask"]
             ids = np.resize(np.asarray(text[: rows * length], dtype=np.int64), (rows, length))
@@ -79,9 +79,9 @@ def draw_batch(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -
     if tokens.bins:
         from bert2bert.data.loader import eval_batches
 
-        length = min(_LENGTH, _trained_length(model), _positions(model))
+        length = min(_LENGTH, trained_length(model), positions(model))
         rows = max(1, _TOKENS // length)
-        return eval_batches(_bins(tokens.bins, vocab), "heldout", length, rows, rows, 0, 1, 0)[0]
+        return eval_batches(open_bins(tokens.bins, vocab), "heldout", length, rows, rows, 0, 1, 0)[0]
     sample = draw(model, vocab, tokens, numel)
     rows, length = sample.ids.shape
     labels = sample.labels.flatten()
@@ -99,13 +99,13 @@ def draw_batch(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -
     )
 
 
-def _trained_length(model: CheckpointModel) -> int:
+def trained_length(model: CheckpointModel) -> int:
     """The rows' length that the source was trained on, where its manifest tells: positions beyond it know nothing."""
     training = (model.source.manifest or {}).get("training") or {}
     return int(training.get("recipe", {}).get("data", {}).get("seq_len", _LENGTH))
 
 
-def _positions(model: CheckpointModel) -> int:
+def positions(model: CheckpointModel) -> int:
     """Tokens that a row may have: position rows, less those kept for padding; rotary models know no end."""
     rows = model.table.axis_sizes(model.config).get("pos")
     return (
@@ -113,7 +113,7 @@ def _positions(model: CheckpointModel) -> int:
     )
 
 
-def _bins(folder: Path, vocab: int) -> TokenBins:
+def open_bins(folder: Path, vocab: int) -> TokenBins:
     opened = TokenBins.open(folder)
     if opened.vocab_size > vocab:
         raise InvalidConfig(

@@ -1,5 +1,5 @@
 """Growth operators: importing this package registers all of them in `registry.OPERATORS`."""
 
-from bert2bert.operators import depth, width
+from bert2bert.operators import depth, learned, width
 
-__all__ = ["depth", "width"]
+__all__ = ["depth", "learned", "width"]

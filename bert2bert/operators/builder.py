@@ -56,8 +56,11 @@ class Builder:
             plan = replace(plan, fresh=(np.ones(p.shape[0], dtype=bool),))
             if self._writes_residual(p):
                 return replace(plan, fill=Fill("zeros"))
-        terms = tuple(self._blocks(p, layer.source) if self.width.blocks else self._terms(p, layer.source))
-        plan = replace(plan, terms=terms)
+        if self.width.terms is not None:
+            terms = self.width.terms(self, p)
+        else:
+            terms = tuple(self._blocks(p, layer.source) if self.width.blocks else self._terms(p, layer.source))
+        plan = replace(plan, terms=terms, sums=self.width.terms is not None and len(terms) > 1)
         if self.width.kept:
             kept = [replace(t, dims=tuple(replace(d, grad=None) for d in t.dims)) for t in terms]
             plan = replace(self.with_fresh_moments(plan), terms=tuple(kept))

@@ -53,7 +53,7 @@ def plan_growth(
         heads = table.classes.get(first, next(iter(table.classes.values())))
     extra = {"vocab": vocab, "positions": positions, "experts": experts}
     operator, options = parse_operator(width, "width")
-    pair = _pair(table, source, target, operator, extra, seed)
+    pair = pair_of(table, source, target, operator, extra, seed)
     made: Width = operator.make(pair, **options)
     for kind, text in extra.items():
         if text is not None:
@@ -61,6 +61,8 @@ def plan_growth(
             axis = _EXTRA[kind]
             made = replace(made, maps={**made.maps, axis: chosen.make(pair, **chosen_options)})
     layers = _layers(pair, depth)
+    if made.terms is not None:
+        _alone(operator, depth, moments)
     noise = made.noise or None
     if breaker:
         broken, broken_options = parse_operator(breaker, "breaker")
@@ -75,7 +77,7 @@ def plan_growth(
     tensors = {p.name: build.tensor(p) for p in table.parameters(target, heads).values()}
     if noise is not None:
         tensors = {n: build.with_noise(p, noise) for n, p in tensors.items()}
-    kept = exactness(pair, made, layers, build)
+    kept = exactness(pair, made, {} if made.terms else layers, build)
     if noise is not None and pair.grown:
         reason = "noise makes the readers of copies differ, so the copies' moments are right only in sum"
         kept = kept + Exactness(moments=(reason,))
@@ -86,12 +88,12 @@ def plan_growth(
         tensors = {n: replace(p, reset=True) for n, p in tensors.items()}
     recipe = {
         "width": width,
-        "depth": depth,
+        "depth": depth if made.terms is None else operator.name,
         **{kind: text for kind, text in extra.items() if text is not None},
         "break_symmetry": breaker,
         "moments": moments,
         "seed": seed,
-        "layers": {axis: [str(row) for row in rows] for axis, rows in layers.items()},
+        "layers": {axis: [str(row) for row in rows] for axis, rows in layers.items() if made.terms is None},
         "heads": sorted(heads),
         "axes": {a: [pair.small[a], pair.large[a]] for a in pair.small if pair.small[a] != pair.large[a]},
     }
@@ -108,6 +110,17 @@ def plan_growth(
         warnings(pair, made, build, tensors, breaker, policy),
         notes(pair, made, build, policy),
     )
+
+
+def _alone(operator: Operator, depth: str, moments: str | None) -> None:
+    """Refuse what cannot stand beside an operator that makes mixtures of features and layers."""
+    if depth != "stack":
+        raise UnsupportedGrowth(f"--depth {depth} with --width {operator.name}, which covers the depth: leave it out")
+    if moments not in (None, "reset"):
+        raise UnsupportedGrowth(
+            f"--moments {moments} with --width {operator.name}: the second moment of a sum of features or layers is not "
+            f"determined by those of its summands, so every moment starts anew; leave the option out, or say reset"
+        )
 
 
 def _policy(moments: str | None, operator: Operator, width: Width, kept: Exactness) -> tuple[str, Exactness]:
@@ -143,7 +156,7 @@ def _layers(pair: Pair, text: str) -> dict[str, list[Layer]]:
     return found
 
 
-def _pair(
+def pair_of(
     table: Table,
     source: Mapping[str, Any],
     target: Mapping[str, Any],
@@ -151,6 +164,7 @@ def _pair(
     extra: Mapping[str, str | None],
     seed: int,
 ) -> Pair:
+    """The two models of a growth by this operator. Raises UnsupportedGrowth, InvalidConfig."""
     if target.get("model_type") != table.model_type:
         raise UnsupportedGrowth(
             f"the source is a {table.model_type!r}, the target config says model_type {target.get('model_type')!r}; "

@@ -5,14 +5,15 @@ Holds data only; knows no operator.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from bert2bert.maps import Gather
-from bert2bert.tables import Table
+from bert2bert.plan import Term
+from bert2bert.tables import Parameter, Table
 
 TOKENS = ("vocab", "pos", "types", "classes")  # axes that index tokens or classes: no width grows them
 
@@ -60,6 +61,8 @@ class Width:
     eps: factor on the norms' epsilon. averaged: a norm is exact though features have unequally many copies.
     std: factors on the standard deviation of fresh entries by axis ('~' in front where read); under '' what takes the
     place of the config's own. function, moments: reasons why those are not kept. notes: advice to print.
+    terms: makes all terms of a tensor, which are summed, in place of the maps and of the depth operator too; its first
+    argument is the `Builder`.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Width:
     function: tuple[str, ...] = ()
     moments: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    terms: Callable[[Any, Parameter], tuple[Term, ...]] | None = None
 
 
 @dataclass(frozen=True)
