@@ -92,7 +92,13 @@ def build(
             f"transformers {transformers.__version__} has no {name}, so there is no reference to compare with.\n"
             f"Install a newer one (pip install -U transformers), or leave the comparison out with --no-logits."
         )
-    hf = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    try:
+        hf = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    except Exception as error:  # its validators raise what they like
+        raise NoReference(
+            f"transformers {transformers.__version__} refuses the config of a {name}: {error}\n"
+            f"Correct the config, or leave the comparison out: --no-logits (verify), --no-measure (grow)."
+        ) from None
     hf._experts_implementation = "eager"  # grouped matrix products know no float64
     state = {n: fetch(n).to(dtype) for n in table.parameters(config, table.classes[name])}
     with _quiet(transformers):

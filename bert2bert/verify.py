@@ -90,10 +90,15 @@ def verify(
 
 
 def _replan(model: CheckpointModel, target: CheckpointModel, how: dict[str, Any]) -> GrowthPlan:
+    # a growth may have scaled the norms' epsilon: it was asked for with the source's, for no other is let through
+    mine, theirs = model.table.eps[0], target.table.eps[0]
+    asked = {key: value for key, value in target.config.items() if key != theirs}
+    if mine in model.config:
+        asked[theirs] = model.config[mine]
     options = ("width", "depth", "vocab", "positions", "experts", "moments", "seed")
     return plan_growth(
         model.config,
-        target.config,
+        asked,
         breaker=how["break_symmetry"],
         heads=model.heads,
         **{key: how[key] for key in options if key in how},

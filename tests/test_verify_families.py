@@ -15,6 +15,7 @@ from bert2bert import cli, reference
 from bert2bert.checkpoint_model import open_model
 from bert2bert.errors import InvalidConfig, InvalidData
 from bert2bert.growth import grow
+from bert2bert.tables import TABLES
 from bert2bert.verify import render, verify
 from tests import tiny
 from tests.data.fixtures import write_bins
@@ -177,3 +178,20 @@ def test_without_transformers_only_a_bert_is_run(tmp_path: Path, monkeypatch: py
     assert report["ok"] and "not compared" in result(report, "gradients")[1]
     with pytest.raises(reference.NoReference, match="--no-logits"):
         verify(tmp_path / "gpt2", tmp_path / "gpt2-big")
+
+
+def test_a_growth_that_scales_the_norms_epsilon(tmp_path: Path) -> None:
+    """The grown config has another epsilon than the one that was asked for; the plan is rebuilt all the same."""
+    save(tmp_path / "small", "gpt2")
+    config = target(tmp_path / "big.json", "gpt2", n_embd=12, n_head=3)
+    grow(tmp_path / "small", tmp_path / "big", config, width="lemon", form="hub", say=silent)
+    opened = open_model(tmp_path / "big")
+    assert opened.config["layer_norm_epsilon"] == pytest.approx(1e-5 * 8 / 12)
+    report = verify(tmp_path / "small", tmp_path / "big")
+    assert report["ok"] and report["drift"]["logits_relative"] < 1e-6, render(report)
+
+
+def test_a_config_that_transformers_refuses_is_no_reference(tmp_path: Path) -> None:
+    config = tiny.config_of("gpt2") | {"n_layer": "three"}
+    with pytest.raises(reference.NoReference, match=r"refuses the config of a GPT2LMHeadModel: (.|\n)*--no-logits"):
+        reference.build(TABLES["gpt2"], config, frozenset({"mlm"}), torch.empty, torch.float64)
