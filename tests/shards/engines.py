@@ -41,7 +41,7 @@ class Case:
     seed: int = 0
     client_state: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)  # more of the model's config
-    hf: dict[str, Any] = field(default_factory=dict)  # a whole config, of any family of tests.tiny, in place of ``model``
+    hf: dict[str, Any] = field(default_factory=dict)  # a whole config of any family, in place of ``model``
 
 
 class SkippingAdamW(torch.optim.AdamW):
