@@ -1,8 +1,8 @@
 """The fit of learned growth maps (LiGO) on the language-model loss of the grown model, and the command ``learn``.
 
-The grown model's weights are made of the source's by the maps that are learned, differentiably, in every step, and the
-model itself runs on transformers. Only the maps learn, by Adam with a rate that falls to zero. What is kept is a file of
-maps: ``--width ligo:maps=FILE`` makes a plan of it, which grows any checkpoint format, shard by shard.
+In every step the grown model's weights are made of the source's by the maps, differentiably, and the model runs on
+transformers. Only the maps learn, by Adam with a rate that falls to zero. What is kept is a file of maps: ``--width
+ligo:maps=FILE`` makes a plan of it, which grows any checkpoint format, shard by shard.
 
 Refuses a model without a language-model head (`UnsupportedGrowth`), a growth that leaves all sizes alone, and what
 `reference` and `sample` refuse.
@@ -184,13 +184,14 @@ class Fit:
     def run(
         self, samples: Iterable[Sample], steps: int, lr: float, say: Callable[[int, float], None] | None = None
     ) -> Fitted:
-        """Fit the maps for so many steps, one sample each; lr: of Adam, falling linearly to zero."""
+        """Fit the maps for so many steps, one sample each. lr: the length by which a row of a map moves in the first
+        step at most, falling linearly to zero: Adam's rate times the square root of the row's entries."""
         learned = {name: value.clone().requires_grad_() for name, value in self.maps.items()}
-        adam = torch.optim.Adam(learned.values(), lr=lr)
+        adam = torch.optim.Adam([{"params": [value]} for value in learned.values()])
         losses = []
         for step, given in enumerate(islice(samples, steps)):
             for group in adam.param_groups:
-                group["lr"] = lr * (1 - step / steps)
+                group["lr"] = lr * (1 - step / steps) / group["params"][0].shape[1] ** 0.5
             adam.zero_grad()
             loss = self.loss(learned, given)
             loss.backward()
@@ -238,7 +239,7 @@ def learn(
     source_config: Path | None = None,
     tag: str | None = None,
     steps: int = 100,
-    lr: float = 1e-3,
+    lr: float = 1e-2,
     noise: float = 0.03,
     rows: int = 16,
     length: int | None = None,

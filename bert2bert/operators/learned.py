@@ -211,7 +211,8 @@ class Scheme:
 
     def _mixed(self, parts: list[Part], known: Known) -> Dim:
         source, column = sum(part.start.source for part in parts), 0
-        indexes, mixes = [], []
+        indexes: list[NDArray[np.int64]] = []
+        mixes: list[NDArray[np.float64]] = []
         for part in parts:
             places = part.start.index + column
             if part.key:
@@ -221,8 +222,10 @@ class Scheme:
                         f"--width ligo: the map {part.key!r} has the shape {rows.shape}, this growth needs {want}; fit "
                         f"its own maps with bert2bert learn"
                     )
-                rows = np.kron(rows, np.eye(part.repeat)) if part.repeat > 1 else rows
-                places[np.repeat(part.fresh, part.repeat)] = source + sum(map(len, mixes)) + np.arange(len(rows))
+                if part.repeat > 1:
+                    rows = np.kron(rows, np.eye(part.repeat)).astype(np.float64)
+                before = source + sum(len(mix) for mix in mixes)
+                places[np.repeat(part.fresh, part.repeat)] = before + np.arange(len(rows))
                 around = (column, source - column - rows.shape[1])
                 mixes.append(np.pad(rows, ((0, 0), around)) if any(around) else rows)
             indexes.append(places)
