@@ -6,7 +6,7 @@ gradients. A plan narrowed to some rows needs only the source rows that those na
 place of checkpoints: two growths in one pass are the second resting on the first.
 
 Imports no torch: a plan of a model of any size is a few index lists.
-Refuses: a growth that reads tensors which the growth before it does not make (`UnsupportedGrowth`).
+Refuses: rows that a tensor lacks (ValueError).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bert2bert.errors import UnsupportedGrowth
 from bert2bert.maps import Coefficients, Gather, Index
 
 Mask = NDArray[np.bool_]
@@ -60,21 +59,24 @@ class Dim:
 class Term:
     """The entries that come from one source tensor: the outer product of the dims' positions that are not silent.
 
-    origin: which of the checkpoints (or plans) that the growth rests on has the tensor."""
+    origin: which of the checkpoints (or plans) that the growth rests on has the tensor. given: values in place of a
+    source tensor, in its coordinates; their moments are zero."""
 
     source: str
     dims: tuple[Dim, ...]
     origin: int = 0
+    given: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
 class Fill:
     """What stands where no term speaks: ``kind`` 'normal' (mean 0, std), 'ones' (times scale) or 'zeros'; moments are 0
-    there."""
+    there. period: normal rows repeat after this many, 0 = never."""
 
     kind: str
     std: float = 0.0
     scale: float = 1.0
+    period: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ class TensorPlan:
     @property
     def sources(self) -> tuple[str, ...]:
         """The source tensors that the plan reads, each once."""
-        return tuple(dict.fromkeys(term.source for term in self.terms))
+        return tuple(dict.fromkeys(term.source for term in self.terms if term.given is None))
 
     def parts(self) -> Iterator[bytes]:
         """Everything that determines the result, for a digest."""
@@ -146,6 +148,8 @@ class TensorPlan:
         yield repr(flags).encode()
         for term in self.terms:
             yield f"{term.source}/{term.origin}".encode()
+            if term.given is not None:
+                yield repr((term.given.dtype.str, term.given.shape)).encode() + term.given.tobytes()
             for dim in term.dims:
                 for array in (dim.index, dim.param, dim.grad, dim.mix):
                     yield b"-" if array is None else array.tobytes() + b"|"
@@ -160,7 +164,11 @@ def zeroed(tensors: Iterable[TensorPlan]) -> bool:
     of the former is large. A tensor of fresh entries alone counts, for it may share an optimizer group."""
     kept = [plan for plan in tensors if not plan.reset]
     return any(p.terms for p in kept) and any(
-        not p.terms or p.fill is not None or any(mask is not None for mask in p.fresh) for p in kept
+        not p.terms
+        or p.fill is not None
+        or any(mask is not None for mask in p.fresh)
+        or any(t.given is not None for t in p.terms)
+        for p in kept
     )
 
 
@@ -213,6 +221,8 @@ class GrowthPlan:
         found: list[tuple[int, str]] = []
         starts = np.cumsum([0, *(p.leaves for p in self.before)])
         for term in self.tensors[name].terms:
+            if term.given is not None:
+                continue
             if not self.before:
                 found.append((term.origin, term.source))
             else:
@@ -229,39 +239,3 @@ class GrowthPlan:
             for part in plan.parts():
                 h.update(part)
         return h.hexdigest()
-
-
-def then(first: GrowthPlan, second: GrowthPlan) -> GrowthPlan:
-    """One plan for ``first`` and then ``second``, bit for bit the same as the two in sequence.
-
-    Raises UnsupportedGrowth when the second does not start from what the first makes.
-    """
-    if second.before:
-        raise UnsupportedGrowth(
-            "a growth that rests on others can only come first in a sequence; compose from the left"
-        )
-    for plan in second.tensors.values():
-        for source in plan.sources:
-            if source not in first.tensors:
-                raise UnsupportedGrowth(
-                    f"the second growth reads {source}, which the first does not make; "
-                    f"plan it from the config that the first one grows into"
-                )
-    return replace(
-        second,
-        before=(first,),
-        recipe={"first": first.recipe, "then": second.recipe},
-        exactness=first.exactness + second.exactness,
-        moments=second.moments if first.moments == "exact" else first.moments,
-        warnings=tuple(dict.fromkeys(first.warnings + second.warnings)),
-        notes=tuple(dict.fromkeys(first.notes + second.notes)),
-    )
-
-
-def identity_plan(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> GrowthPlan:
-    """The growth that changes nothing: what a change of format, stage or world size alone is."""
-    tensors = {
-        name: TensorPlan(name, "", shape, (Term(name, tuple(Dim(np.arange(n)) for n in shape)),))
-        for name, shape in shapes.items()
-    }
-    return GrowthPlan(tensors, config, recipe={"width": "identity", "depth": "identity"})

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bert2bert.plan import GrowthPlan, TensorPlan, Term
+from bert2bert.plan import Dim, GrowthPlan, TensorPlan, Term
 from bert2bert.states import STATES, State
 
 Read = Callable[[str, str, int, int], Tensor]
@@ -76,13 +77,16 @@ def _rows(plan: TensorPlan, how: State, reads: Sequence[Read], dtype: torch.dtyp
         out = _background(plan, how, dtype)
         bounded = how.power == 2 and (plan.sums or plan.mixes)
         weights = torch.zeros(plan.shape, dtype=dtype) if bounded else None
-        for term in plan.terms:
-            where = [np.nonzero(dim.index >= 0)[0] for dim in term.dims]
-            if all(len(w) for w in where):
-                spoken = Term(term.source, tuple(d[w] for d, w in zip(term.dims, where, strict=True)), term.origin)
-                _place(out, where, _term(spoken, how, reads, dtype, absolute=bounded), plan.sums)
-                if weights is not None:
-                    _place(weights, where, _weights(spoken, dtype), plan.sums)
+        placed = [(term, [np.nonzero(dim.index >= 0)[0] for dim in term.dims]) for term in plan.terms]
+        placed = [(term, where) for term, where in placed if all(len(w) for w in where)]
+        if plan.sums and plan.fill is not None:
+            for _, where in placed:
+                _place(out, where, torch.zeros([len(w) for w in where], dtype=dtype), False)
+        for term, where in placed:
+            spoken = replace(term, dims=tuple(d[w] for d, w in zip(term.dims, where, strict=True)))
+            _place(out, where, _term(spoken, how, reads, dtype, absolute=bounded), plan.sums)
+            if weights is not None:
+                _place(weights, where, _weights(spoken, dtype), plan.sums)
         if weights is not None:  # (sum of c g)^2 is at most (sum of |c|) (sum of |c| g^2), and that where copies agree
             out *= weights
     if plan.noise is not None and not how.gradient:
@@ -94,13 +98,17 @@ def _rows(plan: TensorPlan, how: State, reads: Sequence[Read], dtype: torch.dtyp
 
 def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, absolute: bool = False) -> Tensor:
     """The block of a term's spoken positions. absolute: with |c| in place of c^2, for the bound on mixed squares."""
+    term = replace(term, dims=tuple(map(_plain, term.dims)))
     old = [d for d, dim in enumerate(term.dims) if not dim.new]
     rows = term.dims[old[0]]
     if not all(len(dim.index) for dim in term.dims):
         return torch.zeros([len(d.index) for d in term.dims], dtype=dtype)
     low = 0 if rows.mix is not None else int(rows.index.min())
     high = rows.mix.shape[1] if rows.mix is not None else int(rows.index.max()) + 1
-    x = reads[term.origin](term.source, how.name, low, high)
+    if term.given is None:
+        x = reads[term.origin](term.source, how.name, low, high)
+    else:
+        x = torch.from_numpy(np.zeros_like(term.given[low:high]) if how.gradient else term.given[low:high])
     copied = x.dtype != dtype
     x = x.to(dtype)
     for d, dim in enumerate(term.dims):
@@ -112,7 +120,10 @@ def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, abs
             used = np.unique(index[index >= plain])
             matrix = np.abs(dim.mix[used - plain]) if absolute else dim.mix[used - plain]
             index = np.where(index < plain, index, plain + np.searchsorted(used, index))
-            x = torch.cat([x, torch.tensordot(x, torch.from_numpy(matrix).to(x), ([d], [1])).movedim(-1, d)], d)
+            # a product's rounding depends on where its operands lie, and shards lie anywhere: copies are aligned alike
+            x = x.contiguous() if copied else x.clone(memory_format=torch.contiguous_format)
+            mixed = torch.tensordot(x, torch.from_numpy(matrix).to(x, copy=True), ([d], [1])).movedim(-1, d)
+            x = torch.cat([x, mixed], d)
             copied = True
         if len(index) != x.shape[d] or not np.array_equal(index, np.arange(len(index))):
             x, copied = x.index_select(d, torch.from_numpy(index)), True
@@ -123,6 +134,12 @@ def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, abs
             shaped = torch.from_numpy(power).to(dtype).view([-1 if i == d else 1 for i in range(x.ndim)])
             x, copied = (x.mul_(shaped) if copied else x * shaped), True
     return x if copied else x.clone()
+
+
+def _plain(dim: Dim) -> Dim:
+    """The dim without a mixture that none of its positions takes: a mixture reads the whole source."""
+    unused = dim.mix is not None and not (dim.index >= dim.mix.shape[1]).any()
+    return replace(dim, mix=None) if unused else dim
 
 
 def _weights(term: Term, dtype: torch.dtype) -> Tensor:
@@ -159,7 +176,12 @@ def _background(plan: TensorPlan, how: State, dtype: torch.dtype) -> Tensor:
     if plan.fill.kind == "ones":
         out = torch.full(plan.shape, plan.fill.scale, dtype=dtype)
     else:
-        out = torch.from_numpy(plan.fill.std * _normal(plan, "fill", plan.row, plan.row + plan.shape[0])).to(dtype)
+        rows = np.arange(plan.row, plan.row + plan.shape[0])
+        if plan.fill.period:
+            drawn = _normal(plan, "fill", 0, plan.fill.period)[rows % plan.fill.period]
+        else:
+            drawn = _normal(plan, "fill", plan.row, plan.row + plan.shape[0])
+        out = torch.from_numpy(plan.fill.std * drawn).to(dtype)
     _zero(out, plan.blank)
     return out
 

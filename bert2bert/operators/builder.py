@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import reduce
 from math import prod, sqrt
 from operator import mul, or_
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from bert2bert import axes
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.maps import Gather, identity, scalar
-from bert2bert.operators.pair import Layer, Pair, Width
+from bert2bert.operators.pair import TOKENS, Layer, Pair, Width
 from bert2bert.plan import Dim, Fill, Noise, TensorPlan, Term
 from bert2bert.tables import Parameter
 
@@ -37,6 +38,7 @@ class Builder:
         self.pair, self.width, self.layers, self.originals = pair, width, layers, originals
         self.table, self.small, self.large = pair.table, pair.small, pair.large
         self.patterns = {p.pattern for p in originals.values()}
+        self.single = {r.name for r in self.table.rows if not r.has(1)} - {r.name for r in self.table.rows if r.has(1)}
         rows = [r for r in self.table.rows if r.depth and r.name.endswith("{weight,bias}")]
         writers = [r for r in rows if any(a.axis == "embed" and not a.reads for a in _atoms(r.spec))]
         self.output_biases = {r.name.replace("{weight,bias}", "bias") for r in writers}
@@ -60,13 +62,15 @@ class Builder:
             terms = self.width.terms(self, p)
         else:
             terms = tuple(self._blocks(p, layer.source) if self.width.blocks else self._terms(p, layer.source))
+        if p.name in self.width.given:
+            terms = self._given(terms, self.width.given[p.name])
         plan = replace(plan, terms=terms, sums=self.width.terms is not None and len(terms) > 1)
         if self.width.kept:
             kept = [replace(t, dims=tuple(replace(d, grad=None) for d in t.dims)) for t in terms]
             plan = replace(self.with_fresh_moments(plan), terms=tuple(kept))
-        if layer.moment != 1.0:  # on the first dim, for gradients are linear in each
+        if layer.moment != 1.0 and p.pattern not in self.single:  # on the first dim, for gradients are linear in each
             plan = replace(plan, terms=tuple(_scaled(t, layer.moment) for t in plan.terms))
-        if len(terms) == 1 and not all(d.full for d in terms[0].dims):
+        if any((np.max([t.dims[d].index for t in terms], 0) < 0).any() for d in range(len(p.shape))):
             plan = replace(plan, fill=self._fill(p), blank=self._blank(p, layer.source))
         return plan
 
@@ -101,15 +105,10 @@ class Builder:
             index = np.max([t.dims[d].index for t in plan.terms], 0) if self.width.blocks else dim.index
             if not reads or dim.param is None or dim.grad is not None or (index < 0).any() or dim.mix is not None:
                 continue  # nothing copied, or borrowed units, which are no copies
-            order = np.argsort(index, kind="stable")
-            first = np.diff(index[order], prepend=-1) != 0
-            starts = np.nonzero(first)[0]
-            after = np.append(np.arange(1, len(order)), 0)
-            ends = np.append(starts[1:], len(order)) - 1
-            after[ends] = starts
-            sibling = np.empty_like(order)
-            sibling[order] = order[after]
-            return replace(plan, noise=Noise(scale * self.table.std("", self.pair.target), d, sibling))
+            return replace(plan, noise=Noise(scale * self.table.std("", self.pair.target), d, _siblings(index)))
+        experts = self.width.maps.get("experts")
+        if isinstance(experts, Gather) and plan.spec.startswith("experts embed"):  # chosen together, they add up
+            return replace(plan, noise=Noise(scale * self.table.std("", self.pair.target), 0, _siblings(experts.index)))
         return plan
 
     def with_fresh_moments(self, plan: TensorPlan) -> TensorPlan:
@@ -136,6 +135,12 @@ class Builder:
         taken = tuple(dim.where(fresh) if i == d else dim for i, dim in enumerate(dims))
         return [Term(p.at(layer), own), Term(p.at(above), taken)]
 
+    def _given(self, terms: tuple[Term, ...], rows: NDArray[Any]) -> tuple[Term, ...]:
+        """The terms for the old tokens, and given rows, the first dim of which is theirs, for the new ones."""
+        fresh = np.maximum(np.arange(len(terms[0].dims[0].index)) - self.small["vocab"], -1)
+        old = (replace(t, dims=(t.dims[0].where(fresh < 0), *t.dims[1:])) for t in terms)
+        return (*old, *(Term("", (Dim(fresh), *t.dims[1:]), given=rows) for t in terms))
+
     def _borrowed(self, p: Parameter) -> tuple[int, Mask] | None:
         """The dim whose fresh entries come from another layer, and which those are: fresh units; for the biases of a
         layer's residual writers the hidden entries, as bert2BERT's authors' code has it (this alone tells hidden copies
@@ -155,12 +160,16 @@ class Builder:
     def _blocks(self, p: Parameter, layer: int | None) -> list[Term]:
         """Block-diagonal weights; the gradients of all blocks are those of even copies, also off the diagonal."""
         dims, name = [Dim.of(g) for g in self.gathers(p, layer)], p.at(layer)
-        copied = [d for d, dim in enumerate(dims) if len(np.unique(dim.index)) < len(dim.index)]
+        spec, fixed = axes.parse(p.spec), {*TOKENS, "experts"}
+        copied = [
+            d
+            for d, dim in enumerate(dims)
+            if len(np.unique(dim.index)) < len(dim.index) and not any(a.axis in fixed for a in spec[d][0])
+        ]
         if len(copied) < 2:
             return [Term(name, tuple(dims))]
         ranks = {d: _ranks(dims[d].index) for d in copied}
         terms = []
-        spec = axes.parse(p.spec)
         write, read = sorted(copied, key=lambda d: all(a.reads for product in spec[d] for a in product))
         for block in range(self.width.blocks):
             for on in (True, False):
@@ -196,7 +205,7 @@ class Builder:
     def _fill(self, p: Parameter) -> Fill:
         """The initialisation of training from scratch: norm gains one, biases zero, weights normal."""
         factor = prod(self.width.std.get("~" * a.reads + a.axis, 1.0) for a in _atoms(p.spec))
-        if any(a.axis == "rho" for a in _atoms(p.spec)):
+        if len(p.shape) == 1 and p.name.endswith("weight"):
             return Fill("ones", scale=factor)
         if p.name.endswith("bias"):
             return Fill("zeros")
@@ -212,6 +221,17 @@ def _scaled(term: Term, factor: float) -> Term:
     first, *others = term.dims
     grad = np.full(len(first.index), factor) if first.grad is None else factor * first.grad
     return replace(term, dims=(replace(first, grad=grad), *others))
+
+
+def _siblings(index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For every position the next that copies the same source position, round and round."""
+    order = np.argsort(index, kind="stable")
+    starts = np.nonzero(np.diff(index[order], prepend=-1))[0]
+    after = np.append(np.arange(1, len(order)), 0)
+    after[np.append(starts[1:], len(order)) - 1] = starts
+    sibling = np.empty_like(order)
+    sibling[order] = order[after]
+    return sibling
 
 
 def _ranks(index: NDArray[np.int64]) -> NDArray[np.int64]:

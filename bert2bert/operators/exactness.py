@@ -9,6 +9,13 @@ from bert2bert.operators.builder import Builder
 from bert2bert.operators.pair import Layer, Pair, Width
 from bert2bert.plan import Exactness, TensorPlan, zeroed
 
+ZEROED = (
+    "entries with zeroed moments keep the step count, so their first Adam update is (1-beta1)/sqrt(1-beta2) "
+    "times the learning rate: 3.16x for betas (0.9, 0.999), 0.71x for (0.9, 0.98), 0.45x for (0.9, 0.95); "
+    "1x where all entries of an optimizer group are new, for its step count is too. Warm the rate up again, or "
+    "start every moment anew with --moments reset."
+)
+
 
 def exactness(pair: Pair, width: Width, layers: Mapping[str, Sequence[Layer]], build: Builder) -> Exactness:
     """The reasons why function and moments change: none for an exact growth."""
@@ -62,15 +69,13 @@ def _depth(pair: Pair, axis: str, rows: Sequence[Layer], build: Builder) -> list
             f"{change}: inserted layers still normalise, so they are no identity where norms follow the residual sum"
         )
     copied = [(i, row.source) for i, row in enumerate(rows) if row.source is not None and not row.identity]
-    for r in table.rows:
-        if r.depth == axis and r.name in build.patterns and r.only[0] > 0:
-            lacking = [str(i) for i, source in copied if r.has(i) and not r.has(source)]
-            if lacking:
-                found.append(
-                    f"{change}: layers {', '.join(lacking)} copy a layer that has no {r.name}; theirs starts fresh"
-                )
-    if any(table.layer_kind(pair.source, source) != table.layer_kind(pair.target, i) for i, source in copied):
-        kinds = [table.layer_kind(pair.source, row.source or 0) for row in rows]
+    above = [str(i) for i, source in copied if i > source == 0]
+    for name in table.later(axis) if above else ():
+        if name in build.patterns:
+            found.append(f"{change}: layer {', '.join(above)} copies layer 0, which has no {name}; it starts fresh")
+    there = [table.layer_kind(pair.target, i) for i in range(large)]
+    if any(table.layer_kind(pair.source, source) != there[i] for i, source in copied):
+        kinds = [there[i] if r.source is None else table.layer_kind(pair.source, r.source) for i, r in enumerate(rows)]
         found.append(
             f"{change}: layers of one attention pattern take the place of another's; {table.kinds}={kinds} in the "
             f"target config keeps each layer's own"
@@ -110,13 +115,16 @@ def warnings(
             + ("" if borrowed else "--width aki, ")
             + "--break-symmetry noise | uneven, or --moments asymmetric."
         )
-    if zeroed(tensors.values()):
+    twins = [
+        m for axis, m in width.maps.items() if axis == "experts" and isinstance(m, Gather) and (m.counts > 1).any()
+    ]
+    if twins and breaker is None and moments in ("exact", "carried"):
         found.append(
-            "entries with zeroed moments keep the step count, so their first Adam update is (1-beta1)/sqrt(1-beta2) "
-            "times the learning rate: 3.16x for betas (0.9, 0.999), 0.71x for (0.9, 0.98), 0.45x for (0.9, 0.95); "
-            "1x where all entries of an optimizer group are new, for its step count is too. Warm the rate up again, or "
-            "start every moment anew with --moments reset."
+            "copies of an expert score alike, so they are chosen together and learn the same for ever. To break the "
+            "symmetry: --break-symmetry noise, or --moments asymmetric."
         )
+    if zeroed(tensors.values()):
+        found.append(ZEROED)
     return tuple(found)
 
 

@@ -13,10 +13,12 @@ from typing import Any
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.operators.builder import Builder
 from bert2bert.operators.exactness import exactness, notes, warnings
+from bert2bert.operators.levels import plan_shrink, shrinks
 from bert2bert.operators.pair import Layer, Pair, Width
 from bert2bert.operators.registry import OPERATORS, Operator, parse_operator
+from bert2bert.operators.upcycling import sparse_pair, upcycled
 from bert2bert.plan import Exactness, GrowthPlan
-from bert2bert.tables import Table, table_for
+from bert2bert.tables import TABLES, Table, table_for
 
 MOMENTS = ("exact", "carried", "reset", "asymmetric")
 # kind of operator -> the axis that it grows
@@ -52,14 +54,20 @@ def plan_growth(
         first = (source.get("architectures") or [None])[0]
         heads = table.classes.get(first, next(iter(table.classes.values())))
     extra = {"vocab": vocab, "positions": positions, "experts": experts}
+    if shrinks(width, depth):
+        return plan_shrink(
+            source, target, width=width, depth=depth, seed=seed, breaker=breaker, moments=moments, heads=heads, **extra
+        )
     operator, options = parse_operator(width, "width")
-    pair = pair_of(table, source, target, operator, extra, seed)
+    if target.get("model_type") != table.model_type:
+        ready, shards = sparse_pair(source, target, experts, seed, heads)
+        first = plan_growth(
+            source, ready.source, width=width, depth=depth, vocab=vocab, positions=positions, seed=seed,
+            breaker=breaker, moments=moments if moments != "exact" else None, heads=heads,
+        )  # fmt: skip
+        return upcycled(first, ready, shards, str(experts), moments)
+    pair = replace(pair_of(table, source, target, operator, extra, seed), heads=heads)
     made: Width = operator.make(pair, **options)
-    for kind, text in extra.items():
-        if text is not None:
-            chosen, chosen_options = parse_operator(text, kind)
-            axis = _EXTRA[kind]
-            made = replace(made, maps={**made.maps, axis: chosen.make(pair, **chosen_options)})
     layers = _layers(pair, depth)
     if made.terms is not None:
         _alone(operator, depth, moments)
@@ -73,12 +81,17 @@ def plan_growth(
             )
         result = broken.make(pair, made, **broken_options)
         made, noise = (result, noise) if isinstance(result, Width) else (made, result)
+    for kind, text in extra.items():
+        if text is not None:
+            chosen, chosen_options = parse_operator(text, kind)
+            more: Width = chosen.make(pair, **chosen_options)
+            made, extra[kind] = made | more, more.said or text
     build = Builder(pair, made, layers, table.parameters(source, heads))
     tensors = {p.name: build.tensor(p) for p in table.parameters(target, heads).values()}
     if noise is not None:
         tensors = {n: build.with_noise(p, noise) for n, p in tensors.items()}
     kept = exactness(pair, made, {} if made.terms else layers, build)
-    if noise is not None and pair.grown:
+    if noise is not None and (pair.grown or experts):
         reason = "noise makes the readers of copies differ, so the copies' moments are right only in sum"
         kept = kept + Exactness(moments=(reason,))
     policy, kept = _policy(moments, operator, made, kept)
@@ -123,6 +136,36 @@ def _alone(operator: Operator, depth: str, moments: str | None) -> None:
         )
 
 
+def _check_extra(table: Table, kind: str, text: str, grows: bool, operator: Operator) -> None:
+    """Refuse an operator on tokens, positions or experts that would do nothing."""
+    axis, what = _EXTRA[kind], f"--{kind} {text}"
+    chosen, _ = parse_operator(text, kind)
+    if axis not in table.sizes and kind == "positions":
+        raise UnsupportedGrowth(
+            f"{what}: a {table.model_type} has no table of positions (they are rotary, or relative distances), so a "
+            f"longer context needs no operator; leave --positions out"
+        )
+    if axis not in table.sizes:
+        fit = [t.model_type for t in TABLES.values() if table.model_type in t.dense_types]
+        raise UnsupportedGrowth(
+            f"{what}: a {table.model_type} has no experts; "
+            + (f"--experts upcycle makes a {' or '.join(fit)} of it: give a target config of that" if fit else
+               f"a llama, mistral or qwen3 can be upcycled, and a mixture of experts can have more; leave --{kind} out")
+        )  # fmt: skip
+    if chosen.name == "upcycle":
+        raise UnsupportedGrowth(
+            f"{what}: the source is a mixture of experts already, and upcycle starts from a dense model; use --experts "
+            f"duplicate"
+        )
+    if not grows:
+        raise InvalidConfig(
+            f"{what}: {table.key(axis)} is the same in source and target, so there is nothing to make; leave --{kind} "
+            f"out, or set a larger {table.key(axis)} in the target config"
+        )
+    if operator.name == "random":
+        raise InvalidConfig(f"{what} with --width random, which copies nothing of the source; leave --{kind} out")
+
+
 def _policy(moments: str | None, operator: Operator, width: Width, kept: Exactness) -> tuple[str, Exactness]:
     """The moments' policy that holds, and the reasons that it adds."""
     own = operator.moments if operator.moments != "exact" or not kept.moments else "carried"
@@ -165,11 +208,6 @@ def pair_of(
     seed: int,
 ) -> Pair:
     """The two models of a growth by this operator. Raises UnsupportedGrowth, InvalidConfig."""
-    if target.get("model_type") != table.model_type:
-        raise UnsupportedGrowth(
-            f"the source is a {table.model_type!r}, the target config says model_type {target.get('model_type')!r}; "
-            f"a growth stays within one architecture"
-        )
     small, large = table.axis_sizes(source), table.axis_sizes(target)
     derived = {axis for axis in ("qk", "v") if table.key(axis) == table.key("embed")}
     for axis in table.sizes:
@@ -178,16 +216,20 @@ def pair_of(
             raise UnsupportedGrowth(
                 f"target {key}={target.get(key, large[axis])} is smaller than the source's "
                 f"{source.get(key, small[axis])} (axis {axis}: {large[axis]} of {small[axis]}); a growth "
-                f"cannot shrink: choose a target at least as large on every axis"
+                f"cannot shrink: choose a target at least as large on every axis, or --width coalesce --depth coalesce"
             )
     for axis, reason in table.fixed.items():
         if large[axis] != small[axis]:
             raise UnsupportedGrowth(f"{table.key(axis)} would change from {small[axis]} to {large[axis]}: {reason}")
     for kind, axis in _EXTRA.items():
-        if axis in table.sizes and large[axis] != small[axis] and extra[kind] is None and operator.name != "random":
+        grows = axis in table.sizes and large[axis] != small[axis]
+        if extra[kind] is not None:
+            _check_extra(table, kind, str(extra[kind]), grows, operator)
+        elif grows and operator.name != "random":
+            known = " | ".join(name for name in OPERATORS[kind] if name != "upcycle")
             raise UnsupportedGrowth(
                 f"target {table.key(axis)}={large[axis]}, source {small[axis]}: choose how it grows with --{kind} "
-                f"{' | '.join(OPERATORS[kind])}, or set it to {small[axis]} in the target config"
+                f"{known}, or set it to {small[axis]} in the target config"
             )
     for axis in ("types", "classes"):
         if axis in table.sizes and large[axis] != small[axis]:
@@ -195,17 +237,20 @@ def pair_of(
                 f"target {table.key(axis)}={large[axis]}, source {small[axis]}: no operator grows it; "
                 f"set it to {small[axis]} in the target config"
             )
-    if large["qk"] != small["qk"] and not operator.head_size:
+    smaller = large["qk"] < small["qk"] and operator.name != "random"
+    if large["qk"] != small["qk"] and (smaller or not operator.head_size):
         raise UnsupportedGrowth(
             f"the head size would change from {small['qk']} to {large['qk']} "
-            f"(width {large['embed']} over {large.get('heads', 0)} heads): --width {operator.name} copies whole "
-            f"heads.\n"
-            f"Set {table.key('heads')}={large['embed'] // small['qk']} in the target config"
+            f"(width {large['embed']} over {large.get('heads', 0)} heads): "
+            + ("a growth cannot shrink heads.\n" if smaller else f"--width {operator.name} copies whole heads.\n")
+            + f"Set {table.key('heads')}={large['embed'] // small['qk']} in the target config"
             + ("" if large["embed"] % small["qk"] == 0 else f" and a width that {small['qk']} divides")
-            + ", or use --width hyperclone or gesmundo, which grow heads."
+            + ("." if smaller else ", or use --width hyperclone or gesmundo, which grow heads.")
         )
     theirs = table.settled(target)
     for key, a in table.settled(source).items():
+        if extra["experts"] and key == "num_experts_per_tok":
+            continue  # which copies may change: the operator says what that does
         if a != (b := theirs.get(key, a)) and None not in (a, b):
             raise UnsupportedGrowth(
                 f"{key} is {a!r} in the source and {b!r} in the target config; a growth cannot change it: "

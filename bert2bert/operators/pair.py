@@ -6,10 +6,11 @@ Holds data only; knows no operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bert2bert.maps import Gather
 from bert2bert.plan import Term
@@ -20,7 +21,8 @@ TOKENS = ("vocab", "pos", "types", "classes")  # axes that index tokens or class
 
 @dataclass(frozen=True)
 class Pair:
-    """The source and the target model: configs and axis sizes by the target's table; seed of every choice."""
+    """The source and the target model: configs and axis sizes by the target's table; seed of every choice; heads that
+    the checkpoint has."""
 
     table: Table
     source: Mapping[str, Any]
@@ -28,6 +30,7 @@ class Pair:
     small: Mapping[str, int]
     large: Mapping[str, int]
     seed: int = 0
+    heads: frozenset[str] = frozenset()
 
     @property
     def grown(self) -> tuple[str, ...]:
@@ -61,6 +64,8 @@ class Width:
     eps: factor on the norms' epsilon. averaged: a norm is exact though features have unequally many copies.
     std: factors on the standard deviation of fresh entries by axis ('~' in front where read); under '' what takes the
     place of the config's own. function, moments: reasons why those are not kept. notes: advice to print.
+    given: rows of new tokens by tensor, in the source's coordinates. said: the operator and its options as a recipe
+    stores them, '' = as they were given.
     terms: makes all terms of a tensor, which are summed, in place of the maps and of the depth operator too; its first
     argument is the `Builder`.
     """
@@ -79,7 +84,21 @@ class Width:
     function: tuple[str, ...] = ()
     moments: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    given: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    said: str = ""
     terms: Callable[[Any, Parameter], tuple[Term, ...]] | None = None
+
+    def __or__(self, other: Width) -> Width:
+        """This width and what an operator on tokens, positions or experts adds."""
+        return replace(
+            self,
+            maps={**self.maps, **other.maps},
+            blank=self.blank | other.blank,
+            given={**self.given, **other.given},
+            function=self.function + other.function,
+            moments=self.moments + other.moments,
+            notes=self.notes + other.notes,
+        )
 
 
 @dataclass(frozen=True)

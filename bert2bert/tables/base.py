@@ -237,6 +237,11 @@ class Table:
             )
         return str(kinds[layer])
 
+    def later(self, depth: str) -> tuple[str, ...]:
+        """The names of the rows that the first layer of a stack lacks and those above it have."""
+        first = {row.name for row in self.rows if row.has(0)}
+        return tuple(dict.fromkeys(r.name for r in self.rows if r.depth == depth and r.name not in first))
+
     def parameters(self, config: Mapping[str, Any], heads: frozenset[str]) -> dict[str, Parameter]:
         """Every parameter by its full name, in the order of the table; tied copies are left out."""
         sizes, tied = self.axis_sizes(config), self.tied(config)
