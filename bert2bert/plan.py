@@ -142,8 +142,8 @@ class TensorPlan:
         """The source tensors that the plan reads, each once."""
         return tuple(dict.fromkeys(term.source for term in self.terms if term.given is None))
 
-    def parts(self) -> Iterator[bytes]:
-        """Everything that determines the result, for a digest."""
+    def parts(self, mixed: dict[int, bytes]) -> Iterator[bytes]:
+        """Everything that determines the result, for a digest. mixed: of mixtures by id, which many terms may share."""
         flags = (self.name, self.spec, self.shape, self.fill, self.seed, self.row, self.sums, self.reset)
         yield repr(flags).encode()
         for term in self.terms:
@@ -151,8 +151,11 @@ class TensorPlan:
             if term.given is not None:
                 yield repr((term.given.dtype.str, term.given.shape)).encode() + term.given.tobytes()
             for dim in term.dims:
-                for array in (dim.index, dim.param, dim.grad, dim.mix):
+                for array in (dim.index, dim.param, dim.grad):
                     yield b"-" if array is None else array.tobytes() + b"|"
+                if dim.mix is not None and id(dim.mix) not in mixed:
+                    mixed[id(dim.mix)] = hashlib.sha256(dim.mix.tobytes()).digest()
+                yield b"-" if dim.mix is None else mixed[id(dim.mix)]
         if self.noise is not None:
             yield repr((self.noise.std, self.noise.dim)).encode() + self.noise.sibling.tobytes()
         for mask in (*self.blank, None, *self.fresh):
@@ -232,10 +235,10 @@ class GrowthPlan:
 
     def digest(self) -> str:
         """SHA-256 over every index, coefficient and fill: equal digests give equal checkpoints."""
-        h = hashlib.sha256()
+        h, mixed = hashlib.sha256(), dict[int, bytes]()
         for before in self.before:
             h.update(before.digest().encode())
         for plan in self.tensors.values():
-            for part in plan.parts():
+            for part in plan.parts(mixed):
                 h.update(part)
         return h.hexdigest()
