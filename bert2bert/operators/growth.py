@@ -61,6 +61,7 @@ def plan_growth(
     operator, options = parse_operator(width, "width")
     if target.get("model_type") != table.model_type:
         ready, shards = sparse_pair(source, target, experts, seed, heads)
+        _check_random("experts", str(experts), operator)
         first = plan_growth(
             source, ready.source, width=width, depth=depth, vocab=vocab, positions=positions, seed=seed,
             breaker=breaker, moments=moments if moments != "exact" else None, heads=heads,
@@ -68,6 +69,8 @@ def plan_growth(
         return upcycled(first, ready, shards, str(experts), moments)
     pair = replace(pair_of(table, source, target, operator, extra, seed), heads=heads)
     made: Width = operator.make(pair, **options)
+    if made.kept and moments == "carried":
+        made = replace(made, kept=False, moments=())
     layers = _layers(pair, depth)
     if made.terms is not None:
         _alone(operator, depth, moments)
@@ -131,8 +134,8 @@ def _alone(operator: Operator, depth: str, moments: str | None) -> None:
         raise UnsupportedGrowth(f"--depth {depth} with --width {operator.name}, which covers the depth: leave it out")
     if moments not in (None, "reset"):
         raise UnsupportedGrowth(
-            f"--moments {moments} with --width {operator.name}: the second moment of a sum of features or layers is not "
-            f"determined by those of its summands, so every moment starts anew; leave the option out, or say reset"
+            f"--moments {moments} with --width {operator.name}: the second moment of a sum of features or layers is "
+            f"not determined by those of its summands, so every moment starts anew; leave the option out, or say reset"
         )
 
 
@@ -162,8 +165,15 @@ def _check_extra(table: Table, kind: str, text: str, grows: bool, operator: Oper
             f"{what}: {table.key(axis)} is the same in source and target, so there is nothing to make; leave --{kind} "
             f"out, or set a larger {table.key(axis)} in the target config"
         )
+    _check_random(kind, text, operator)
+
+
+def _check_random(kind: str, text: str, operator: Operator) -> None:
     if operator.name == "random":
-        raise InvalidConfig(f"{what} with --width random, which copies nothing of the source; leave --{kind} out")
+        raise InvalidConfig(
+            f"--{kind} {text} with --width random, which copies nothing of the source; leave --{kind} out"
+            + (", and train the mixture of experts from scratch" if text.startswith("upcycle") else "")
+        )
 
 
 def _policy(moments: str | None, operator: Operator, width: Width, kept: Exactness) -> tuple[str, Exactness]:

@@ -13,6 +13,7 @@ import torch
 from bert2bert import axes
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.operators.growth import plan_growth
+from bert2bert.realise import realise
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.laws.harness import EXACT, Grown, assert_gradient_rule, assert_slices, grow, reader, realised
@@ -98,8 +99,6 @@ def test_old_rows_are_read_alone() -> None:
     def read(name: str, state: str, start: int, stop: int) -> torch.Tensor:
         asked.append((start, stop))
         return torch.zeros(stop - start, 8)
-
-    from bert2bert.realise import realise
 
     realise(plan.tensors["transformer.wte.weight"].narrow(0, 512), "fp32", read)
     assert asked == [(0, 256), (256, 512)]
