@@ -36,7 +36,8 @@ def lemon(pair: Pair) -> Width:
 
     A width D' that is no multiple of D, where norms stand inside the branches: k = floor(D' / D) copies of the stream,
     then its mean (LayerNorm) or zeros (RMSNorm); norm gains times sqrt(k D / D'), epsilon times k D / D', and weights
-    that read the padding drawn at random, for the norms make it zero. Elsewhere, only multiples.
+    that read the padding drawn at random, for the norms make it zero. Elsewhere, only multiples. Moments are exact
+    where units alone grow, else carried over by the same maps.
     """
     maps: dict[str, Gather | tuple[Gather, ...]] = {}
     for axis in pair.grown:
@@ -57,6 +58,7 @@ def lemon(pair: Pair) -> Width:
     paper="Gesmundo and Maile, Composable Function-preserving Expansions, 2023",
     keeps="the function",
     needs="RMSNorm inside the branches to grow the hidden size; any model for the rest",
+    moments="carried",
     head_size=True,
 )
 def gesmundo(pair: Pair) -> Width:

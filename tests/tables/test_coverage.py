@@ -58,6 +58,8 @@ INERT_HERE = {
 LAW_AXES = {
     **dict.fromkeys(("embed", "normed", "sigma"), "test_families.test_divisible_widths_keep_the_logits"),
     **dict.fromkeys(("heads", "kv", "group", "ffn", "shared"), "test_families.test_units_grow_exactly_by_any_map"),
+    **dict.fromkeys(("tau", "qk", "v"), "test_copying.test_head_sizes_grow_exactly"),
+    **dict.fromkeys(("rho", "iota"), "test_padding.test_padding_needs_the_gain_and_the_epsilon"),
     "layers": "test_growth.test_depth_alone_differs_and_says_so",
 }
 
