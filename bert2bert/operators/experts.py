@@ -71,20 +71,18 @@ def upcycle(pair: Pair, *, granularity: int = 1, scale: Literal["keep", "cube", 
     sums, published = normalised(pair) or top == experts, experts * granularity / top
     factor, cube = float(granularity) if sums else published, published ** (1 / 3)
     gate, linear = {"keep": (1.0, sqrt(factor)), "cube": (cube, cube), "none": (1.0, 1.0)}[scale]
-    reasons = []
-    if not sums:
-        reasons.append(f"the weights of a token's {top} of {experts} experts do not sum to one (norm_topk_prob=False)")
-    if top % granularity:
-        reasons.append(f"a token's {top} experts cannot hold each of {granularity} shards equally often")
-    if scale == "cube" and cube != 1:
-        reasons.append("scale=cube multiplies what enters the activation too, which is not linear")
-    if scale == "none" and factor != 1:
-        reasons.append(f"with scale=none the experts' sum is 1 / {factor:.6g} of the dense layer")
-    return Shards(granularity, gate, linear, linear, tuple(f"upcycle: {reason}" for reason in reasons))
+    reasons = {
+        f"the weights of a token's {top} of {experts} experts do not sum to one (norm_topk_prob=False)": not sums,
+        f"a token's {top} experts cannot hold each of {granularity} shards equally often": bool(top % granularity),
+        "scale=cube multiplies what enters the activation too, which is not linear": gate != 1,
+        f"with scale=none the experts' sum is 1 / {factor:.6g} of the dense layer": scale == "none" and factor != 1,
+    }
+    function = tuple(f"upcycle: {reason}" for reason, holds in reasons.items() if holds)
+    return Shards(granularity, gate, linear, linear, function)
 
 
 @operator(
-    "experts", "duplicate", paper="Dwivedi et al., Expert Upcycling, 2026", moments="carried",
+    "experts", "duplicate", paper="Dwivedi et al., Expert Upcycling, 2026",
     keeps="the function, where experts and experts a token grow by the same whole number",
     needs="a mixture of experts",
 )  # fmt: skip
