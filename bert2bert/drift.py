@@ -1,8 +1,7 @@
 """How far a grown model is from its source on the same tokens: logits, loss, and the gradients by which it would learn.
 
-A BERT runs one layer at a time in float64, so
-that no whole model is in memory; other families, and gradients, run on transformers' models, in float64 where that
-fits and else in float32.
+A BERT runs one layer at a time in float64, so that no whole model is in memory; other families, and gradients, run on
+transformers' models, in float64 where that fits and else in float32.
 
 Refuses what `sample` and `reference` refuse.
 """
@@ -10,7 +9,7 @@ Refuses what `sample` and `reference` refuse.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -64,7 +63,7 @@ class Drift:
 
 def drift(growth: Growth, tokens: Tokens) -> Drift:
     """The change of function that a growth will make, before anything is written."""
-    return compare(growth.model, planned(growth.plan, growth.model.read, torch.float32), growth.plan.config, tokens)
+    return compare(growth.model, planned(growth.plan, growth.reads, torch.float32), growth.plan.config, tokens)
 
 
 def report_drift(growth: Growth, tokens: Tokens, say: Callable[[str], None]) -> Drift | None:
@@ -78,9 +77,9 @@ def report_drift(growth: Growth, tokens: Tokens, say: Callable[[str], None]) -> 
     return found
 
 
-def planned(plan: GrowthPlan, read: Read, dtype: torch.dtype, state: str = "fp32") -> Fetch:
+def planned(plan: GrowthPlan, reads: Sequence[Read], dtype: torch.dtype, state: str = "fp32") -> Fetch:
     """Whole tensors of a plan by name."""
-    realised = values(plan, [read], dtype)
+    realised = values(plan, reads, dtype)
     return lambda name: realised(name, state, 0, plan.tensors[name].shape[0])
 
 
@@ -143,8 +142,8 @@ def gradient_error(model: CheckpointModel, plan: GrowthPlan, tokens: Tokens) -> 
         )
 
     before = of(model.config, whole(model))
-    after = of(plan.config, planned(plan, model.read, dtype))
-    expect = planned(plan, lambda name, _, start, stop: before[name][start:stop], dtype, "exp_avg")
+    after = of(plan.config, planned(plan, [model.read], dtype))
+    expect = planned(plan, [lambda name, _, start, stop: before[name][start:stop]], dtype, "exp_avg")
     largest = max(float(g.abs().max()) for g in after.values())
     worst, where = 0.0, ""
     for name, found in after.items():

@@ -60,9 +60,8 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
             f"{source.path}: {len(frozen)} parameters were frozen in the source run (first {frozen[0]}) and have no "
             f"optimizer state to grow.\nGrow the weights alone with --format hub, or unfreeze them and save again."
         )
-    roots = {n: plan.roots(n) for n in plan.tensors}
     named = target_names(growth, form)
-    origins = {named[n]: found[0][1] if found else None for n, found in roots.items()}
+    origins = {named[n]: growth.root(n) for n in plan.tensors}
     reset = {named[n] for n, t in plan.tensors.items() if t.reset}
     groups = source.groups or []
     of_name = {name: i for i, group in enumerate(groups) for name in group["names"]}
@@ -175,19 +174,20 @@ def grow(
     """Grow a checkpoint and commit it; the folder written. ``how``: options of `open_growth`.
 
     Every rank of ``comm`` calls this alike; rank 0 reports, measures the change of the function (streamed, one layer in
-    memory) and commits. Raises UserError of all kinds, with nothing left behind.
+    memory) and commits. Raises UserError of all kinds; what is finished then, the same call uses again.
     """
     from bert2bert.drift import report_drift
     from bert2bert.realise import values
     from bert2bert.sample import Tokens
     from bert2bert.shards.hub_writer import MAX_FILE_BYTES, file_bytes
     from bert2bert.shards.transfer import together, write_checkpoint
+    from bert2bert.shards.watch import Watch
     from bert2bert.shards.writing import check_target
 
-    if form == "zero" and (stage is None or world_size is None):
+    if form == "zero" and (stage is None or (world_size is None and stage)):
         raise InvalidConfig(
-            "--format zero needs --stage 1|2|3 and --world-size N: native shards are written for one "
-            "stage and one number of data-parallel ranks.\nThe default --format universal fits any."
+            "--format zero needs --stage 0|1|2|3 and, but for stage 0, --world-size N: native shards are written for "
+            "one stage and one number of data-parallel ranks.\nThe default --format universal fits any."
         )
     if world_size is not None and world_size < 1:
         raise InvalidConfig(f"--world-size is {world_size}; expected at least 1, the number of data-parallel ranks")
@@ -200,20 +200,21 @@ def grow(
     largest = MAX_FILE_BYTES if shard_size is None else file_bytes(shard_size)
     first = comm is None or comm.Get_rank() == 0
 
-    def prepare() -> tuple[Growth, TargetSpec]:
+    def prepare() -> tuple[Growth, TargetSpec, Watch]:
         growth = open_growth(source, config, **how)
+        watch = Watch(growth.model.source)
         accept(growth, lossy)
         spec = target_spec(growth, form=form, layout=layout, precision=precision)
         if first:
             check_target(target, spec, form)
-        return growth, spec
+        return growth, spec, watch
 
-    growth, spec = together(comm, prepare)
+    growth, spec, watch = together(comm, prepare)
     if first:
         say(summary(growth, describe(growth)))
     model, plan = growth.model, growth.plan
     canonical = {stored: n for n, stored in target_names(growth, form).items()}
-    grown = values(plan, [model.read])
+    grown = values(plan, growth.reads)
 
     def read(name: str, state: str, start: int, stop: int) -> Any:
         return grown(canonical[name], state, start, stop)
@@ -225,6 +226,7 @@ def grow(
         "operators": plan.recipe,
         "plan_digest": plan.digest(),
         "source": model.source.identity(),
+        **({"with": growth.other.source.identity()} if growth.other else {}),
         "source_config": model.config,
         "source_spent": _spent(model.source.manifest),
         "tokenizer_digest": _tokenizer_digest(model.source.manifest),
@@ -238,7 +240,7 @@ def grow(
     with _progress(total, first) as bar:
         folder = write_checkpoint(
             target, spec, read, form=form, stage=stage, world_size=world_size, manifest_growth=manifest, comm=comm,
-            progress=bar.update, max_file_bytes=largest,
+            progress=bar.update, max_file_bytes=largest, watch=watch, say=say,
         )  # fmt: skip
     if first:
         say(f"written  {folder}")

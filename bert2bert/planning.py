@@ -10,15 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bert2bert import axes
 from bert2bert.checkpoint_model import CheckpointModel, open_model, read_config
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import forward_flops
+from bert2bert.operators.compose import interpolate
 from bert2bert.operators.growth import plan_growth
 from bert2bert.plan import GrowthPlan, TensorPlan, zeroed
 from bert2bert.tables import table_for
+
+if TYPE_CHECKING:
+    from bert2bert.realise import Read
 
 _SAID = {  # recipe key -> how a summary calls it
     "width": "width", "depth": "depth", "vocab": "vocabulary", "positions": "positions", "experts": "experts",
@@ -29,10 +34,22 @@ _LOOKED_UP = frozenset({"vocab", "pos", "types", "buckets"})  # axes of tables, 
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """A source opened as a model, and the plan by which it grows; plan names are canonical."""
+    """A source opened as a model, and the plan by which it grows; plan names are canonical. other: the model that the
+    grown one is interpolated with, of which the plan's first checkpoint is."""
 
     model: CheckpointModel
     plan: GrowthPlan
+    other: CheckpointModel | None = None
+
+    @property
+    def reads(self) -> list[Read]:
+        """A reader for each checkpoint that the plan starts from."""
+        return [m.read for m in (self.other, self.model) if m is not None]
+
+    def root(self, name: str) -> str | None:
+        """The source's tensor, by canonical name, whose group and step a target tensor goes on with."""
+        own = self.plan.leaves - 1
+        return next((source for leaf, source in self.plan.roots(name) if leaf == own), None)
 
 
 def open_growth(
@@ -41,13 +58,51 @@ def open_growth(
     *,
     source_config: Path | None = None,
     tag: str | None = None,
+    other: Path | None = None,
+    alpha: float | None = None,
     **how: Any,
 ) -> Growth:
-    """Open a source and plan its growth into the target config's model; reads no tensor. how: as of `plan_growth`."""
+    """Open a source and plan its growth into the target config's model; reads no tensor. how: as of `plan_growth`.
+
+    other, alpha: a checkpoint of the target's size, of which 1 - alpha is taken, and alpha of the grown model.
+    """
     target = read_config(config)
     model = open_model(source, source_config, tag)
     plan = plan_growth(model.config, target, heads=model.heads, **how)
-    return Growth(model, replace(plan, config={**plan.config, "architectures": _classes(model, plan.config)}))
+    plan = replace(plan, config={**plan.config, "architectures": _classes(model, plan.config)})
+    if other is None:
+        if alpha is not None:
+            raise InvalidConfig("--alpha belongs to --with CHECKPOINT; leave it out")
+        return Growth(model, plan)
+    if alpha is None:
+        raise InvalidConfig("--with needs --alpha, the share of the grown model, from 0 to 1 (0.5 and 0.25 are usual)")
+    second = open_model(other)
+    return Growth(model, between(second, model, plan, alpha, how.get("moments")), second)
+
+
+def between(
+    second: CheckpointModel, model: CheckpointModel, plan: GrowthPlan, alpha: float, moments: str | None
+) -> GrowthPlan:
+    """1 - alpha of a checkpoint of the plan's target size, and alpha of the plan. Raises UnsupportedGrowth."""
+    table = table_for(plan.config)
+    if second.config.get("model_type") != table.model_type:
+        raise UnsupportedGrowth(
+            f"--with {second.source.path}: a {second.config.get('model_type')}, the grown model is a {table.model_type}"
+        )
+    have, want = table.axis_sizes(second.config), table.axis_sizes(plan.config)
+    for axis in table.sizes:
+        if have[axis] != want[axis]:
+            raise UnsupportedGrowth(
+                f"--with {second.source.path}: {axis} is {have[axis]} there and {want[axis]} in the grown model "
+                f"({table.key(axis)}); interpolation needs a checkpoint of the target's size"
+            )
+    if set(model.source.states) - set(second.source.states) and moments != "reset":
+        raise UnsupportedGrowth(
+            f"--with {second.source.path}: it holds weights only, so there are no moments to interpolate; "
+            f"use --moments reset, or a checkpoint with optimizer state"
+        )
+    same = plan_growth(second.config, plan.config, heads=second.heads, moments=moments)
+    return interpolate(same, plan, alpha)
 
 
 def _classes(model: CheckpointModel, target: Mapping[str, Any]) -> list[str] | None:
@@ -99,8 +154,14 @@ def _how(tensor: TensorPlan) -> str:
     text = "copy" if not grown else "corner" if tensor.fill else "grow"
     if tensor.sums:
         text += f", a sum of {len(tensor.terms)}"
+    elif any(d.new for t in tensor.terms for d in t.dims):
+        text = "copy for each expert"
+    elif any(t.given is not None for t in tensor.terms):
+        text += " + given rows"
     elif len(tensor.terms) > 1:
         text += ", fresh units from above"
+    if tensor.mixes:
+        text += " + mixed rows"
     if tensor.fill:
         text += f" + {tensor.fill.kind} fill"
     return text + (" + noise" if tensor.noise else "")
@@ -133,15 +194,20 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
     """The growth in a few lines, for a terminal. d: its `describe`."""
     model, plan = growth.model, growth.plan
     step = model.source.counters.get("global_steps")
+    recipe, mixed = plan.recipe, []
+    if growth.other is not None:
+        mixed = [f"with     {1 - recipe['alpha']:g} of {growth.other.source.path}, {recipe['alpha']:g} of the grown"]
+        recipe = recipe["interpolate"][-1]
     lines = [
         f"source   {model.source.path} ({model.source.form}"
         + (f", stage {model.source.stage}, world size {model.source.world_size}" if model.source.stage else "")
         + (f", step {step}" if step is not None else "")
         + (f", name prefix {model.prefix!r}" if model.prefix else "")
         + ")",
-        "operator " + ", ".join(f"{_SAID[k]} {plan.recipe[k]}" for k in _SAID if plan.recipe.get(k) is not None),
-        "axes     " + (", ".join(f"{a} {s} -> {t}" for a, (s, t) in plan.recipe["axes"].items()) or "unchanged"),
-        *(f"{axis.replace('_', ' '):8} {' '.join(rows)}" for axis, rows in plan.recipe["layers"].items()),
+        *mixed,
+        "operator " + ", ".join(f"{_SAID[k]} {recipe[k]}" for k in _SAID if recipe.get(k) is not None),
+        "axes     " + (", ".join(f"{a} {s} -> {t}" for a, (s, t) in recipe["axes"].items()) or "unchanged"),
+        *(f"{axis.replace('_', ' '):8} {' '.join(rows)}" for axis, rows in recipe["layers"].items()),
         f"size     {d['parameters'][0]:,} -> {d['parameters'][1]:,} parameters, "
         f"{d['bytes_read'] / 1e9:.3g} GB read, {d['bytes_written'] / 1e9:.3g} GB written "
         f"({', '.join(model.source.states)})",

@@ -11,6 +11,7 @@ memory (`NoReference`). A check that fails is a result, not an error: it is in t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import torch
 
 from bert2bert.checkpoint_model import CheckpointModel, open_model
 from bert2bert.drift import Drift, compare, gradient_error, size, streams, whole
+from bert2bert.errors import InvalidConfig
 from bert2bert.operators.growth import plan_growth
 from bert2bert.plan import GrowthPlan
+from bert2bert.planning import Growth, between
 from bert2bert.realise import values
 from bert2bert.reference import NoReference, precision
 from bert2bert.sample import Tokens
@@ -46,11 +49,13 @@ def verify(
     bins: Path | None = None,
     tokens: Path | None = None,
     logits: bool = True,
+    other: Path | None = None,
 ) -> dict[str, Any]:
     """Compare a grown checkpoint with its source. Returns {"ok", "checks": [{"name", "ok", "detail"}], "drift"}.
 
     bins, tokens: compare functions on held-out text, or on the token ids of a file, in place of random tokens.
-    logits: whether to compare functions and gradients at all; without, no model is run.
+    logits: whether to compare functions and gradients at all; without, no model is run. other: the checkpoint that the
+    grown one was interpolated with.
     """
     model = open_model(source, source_config, tag)
     target = open_model(grown, tag=grown_tag)
@@ -69,14 +74,15 @@ def verify(
         detail = "no growth manifest: only the function is compared, and it is expected to be equal"
         check("manifest", True, detail)
     else:
-        mine, theirs = model.source.identity(), manifest["source"]
-        keys = [k for k in theirs if k != "path" and mine.get(k) != theirs[k]]
-        was = f"grown from tag {theirs.get('tag')}, this is {mine.get('tag')} (differs in {', '.join(keys)})"
-        check("source", not keys, f"{was}; choose it with --tag" if keys else "the checkpoint that was grown")
-        plan = _replan(model, target, manifest["operators"])
+        second = _second(other, manifest)
+        for name, of, recorded in (("source", model, manifest["source"]), ("with", second, manifest.get("with"))):
+            if of is not None:
+                _check_source(name, of, recorded, check)
+        growth = Growth(model, _replan(model, second, target, manifest["operators"]), second)
+        plan = growth.plan
         same = plan.digest() == manifest["plan_digest"]
         check("plan", same, plan.digest()[:16] if same else "rebuilt from the manifest, it has another digest")
-        _check_tensors(model, target, plan, check)
+        _check_tensors(growth, target, check)
     found = None
     if runs:
         found = compare(model, whole(target), target.config, given)
@@ -89,7 +95,33 @@ def verify(
     return {"ok": all(c["ok"] for c in checks), "checks": checks, "drift": found.as_dict() if found else None}
 
 
-def _replan(model: CheckpointModel, target: CheckpointModel, how: dict[str, Any]) -> GrowthPlan:
+def _second(other: Path | None, manifest: dict[str, Any]) -> CheckpointModel | None:
+    """The checkpoint that a growth interpolated with. Raises InvalidConfig where it is missing or out of place."""
+    recorded = manifest.get("with")
+    if (other is None) != (recorded is None):
+        raise InvalidConfig(
+            f"the growth interpolated with {recorded['path']}; give that checkpoint with --with"
+            if recorded
+            else "--with: the growth started from one checkpoint alone; leave it out"
+        )
+    return open_model(other) if other is not None else None
+
+
+def _check_source(name: str, model: CheckpointModel, recorded: dict[str, Any], check: Check) -> None:
+    mine = model.source.identity()
+    keys = [k for k in recorded if k != "path" and mine.get(k) != recorded[k]]
+    was = f"grown from tag {recorded.get('tag')}, this is {mine.get('tag')} (differs in {', '.join(keys)})"
+    check(name, not keys, f"{was}; choose it with --tag" if keys else "the checkpoint that was grown")
+
+
+def _replan(
+    model: CheckpointModel, second: CheckpointModel | None, target: CheckpointModel, how: dict[str, Any]
+) -> GrowthPlan:
+    if second is not None:
+        own = how["interpolate"][-1]
+        plan = _replan(model, None, target, own)
+        plan = replace(plan, config=target.config)
+        return between(second, model, plan, how["alpha"], own["moments"])
     # a growth may have scaled the norms' epsilon: it was asked for with the source's, for no other is let through
     mine, theirs = model.table.eps[0], target.table.eps[0]
     asked = {key: value for key, value in target.config.items() if key != theirs}
@@ -132,25 +164,26 @@ def _check_gradients(model: CheckpointModel, plan: GrowthPlan, tokens: Tokens, c
     check("gradients", worst <= limit, f"{worst:.3g} of the largest entry at most, allowed {limit:g} (worst {name})")
 
 
-def _check_tensors(model: CheckpointModel, target: CheckpointModel, plan: GrowthPlan, check: Check) -> None:
+def _check_tensors(growth: Growth, target: CheckpointModel, check: Check) -> None:
     """Every state of every tensor against the plan, and the step counts against the source's."""
+    model, plan = growth.model, growth.plan
     for state in target.source.states:
-        wrong = [name for name in plan.tensors if not _equal(model, target, plan, name, state)]
+        wrong = [name for name in plan.tensors if not _equal(growth, target, name, state)]
         what = "weights" if state == "fp32" else state
         detail = f"{len(wrong)} differ, first {wrong[0]}" if wrong else f"{len(plan.tensors)} tensors, bit for bit"
         check(what, not wrong, detail)
     if all(m in target.source.states and m in model.source.states for m in MOMENTS):
-        steps = _steps(model, target, plan)
+        steps = _steps(growth, target)
         off = [f"{n}: {a} in the source, {b} grown" for n, (a, b) in steps.items() if a != b]
         check("step", not off, off[0] if off else f"kept ({', '.join(sorted({str(a) for a, _ in steps.values()}))})")
 
 
-def _steps(model: CheckpointModel, target: CheckpointModel, plan: GrowthPlan) -> dict[str, tuple[int, int]]:
+def _steps(growth: Growth, target: CheckpointModel) -> dict[str, tuple[int, int]]:
     """Adam steps of every target tensor, expected and found. A group has one count, the largest of its origins."""
     origin = {}
-    for name, tensor in plan.tensors.items():
-        roots = () if tensor.reset else plan.roots(name)
-        origin[target.stored(name)] = model.source.step(model.stored(roots[0][1])) if roots else 0
+    for name, tensor in growth.plan.tensors.items():
+        root = None if tensor.reset else growth.root(name)
+        origin[target.stored(name)] = growth.model.source.step(growth.model.stored(root)) if root else 0
     expected = dict(origin)
     for group in target.source.groups:
         for name in group["names"]:
@@ -158,16 +191,16 @@ def _steps(model: CheckpointModel, target: CheckpointModel, plan: GrowthPlan) ->
     return {name: (expected[name], target.source.step(name)) for name in origin}
 
 
-def _equal(model: CheckpointModel, target: CheckpointModel, plan: GrowthPlan, name: str, state: str) -> bool:
-    shape = plan.tensors[name].shape
-    expect = values(plan, [model.read])
+def _equal(growth: Growth, target: CheckpointModel, name: str, state: str) -> bool:
+    shape = growth.plan.tensors[name].shape
+    expect = values(growth.plan, growth.reads)
     rows = shape[0]
     block = max(1, _ROWS // max(1, int(np.prod(shape[1:]))))
     for start in range(0, rows, block):
         stop = min(rows, start + block)
         found = target.read(name, state, start, stop)
         # a source of weights only gives an optimizer that has not stepped
-        known = state in model.source.states
+        known = state in growth.model.source.states
         expected = expect(name, state, start, stop) if known else torch.zeros_like(found)
         if not torch.equal(found, expected.to(found.dtype)):
             return False
