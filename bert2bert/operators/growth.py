@@ -71,9 +71,9 @@ def plan_growth(
     made: Width = operator.make(pair, **options)
     if made.kept and moments == "carried":
         made = replace(made, kept=False, moments=())
-    layers = _layers(pair, depth)
     if made.terms is not None:
         _alone(operator, depth, moments)
+    layers = _layers(pair, depth)
     noise = made.noise or None
     if breaker:
         broken, broken_options = parse_operator(breaker, "breaker")
@@ -178,14 +178,14 @@ def _check_random(kind: str, text: str, operator: Operator) -> None:
 
 def _policy(moments: str | None, operator: Operator, width: Width, kept: Exactness) -> tuple[str, Exactness]:
     """The moments' policy that holds, and the reasons that it adds."""
-    own = operator.moments if operator.moments != "exact" or not kept.moments else "carried"
+    own = "exact" if not kept.moments else "carried" if operator.moments == "exact" else operator.moments
     policy = moments or own
     if moments == "exact" and kept.moments:
         raise UnsupportedGrowth(
             "--moments exact: this growth cannot keep the moments exactly:\n  " + "\n  ".join(kept.moments) + "\n"
             "Use --moments carried (the same maps, a heuristic), asymmetric (zero for fresh entries) or reset."
         )
-    if policy == "exact" or (policy == "carried" and kept.moments):
+    if moments is None or policy == "exact" or (policy == "carried" and kept.moments):
         return policy, kept
     reason = {
         "carried": "",
