@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class Fit:
     """One fit: the source, the target, the maps at their start and the loss as a function of them.
 
     heads: what the source has; the fit uses the smallest model among them with a language-model head. Raises
-    UnsupportedGrowth, and NoReference where transformers cannot run the target.
+    UnsupportedGrowth.
     """
 
     def __init__(
@@ -152,22 +153,26 @@ class Fit:
                 f"a fit lowers the language-model loss, and this {table.model_type} has no language-model head; use a "
                 f"checkpoint with one, or a width that is not learned"
             )
-        used = min((has for has in table.classes.values() if "mlm" in has and has <= heads), key=len)
+        self.used = min((has for has in table.classes.values() if "mlm" in has and has <= heads), key=len)
         self.pair, self.what, self.device, self.dtype = pair, reference.kind(source, table), device, dtype
-        self.blend = Blend(Scheme(pair), used, weights, dtype, device)
+        self.blend = Blend(Scheme(pair), self.used, weights, dtype, device)
         start = self.blend.scheme.initial(self.blend.build, self.blend.parameters, noise, seed)
         if not start:
             raise UnsupportedGrowth("the target config has the source's sizes, so there is nothing to learn")
         self.maps = {name: torch.from_numpy(array).to(device, dtype) for name, array in start.items()}
-        grown = self.blend(self.maps)
-        model = reference.build(table, target, used, lambda name: grown[name].cpu(), dtype).to(device)
-        self.module = _Loss(model, self.what, pair.large["vocab"])
         self.about = {
             "model_type": table.model_type,
             "axes": {axis: [pair.small[axis], pair.large[axis]] for axis in table.sizes},
             "noise": noise,
             "seed": seed,
         }
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The target model, as a loss. Raises NoReference where transformers cannot run it."""
+        grown, pair = self.blend(self.maps), self.pair
+        model = reference.build(pair.table, pair.target, self.used, lambda name: grown[name].cpu(), self.dtype)
+        return _Loss(model.to(self.device), self.what, pair.large["vocab"])
 
     def loss(self, maps: Mapping[str, Tensor], given: Sample) -> Tensor:
         """The grown model's loss in nats a prediction."""

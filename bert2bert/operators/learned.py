@@ -55,8 +55,8 @@ def ligo(pair: Pair, *, maps: str = "") -> Width:
     """Learned maps for width and depth at once: W'_i = sum_j w[i, j] B_out W_j A_in, B = [I; S], A = B times shares.
 
     maps: the file of a fit, `bert2bert learn SOURCE --config TARGET --data BINS --output FILE`: about 100 steps on the
-    loss of the grown model. S mixes old features into fresh ones, w mixes layers; no --depth beside it. The plan that
-    a file gives is the same bit for bit, whatever the seed. For new training runs: moments start at zero.
+    loss of the grown model. S mixes old features into fresh ones, w mixes layers; no --depth beside it. A file gives
+    the same model bit for bit, always. It is where a new run starts: moments are zero, so warm the rate up.
     """
     if not maps:
         raise InvalidConfig(
@@ -64,12 +64,17 @@ def ligo(pair: Pair, *, maps: str = "") -> Width:
             "--output FILE`, then say --width ligo:maps=FILE"
         )
     found, about = load(Path(maps))
-    said = {axis: [pair.small[axis], pair.large[axis]] for axis in pair.table.sizes}
-    for axis, sizes in said.items():
-        if axis in (*pair.grown, *pair.table.depth) and (fitted := about["axes"].get(axis)) != sizes:
+    if about["model_type"] != pair.table.model_type:
+        raise UnsupportedGrowth(
+            f"--width ligo: {maps} was fitted for a {about['model_type']}, this is a {pair.table.model_type}; fit its "
+            f"own maps with bert2bert learn"
+        )
+    for axis in (*pair.grown, *pair.table.depth):
+        sizes, fitted = [pair.small[axis], pair.large[axis]], about["axes"][axis]
+        if fitted != sizes:
             raise UnsupportedGrowth(
-                f"--width ligo: {maps} was fitted for {axis} {fitted and ' -> '.join(map(str, fitted))}; this growth "
-                f"is {sizes[0]} -> {sizes[1]}. Fit its own maps with bert2bert learn, or choose that target."
+                f"--width ligo: {maps} was fitted for {axis} {fitted[0]} -> {fitted[1]}, this growth is {sizes[0]} -> "
+                f"{sizes[1]}; fit its own maps with bert2bert learn, or choose that target"
             )
     return frozen(pair, found)
 
