@@ -1,8 +1,9 @@
 """What DeepSpeed's ``*_model_states.pt`` say: names, shapes, frozen parameters, buffers, counters, client state.
 
 ZeRO 1 and 2 write one such file, which also holds the low-precision weights; ZeRO 3 writes one a rank, without weights.
-Native and universal checkpoints share them. Refuses, as InvalidCheckpoint: files that are not of DeepSpeed, of ZeRO
-stage 0, of tensor or pipeline parallel runs, and ranks that contradict each other.
+Native and universal checkpoints share them. ZeRO 0 has this file alone, with the torch optimizer's state and without a
+word on which parameter is whose (see `stage0`). Refuses, as InvalidCheckpoint: files that are not of DeepSpeed, of
+tensor or pipeline parallel runs, and ranks that contradict each other.
 """
 
 from __future__ import annotations
@@ -120,11 +121,12 @@ class ModelStates:
     """The merged content of the model-states files of all ranks, in rank order.
 
     ``shapes``: parameters of each flat group (stage 3: sub-group), in flat order; ``frozen``: parameters that the
-    optimizer does not own, with shapes; ``order``: all names of the model's state dict.
+    optimizer does not own, with shapes; ``order``: all names of the model's state dict; ``optimizer``: the torch
+    optimizer's state of ZeRO 0 (``whole``), where every parameter counts as frozen until `own` says whose it is.
     """
 
-    def __init__(self, paths: list[Path], sharded: bool) -> None:
-        self.paths, self.sharded = paths, sharded
+    def __init__(self, paths: list[Path], sharded: bool, whole: bool = False) -> None:
+        self.paths, self.sharded, self.whole = paths, sharded, whole
         self.ranks = [self._open(path) for path in paths]
         for key in _SAME_ON_ALL_RANKS:
             alike(paths, [rank.get(key) for rank in self.ranks], key)
@@ -135,6 +137,7 @@ class ModelStates:
         first = self.ranks[0]
         self.module: dict[str, Any] = first.get("module") or {}
         self.order = list(self.module)
+        self.optimizer: Any = first.get("optimizer")
         self.world_size: int = int(first.get("dp_world_size") or 1)
         self.ds_config: dict[str, Any] = first.get("ds_config") or {}
         self.ds_version = first.get("ds_version")
@@ -153,11 +156,13 @@ class ModelStates:
         found = torchfile.load(path)
         if not isinstance(found, dict) or "param_shapes" not in found:
             raise InvalidCheckpoint(f"{path}: no DeepSpeed model-states file, it has no 'param_shapes'")
-        if found["param_shapes"] is None:
+        if (found["param_shapes"] is None) != self.whole:
             raise InvalidCheckpoint(
-                f"{path}: of ZeRO stage 0, which keeps no partitions. Train with ZeRO stage 1, 2 or 3, or hand over "
-                "the weights as a Hugging Face folder (save_pretrained)."
+                f"{path}: of ZeRO stage 0, which keeps no partitions, beside optimizer shards or other ranks' files: "
+                "files of different checkpoints are mixed. Restore the files of one save, or use another tag."
             )
+        if self.whole:
+            found = {**found, "param_shapes": []}
         dims = found.get("checkpoint_parallel_dimensions") or {}
         split = max(int(found.get("mp_world_size") or 1), *(int(dims.get(k) or 1) for k in ("pp_degree", "tp_degree")))
         if split > 1:
@@ -189,6 +194,11 @@ class ModelStates:
         for absent, kept in shared.items():
             if (absent in have) != (kept in have):
                 self.aliases.update({absent: kept} if kept in have else {kept: absent})
+
+    def own(self, groups: list[list[str]]) -> None:
+        """ZeRO 0: these parameters (of ``frozen``) are the optimizer's, group by group."""
+        self.shapes = [{name: self.frozen.pop(name) for name in names} for names in groups]
+        self.flat_names = {name for names in groups for name in names}
 
     def _memory(self, name: str) -> tuple[Any, ...]:
         tensor = self.module[name]

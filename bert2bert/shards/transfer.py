@@ -24,6 +24,7 @@ from bert2bert.errors import InvalidConfig, UserError, did_you_mean
 from bert2bert.shards.commit import FORMAT_VERSION, disk_errors, file_sizes
 from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes, write_bytes
 from bert2bert.shards.layout import SUB_GROUP_SIZE
+from bert2bert.shards.stage0_writer import stage0_files
 from bert2bert.shards.universal_writer import universal_files
 from bert2bert.shards.writing import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries
 from bert2bert.shards.zero_writer import zero_files
@@ -97,8 +98,10 @@ def _plan(
         raise InvalidConfig(f"there is no checkpoint format {form!r}; {did_you_mean(form, POINTERS)}")
     if form == "zero":
         if stage is None or world_size is None:
-            raise InvalidConfig("format zero needs a ZeRO stage (1, 2, 3) and a world size: --stage S --world-size N.")
-        plans = zero_files(job, stage, world_size, sub_group_size)
+            raise InvalidConfig(
+                "format zero needs a ZeRO stage (0, 1, 2, 3) and, but for 0, a world size: --stage S --world-size N."
+            )
+        plans = stage0_files(job, world_size) if stage == 0 else zero_files(job, stage, world_size, sub_group_size)
     elif stage is not None or world_size is not None:
         raise InvalidConfig(f"format {form} has no stage and no world size: leave out --stage and --world-size.")
     else:
@@ -179,6 +182,8 @@ def write_checkpoint(
     ``sub_group_size``: DeepSpeed's option of stage 3. ``max_file_bytes``: where format hub starts another file.
     """
     comm = comm if comm is not None else _Alone()
+    if stage == 0 and world_size is None:
+        world_size = 1  # any number of ranks loads it
     tally = Tally(progress)
     job = Job(spec, values, tally)
     folder = pending(Path(target), spec, form)

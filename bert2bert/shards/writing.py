@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 
 from bert2bert.shards.commit import Pending
 from bert2bert.shards.digest import combine, digest, hex16
+from bert2bert.shards.frames import Blank
 from bert2bert.shards.layout import Piece
+from bert2bert.shards.moments import ADAM
 from bert2bert.shards.source import STATES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,13 +33,15 @@ Values = Callable[[str, str, int, int], torch.Tensor]
 @dataclass(frozen=True)
 class TargetGroup:
     """One optimizer group in the engine's order. ``hyper``: lr, weight_decay, betas, eps (more keys pass through);
-    ``step``: Adam steps taken by these parameters."""
+    ``step``: Adam steps taken by these parameters; ``moments``: state -> its name in the files, of those that the
+    group's optimizer keeps (see `moments`)."""
 
     part: str
     decay: bool
     names: tuple[str, ...]
     hyper: dict[str, Any]
     step: int
+    moments: dict[str, str] = field(default_factory=lambda: dict(ADAM))
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class TargetSpec:
     ``precision``: "fp32", "bf16" or "fp16" of the engine that will load it (of the file for hub); ``states``: those
     that ``values`` can give, ("fp32",) or all of `STATES` (missing moments are written as zeros: a fresh optimizer);
     ``loss_scaler``: attributes of DeepSpeed's loss scaler, used with fp16 only; ``client_state``: extra top-level
-    entries of the model states; ``extra_files``: name -> content, put beside the weights (tokenizer files).
+    entries of the model states; ``extra_files``: name -> content, put beside the weights (tokenizer files);
+    ``frozen``: names of parameters that are in no group, for the engine does not train them; ``fused``: that engine
+    uses DeepSpeed's FusedAdam, and ``clip_grad`` is its gradient clipping (both matter at 16-bit stage 0 only).
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -63,12 +70,15 @@ class TargetSpec:
     client_state: dict[str, Any] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     extra_files: dict[str, bytes] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    fused: bool = False
+    clip_grad: float | None = None
 
     def __post_init__(self) -> None:
-        grouped = [name for group in self.groups for name in group.names]
+        grouped = [*(name for group in self.groups for name in group.names), *self.frozen]
         if len(grouped) != len(set(grouped)) or set(grouped) != set(self.shapes):
             odd = set(grouped) ^ set(self.shapes) or {name for name in grouped if grouped.count(name) > 1}
-            raise ValueError(f"every parameter must be in exactly one optimizer group; not so: {sorted(odd)[:5]}")
+            raise ValueError(f"every parameter must be in one optimizer group or frozen; not so: {sorted(odd)[:5]}")
         if self.precision not in DTYPES or self.states not in (STATES[:1], STATES):
             raise ValueError(f"unknown precision {self.precision!r} or states {self.states}")
         if not all(kept in self.shapes and absent not in self.shapes for absent, kept in self.aliases.items()):
@@ -186,6 +196,21 @@ class Job:
             self.tally.digest(name, state, piece, start)
             start += piece.numel()
             yield piece
+
+    def rounded(self, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Weights as the engine's module holds them; in the tally for a frozen parameter, which has no other."""
+        for piece in flat_values(self.values, self.spec, name, "fp32", start, stop):
+            low = piece.to(self.spec.dtype)
+            if name in self.spec.frozen:
+                self.tally.digest(name, "fp32", low, start)
+            start += piece.numel()
+            yield low
+
+    def module(self, names: Iterable[str]) -> dict[str, Blank]:
+        """The engine's own weights of these parameters, and of the tied copies of them."""
+        spec = self.spec
+        blanks = {n: Blank(spec.shapes[n], spec.dtype, partial(self.rounded, n, 0, spec.numel(n))) for n in names}
+        return blanks | {absent: blanks[kept] for absent, kept in spec.aliases.items() if kept in blanks}
 
     def shard(self, names: Sequence[str], state: str, pieces: Iterable[Piece], length: int) -> Iterator[torch.Tensor]:
         """A rank's flat tensor of ``length`` elements: pieces (of ``names``) at their places, zeros elsewhere."""

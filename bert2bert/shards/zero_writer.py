@@ -12,9 +12,10 @@ Refuses stages other than 1, 2, 3 and world sizes below 1 (InvalidConfig).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
 from bert2bert.shards.frames import Blank, Foreign
 from bert2bert.shards.layout import SUB_GROUP_SIZE, Piece, SubGroup, zero3_layout, zero12_layout
-from bert2bert.shards.writing import STATES, FilePlan, Job, TargetGroup, TargetSpec, flat_values
+from bert2bert.shards.writing import FilePlan, Job, TargetGroup, TargetSpec, zeros
 
 DS_VERSION = "0.19.8"  # the DeepSpeed whose layout is written; its loaders read it for compatibility rules
 _SCALER = "deepspeed.runtime.fp16.loss_scaler"
@@ -51,19 +52,30 @@ def step_tensor(step: int) -> torch.Tensor:
     return torch.tensor(float(step))
 
 
-def scaler_fields(spec: TargetSpec) -> dict[str, Any]:
-    """``loss_scaler``, ``dynamic_loss_scale`` and ``overflow``: the object DeepSpeed takes its loss scale from.
+def adam_state(group: TargetGroup, tensor: Callable[[str], Any]) -> dict[str, Any]:
+    """What the group's optimizer keeps of one tensor: its moments, under its own names, and Adam's step."""
+    moments = {key: tensor(state) for state, key in group.moments.items()}
+    return moments if "momentum_buffer" in moments else {"step": step_tensor(group.step), **moments}
 
-    fp16: ``spec.loss_scaler``'s attributes over DeepSpeed's defaults (a scale of 65536 when there are none), static if
-    they say ``dynamic: False``. Other precisions do not scale, whatever the source did.
+
+def scaler_attributes(spec: TargetSpec) -> tuple[bool, dict[str, Any]]:
+    """Whether the engine's loss scale is dynamic, and the loss scaler's attributes.
+
+    fp16: ``spec.loss_scaler``'s over DeepSpeed's defaults (a scale of 65536 when there are none), static if they say
+    ``dynamic: False``. Other precisions do not scale, whatever the source did.
     """
     given = (spec.loss_scaler or {}) if spec.precision == "fp16" else {"dynamic": False, "cur_scale": 1.0}
-    dynamic = bool(given.get("dynamic", True))
+    if bool(given.get("dynamic", True)):
+        return True, {key: given.get(key, default) for key, default in _DYNAMIC_SCALER.items()}
+    return False, {"cur_scale": given["cur_scale"], "dynamic": False}
+
+
+def scaler_fields(spec: TargetSpec) -> dict[str, Any]:
+    """``loss_scaler``, ``dynamic_loss_scale`` and ``overflow``: the object DeepSpeed takes its loss scale from."""
+    dynamic, state = scaler_attributes(spec)
+    scaler = Foreign(_SCALER, "DynamicLossScaler" if dynamic else "LossScaler", state)
     if dynamic:
-        state = {key: given.get(key, default) for key, default in _DYNAMIC_SCALER.items()} | {"dtype": torch.float16}
-        scaler = Foreign(_SCALER, "DynamicLossScaler", state)
-    else:
-        scaler = Foreign(_SCALER, "LossScaler", {"cur_scale": given["cur_scale"], "dynamic": False})
+        state["dtype"] = torch.float16
     return {"loss_scaler": scaler, "dynamic_loss_scale": dynamic, "overflow": False}
 
 
@@ -80,16 +92,18 @@ def model_states(
     stage: int | None,
     world: int,
     shared: bool = True,
+    fragments: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The content of a ``*_model_states.pt``; ``stage`` None (universal) leaves the ZeRO stage out of its config."""
+    """The content of a ``*_model_states.pt``; ``stage`` None (universal) leaves the ZeRO stage out of its config.
+    ``fragments``: values of the frozen parameters, of one rank at stage 3."""
     common = {
         "module": OrderedDict({**module, **spec.buffers}),
         "buffer_names": list(spec.buffers),
         "optimizer": None,
         "param_shapes": param_shapes,
-        "frozen_param_shapes": OrderedDict() if stage != 1 else None,
+        "frozen_param_shapes": sizes(spec, spec.frozen) if stage not in (0, 1) else None,
         "shared_params": dict(spec.aliases) if shared else {},
-        "frozen_param_fragments": OrderedDict() if stage != 1 else None,
+        "frozen_param_fragments": OrderedDict(fragments) if stage not in (0, 1) else None,
         "lr_scheduler": spec.lr_scheduler,
         "data_sampler": None,
         "random_ltd": None,
@@ -113,7 +127,7 @@ def zero_files(job: Job, stage: int, world: int, sub_group_size: int = SUB_GROUP
     ``sub_group_size``: the engine's option of stage 3, in elements of a rank.
     """
     if stage not in (1, 2, 3):
-        raise InvalidConfig(f"ZeRO stage {stage} cannot be written: choose --stage 1, 2 or 3.")
+        raise InvalidConfig(f"ZeRO stage {stage} cannot be written: choose --stage 0, 1, 2 or 3.")
     if world < 1:
         raise InvalidConfig(f"world size {world} is impossible: --world-size is the number of ranks that will resume.")
     layout = _Zero3(job, world, sub_group_size) if stage == 3 else _Zero12(job, stage, world)
@@ -136,14 +150,10 @@ class _Zero12:
 
     def _model(self, path: Path) -> int:
         spec = self.spec
-
-        def rounded(name: str) -> Iterator[torch.Tensor]:
-            return flat_values(self.job.values, spec, name, "fp32", 0, spec.numel(name))
-
-        module = {name: Blank(shape, spec.dtype, partial(rounded, name)) for name, shape in spec.shapes.items()}
-        module |= {absent: module[kept] for absent, kept in spec.aliases.items()}
-        param_shapes = [_sizes(spec, group.names) for group in spec.groups]
-        tree = model_states(spec, module, param_shapes, self.stage, self.world)
+        module = self.job.module(spec.shapes)
+        param_shapes = [sizes(spec, group.names) for group in spec.groups]
+        frozen = {name: module[name] for name in spec.frozen}
+        tree = model_states(spec, module, param_shapes, self.stage, self.world, fragments=frozen)
         return frames.save(path, tree, self.job.tally.wrote)
 
     def payload(self, rank: int) -> int:
@@ -186,14 +196,27 @@ class _Zero3:
 
     def models(self) -> list[FilePlan]:
         """A file per rank that holds no weights: the partitions of the optimizer file are all there is."""
-        name = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
-        return [FilePlan(name.format(rank), 0, partial(self._model, rank)) for rank in range(self.world)]
+        name, spec = "zero_pp_rank_{}_mp_rank_00_model_states.pt", self.spec
+        frozen = sum(self._cut(name) for name in spec.frozen) * spec.dtype.itemsize
+        return [FilePlan(name.format(rank), frozen, partial(self._model, rank)) for rank in range(self.world)]
+
+    def _cut(self, name: str) -> int:
+        """Elements of a parameter that each rank holds, the last ones padded."""
+        return -(-self.spec.numel(name) // self.world)
+
+    def _frozen(self, rank: int, name: str) -> Iterator[torch.Tensor]:
+        cut, numel = self._cut(name), self.spec.numel(name)
+        start, stop = min(rank * cut, numel), min((rank + 1) * cut, numel)
+        yield from self.job.rounded(name, start, stop)
+        yield from zeros(cut - stop + start)
 
     def _model(self, rank: int, path: Path) -> int:
         spec = self.spec
         module = {name: torch.empty(0, dtype=spec.dtype) for name in (*spec.shapes, *spec.aliases)}
-        param_shapes = [_sizes(spec, (spec.groups[i].names[p] for p in sub.params)) for i, sub in self.sub_groups]
-        return frames.save(path, model_states(spec, module, param_shapes, 3, self.world, shared=rank == 0))
+        param_shapes = [sizes(spec, (spec.groups[i].names[p] for p in sub.params)) for i, sub in self.sub_groups]
+        frozen = {n: Blank((self._cut(n),), spec.dtype, partial(self._frozen, rank, n)) for n in spec.frozen}
+        tree = model_states(spec, module, param_shapes, 3, self.world, shared=rank == 0, fragments=frozen)
+        return frames.save(path, tree, self.job.tally.wrote)
 
     def payload(self, rank: int) -> int:
         """Bytes of tensor data in a rank's optimizer file: the same for all."""
@@ -218,7 +241,8 @@ class _Zero3:
         return _save_optim(self.job, 3, tree, path)
 
 
-def _sizes(spec: TargetSpec, names: Iterable[str]) -> OrderedDict[str, torch.Size]:
+def sizes(spec: TargetSpec, names: Iterable[str]) -> OrderedDict[str, torch.Size]:
+    """Shapes by name, as DeepSpeed's files hold them."""
     return OrderedDict((name, torch.Size(spec.shapes[name])) for name in names)
 
 
@@ -227,8 +251,7 @@ def _shard(job: Job, group: TargetGroup, pieces: Sequence[Piece], state: str, le
 
 
 def _adam_state(job: Job, group: TargetGroup, pieces: Sequence[Piece], length: int) -> dict[str, Any]:
-    moments = {state: _shard(job, group, pieces, state, length) for state in STATES[1:]}
-    return {"step": step_tensor(group.step), **moments}
+    return adam_state(group, lambda state: _shard(job, group, pieces, state, length))
 
 
 def _fragment(piece: Piece) -> Foreign:

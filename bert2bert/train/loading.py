@@ -24,13 +24,12 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.model.config import BertConfig
 from bert2bert.recipe import Recipe
 from bert2bert.shards import torchfile
-from bert2bert.shards.source import Source, open_source, read_manifest
+from bert2bert.shards.source import Source, open_source
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
 from bert2bert.train.position import Progress, continued, start
 from bert2bert.train.randomness import seed_all, set_random_state
 from bert2bert.train.saving import random_file
-from bert2bert.train.stage0 import Stage0Source
 
 BLOCK = 1 << 22  # elements read at a time
 _HYPER = ("weight_decay", "betas", "eps")
@@ -83,7 +82,7 @@ def _agree(engine: Engine, act: Callable[[], Any]) -> Any:
 
 
 def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) -> tuple[Source, Resumed]:
-    source = _open(path)
+    source = open_source(path)
     manifest = source.manifest or {}
     kind = "weights" if source.form == "hub" else str(manifest.get("kind"))
     if source.form != "hub" and kind not in ("train", "growth"):
@@ -106,14 +105,6 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
     if kind == "weights":
         notes.append("a Hugging Face folder holds weights only: Adam's moments start at zero")
     return source, Resumed(source.folder, kind, progress, manifest.get("growth"), tuple(notes))
-
-
-def _open(path: Path) -> Source:
-    latest = path / "latest"
-    folder = path / latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else path
-    if folder.is_dir() and (manifest := read_manifest(folder)) and manifest.get("stage") == 0:
-        return Stage0Source(folder, manifest)  # it has no partitions, which open_source looks for
-    return open_source(path)
 
 
 def _check_tokenizer(source: Source, growth: Mapping[str, Any], data: Mapping[str, Any]) -> None:

@@ -36,7 +36,6 @@ FREEZE = [
 SKIP = [Case("skip2", 2, skip=(1, 2), layout="layers"), Case("skip3", 3, skip=(2, 5), layout="layers")]
 CLIENT = Case("client", 2, model="mlm", layout="single", client_state={"epoch": 3, "best": np.float64(0.5), "args": {"a": [1]}})  # fmt: skip
 REFUSED = [
-    Case("stage0", 0, steps=1),
     Case("robin", 2, steps=1, zero={"round_robin_gradients": True}),
     Case("elastic", 1, steps=1, zero={"elastic_checkpoint": True}),
     Case("older2", 2, steps=2),
@@ -191,7 +190,6 @@ def zero3(name: str) -> str:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("stage0", "of ZeRO stage 0, which keeps no partitions. Train with ZeRO stage 1, 2 or 3"),
         ("robin", "saved with zero_optimization.round_robin_gradients.*Train with the option off"),
         ("elastic", "saved with zero_optimization.elastic_checkpoint"),
     ],

@@ -157,7 +157,7 @@ def test_client_state_may_not_replace_deepspeeds_entries(tmp_path: Path) -> None
     [
         ({"form": "zero"}, "--stage S --world-size N"),
         ({"form": "zero", "stage": 4, "world_size": 2}, "stage 4"),
-        ({"form": "zero", "stage": 0, "world_size": 2}, "stage 0"),
+        ({"form": "zero", "stage": 2}, "--stage S --world-size N"),
         ({"form": "zero", "stage": 2, "world_size": 0}, "world size 0"),
         ({"form": "universal", "stage": 2}, "leave out --stage"),
         ({"form": "hubb"}, "did you mean 'hub'"),

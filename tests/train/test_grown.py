@@ -118,7 +118,7 @@ def test_universal_loads_at_any_stage_and_world_size(bins: Path, tmp_path: Path,
 
 @pytest.mark.timeout(120)
 def test_native_shards_and_hub_folders(bins: Path, tmp_path: Path) -> None:
-    for stage in (1, 2, 3):
+    for stage in (0, 1, 2, 3):
         target = tmp_path / f"zero{stage}"
         write_checkpoint(
             target, spec("bf16"), values, form="zero", stage=stage, world_size=2, manifest_growth=GROWTH
