@@ -92,14 +92,14 @@ def test_interpolation_is_a_linear_merge(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama-mha", "mistral"])
 def test_upcycling_is_a_mixture_of_one_model(name: str, tmp_path: Path) -> None:
     """Routers are random in both, so all else is compared."""
-    saved(tmp_path / "small", name, sliding_window=None)
+    config = saved(tmp_path / "small", name, sliding_window=None, rms_norm_eps=1e-5)
     one = {"source_model": str(tmp_path / "small")}
     recipe = {"base_model": one["source_model"], "experts": [one] * 4, "gate_mode": "random", "dtype": "float32"}
     routers = [torch.randn(4, 12) for _ in range(3)]
     MixtralMoE().write_model(str(tmp_path / "merged"), MoEMergeConfig.model_validate(recipe), OPTIONS, routers)
     theirs = loaded(tmp_path / "merged")
-    kv = tiny.config_of(name)["num_key_value_heads"]
-    larger = tiny.config_of("mixtral", num_local_experts=4, num_key_value_heads=kv, sliding_window=None)
+    kept = {key: config[key] for key in ("num_key_value_heads", "rms_norm_eps", "rope_parameters")}
+    larger = tiny.config_of("mixtral", num_local_experts=4, sliding_window=None, **kept)
     ours = grown(tmp_path / "small", tmp_path / "large", larger, "--experts", "upcycle", "--no-measure")
     gates = {n for n in ours if n.endswith("gate.weight")}
     assert len(gates) == 3 and all(ours[n].shape == theirs[n].shape for n in gates)
