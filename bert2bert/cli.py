@@ -1,11 +1,13 @@
 """The ``bert2bert`` command. Sub-commands import what they need when they run, so that ``--help`` imports no torch.
 
-Exit status: 0 done, 1 a check failed (verify), 2 the input cannot be used (the message says why and what would work).
+Exit status: 0 done, 1 a check failed (verify, inspect --check), 2 the input cannot be used (the message says why and
+what would work).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +20,28 @@ from bert2bert.options import parser
 def main(argv: Sequence[str] | None = None, comm: Any = None) -> int:
     """Run one command. comm: an MPI communicator when every rank calls this alike (``grow`` only)."""
     args = parser(_RUNS).parse_args(argv)
+    workers = getattr(args, "workers", None)
+    if comm is None and workers is not None and (workers != 1 or argv is None):
+        return _watched(args)  # a growth typed at a prompt has a process that watches it, even if it is one process
+    return _run(args, comm)
+
+
+def _watched(args: argparse.Namespace) -> int:
+    from bert2bert.shards import workers
+
+    try:
+        if args.workers > 1:
+            importlib.import_module("bert2bert.growth")
+            importlib.import_module("torch")  # once, not in every process
+        return workers.run(args.workers, lambda comm: _run(args, comm))
+    except UserError as error:
+        print(f"bert2bert {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(args: argparse.Namespace, comm: Any) -> int:
     try:
         return int(args.run(args, comm) or 0)
     except UserError as error:
@@ -28,7 +52,8 @@ def main(argv: Sequence[str] | None = None, comm: Any = None) -> int:
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
-        print(f"bert2bert {args.command}: interrupted; nothing was committed", file=sys.stderr)
+        if comm is None or comm.Get_rank() == 0:
+            print(f"bert2bert {args.command}: interrupted; nothing was committed", file=sys.stderr)
         return 130
 
 
@@ -77,11 +102,16 @@ def _prepare(args: argparse.Namespace, comm: Any) -> None:
     print(f"written  {args.output}")
 
 
-def _inspect(args: argparse.Namespace, comm: Any) -> None:
-    from bert2bert.shards.inspect import inspect, render
+def _inspect(args: argparse.Namespace, comm: Any) -> int:
+    from bert2bert.shards.inspect import check, inspect, render, render_check
 
+    if args.check:
+        checked = check(args.path, args.tag)
+        print(json.dumps(checked, indent=1) if args.json else render_check(checked))
+        return 1 if checked["bad"] else 0
     found = inspect(args.path, args.tag)
     print(json.dumps(found, indent=1, default=str) if args.json else render(found, tensors=args.tensors))
+    return 0
 
 
 def _operators(args: argparse.Namespace, comm: Any) -> None:
@@ -95,6 +125,8 @@ def _how(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "source_config": args.source_config,
         "tag": args.tag,
+        "other": args.other,
+        "alpha": args.alpha,
         "width": args.width,
         "depth": args.depth,
         "seed": args.seed,
@@ -126,6 +158,8 @@ def _plan(args: argparse.Namespace, comm: Any) -> None:
 def _grow(args: argparse.Namespace, comm: Any) -> None:
     from bert2bert.growth import grow
 
+    if comm is not None and args.workers not in (1, comm.Get_size()):
+        raise InvalidConfig(f"--workers {args.workers}: the launcher has started {comm.Get_size()} ranks; leave it out")
     grow(
         args.source,
         args.target,
@@ -153,6 +187,7 @@ def _verify(args: argparse.Namespace, comm: Any) -> int:
         source_config=args.source_config,
         tag=args.tag,
         grown_tag=args.grown_tag,
+        other=args.other,
         bins=args.bins,
         tokens=args.tokens,
         logits=not args.no_logits,

@@ -202,7 +202,7 @@ def grow(
 
     def prepare() -> tuple[Growth, TargetSpec, Watch]:
         growth = open_growth(source, config, **how)
-        watch = Watch(growth.model.source)
+        watch = Watch(growth.model.source, *([growth.other.source] if growth.other else []))
         accept(growth, lossy)
         spec = target_spec(growth, form=form, layout=layout, precision=precision)
         if first:

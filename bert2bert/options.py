@@ -78,6 +78,9 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     p.add_argument("path", type=Path, help=_SOURCE)
     p.add_argument("--tag", help="the tag to look at (default: what `latest` names)")
     p.add_argument("--tensors", action="store_true", help="list every tensor")
+    p.add_argument(
+        "--check", action="store_true", help="read every file, compare it with the manifest; exit status 1: one is bad"
+    )
     p.add_argument("--json", action="store_true", help="machine-readable output")
 
     def growth_options(p: argparse.ArgumentParser) -> None:
@@ -89,6 +92,10 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         p.add_argument("--vocab", metavar="OP", help="how the vocabulary grows, where it does")
         p.add_argument("--positions", metavar="OP", help="how a table of positions grows, where it does")
         p.add_argument("--experts", metavar="OP", help="how experts come about, where the target has more")
+        p.add_argument(
+            "--with", dest="other", type=Path, metavar="CHECKPOINT", help="interpolate with one of the target's size"
+        )
+        p.add_argument("--alpha", type=float, metavar="A", help="with --with: A of the grown model, 1 - A of the other")
         p.add_argument("--seed", type=int, default=0, help="of every choice and fill (default: 0)")
         p.add_argument(
             "--break-symmetry", metavar="HOW", help="noise[:scale=0.1] | uneven: tells copies apart, exactly"
@@ -143,6 +150,9 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     p.add_argument("--bins", type=Path, metavar="DIR", help="measure the change on held-out text, not on random tokens")
     p.add_argument("--shard-size", metavar="SIZE", help="largest weights file of --format hub (default: 5GB)")
     p.add_argument("--no-measure", action="store_true", help="do not measure how the function changes")
+    p.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that share the work, without MPI (default: 1)"
+    )
 
     p = command(
         "verify",
@@ -154,6 +164,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     p.add_argument("--source-config", type=Path, metavar="FILE", help="the source's config, when it carries none")
     p.add_argument("--tag", help="the source's tag (default: what `latest` names)")
     p.add_argument("--grown-tag", help="the grown checkpoint's tag (default: what `latest` names)")
+    p.add_argument("--with", dest="other", type=Path, metavar="CHECKPOINT", help="what the growth interpolated with")
     read = p.add_mutually_exclusive_group()
     read.add_argument("--bins", type=Path, metavar="DIR", help="compare on held-out text, not on random tokens")
     read.add_argument("--tokens", type=Path, metavar="FILE", help="compare on these token ids, one row a line")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 import struct
 import sys
@@ -137,7 +136,7 @@ def _record(archive: zipfile.ZipFile, name: str, size: int, blocks: Iterable[byt
 
 
 def save(path: Path, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
-    """Write ``tree`` (containers, scalars, tensors, `Blank`, `Foreign`) as a file for `torch.load`, synced to disk.
+    """Write ``tree`` (containers, scalars, tensors, `Blank`, `Foreign`) as a file for `torch.load`, not yet synced.
 
     Returns the bytes of the blanks' data; ``wrote`` is told of them as they go. A `Blank` met twice is
     stored once and loads as one tensor. OSError (a full disk) passes through.
@@ -145,13 +144,10 @@ def save(path: Path, tree: Any, wrote: Callable[[int], None] | None = None) -> i
     text = io.BytesIO()
     pickler = _Pickler(text)
     pickler.dump(tree)
-    with open(path, "wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            _record(archive, "data.pkl", text.tell(), (text.getvalue(),))
-            _record(archive, "byteorder", len(sys.byteorder), (sys.byteorder.encode(),))
-            for key, (blank, streamed) in enumerate(pickler.storages):
-                _record(archive, f"data/{key}", blank.nbytes, stream(blank, wrote if streamed else None))
-            _record(archive, "version", 2, (b"3\n",))
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        _record(archive, "data.pkl", text.tell(), (text.getvalue(),))
+        _record(archive, "byteorder", len(sys.byteorder), (sys.byteorder.encode(),))
+        for key, (blank, streamed) in enumerate(pickler.storages):
+            _record(archive, f"data/{key}", blank.nbytes, stream(blank, wrote if streamed else None))
+        _record(archive, "version", 2, (b"3\n",))
     return sum(blank.nbytes for blank, streamed in pickler.storages if streamed)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import experts
+from bert2bert.shards.disk import inside
 from bert2bert.shards.source import Source, TensorMeta, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -51,7 +52,7 @@ class HubSource(Source):
         if index is not None:
             if not isinstance(index, dict) or not index:
                 raise InvalidCheckpoint(f"{self.folder / INDEX}: has no 'weight_map' of names to files")
-            return sorted(set(index.values()))
+            return [name for name in sorted({str(file) for file in index.values()}) if inside(self.folder, name)]
         found = sorted(p.name for p in self.folder.glob("*.safetensors"))
         if not found:
             raise InvalidCheckpoint(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -114,11 +113,9 @@ def json_bytes(tree: Any) -> bytes:
 
 
 def write_bytes(content: bytes, path: Path) -> int:
-    """Write a small file, synced to disk; it counts as no tensor data."""
+    """Write a small file; it counts as no tensor data."""
     with open(path, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
     return 0
 
 
@@ -144,8 +141,6 @@ def _weights(job: Job, blanks: dict[str, Blank], path: Path) -> int:
         for blank in blanks.values():
             for block in stream(blank, job.tally.wrote):
                 file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
     return end
 
 

@@ -1,7 +1,8 @@
-"""Say what is in a checkpoint, any checkpoint, without reading its tensors.
+"""Say what is in a checkpoint, any checkpoint, without reading its tensors; or read every byte of it and say what is
+bad.
 
-`inspect` gives plain data (it goes to JSON as it is), `render` the text for a terminal. Refuses what `open_source`
-refuses.
+`inspect` and `check` give plain data (it goes to JSON as it is), `render` and `render_check` the text for a terminal.
+Refuses what `open_source` refuses; `check`, a folder without a manifest, for there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bert2bert.shards.source import Source, open_source
+from bert2bert.errors import InvalidCheckpoint
+from bert2bert.shards.commit import MANIFEST, file_sizes, listed
+from bert2bert.shards.digest import FILE_DIGEST, file_digest
+from bert2bert.shards.source import Source, locate, open_source, read_json
 
 _HYPER = ("lr", "weight_decay", "betas", "eps")
 _SIZES = (  # config keys of BERT and of GPT-2
@@ -68,6 +72,60 @@ def inspect(path: str | Path, tag: str | None = None) -> dict[str, Any]:
             for m in tensors
         ],
     }
+
+
+def check(path: str | Path, tag: str | None = None) -> dict[str, Any]:
+    """Compare every file of a checkpoint of ours with its manifest: presence, size, and content where the manifest has
+    digests (growths; of training checkpoints, sizes alone). Streamed. ``bad``: name -> what is wrong, for each bad one;
+    ``unlisted``: files that the manifest does not know. Raises InvalidCheckpoint if there is no manifest to go by."""
+    folder, _ = locate(Path(path), tag)
+    if not (folder / MANIFEST).is_file():
+        raise InvalidCheckpoint(
+            f"{folder}: has no {MANIFEST}, so there is nothing to compare its files with. Checkpoints that bert2bert "
+            "writes have one; inspect without --check reads any."
+        )
+    manifest = read_json(folder / MANIFEST)
+    digests = manifest.get("digests") or {"kind": FILE_DIGEST, "files": {}}
+    if not isinstance(digests, dict) or not isinstance(digests.get("files"), dict):
+        raise InvalidCheckpoint(f"{folder / MANIFEST}: its 'digests' are not a table of files. Restore the file.")
+    if digests.get("kind") != FILE_DIGEST:
+        raise InvalidCheckpoint(f"{folder / MANIFEST}: digests of kind {digests.get('kind')!r}; known: {FILE_DIGEST}")
+    bad, sizes, count = {}, listed(folder, manifest), 0
+    for name, size in sizes.items():
+        if problem := _problem(folder / name, size, digests["files"].get(name)):
+            bad[name] = problem
+        count += size
+    return {
+        "folder": str(folder),
+        "files": len(sizes),
+        "bytes": count,
+        "digests": len(digests["files"].keys() & sizes.keys()),
+        "bad": bad,
+        "unlisted": sorted(file_sizes(folder).keys() - sizes.keys()),
+    }
+
+
+def _problem(file: Path, size: int, digest: str | None) -> str | None:
+    try:
+        if not file.is_file():
+            return "missing"
+        if (found := file.stat().st_size) != size:
+            return f"{found:,} bytes, should be {size:,}"
+        return "content differs" if digest is not None and file_digest(file) != digest else None
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def render_check(found: dict[str, Any]) -> str:
+    """The result of `check` as text: a line for every bad file."""
+    lines = [f"bad          {name}: {problem}" for name, problem in found["bad"].items()]
+    lines += [f"unlisted     {name}: not of this checkpoint" for name in found["unlisted"]]
+    how = "sizes and contents" if found["digests"] == found["files"] else "sizes"
+    if 0 < found["digests"] < found["files"]:
+        how = f"sizes, and contents of {found['digests']}"
+    verdict = f"{len(found['bad'])} bad" if found["bad"] else "all as the manifest says"
+    files = f"{found['files']} files, {_bytes(found['bytes'])}"
+    return "\n".join([*lines, f"checked      {found['folder']}: {files}, {how}: {verdict}"])
 
 
 def _architecture(config: dict[str, Any] | None) -> dict[str, Any] | None:

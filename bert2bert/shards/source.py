@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from bert2bert.errors import InvalidCheckpoint, did_you_mean
-from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST
+from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST, listed
+from bert2bert.shards.disk import inside
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _EDGE = 64 * 1024  # bytes; the end of a torch file holds the checksums of its records
@@ -48,10 +49,8 @@ class Source:
 
     ``tensors``: names as stored, in the model's order where the checkpoint tells it, tied tensors once;
     ``aliases``: absent tied name -> kept name; ``states``: those that can be read; ``other_states``: what the optimizer
-    keeps besides and this project does not carry (see `moments`); ``groups``: optimizer groups as hyper-parameters plus
-    "names"; ``moments``: for each group, state -> its name in the files (Adam's are `moments.ADAM`; a state that is
-    not there reads as zeros); ``fused``: trained with DeepSpeed's FusedAdam; ``clip_grad``: the run's gradient
-    clipping, None where it is not known; ``unread``: names the model has whose values the checkpoint does not hold.
+    keeps besides and this project does not carry (momentum of another optimizer, say); ``groups``: optimizer groups as
+    hyper-parameters plus "names"; ``unread``: names the model has whose values the checkpoint does not hold.
     """
 
     form: str = ""
@@ -68,9 +67,6 @@ class Source:
         self.states: tuple[str, ...] = ("fp32",)
         self.other_states: tuple[str, ...] = ()
         self.groups: list[dict[str, Any]] = []
-        self.moments: list[dict[str, str]] = []
-        self.fused = False
-        self.clip_grad: float | None = None
         self.counters: dict[str, int] = {}
         self.lr_scheduler: dict[str, Any] | None = None
         self.loss_scaler: dict[str, Any] | None = None
@@ -165,7 +161,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"{path}: format version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
             "Use the version of bert2bert that wrote it."
         )
-    for name, size in manifest.get("files", {}).items():
+    for name, size in listed(folder, {"files": {}, **manifest}).items():
         file = folder / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
@@ -196,7 +192,7 @@ def _listed(folder: Path) -> str:
     return f"Tags there: {', '.join(found)}." if found else "There is no other tag there."
 
 
-def _locate(path: Path, tag: str | None) -> tuple[Path, str | None]:
+def locate(path: Path, tag: str | None) -> tuple[Path, str | None]:
     """The folder that holds the files, and its tag (None for a Hugging Face folder)."""
     if not path.exists():
         raise InvalidCheckpoint(f"{path}: no checkpoint there, the folder does not exist")
@@ -213,7 +209,7 @@ def _locate(path: Path, tag: str | None) -> tuple[Path, str | None]:
     for name in ("latest", "latest_universal"):
         if (path / name).is_file():
             latest = (path / name).read_text(encoding="utf-8", errors="replace").strip()
-            if not latest or not (path / latest).is_dir():
+            if not latest or not inside(path, latest).is_dir():
                 raise InvalidCheckpoint(f"{path / name}: names the tag '{latest}', which is missing. {_listed(path)}")
             return path / latest, latest
     if _is_tag(path):
@@ -242,18 +238,14 @@ def open_source(path: str | Path, tag: str | None = None) -> Source:
     Raises InvalidCheckpoint for anything that is no sound checkpoint.
     """
     from bert2bert.shards.hub import HubSource
-    from bert2bert.shards.stage0 import Stage0Source, is_stage0
     from bert2bert.shards.universal import UniversalSource
     from bert2bert.shards.zero import ZeroSource
 
     path = Path(path)
-    folder, tag = _locate(path, tag)
+    folder, tag = locate(path, tag)
     manifest = read_manifest(folder)
-    kind: type[Source] = HubSource
-    if tag is not None:
-        native = Stage0Source if is_stage0(folder) else ZeroSource
-        kind = UniversalSource if (folder / "zero").is_dir() else native
-    source = kind(path, folder, manifest)
+    kind = HubSource if tag is None else UniversalSource if (folder / "zero").is_dir() else ZeroSource
+    source: Source = kind(path, folder, manifest)
     source.tag = tag
     source.config = (manifest or {}).get("model") or _config(folder, parent=tag is not None)
     if manifest:

@@ -1,18 +1,21 @@
 """Write a whole checkpoint, alone or over MPI ranks: the same bytes for any number of ranks.
 
 Every file is written by one rank, files are dealt by bytes (the largest first, each to the rank with the least to
-do), and digests are taken of what is written and summed on rank 0, which alone commits. A failure on one rank is
-raised by every rank once all have stopped, so nobody waits for a message that never comes.
+do), and digests are taken of what is written and summed on rank 0, which alone commits. Files that an earlier run of
+the same job had finished are dealt out to be checked, and those that are as they were are not written again. A failure
+on one rank is raised by every rank once all have stopped, so nobody waits for a message that never comes.
 
 `mpi4py` is imported here only, and only under an MPI launcher. Refuses an unknown form and the sizes that a form
-needs or cannot use (InvalidConfig), and all that `commit` refuses.
+needs or cannot use (InvalidConfig), a source that cannot be read or changes meanwhile (InvalidCheckpoint), and all that
+`commit` refuses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,16 @@ from typing import Any
 import torch
 
 from bert2bert import __version__
-from bert2bert.errors import InvalidConfig, UserError, did_you_mean
-from bert2bert.shards.commit import FORMAT_VERSION, disk_errors, file_sizes
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError, did_you_mean
+from bert2bert.shards import journal
+from bert2bert.shards.commit import FORMAT_VERSION, file_sizes
+from bert2bert.shards.digest import FILE_DIGEST
+from bert2bert.shards.disk import disk_errors
 from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes, write_bytes
+from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.layout import SUB_GROUP_SIZE
-from bert2bert.shards.stage0_writer import stage0_files
 from bert2bert.shards.universal_writer import universal_files
+from bert2bert.shards.watch import Watch
 from bert2bert.shards.writing import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries
 from bert2bert.shards.zero_writer import zero_files
 
@@ -41,9 +48,6 @@ class _Alone:
     rank, size = 0, 1
 
     def allgather(self, item: Any) -> list[Any]:
-        return [item]
-
-    def gather(self, item: Any, root: int = 0) -> list[Any]:
         return [item]
 
 
@@ -98,10 +102,8 @@ def _plan(
         raise InvalidConfig(f"there is no checkpoint format {form!r}; {did_you_mean(form, POINTERS)}")
     if form == "zero":
         if stage is None or world_size is None:
-            raise InvalidConfig(
-                "format zero needs a ZeRO stage (0, 1, 2, 3) and, but for 0, a world size: --stage S --world-size N."
-            )
-        plans = stage0_files(job, world_size) if stage == 0 else zero_files(job, stage, world_size, sub_group_size)
+            raise InvalidConfig("format zero needs a ZeRO stage (1, 2, 3) and a world size: --stage S --world-size N.")
+        plans = zero_files(job, stage, world_size, sub_group_size)
     elif stage is not None or world_size is not None:
         raise InvalidConfig(f"format {form} has no stage and no world size: leave out --stage and --world-size.")
     else:
@@ -111,23 +113,39 @@ def _plan(
     return plans + [FilePlan(name, 0, partial(write_bytes, content)) for name, content in extra.items()]
 
 
-def _write(folder: Path, plans: Sequence[FilePlan]) -> dict[str, int]:
-    """Write files; their sizes by name. A file whose tensor data are not as many bytes as planned is a defect."""
-    sizes = {}
+def _write(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: Finisher) -> None:
+    """Write files and hand them over. A file whose tensor data are not as many bytes as planned is a defect."""
     for plan in plans:
-        path = folder / plan.name
+        path = root / plan.name
+        tally.digests = {}  # of this file alone
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             written = plan.write(path)
-            sizes[plan.name] = path.stat().st_size
-        if written != plan.payload or sizes[plan.name] < plan.payload:
+            size = path.stat().st_size
+        if written != plan.payload or size < plan.payload:
             raise RuntimeError(f"{plan.name}: planned {plan.payload} bytes of tensors, wrote {written}")
-    return sizes
+        finisher.add(plan.name, tally.digests)
+
+
+def _reading(values: Values) -> Values:
+    """The same values; what goes wrong with reading is not taken for what goes wrong with writing."""
+
+    def read(name: str, state: str, start: int, stop: int) -> torch.Tensor:
+        try:
+            return values(name, state, start, stop)
+        except OSError as error:
+            raise InvalidCheckpoint(
+                f"the source's '{name}' ({state}) cannot be read: {error.strerror or error}"
+                + (f" ({error.filename})" if error.filename else "")
+                + ". Check the disk it lies on, or copy it again."
+            ) from error
+
+    return read
 
 
 def _manifest(
     spec: TargetSpec, form: str, stage: int | None, world_size: int | None, growth: dict[str, Any] | None,
-    tensors: dict[str, Any], files: dict[str, int],
+    entries: Mapping[str, Entry],
 ) -> dict[str, Any]:  # fmt: skip
     groups = [
         {"part": g.part, "decay": g.decay, "names": list(g.names), "hyper": _plain(g.hyper), "step": g.step}
@@ -136,7 +154,11 @@ def _manifest(
     return {
         "format_version": FORMAT_VERSION, "kind": "growth", "tag": spec.tag, "form": form, "stage": stage,
         "world_size": world_size, "precision": spec.precision, "group_layout": spec.group_layout, "model": spec.config,
-        "aliases": spec.aliases, "groups": groups, "tensors": tensors, "files": files, "counters": spec.counters,
+        "aliases": spec.aliases, "groups": groups,
+        "tensors": tensor_entries(spec, (entry.tensors for entry in entries.values())),
+        "files": {name: entry.size for name, entry in entries.items()},
+        "digests": {"kind": FILE_DIGEST, "files": {name: entry.digest for name, entry in entries.items()}},
+        "counters": spec.counters,
         "versions": {
             "bert2bert": __version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed"),
         },
@@ -173,6 +195,8 @@ def write_checkpoint(
     progress: Callable[[int], None] | None = None,
     sub_group_size: int = SUB_GROUP_SIZE,
     max_file_bytes: int = MAX_FILE_BYTES,
+    watch: Watch | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Write a checkpoint and return its folder: ``target/<tag>``, or ``target`` itself for format hub.
 
@@ -180,41 +204,84 @@ def write_checkpoint(
     ``comm``: an mpi4py communicator of which every rank makes this same call on a file system that all see, or None.
     ``progress(bytes)``: called on each rank as it writes, with the bytes of tensors that are new.
     ``sub_group_size``: DeepSpeed's option of stage 3. ``max_file_bytes``: where format hub starts another file.
+    ``watch``: of the source, asked before the commit. ``say(text)``: told by rank 0 what is resumed, discarded, kept.
+
+    What a killed or failed call has finished is used again if ``manifest_growth`` names plan and source
+    (``plan_digest``, ``source``), and these, the spec and the layout are the same.
     """
     comm = comm if comm is not None else _Alone()
-    if stage == 0 and world_size is None:
-        world_size = 1  # any number of ranks loads it
+    say = say or (lambda text: None)
     tally = Tally(progress)
-    job = Job(spec, values, tally)
+    task = Job(spec, _reading(values), tally)
     folder = pending(Path(target), spec, form)
 
-    def begin() -> list[FilePlan]:
-        plans = _plan(job, form, stage, world_size, sub_group_size, max_file_bytes)
+    def begin() -> tuple[bool, dict[str, list[Entry]]]:
+        if comm.rank != 0:
+            return False, {}
+        layout = [form, stage, world_size, sub_group_size, [(plan.name, plan.payload) for plan in plans]]
+        job = journal.job(manifest_growth, None if watch is None else watch.stamps, vars(spec), layout)
+        done = folder.begin(job, sum(plan.payload + _OVERHEAD for plan in plans), say)
+        return done, {} if done else journal.read(folder.partial)
+
+    def check() -> dict[str, Entry]:
+        if comm.rank != 0:
+            folder.join()
+        mine = _dealt([plan for plan in plans if plan.name in known], comm)
+        found = {plan: journal.verified(folder.files / plan.name, known[plan.name]) for plan in mine}
+        for plan in (plan for plan, entry in found.items() if entry is not None):
+            tally.wrote(plan.payload)
+        return {plan.name: entry for plan, entry in found.items() if entry is not None}
+
+    def clean() -> None:
         if comm.rank == 0:
-            folder.begin(sum(plan.payload + _OVERHEAD for plan in plans))
-        return plans
+            folder.keep_only(entries)
+            if known:
+                size = sum(entry.size for entry in entries.values())
+                say(f"resumed  {folder.partial}: {len(entries)} of {len(plans)} files ({size:,} bytes) were finished")
+
+    def write() -> dict[str, Entry]:
+        finisher = Finisher(folder.files, folder.partial / f"finished.{comm.rank}.jsonl")
+        try:
+            _write(folder.files, _dealt([plan for plan in plans if plan.name not in entries], comm), tally, finisher)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                finisher.close()
+            raise
+        return finisher.close()
+
+    def commit() -> Path:
+        if comm.rank != 0:
+            return folder.final
+        if watch is not None:
+            watch.check()
+        if {name: entry.size for name, entry in entries.items()} != (found := file_sizes(folder.files)):
+            raise RuntimeError(f"{folder.files} does not hold the files planned: {entries.keys() ^ found.keys()}")
+        return folder.commit(_manifest(spec, form, stage, world_size, manifest_growth, entries), POINTERS[form])
 
     try:
-        plans: list[FilePlan] = together(comm, begin)  # no rank writes before rank 0 holds the folder
-        mine = [plans[i] for i in deal([plan.payload for plan in plans], comm.size)[comm.rank]]
-        sizes = together(comm, lambda: _write(folder.partial, mine))
-        reports = comm.gather((sizes, tally.digests))
-
-        def commit() -> Path:
-            if comm.rank != 0:
-                return folder.final
-            planned = dict(sorted((name, size) for report, _ in reports for name, size in report.items()))
-            if planned != (found := file_sizes(folder.partial)):
-                raise RuntimeError(
-                    f"{folder.partial} does not hold the files planned: {planned.items() ^ found.items()}"
-                )
-            tensors = tensor_entries(spec, (digests for _, digests in reports))
-            manifest = _manifest(spec, form, stage, world_size, manifest_growth, tensors, planned)
-            return folder.commit(manifest, POINTERS[form])
-
-        written: Path = together(comm, commit)
-        return written
+        plans: list[FilePlan] = together(
+            comm, lambda: _plan(task, form, stage, world_size, sub_group_size, max_file_bytes)
+        )
+        done, known = comm.allgather(together(comm, begin))[0]  # no rank writes before rank 0 holds the folder
+        if not done:
+            entries = _merged(comm.allgather(together(comm, check)))
+            together(comm, clean)
+            entries = _merged([entries, *comm.allgather(together(comm, write))])
+            together(comm, commit)
+        return folder.final
     except BaseException:
         if comm.rank == 0:
-            folder.abort()
+            folder.abort(say)
         raise
+    finally:
+        folder.close()
+
+
+def _dealt(plans: Sequence[FilePlan], comm: Any) -> list[FilePlan]:
+    """This rank's share of the files, by bytes."""
+    return [plans[i] for i in deal([plan.payload for plan in plans], comm.size)[comm.rank]]
+
+
+def _merged(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
+    """The entries of all, sorted by name."""
+    return dict(sorted((name, entry) for part in parts for name, entry in part.items()))

@@ -24,15 +24,8 @@ import torch
 
 from bert2bert import __version__
 from bert2bert.errors import UserError
-from bert2bert.shards.commit import (
-    FORMAT_VERSION,
-    MANIFEST,
-    disk_errors,
-    file_sizes,
-    fsync_tree,
-    set_latest,
-    write_manifest,
-)
+from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST, file_sizes, set_latest, write_manifest
+from bert2bert.shards.disk import disk_errors, fsync_tree
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
 from bert2bert.train.position import Progress

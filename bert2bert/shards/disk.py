@@ -1,0 +1,94 @@
+"""What is told to a disk, and what it says: syncing, small files replaced as a whole, its errors in words, names that
+must stay inside their folder.
+
+Refuses (UserError, InvalidConfig) a disk without room or rights, and (InvalidCheckpoint) a name that leads elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make every name and every file's content below a folder durable."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            fsync_file(Path(parent, name))
+        fsync_folder(Path(parent))
+
+
+def replace(path: Path, text: str, scratch: Path | None = None) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part. scratch: the folder, on the
+    same disk, that a killed process may leave a part in (default: the file's own)."""
+    fresh = (scratch or path.parent) / f".{path.name}.{os.getpid()}"
+    try:
+        with open(fresh, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file that a description lying in ``folder`` calls ``name``. InvalidCheckpoint for a name that is absolute,
+    climbs up, or is a link to somewhere else (the blobs of a Hugging Face cache, where every file is a link, are not).
+    """
+    pure = PurePosixPath(name)
+    path = folder / name
+    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
+        raise InvalidCheckpoint(f"{folder}: names the file {name!r}, which is not inside the folder; it is not opened")
+    home = folder.resolve()
+    homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    try:
+        led = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise InvalidCheckpoint(f"{path}: cannot be followed ({error})") from None
+    if not any(led.is_relative_to(place) for place in homes):
+        raise InvalidCheckpoint(f"{path}: a link to {led}, outside of the folder; it is not opened")
+    return path
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no room left on the disk of {path}: {error.strerror}. Free some and run again."
+            ) from error
+        if error.errno in (errno.EFBIG, errno.EIO, errno.ESTALE):
+            raise UserError(
+                f"{error.filename or path} cannot be written: {error.strerror}. Check the file system and the limit on "
+                "file sizes (ulimit -f), or choose another target."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InvalidConfig(
+                f"{error.filename or path} cannot be written: {error.strerror}. Choose another target."
+            ) from error
+        raise

@@ -1,0 +1,178 @@
+"""What a growth under way has finished, so that the same command, run again after a kill, need not do it again.
+
+A *job* says what decides every byte that will be written: the plan, the source, the target's settings, how it is cut
+into files, the program's version. Each rank appends a line for every file that it has written and synced to a journal
+of its own: size, content digest, and the digests of the tensor parts in the file. Nothing of it is taken on trust: a
+file counts as finished if the job is the same and the file's content still has the digest.
+
+Refuses nothing: a line that is torn or foreign is as good as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert2bert import __version__
+from bert2bert.shards.digest import digest, file_digest, hex16
+from bert2bert.shards.disk import disk_errors, fsync_file
+
+Tensors = dict[tuple[str, str], int]
+"""(name, state) -> digest of the part of it that a file holds."""
+_AHEAD = 256  # files written and not yet finished, at most
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished file: bytes, content digest (see `file_digest`), digests of the tensor parts in it."""
+
+    size: int
+    digest: str
+    tensors: Tensors
+
+    def line(self, name: str) -> bytes:
+        """As the journal holds it."""
+        tensors = [[*key, hex16(value)] for key, value in self.tensors.items()]
+        entry = {"file": name, "size": self.size, "digest": self.digest, "tensors": tensors}
+        return (json.dumps(entry) + "\n").encode()
+
+
+def job(growth: Mapping[str, Any] | None, stamps: Any, settings: Any, layout: Any) -> dict[str, str] | None:
+    """What decides every byte of the output, each aspect as a digest under the name that a message calls it by.
+
+    growth: the manifest's ``growth``, which names plan and source; without both (None), no run is the same as another.
+    stamps: of the source's files, see `Watch`. settings: the target's. layout: how it is cut into files.
+    """
+    growth = growth or {}
+    if not growth.get("plan_digest") or not growth.get("source"):
+        return None
+    source = {key: value for key, value in growth["source"].items() if key != "path"}
+    told = {key: value for key, value in growth.items() if key not in ("source", "drift")}
+    return {
+        "plan": _hash(growth["plan_digest"]),
+        "source": _hash([source, stamps]),
+        "options": _hash(told),
+        "target settings": _hash(settings),
+        "layout of files": _hash(layout),
+        "version of the program": _hash([__version__, str(torch.__version__)]),
+    }
+
+
+def _hash(tree: Any) -> str:
+    total = hashlib.sha256()
+    _feed(tree, total)
+    return total.hexdigest()
+
+
+def _feed(tree: Any, total: Any) -> None:
+    """Enter a value of any kind that checkpoints hold into a hash, type and structure included."""
+    total.update(f"<{type(tree).__name__}".encode())
+    if isinstance(tree, torch.Tensor):
+        total.update(f"{tuple(tree.shape)}{tree.dtype}{digest(tree.contiguous()) if tree.numel() else 0}".encode())
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            _feed(key, total)
+            _feed(value, total)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            _feed(value, total)
+    elif isinstance(tree, bytes):
+        total.update(len(tree).to_bytes(8, "little") + tree)
+    elif hasattr(tree, "__dict__") and not isinstance(tree, type):
+        _feed(vars(tree), total)
+    else:
+        total.update(repr(tree).encode())
+    total.update(b">")
+
+
+def read(folder: Path) -> dict[str, list[Entry]]:
+    """The entries of all ranks' journals in a folder, by file."""
+    found: dict[str, list[Entry]] = {}
+    for journal in sorted(folder.glob("finished.*.jsonl")):
+        for line in journal.read_bytes().splitlines():
+            try:
+                said = json.loads(line)
+                tensors = {(str(name), str(state)): int(value, 16) for name, state, value in said["tensors"]}
+                entry = Entry(int(said["size"]), str(said["digest"]), tensors)
+                found.setdefault(str(said["file"]), []).append(entry)
+            except (ValueError, KeyError, TypeError):
+                continue  # its writer was killed
+    return found
+
+
+def verified(path: Path, entries: Iterable[Entry]) -> Entry | None:
+    """The entry that a file's content agrees with, if any; reads the file if one has its size."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    size = path.stat().st_size
+    candidates = [entry for entry in entries if entry.size == size]
+    content = file_digest(path) if candidates else None
+    return next((entry for entry in candidates if entry.digest == content), None)
+
+
+class Finisher:
+    """Digests, syncs and journals the files that a rank has written, in a thread, while it writes the next ones.
+
+    ``root``: the folder that names are relative to; ``journal``: the rank's own file. Small files share a sync of it.
+    """
+
+    def __init__(self, root: Path, journal: Path) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._root, self._journal = root, journal
+        self._error: Exception | None = None
+        self._queue: queue.Queue[tuple[str, Tensors] | None] = queue.Queue(_AHEAD)
+        self._thread = threading.Thread(target=self._run, name="finisher", daemon=True)
+        self._thread.start()
+
+    def add(self, name: str, tensors: Tensors) -> None:
+        """Hand over a file that is written and closed. Raises what went wrong with an earlier one."""
+        if self._error is None:
+            self._queue.put((name, tensors))
+        else:
+            raise self._error
+
+    def close(self) -> dict[str, Entry]:
+        """Wait until all are finished; their entries. Raises what went wrong."""
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.entries
+
+    def _run(self) -> None:
+        last = False
+        while not last:
+            batch = [self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get())
+            last = None in batch
+            if self._error is None:  # else only make room, so that nobody waits
+                try:
+                    self._finish([item for item in batch if item is not None])
+                except Exception as error:
+                    self._error = error
+
+    def _finish(self, batch: list[tuple[str, Tensors]]) -> None:
+        entries = {}
+        for name, tensors in batch:
+            path = self._root / name
+            with disk_errors(path):  # read back while it is still in memory
+                entries[name] = Entry(path.stat().st_size, file_digest(path), tensors)
+        for name in entries:
+            with disk_errors(self._root / name):
+                fsync_file(self._root / name)
+        if entries:
+            with disk_errors(self._journal), open(self._journal, "ab") as file:
+                file.write(b"\n" + b"".join(entry.line(name) for name, entry in entries.items()))  # after a torn line
+                file.flush()
+                os.fsync(file.fileno())
+        self.entries |= entries
