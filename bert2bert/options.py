@@ -138,8 +138,8 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         default="universal",
         help="universal (default): any ZeRO stage and world size; zero: native shards; hub: weights only",
     )
-    p.add_argument("--stage", type=int, choices=(1, 2, 3), help="ZeRO stage of --format zero")
-    p.add_argument("--world-size", type=int, metavar="N", help="data-parallel ranks of --format zero")
+    p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage of --format zero")
+    p.add_argument("--world-size", type=int, metavar="N", help="data-parallel ranks of --format zero (stage 0: any)")
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of the target run (default: the source's)")
     p.add_argument(
         "--groups",

@@ -49,8 +49,10 @@ class Source:
 
     ``tensors``: names as stored, in the model's order where the checkpoint tells it, tied tensors once;
     ``aliases``: absent tied name -> kept name; ``states``: those that can be read; ``other_states``: what the optimizer
-    keeps besides and this project does not carry (momentum of another optimizer, say); ``groups``: optimizer groups as
-    hyper-parameters plus "names"; ``unread``: names the model has whose values the checkpoint does not hold.
+    keeps besides and this project does not carry (see `moments`); ``groups``: optimizer groups as hyper-parameters plus
+    "names"; ``moments``: for each group, state -> its name in the files (Adam's are `moments.ADAM`; a state that is
+    not there reads as zeros); ``fused``: trained with DeepSpeed's FusedAdam; ``clip_grad``: the run's gradient
+    clipping, None where it is not known; ``unread``: names the model has whose values the checkpoint does not hold.
     """
 
     form: str = ""
@@ -67,6 +69,9 @@ class Source:
         self.states: tuple[str, ...] = ("fp32",)
         self.other_states: tuple[str, ...] = ()
         self.groups: list[dict[str, Any]] = []
+        self.moments: list[dict[str, str]] = []
+        self.fused = False
+        self.clip_grad: float | None = None
         self.counters: dict[str, int] = {}
         self.lr_scheduler: dict[str, Any] | None = None
         self.loss_scaler: dict[str, Any] | None = None
@@ -238,14 +243,18 @@ def open_source(path: str | Path, tag: str | None = None) -> Source:
     Raises InvalidCheckpoint for anything that is no sound checkpoint.
     """
     from bert2bert.shards.hub import HubSource
+    from bert2bert.shards.stage0 import Stage0Source, is_stage0
     from bert2bert.shards.universal import UniversalSource
     from bert2bert.shards.zero import ZeroSource
 
     path = Path(path)
     folder, tag = locate(path, tag)
     manifest = read_manifest(folder)
-    kind = HubSource if tag is None else UniversalSource if (folder / "zero").is_dir() else ZeroSource
-    source: Source = kind(path, folder, manifest)
+    kind: type[Source] = HubSource
+    if tag is not None:
+        native = Stage0Source if is_stage0(folder) else ZeroSource
+        kind = UniversalSource if (folder / "zero").is_dir() else native
+    source = kind(path, folder, manifest)
     source.tag = tag
     source.config = (manifest or {}).get("model") or _config(folder, parent=tag is not None)
     if manifest:

@@ -31,6 +31,7 @@ from bert2bert.shards.disk import disk_errors
 from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes, write_bytes
 from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.layout import SUB_GROUP_SIZE
+from bert2bert.shards.stage0_writer import stage0_files
 from bert2bert.shards.universal_writer import universal_files
 from bert2bert.shards.watch import Watch
 from bert2bert.shards.writing import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries
@@ -102,8 +103,10 @@ def _plan(
         raise InvalidConfig(f"there is no checkpoint format {form!r}; {did_you_mean(form, POINTERS)}")
     if form == "zero":
         if stage is None or world_size is None:
-            raise InvalidConfig("format zero needs a ZeRO stage (1, 2, 3) and a world size: --stage S --world-size N.")
-        plans = zero_files(job, stage, world_size, sub_group_size)
+            raise InvalidConfig(
+                "format zero needs a ZeRO stage (0, 1, 2, 3) and, but for 0, a world size: --stage S --world-size N."
+            )
+        plans = stage0_files(job, world_size) if stage == 0 else zero_files(job, stage, world_size, sub_group_size)
     elif stage is not None or world_size is not None:
         raise InvalidConfig(f"format {form} has no stage and no world size: leave out --stage and --world-size.")
     else:
@@ -211,6 +214,8 @@ def write_checkpoint(
     """
     comm = comm if comm is not None else _Alone()
     say = say or (lambda text: None)
+    if stage == 0 and world_size is None:
+        world_size = 1  # any number of ranks loads it
     tally = Tally(progress)
     task = Job(spec, _reading(values), tally)
     folder = pending(Path(target), spec, form)
