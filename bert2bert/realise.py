@@ -24,6 +24,7 @@ from bert2bert.states import STATES, State
 Read = Callable[[str, str, int, int], Tensor]
 """(source tensor, state, first row, one past the last row) -> those rows of dim 0."""
 
+Where = list[NDArray[np.int64]]
 _BLOCK = 256  # rows in which mixtures are computed
 
 
@@ -76,19 +77,16 @@ def _rows(plan: TensorPlan, how: State, reads: Sequence[Read], dtype: torch.dtyp
     else:
         out = _background(plan, how, dtype)
         bounded = how.power == 2 and (plan.sums or plan.mixes)
-        weights = torch.zeros(plan.shape, dtype=dtype) if bounded else None
         placed = [(term, [np.nonzero(dim.index >= 0)[0] for dim in term.dims]) for term in plan.terms]
-        placed = [(term, where) for term, where in placed if all(len(w) for w in where)]
+        placed = [
+            (replace(term, dims=tuple(d[w] for d, w in zip(term.dims, where, strict=True))), where)
+            for term, where in placed
+        ]
         if plan.sums and plan.fill is not None:
-            for _, where in placed:
-                _place(out, where, torch.zeros([len(w) for w in where], dtype=dtype), False)
-        for term, where in placed:
-            spoken = replace(term, dims=tuple(d[w] for d, w in zip(term.dims, where, strict=True)))
-            _place(out, where, _term(spoken, how, reads, dtype, absolute=bounded), plan.sums)
-            if weights is not None:
-                _place(weights, where, _weights(spoken, dtype), plan.sums)
-        if weights is not None:  # (sum of c g)^2 is at most (sum of |c|) (sum of |c| g^2), and that where copies agree
-            out *= weights
+            _spread(out, placed, lambda term: torch.zeros([len(d.index) for d in term.dims], dtype=dtype), False)
+        out = _spread(out, placed, lambda term: _term(term, how, reads, dtype, absolute=bounded), plan.sums)
+        if bounded:  # (sum of c g)^2 is at most (sum of |c|) (sum of |c| g^2), and that where copies agree
+            out *= _spread(torch.zeros_like(out), placed, lambda term: _weights(term, dtype), plan.sums)
     if plan.noise is not None and not how.gradient:
         out += torch.from_numpy(_pair_noise(plan)).to(dtype)
     if how.gradient:
@@ -154,14 +152,26 @@ def _weights(term: Term, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _place(out: Tensor, where: list[NDArray[np.int64]], block: Tensor, add: bool) -> None:
+def _spread(out: Tensor, placed: Sequence[tuple[Term, Where]], block: Callable[[Term], Tensor], sums: bool) -> Tensor:
+    """Every term's block at its positions; sums: added pair by pair, so that the sum of 2^n equal copies is exact, and
+    the same for all rows."""
+    if sums and len(placed) > 1:
+        half = len(placed) // 2
+        first = _spread(out, placed[:half], block, sums)
+        return first.add_(_spread(torch.zeros_like(out), placed[half:], block, sums))
+    for term, where in placed:
+        if all(len(w) for w in where):
+            _place(out, where, block(term))
+    return out
+
+
+def _place(out: Tensor, where: Where, block: Tensor) -> None:
     """Write a block at the outer product of positions; positions in one run, the usual case, need no index tensors."""
     if all(w[-1] - w[0] + 1 == len(w) for w in where):
-        view = out[tuple(slice(int(w[0]), int(w[-1]) + 1) for w in where)]
-        view.add_(block) if add else view.copy_(block)
+        out[tuple(slice(int(w[0]), int(w[-1]) + 1) for w in where)] = block
     else:
         at = torch.meshgrid(*[torch.from_numpy(w) for w in where], indexing="ij")
-        out[at] = out[at] + block if add else block
+        out[at] = block
 
 
 def _zero(out: Tensor, masks: Sequence[NDArray[np.bool_] | None]) -> None:

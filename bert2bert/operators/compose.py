@@ -1,4 +1,4 @@
-"""Plans made of plans: one after the other, the inverse of one, the mean of two, and the plan that changes nothing.
+"""Plans made of plans: one after the other, the inverse of one, the mean of two.
 
 Refuses (`UnsupportedGrowth`) plans that do not fit together, and inverses of tensors that a growth does not hold whole.
 """
@@ -17,12 +17,6 @@ from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.maps import Coefficients
 from bert2bert.plan import Dim, Exactness, GrowthPlan, Mask, TensorPlan, Term
 from bert2bert.tables import Parameter, table_for
-
-
-def identity_plan(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> GrowthPlan:
-    """The growth that changes nothing: what a change of format, stage or world size alone is."""
-    tensors = {n: TensorPlan(n, "", shape, (_whole(n, shape),)) for n, shape in shapes.items()}
-    return GrowthPlan(tensors, dict(config), recipe={"width": "identity", "depth": "identity"})
 
 
 def then(first: GrowthPlan, second: GrowthPlan) -> GrowthPlan:
@@ -60,13 +54,16 @@ def interpolate(a: GrowthPlan, b: GrowthPlan, alpha: float) -> GrowthPlan:
     """
     if not 0 <= alpha <= 1:
         raise InvalidConfig(f"interpolate: alpha is {alpha}; expected a number from 0, all of the first, to 1")
-    for name in dict.fromkeys([*a.tensors, *b.tensors]):
-        mine, theirs = ((p.tensors[name].shape if name in p.tensors else None) for p in (a, b))
-        if mine != theirs:
+    table = table_for(a.config)
+    mine, theirs = ({**table.axis_sizes(p.config), **table.settled(p.config)} for p in (a, b))
+    for key, value in mine.items():
+        if theirs[key] != value:
             raise UnsupportedGrowth(
-                f"interpolate: {name} has shape {mine} in the first and {theirs} in the second model (None: no such "
-                f"tensor); grow both to one target config"
+                f"interpolate: {key} is {value!r} in the first and {theirs[key]!r} in the second model; "
+                f"grow both to one target config"
             )
+    for name in a.tensors.keys() ^ b.tensors.keys():
+        raise UnsupportedGrowth(f"interpolate: only one of the models has {name}; grow both to one class of model")
     parts = [(i, weight) for i, weight in enumerate((1.0 - alpha, alpha)) if weight]
     tensors = {
         n: TensorPlan(n, t.spec, t.shape, tuple(_scaled(_whole(n, t.shape, i), w) for i, w in parts),
@@ -118,7 +115,8 @@ def inverse(plan: GrowthPlan, config: Mapping[str, Any]) -> GrowthPlan:
             found.setdefault(term.source, []).append((2 * borrowed + fresh, name, term))
     parameters = table.parameters(config, heads)
     tensors = {p.name: _back(p, found.get(p.name, ())) for p in parameters.values()}
-    shrunk = any(t.sums or t.shape != plan.tensors[t.terms[0].source].shape for t in tensors.values())
+    same = all(not t.sums and t.shape == plan.tensors[t.terms[0].source].shape for t in tensors.values())
+    shrunk = not same or len(tensors) < len(plan.tensors)
     return GrowthPlan(
         tensors,
         dict(config),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from bert2bert.operators.compose import then
 from bert2bert.operators.growth import plan_growth
-from bert2bert.plan import GrowthPlan, then
+from bert2bert.plan import GrowthPlan
 from bert2bert.realise import realise, values
 from tests.tiny import batch, bert_config, hf_bert, scramble
 

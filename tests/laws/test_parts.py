@@ -8,11 +8,11 @@ import pytest
 from bert2bert import axes
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.maps import Gather, copies, corner, identity, scalar
+from bert2bert.operators.compose import then
 from bert2bert.operators.depth import stack
 from bert2bert.operators.growth import plan_growth
 from bert2bert.operators.pair import Pair
 from bert2bert.operators.width import fpi
-from bert2bert.plan import identity_plan, then
 from bert2bert.tables import table_for
 from tests.tiny import bert_config
 
@@ -195,10 +195,3 @@ def test_growths_compose_from_the_left_and_must_fit() -> None:
         then(plan_growth(a, a), two)
     with pytest.raises(UnsupportedGrowth, match="compose from the left"):
         then(one, both)
-
-
-def test_identity_plan_has_the_shapes() -> None:
-    plan = identity_plan({"w": (2, 3), "b": (4,)}, {})
-    assert plan.tensors["w"].shape == (2, 3) and plan.tensors["b"].sources == ("b",)
-    with pytest.raises(ValueError, match="rows"):
-        plan.tensors["b"].narrow(2, 9)
