@@ -253,7 +253,7 @@ def learn(
     say: Callable[[str], None] = print,
 ) -> Fitted:
     """Fit the maps of a growth on token bins and write them to ``output``. Raises UserError of all kinds."""
-    for name, value in {"steps": steps, "lr": lr, "rows": rows}.items():
+    for name, value in {"steps": steps, "lr": lr, "noise": noise, "rows": rows}.items():
         if not value > 0:
             raise InvalidConfig(f"--{name} is {value}; a positive number is expected")
     if output.exists():
@@ -263,7 +263,9 @@ def learn(
     model, target = open_model(source, source_config, tag), read_config(config)
     bins = sample.open_bins(data, model.table.axis_sizes(model.config)["vocab"])
     positions = sample.positions(model)
-    length = min(length or sample.trained_length(model), positions)
+    if length and not 2 < length <= positions:
+        raise InvalidConfig(f"--length is {length}; expected 3 to {positions}, the positions that this model knows")
+    length = length or min(sample.trained_length(model), positions)
     fit = Fit(model.config, target, whole(model), model.heads, noise=noise, seed=seed, device=device)
     held = list(islice(rows_of(bins, "heldout", fit.what, rows, length, seed), 8))
     say(f"maps     {len(fit.maps)} of {sum(m.numel() for m in fit.maps.values()):,} numbers; {steps} steps on {data}")

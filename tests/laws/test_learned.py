@@ -237,9 +237,11 @@ def test_the_command_on_encoders_and_encoder_decoders(name: str, tmp_path: Path)
     assert len(found.losses) == 2 and load(tmp_path / "maps")[1]["length"] == 8
     with pytest.raises(InvalidConfig, match="is there already"):
         learn(tmp_path / "small", tmp_path / "large.json", tmp_path / "bins", tmp_path / "maps", **run)
-    for option in ("steps", "rows"):
+    for option in ("steps", "rows", "lr", "noise"):
         with pytest.raises(InvalidConfig, match=f"--{option} is 0"):
             learn(tmp_path / "small", tmp_path / "large.json", tmp_path / "bins", tmp_path / "new", **run | {option: 0})
+    with pytest.raises(InvalidConfig, match="--length is 2; expected 3 to"):
+        learn(tmp_path / "small", tmp_path / "large.json", tmp_path / "bins", tmp_path / "new", **run | {"length": 2})
 
 
 def test_rows_of_text(tmp_path: Path) -> None:
