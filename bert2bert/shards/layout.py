@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 NCCL_START_ALIGNMENT = 2  # stages 1 and 2: a group is padded to a multiple of this times the world size
+NCCL_START_ALIGNMENTS = (2, 1, 4, 8, 16, 32, 64)  # of other DeepSpeeds, which a reader tries by the sizes it finds
 SUB_GROUP_SIZE = 10**9  # DeepSpeed's default for stage 3, in elements of one rank
 
 
@@ -79,15 +80,17 @@ def _check(numels: Sequence[int], world: int) -> None:
         raise ValueError(f"impossible layout: world size {world}, numels {list(numels)}")
 
 
-def zero12_layout(numels: Sequence[int], world: int, alignment: int = 1) -> Zero12Layout:
+def zero12_layout(
+    numels: Sequence[int], world: int, alignment: int = 1, nccl_start_alignment: int = NCCL_START_ALIGNMENT
+) -> Zero12Layout:
     """Layout of one optimizer group under ZeRO stage 1 or 2.
 
     ``numels``: elements of each parameter in group order (those without elements are never partitioned: leave them
-    out). ``alignment``: from `parameter_alignment`, in elements.
+    out). ``alignment``: from `parameter_alignment`, in elements. ``nccl_start_alignment``: DeepSpeed's factor.
     """
     _check(numels, world)
-    if alignment < 1:
-        raise ValueError(f"impossible layout: alignment {alignment}")
+    if alignment < 1 or nccl_start_alignment < 1:
+        raise ValueError(f"impossible layout: alignments {alignment}, {nccl_start_alignment}")
     offsets: list[int] = []
     total = 0
     for n in numels:
@@ -95,7 +98,7 @@ def zero12_layout(numels: Sequence[int], world: int, alignment: int = 1) -> Zero
         total = offsets[-1] + n
     ends = [o + n for o, n in zip(offsets, numels, strict=True)]
     gaps = tuple(b - a for a, b in zip(ends, offsets[1:] + ends[-1:], strict=True)) if numels else ()
-    quantum = NCCL_START_ALIGNMENT * world
+    quantum = nccl_start_alignment * world
     padded = math.ceil(total / quantum) * quantum
     partition = padded // world
     pieces = []
@@ -110,6 +113,11 @@ def zero12_layout(numels: Sequence[int], world: int, alignment: int = 1) -> Zero
     return Zero12Layout(
         tuple(numels), world, tuple(offsets), gaps, total, padded, partition, paddings, tuple(pieces)
     )  # fmt: skip
+
+
+def round_robin(count: int, world: int) -> list[int]:
+    """Indices of ``count`` parameters in the order in which ``round_robin_gradients`` lays a group out."""
+    return [i for first in range(world) for i in range(first, count, world)]
 
 
 def zero3_layout(numels: Sequence[int], world: int, sub_group_size: int = SUB_GROUP_SIZE) -> list[SubGroup]:

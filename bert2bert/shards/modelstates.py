@@ -221,6 +221,11 @@ class ModelStates:
             pieces.append(piece.reshape(-1)[:want])
         return pieces
 
+    def clip_grad(self) -> float | None:
+        """The run's gradient clipping by its ds_config; None if that does not say."""
+        found = self.ds_config.get("gradient_clipping")
+        return float(found) if isinstance(found, int | float) else None
+
     def precision(self) -> str:
         """ "fp32", "bf16" or "fp16" of the engine that wrote this: from its ds_config, else from the stored weights."""
         for key in ("bf16", "fp16", "bfloat16"):

@@ -56,8 +56,7 @@ class Stage0Source(Source):
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
         self.client_state, self.buffers = model.client_state, model.buffers
         self.aliases, self.unread = model.aliases, model.unread
-        clip = model.ds_config.get("gradient_clipping")
-        self.clip_grad = float(clip) if isinstance(clip, int | float) else None
+        self.clip_grad = model.clip_grad()
         self._values: dict[str, dict[str, torch.Tensor]] = {}  # flat
         try:
             self._read(model.optimizer)

@@ -1,11 +1,13 @@
 """Read native ZeRO checkpoints, stages 1, 2 and 3, at any world size, straight from the memory-mapped shard files.
 
 Files hold flat tensors without names; `layout` says where each parameter's elements lie. Both forms of bf16 optimizer,
-parameter_alignment, sub-groups, frozen parameters and never-stepped groups (zeros, step 0) are read.
+parameter_alignment and any start alignment, sub-groups, optimizers offloaded to the CPU (the same files), frozen
+parameters and never-stepped groups (zeros, step 0) are read. With ``round_robin_gradients`` parameters lie in the order
+of ``param_shapes``, which is right, not where ``param_slice_mappings`` says. Muon's momentum lies as `_momentum` says.
 
 Refuses, as InvalidCheckpoint: missing, truncated and foreign files; files of different saves, world sizes or stages in
-one tag; sizes that do not fit the layout; tensor or pipeline parallel, mixture-of-experts and stage-0 checkpoints;
-``round_robin_gradients`` and ``elastic_checkpoint``.
+one tag; sizes that do not fit the layout; tensor or pipeline parallel and expert-parallel checkpoints;
+``elastic_checkpoint``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import torchfile
-from bert2bert.shards.layout import Zero12Layout, zero3_sub_group, zero12_layout
+from bert2bert.shards.layout import NCCL_START_ALIGNMENTS, Zero12Layout, round_robin, zero3_sub_group, zero12_layout
 from bert2bert.shards.modelstates import (
     MODEL,
     ModelStates,
@@ -31,6 +33,7 @@ from bert2bert.shards.modelstates import (
     ranks_text,
     take,
 )
+from bert2bert.shards.moments import held, moment_keys, unknown
 from bert2bert.shards.source import STATES, Source, TensorMeta
 
 _FEW = 64  # elements of a rank that are compared to tell files of different saves apart
@@ -65,7 +68,9 @@ class ZeroSource(Source):
         self.client_state, self.buffers, self.aliases = model.client_state, model.buffers, model.aliases
         self.unread = model.unread
         self.loss_scaler = plain_scaler(self._ranks[0])
+        self.clip_grad = self._ranks[0].get("clip_grad", model.clip_grad())
         self._place: dict[str, list[_Stored]] = {}
+        self._momenta: dict[str, list[_Stored]] = {}  # where Muon's lie elsewhere
         self._flat: dict[str, list[list[torch.Tensor | None]]] = {}  # [state][rank][flat group]
         self._group_of_flat = self._read_groups()
         self._read_states()
@@ -126,12 +131,8 @@ class ZeroSource(Source):
                 "different checkpoints are mixed."
             )
         options = self._model.ds_config.get("zero_optimization") or {}
-        if stage < 3 and options.get("round_robin_gradients") is True:
-            raise InvalidCheckpoint(
-                f"{self.folder}: saved with zero_optimization.round_robin_gradients, under which DeepSpeed's own tools "
-                "disagree about the order of parameters. Train with the option off; of this checkpoint the weights can "
-                "be had with DeepSpeed's zero_to_fp32.py (then save_pretrained, and use that folder)."
-            )
+        self._robin = stage < 3 and options.get("round_robin_gradients") is True
+        self._offloaded = (options.get("offload_optimizer") or {}).get("device", "none") != "none"
         if stage < 3 and isinstance(self._ranks[0]["base_optimizer_state"], list):
             raise InvalidCheckpoint(
                 f"{self.folder}: saved with zero_optimization.elastic_checkpoint, which DeepSpeed itself cannot load. "
@@ -153,6 +154,10 @@ class ZeroSource(Source):
             for key in group:
                 alike(self._paths, [hyper(groups[i]).get(key) for groups in found], f"'{key}' of optimizer group {i}")
         self.groups, owner = optimizer_groups(found[0], self._model.shapes, self._paths[0])
+        for group in self.groups if self._robin else ():
+            laid = round_robin(len(group["names"]), len(self._ranks))
+            group["names"] = [name for _, name in sorted(zip(laid, group["names"], strict=True))]
+        self.fused = any("bias_correction" in group and "amsgrad" not in group for group in self.groups)
         return owner
 
     def _world(self) -> range:
@@ -173,12 +178,16 @@ class ZeroSource(Source):
         alike(self._paths, [[sorted(s) for s in rank] for rank in states], "optimizer state")
         steps = [[int(s.get("step", 0)) for s in rank] for rank in states]
         alike(self._paths, steps, "Adam's step")
-        known = {key for s in states[0] for key in s}
-        if known >= {"exp_avg", "exp_avg_sq"}:
+        found_in: list[set[str]] = [set() for _ in self.groups]
+        for flat, state in enumerate(states[0]):
+            found_in[self._group_of_flat[flat]] |= held(state)
+        self.other_states = unknown(found_in)
+        self.moments = [{} if self.other_states else moment_keys(keys) or {} for keys in found_in]
+        if any(self.moments):
             self.states = STATES
-        self.other_states = tuple(sorted(known - {"step", *self.states}))
-        for state in self.states[1:]:
-            self._flat[state] = [[s.get(state) for s in rank] for rank in states]
+        for name in self.states[1:]:
+            keys = [self.moments[self._group_of_flat[flat]].get(name) for flat in range(count)]
+            self._flat[name] = [[s.get(key) for s, key in zip(rank, keys, strict=True)] for rank in states]
         for flat, shapes in enumerate(self._model.shapes):
             counted = "step" in states[0][flat] or not states[0][flat]  # some optimizers count in the group instead
             step = steps[0][flat] if counted else int(self.groups[self._group_of_flat[flat]].get("step", 0))
@@ -197,23 +206,61 @@ class ZeroSource(Source):
                 layout = self._aligned(flat, numels)
                 pieces, full = layout.pieces, layout.partition
                 short = [layout.partition - padding for padding in layout.paddings]
-                self._check_order(flat, names, layout)
+                if not self._robin:
+                    self._check_order(flat, names, layout)
+                self._momentum(flat, names, layout)
             for rank in self._world():
                 self._check_sizes(flat, rank, full, short[rank])
                 for param, start, stop, at in pieces[rank]:
                     self._place.setdefault(names[param], []).append(_Stored(start, stop - start, rank, flat, at))
 
     def _aligned(self, flat: int, numels: list[int]) -> Zero12Layout:
-        """The layout with the alignment that the file's own paddings tell (DeepSpeed's parameter_alignment)."""
+        """The layout with the alignments that the file's own paddings and sizes tell (DeepSpeed's parameter_alignment
+        and nccl_start_alignment_factor)."""
         world = len(self._ranks)
         gaps = self._ranks[0].get("param_alignment_paddings")
-        if not gaps or not any(gaps[flat]):
-            return zero12_layout(numels, world)
-        for alignment in (4, 8, 2, 16):
-            layout = zero12_layout(numels, world, alignment)
-            if list(layout.gaps) == list(gaps[flat]):
+        alignment = 1
+        if gaps and any(gaps[flat]):
+            fits = [a for a in (4, 8, 2, 16) if list(zero12_layout(numels, world, a).gaps) == list(gaps[flat])]
+            if not fits:
+                raise InvalidCheckpoint(
+                    f"{self._paths[0]}: its param_alignment_paddings fit no alignment of the parameters"
+                )
+            alignment = fits[0]
+        master = self._flat["fp32"][0][flat]
+        paddings = self._ranks[0].get("group_paddings")
+        found = master.numel() if isinstance(master, torch.Tensor) else 0
+        full = {found, found + int(paddings[flat]) if paddings else found}  # BF16_Optimizer's is with the padding
+        for start in NCCL_START_ALIGNMENTS:
+            layout = zero12_layout(numels, world, alignment, start)
+            if layout.partition in full:
                 return layout
-        raise InvalidCheckpoint(f"{self._paths[0]}: its param_alignment_paddings fit no alignment of the parameters")
+        return zero12_layout(numels, world, alignment)
+
+    def _momentum(self, flat: int, names: list[str], layout: Zero12Layout) -> None:
+        """Where Muon's momentum lies at stages 1 and 2: not cut as the weights are, for its update needs matrices.
+
+        A rank holds that of every parameter of which it owns any part, whole and without gaps, in the order of the
+        group (offloaded to the CPU, it is cut like the rest). Taken out of the states that are checked by partition.
+        """
+        key = self.moments[self._group_of_flat[flat]].get("exp_avg") if self.states == STATES else None
+        if key != "momentum_buffer" or self._offloaded:
+            return
+        for rank in self._world():
+            buffer = self._flat["exp_avg"][rank][flat]
+            owned = [piece.param for piece in layout.pieces[rank]]
+            want = sum(layout.numels[i] for i in owned)
+            if buffer is None:
+                continue
+            if not isinstance(buffer, torch.Tensor) or buffer.numel() < want:
+                raise InvalidCheckpoint(
+                    f"{self._paths[rank]}: the momentum of optimizer group {flat} is shorter than the {want} elements "
+                    "of the parameters that the rank owns parts of: files of different checkpoints are mixed."
+                )
+            at = 0
+            for i in owned:
+                self._momenta.setdefault(names[i], [_Stored(0, layout.numels[i], rank, flat, at)])
+                at += layout.numels[i]
 
     def _check_order(self, flat: int, names: list[str], layout: Zero12Layout) -> None:
         """The file's own list of pieces is what the layout says."""
@@ -232,9 +279,10 @@ class ZeroSource(Source):
                 )
 
     def _check_sizes(self, flat: int, rank: int, full: int, short: int) -> None:
+        elsewhere = {stored[0].flat for stored in self._momenta.values()}
         for state, flats in self._flat.items():
             tensor = flats[rank][flat]
-            if tensor is None and state != "fp32":
+            if state != "fp32" and (tensor is None or (flat in elsewhere and state == "exp_avg")):
                 continue
             found = tensor.numel() if isinstance(tensor, torch.Tensor) else None
             if found not in (full, short):
@@ -283,6 +331,8 @@ class ZeroSource(Source):
                 return torch.zeros(high - low)
             return take(self._frozen[meta.name], low, high)
         stored = self._place.get(meta.name, [])
+        if state == "exp_avg":
+            stored = self._momenta.get(meta.name, stored)
         parts = []
         for i in range(max(0, bisect_right(stored, low, key=lambda s: s.start) - 1), len(stored)):
             first, numel, rank, flat, at = stored[i]
