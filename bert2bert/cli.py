@@ -178,6 +178,13 @@ def _grow(args: argparse.Namespace, comm: Any) -> None:
     )
 
 
+def _learn(args: argparse.Namespace, comm: Any) -> None:
+    from bert2bert.learned import learn
+
+    fitted = ("source_config", "tag", "steps", "lr", "noise", "rows", "length", "seed", "device")
+    learn(args.source, args.config, args.data, args.output, **{key: getattr(args, key) for key in fitted})
+
+
 def _verify(args: argparse.Namespace, comm: Any) -> int:
     from bert2bert.verify import render, verify
 
@@ -215,6 +222,7 @@ _RUNS = {
     "operators": _operators,
     "plan": _plan,
     "grow": _grow,
+    "learn": _learn,
     "verify": _verify,
     "report": _report,
 }

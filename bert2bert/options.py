@@ -155,6 +155,27 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
 
     p = command(
+        "learn",
+        "Fit the maps of --width ligo on text: width and depth learned on the grown model's loss.",
+        "  bert2bert learn runs/small --config base.json --data bins/ --output maps.safetensors",
+    )
+    p.add_argument("source", type=Path, help=_SOURCE)
+    p.add_argument("--config", type=Path, required=True, metavar="TARGET", help="the target's Hugging Face config")
+    p.add_argument("--source-config", type=Path, metavar="FILE", help="the source's config, when it carries none")
+    p.add_argument("--tag", help="the source's tag (default: what `latest` names)")
+    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="token bins to fit on")
+    p.add_argument("--output", type=Path, required=True, metavar="FILE", help="the maps to write, a safetensors file")
+    p.add_argument("--steps", type=int, default=100, metavar="N", help="of Adam on the maps (default: 100)")
+    p.add_argument(
+        "--lr", type=float, default=1e-2, help="largest move of a map's row in the first step (default: 0.01)"
+    )
+    p.add_argument("--noise", type=float, default=0.03, help="on the copies that the fit starts from (default: 0.03)")
+    p.add_argument("--rows", type=int, default=16, metavar="N", help="rows of text a step (default: 16)")
+    p.add_argument("--length", type=int, metavar="N", help="tokens a row (default: what the source was trained on)")
+    p.add_argument("--seed", type=int, default=0, help="of rows, masks and noise (default: 0)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the fit runs (default: cpu)")
+
+    p = command(
         "verify",
         "Check a grown checkpoint against its source: tensors, moments, function, gradients. Exit status 1: not equal.",
         "  bert2bert verify runs/small runs/grown --json",
