@@ -5,7 +5,7 @@
 
 Every operator that ``bert2bert operators`` lists is here: g.NAME(factor), which multiplies what it grows (a shrinking
 one divides), g.NAME(axis=size, …), or g.NAME(config) to grow into; all with the operator's options, seed, breaker and
-moments. A name that stands for several kinds grows all of them by factor, or those whose sizes are given. The depth
+moments. A name of several kinds grows both width and depth by a factor, or those whose sizes are given. The depth
 operator ``interpolate`` is g.grow(depth="interpolate", layers=…), for the name is taken here by the mean of two models.
 """
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Protocol
 
-from bert2bert.errors import InvalidConfig
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.operators import compose
 from bert2bert.operators.growth import plan_growth
 from bert2bert.operators.registry import OPERATORS, parse_operator
@@ -44,7 +44,8 @@ class Growth:
     """One growth; without operators, a checkpoint as it is.
 
     operators: kind -> ``NAME[:key=value,…]``. The sizes that it grows into: ``sizes`` by axis, a ``factor`` on those of
-    every kind named, or those of the config ``to``. how: seed, breaker, moments, as of `plan_growth`.
+    width and depth (of the other kinds, where only they are named), or those of the config ``to``. how: seed, breaker,
+    moments, as of `plan_growth`.
     """
 
     operators: Mapping[str, str] = field(default_factory=dict)
@@ -83,7 +84,7 @@ class Growth:
         old, sizes = table.axis_sizes(source), dict[str, int]()
         if self.factor == 1.0:
             return sizes
-        for kind in self.operators:
+        for kind in {"width", "depth"} & self.operators.keys() or self.operators:
             for axis in table.depth if kind == "depth" else (_AXES[kind],):
                 size = old.get(axis, 0) * self.factor
                 if size != round(size) or size < 1:
@@ -140,7 +141,12 @@ class Interpolate:
 
 
 def then(first: Step, second: Step, *more: Step) -> Step:
-    """One growth after the other, in one pass, bit for bit what they give in sequence."""
+    """One growth after the other, in one pass, bit for bit what they give in sequence.
+
+    Raises UnsupportedGrowth for a later step that starts from several checkpoints.
+    """
+    if any(step.leaves > 1 for step in (second, *more)):
+        raise UnsupportedGrowth("a mean of two models can only come first in a sequence: interpolate, then the rest")
     return reduce(Then, _flat(second, *more), first)
 
 
