@@ -12,7 +12,7 @@ Refuses: rows that a tensor lacks (ValueError).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -160,19 +160,6 @@ class TensorPlan:
             yield repr((self.noise.std, self.noise.dim)).encode() + self.noise.sibling.tobytes()
         for mask in (*self.blank, None, *self.fresh):
             yield b"-" if mask is None else mask.tobytes()
-
-
-def zeroed(tensors: Iterable[TensorPlan]) -> bool:
-    """Whether some entries' moments start at zero while others carry theirs, and the step count, on: the first update
-    of the former is large. A tensor of fresh entries alone counts, for it may share an optimizer group."""
-    kept = [plan for plan in tensors if not plan.reset]
-    return any(p.terms for p in kept) and any(
-        not p.terms
-        or p.fill is not None
-        or any(mask is not None for mask in p.fresh)
-        or any(t.given is not None for t in p.terms)
-        for p in kept
-    )
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import forward_flops
 from bert2bert.operators.compose import interpolate
+from bert2bert.operators.exactness import zeroed
 from bert2bert.operators.growth import plan_growth
-from bert2bert.plan import GrowthPlan, TensorPlan, zeroed
+from bert2bert.plan import GrowthPlan, TensorPlan
 from bert2bert.tables import table_for
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ Refuses: an unknown state name (KeyError of `states.STATES`).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bert2bert.draws import normal_fill, pair_noise
 from bert2bert.plan import Dim, GrowthPlan, TensorPlan, Term
 from bert2bert.states import STATES, State
 
@@ -88,7 +88,7 @@ def _rows(plan: TensorPlan, how: State, reads: Sequence[Read], dtype: torch.dtyp
         if bounded:  # (sum of c g)^2 is at most (sum of |c|) (sum of |c| g^2), and that where copies agree
             out *= _spread(torch.zeros_like(out), placed, lambda term: _weights(term, dtype), plan.sums)
     if plan.noise is not None and not how.gradient:
-        out += torch.from_numpy(_pair_noise(plan)).to(dtype)
+        out += torch.from_numpy(pair_noise(plan, plan.noise)).to(dtype)
     if how.gradient:
         _zero(out, plan.fresh)
     return out
@@ -186,43 +186,6 @@ def _background(plan: TensorPlan, how: State, dtype: torch.dtype) -> Tensor:
     if plan.fill.kind == "ones":
         out = torch.full(plan.shape, plan.fill.scale, dtype=dtype)
     else:
-        rows = np.arange(plan.row, plan.row + plan.shape[0])
-        if plan.fill.period:
-            drawn = _normal(plan, "fill", 0, plan.fill.period)[rows % plan.fill.period]
-        else:
-            drawn = _normal(plan, "fill", plan.row, plan.row + plan.shape[0])
-        out = torch.from_numpy(plan.fill.std * drawn).to(dtype)
+        out = torch.from_numpy(normal_fill(plan, plan.fill)).to(dtype)
     _zero(out, plan.blank)
     return out
-
-
-def _pair_noise(plan: TensorPlan) -> NDArray[np.float64]:
-    """Each copy's own noise less its next sibling's: over the copies of a feature it sums to zero."""
-    noise = plan.noise
-    if noise is None or not plan.shape[0]:
-        return np.zeros(plan.shape)
-    mine = np.arange(plan.row, plan.row + plan.shape[0])
-    if noise.dim:
-        own = _normal(plan, "noise", plan.row, plan.row + plan.shape[0])
-        theirs = own.take(noise.sibling, axis=noise.dim)
-    else:
-        next_rows = noise.sibling[mine]
-        low, high = int(min(mine[0], next_rows.min())), int(max(mine[-1], next_rows.max())) + 1
-        drawn = _normal(plan, "noise", low, high)
-        own, theirs = drawn[mine - low], drawn[next_rows - low]
-    result: NDArray[np.float64] = noise.std / np.sqrt(2.0) * (own - theirs)
-    return result
-
-
-def _normal(plan: TensorPlan, purpose: str, first: int, end: int) -> NDArray[np.float64]:
-    """Standard normal numbers of rows [first, end): they depend only on (seed, name, purpose, place in the tensor)."""
-    width = int(np.prod(plan.shape[1:], dtype=np.int64))
-    start, count = first * width, (end - first) * width
-    key = hashlib.blake2b(f"{plan.seed}/{purpose}/{plan.name}".encode(), digest_size=16).digest()
-    # Philox makes four 64-bit words per counter value: start at the block that holds word `start`.
-    bits = np.random.Philox(key=np.frombuffer(key, dtype=np.uint64), counter=[start // 4, 0, 0, 0])
-    words = bits.random_raw(count + start % 4)[start % 4 :]
-    u = ((words >> np.uint64(32)).astype(np.float64) + 0.5) / 2.0**32
-    v = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) / 2.0**32
-    normal: NDArray[np.float64] = np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)
-    return normal.reshape((end - first, *plan.shape[1:]))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from bert2bert.maps import Gather
 from bert2bert.operators.builder import Builder
 from bert2bert.operators.pair import Layer, Pair, Width
-from bert2bert.plan import Exactness, TensorPlan, zeroed
+from bert2bert.plan import Exactness, TensorPlan
 
 ZEROED = (
     "entries with zeroed moments keep the step count, so their first Adam update is (1-beta1)/sqrt(1-beta2) "
@@ -15,6 +15,19 @@ ZEROED = (
     "1x where all entries of an optimizer group are new, for its step count is too. Warm the rate up again, or "
     "start every moment anew with --moments reset."
 )
+
+
+def zeroed(tensors: Iterable[TensorPlan]) -> bool:
+    """Whether some entries' moments start at zero while others carry theirs, and the step count, on: the first update
+    of the former is large. A tensor of fresh entries alone counts, for it may share an optimizer group."""
+    kept = [plan for plan in tensors if not plan.reset]
+    return any(p.terms for p in kept) and any(
+        not p.terms
+        or p.fill is not None
+        or any(mask is not None for mask in p.fresh)
+        or any(t.given is not None for t in p.terms)
+        for p in kept
+    )
 
 
 def exactness(pair: Pair, width: Width, layers: Mapping[str, Sequence[Layer]], build: Builder) -> Exactness:
