@@ -1,6 +1,7 @@
 # A fresh machine needs python3 (3.11 or newer), make and network access for pip; no compiler.
 #   make demo              the whole path on the embedded corpus, 2 ranks on the CPU; ARGS=--clean starts it again
 #   make test              the test-suite; ARGS='tests/laws -x' and the like choose from it
+#   make oracles           comparisons with mergekit and a pretrained MiniLM (83 MB), which it installs
 #   make check             ruff and mypy
 #   make venv              only the environment that the others use
 
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
-.PHONY: demo test check venv
+.PHONY: demo test oracles check venv
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -20,6 +21,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest $(ARGS)
+
+oracles: $(STAMP)
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install -c constraints.txt -e '.[oracles]'
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest tests/oracles tests/test_minilm.py $(ARGS)
 
 check: $(STAMP)
 	ruff check
