@@ -217,7 +217,7 @@ class Pending:
                 changed = [key for key in job if (before or {}).get(key) != job[key]] if job and before else []
                 say(
                     f"discarded {self.partial}: "
-                    + (f"its {', '.join(changed)} differ" if changed else "of another run")
+                    + (f"made with another {', '.join(changed)}" if changed else "of another run")
                 )
                 for path in old:
                     _remove(path)

@@ -290,7 +290,7 @@ def test_a_rank_that_outlives_rank_zero_keeps_others_out(tmp_path: Path) -> None
     third.close()
     fourth = pending()
     assert not fourth.begin({"plan": "2"}, 0, said.append) and not (third.files / "a").exists()
-    assert said == [f"discarded {fourth.partial}: its plan differ"]
+    assert said == [f"discarded {fourth.partial}: made with another plan"]
     fourth.close()
 
 
