@@ -195,3 +195,25 @@ def test_growths_compose_from_the_left_and_must_fit() -> None:
         then(plan_growth(a, a), two)
     with pytest.raises(UnsupportedGrowth, match="compose from the left"):
         then(one, both)
+
+
+def test_notes_say_what_adam_does_with_mapped_moments() -> None:
+    small, large = bert_config(), bert_config(16, 4, 24)
+    (note,) = plan_growth(small, large).notes
+    for text in ("2 on embed", "learning rate divided by that number", "epsilon weighs", "global gradient norm"):
+        assert text in note
+    (fresh,) = plan_growth(small, large, moments="reset").notes
+    assert "whole learning rate in its first step" in fresh
+    assert plan_growth(small, bert_config(layers=6)).notes == ()
+
+
+def test_no_zeroed_moment_without_the_size_of_its_first_step() -> None:
+    """Tensors drawn at random may share an optimizer group, and its step count, with old ones."""
+    small = bert_config()
+    for how in ({"depth": "random"}, {"depth": "insert_identity"}, {"width": "msg"}, {"width": "sparkling"}):
+        plan = plan_growth(small, bert_config(16, 4, 24, layers=5), **how)
+        zero = [t for t in plan.tensors.values() if not t.terms or t.fill or any(m is not None for m in t.fresh)]
+        assert zero and any("3.16x" in w and "0.45x" in w for w in plan.warnings), how
+        assert not any("3.16x" in w for w in plan_growth(small, small, **how).warnings)
+        reset = plan_growth(small, bert_config(16, 4, 24, layers=5), **how, moments="reset")
+        assert all(t.reset for t in reset.tensors.values()) and not any("3.16x" in w for w in reset.warnings)
