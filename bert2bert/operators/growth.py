@@ -97,7 +97,7 @@ def plan_growth(
     if noise is not None and (pair.grown or experts):
         reason = "noise makes the readers of copies differ, so the copies' moments are right only in sum"
         kept = kept + Exactness(moments=(reason,))
-    policy, kept = _policy(moments, operator, made, kept)
+    policy, kept = _policy(moments, operator, parse_operator(depth, "depth")[0], kept)
     if policy == "asymmetric":
         tensors = {n: build.with_fresh_moments(p) for n, p in tensors.items()}
     if policy == "reset":
@@ -176,9 +176,12 @@ def _check_random(kind: str, text: str, operator: Operator) -> None:
         )
 
 
-def _policy(moments: str | None, operator: Operator, width: Width, kept: Exactness) -> tuple[str, Exactness]:
+def _policy(moments: str | None, width: Operator, depth: Operator, kept: Exactness) -> tuple[str, Exactness]:
     """The moments' policy that holds, and the reasons that it adds."""
-    own = "exact" if not kept.moments else "carried" if operator.moments == "exact" else operator.moments
+    own = "exact"
+    if kept.moments:
+        theirs = depth.moments if not kept.function and depth.moments != "exact" else "carried"
+        own = width.moments if width.moments != "exact" else theirs
     policy = moments or own
     if moments == "exact" and kept.moments:
         raise UnsupportedGrowth(
