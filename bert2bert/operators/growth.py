@@ -98,7 +98,7 @@ def plan_growth(
         reason = "noise makes the readers of copies differ, so the copies' moments are right only in sum"
         kept = kept + Exactness(moments=(reason,))
     policy, kept = _policy(moments, operator, parse_operator(depth, "depth")[0], kept)
-    if policy == "asymmetric":
+    if moments == "asymmetric":
         tensors = {n: build.with_fresh_moments(p) for n, p in tensors.items()}
     if policy == "reset":
         tensors = {n: replace(p, reset=True) for n, p in tensors.items()}
