@@ -119,7 +119,7 @@ def test_killed_at_any_moment(form: str, clean: tuple[Path, dict[str, int]], fol
         assert status in (0, -signal.SIGKILL)  # 0: threads take turns, so the number of calls varies a little
         used.append(after_a_kill(target, form, home / form))
         shutil.rmtree(target)
-    assert len({count for count in used if count}) >= 3, used
+    assert sum(bool(count) for count in used) >= 3, used  # else this tests nothing
 
 
 @contextlib.contextmanager
