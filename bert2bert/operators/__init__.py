@@ -1,5 +1,5 @@
 """Growth operators: importing this package registers all of them in `registry.OPERATORS`."""
 
-from bert2bert.operators import copying, depth, experts, learned, padding, published, sharing, vocab, width
+from bert2bert.operators import copying, depth, experts, learned, levels, padding, published, sharing, vocab, width
 
-__all__ = ["copying", "depth", "experts", "learned", "padding", "published", "sharing", "vocab", "width"]
+__all__ = ["copying", "depth", "experts", "learned", "levels", "padding", "published", "sharing", "vocab", "width"]
