@@ -1,7 +1,8 @@
 """The command ``grow``: from a source checkpoint and a target config to a grown checkpoint.
 
-Refuses a width that misses its promise of exactness unless that is accepted (`LossyGrowth`), a target folder that holds
-a checkpoint already, and parameters that the source run had frozen where the target format keeps optimizer state.
+Parameters that the source run had frozen stay frozen, and so do what grows of them alone. Refuses a width that misses
+its promise of exactness unless that is accepted (`LossyGrowth`), a target folder that holds a checkpoint already, and
+an optimizer whose states are not known to grow, where the target format keeps them.
 """
 
 from __future__ import annotations
@@ -50,18 +51,26 @@ def target_names(growth: Growth, form: str) -> dict[str, str]:
 def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str | None) -> TargetSpec:
     """Everything about the checkpoint to write but its values. layout: optimizer groups, None = as the source has."""
     from bert2bert.shards.hub_writer import beside
+    from bert2bert.shards.moments import ADAM
     from bert2bert.shards.writing import TargetGroup, TargetSpec
 
     model, plan = growth.model, growth.plan
     source = model.source
-    frozen = [name for name, meta in source.tensors.items() if not meta.trainable]
-    if frozen and form != "hub":
+    if source.other_states and form != "hub":
         raise UnsupportedGrowth(
-            f"{source.path}: {len(frozen)} parameters were frozen in the source run (first {frozen[0]}) and have no "
-            f"optimizer state to grow.\nGrow the weights alone with --format hub, or unfreeze them and save again."
+            f"{source.path}: its optimizer keeps {', '.join(source.other_states)}. How these grow is not known (known "
+            "are the states of Adam, AdamW, LAMB, Lion, Muon, and SGD with momentum).\n"
+            "Grow the weights alone with --format hub."
         )
     named = target_names(growth, form)
-    origins = {named[n]: growth.root(n) for n in plan.tensors}
+
+    def trained(origin: str) -> bool:
+        return source.tensors[source.aliases.get(model.stored(origin), model.stored(origin))].trainable
+
+    own = {n: [s for leaf, s in plan.roots(n) if leaf == plan.leaves - 1] for n in plan.tensors}
+    # Made of frozen ones alone, a tensor is frozen; of others too, it goes on with a trained one's group and step.
+    origins = {named[n]: next(filter(trained, found), growth.root(n)) for n, found in own.items()}
+    frozen = [named[n] for n, found in own.items() if found and not any(map(trained, found)) and form != "hub"]
     reset = {named[n] for n, t in plan.tensors.items() if t.reset}
     groups = source.groups or []
     of_name = {name: i for i, group in enumerate(groups) for name in group["names"]}
@@ -90,10 +99,30 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
             return 0  # nothing of the source's optimizer is carried over: a fresh one
         return source.step(model.stored(origin))
 
-    names = list(origins)
+    def moments(names: tuple[str, ...]) -> dict[str, str]:
+        found: list[dict[str, str]] = []
+        for i in map(group_of, names):
+            kept = source.moments[i] if i is not None and i < len(source.moments) else {}
+            kept = kept or ({"exp_avg": "momentum_buffer"} if i is not None and groups[i].get("use_muon") else ADAM)
+            found += [] if kept in found else [kept]
+        if form == "hub":
+            return dict(ADAM)  # there are none
+        if len(found) > 1:
+            raise UnsupportedGrowth(
+                f"{source.path}: {names[0]} and others of its group ({chosen}) were trained by different optimizers, "
+                "whose states do not mix.\nKeep the groups of the source: --groups source."
+            )
+        return dict(found[0])
+
+    names = [name for name in origins if name not in frozen]
     if chosen == "source":
         ordered = _as_in(source, names, form)
         members = [tuple(n for n in ordered if group_of(n) == i) for i in range(len(groups))]
+        shapes = {named[n]: t.shape for n, t in plan.tensors.items()}
+        members = [
+            tuple(sorted(ns, key=shapes.__getitem__, reverse=True)) if groups[i].get("use_muon") else ns
+            for i, ns in enumerate(members)
+        ]
         sets = [(f"group.{i}", bool(groups[i].get("weight_decay")), ns) for i, ns in enumerate(members) if ns]
     else:
         sets = [(g.part, g.decay, g.names) for g in param_groups(names, chosen)]
@@ -102,7 +131,9 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
         aliases={named[a]: named[b] for a, b in plan.aliases.items()},
         config=plan.config,
         # Where a group joins differently trained layers: too few steps would make Adam's first updates too large.
-        groups=tuple(TargetGroup(part, d, ns, hyper(ns[0], d), max(map(step, ns))) for part, d, ns in sets),
+        groups=tuple(
+            TargetGroup(part, d, ns, hyper(ns[0], d), max(map(step, ns)), moments(ns)) for part, d, ns in sets
+        ),
         group_layout=chosen,
         precision=precision or _precision(source, form),
         states=source.states if form != "hub" else source.states[:1],
@@ -114,6 +145,9 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
         },
         buffers=source.buffers,
         extra_files=beside(plan.config, source.folder, source.path) if form == "hub" else {},
+        frozen=tuple(frozen),
+        fused=source.fused,
+        clip_grad=source.clip_grad,
     )
 
 
@@ -135,9 +169,10 @@ def _as_in(source: Source, names: list[str], form: str) -> list[str]:
     UnsupportedGrowth for native shards in any other order, which a larger model's names do not follow.
     """
     place = {name: i for i, name in enumerate(source.tensors)}
-    if all(group["names"] == sorted(group["names"], key=place.__getitem__) for group in source.groups):
+    groups = [group for group in source.groups if not group.get("use_muon")]  # DeepSpeed sorts Muon's by shape
+    if all(group["names"] == sorted(group["names"], key=place.__getitem__) for group in groups):
         return names
-    if all(group["names"] == sorted(group["names"]) for group in source.groups):
+    if all(group["names"] == sorted(group["names"]) for group in groups):
         return sorted(names)
     if form == "zero":
         raise UnsupportedGrowth(

@@ -135,7 +135,8 @@ class Stage0Source(Source):
             return self._by_value([[group] for group in flat], joined=True)
         if masters is not None:
             return self._by_value(masters, joined=False)
-        return self._by_rule([[states.get(index, {}) for index in group["params"]] for group in live])
+        kept = [[states.get(index, {}) for index in group["params"]] for group in live]
+        return self._by_rule(kept, muon=any(group.get("use_muon") for group in live))
 
     def _by_value(self, masters: list[list[torch.Tensor]], joined: bool) -> list[list[str]]:
         """The parameters whose values, tensor after tensor, are the rounded master weights of each group.
@@ -172,11 +173,13 @@ class Stage0Source(Source):
             found = [n for n in found if torch.equal(flat[: left[n].numel()].to(left[n].dtype), left[n])]
         return found[0] if found else None
 
-    def _by_rule(self, states: list[list[dict[str, Any]]]) -> list[list[str]]:
+    def _by_rule(self, states: list[list[dict[str, Any]]], muon: bool) -> list[list[str]]:
         """The groups of the one usual layout that fits the lengths of the groups and the shapes of the moments."""
         names: list[str] = list(self._model.frozen)
         fits: list[list[list[str]]] = []
         for groups in _usual(names):
+            if muon:
+                groups = [half for group in groups for half in self._halves(group) if half]
             if [len(group) for group in groups] == [len(group) for group in states] and all(
                 tuple(state[key].shape) == self._model.frozen[name]
                 for group, kept in zip(groups, states, strict=True)
@@ -193,6 +196,17 @@ class Stage0Source(Source):
             ". Save it once more with the optimizer built from named parameters (torch then keeps their names), or "
             "under ZeRO 1, or hand over the weights as a Hugging Face folder (save_pretrained)."
         )
+
+    def _halves(self, group: list[str]) -> tuple[list[str], list[str]]:
+        """The two groups that DeepSpeed makes of one for Muon: matrices but for embeddings and output, the largest
+        first; the rest."""
+        wide = [
+            name for name in group
+            if len(self._model.frozen[name]) > 1 and not any(word in name.lower() for word in ("embed", "lm_head"))
+        ]  # fmt: skip
+        return sorted(wide, key=self._model.frozen.__getitem__, reverse=True), [
+            name for name in group if name not in wide
+        ]
 
 
 def _usual(names: list[str]) -> Iterable[list[list[str]]]:

@@ -18,6 +18,7 @@ import torch
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import torchfile
 from bert2bert.shards.modelstates import MODEL, ModelStates, find_files, optimizer_groups, plain_scaler, take
+from bert2bert.shards.moments import ADAM
 from bert2bert.shards.source import STATES, Source, TensorMeta
 
 _OPEN_FILES = 256  # each is a memory map; the kernel allows 65,530
@@ -66,6 +67,7 @@ class UniversalSource(Source):
         self._moments = {name for name, there in present.items() if there[1]}
         if self._moments:
             self.states = STATES
+            self.moments = [dict(ADAM) for _ in self.groups]
 
     def _read_steps(self, states: dict[int, dict[str, Any]]) -> None:
         for flat, shapes in enumerate(self._model.shapes):

@@ -4,8 +4,10 @@ DeepSpeed's own converter writes one dialect for stages 1 and 2 and another for 
 both names of the model-states file, both sets of keys in `zero/optimizer_state.pt`, and `{'param': tensor}` files
 that either loader accepts. Stage 3 copies the first group's hyper-parameters into every group, so what it is given
 holds only those on which all groups agree: an unmodified script keeps its own weight decay per group. What a file
-cannot mend: stage 3 shares one step tensor among sub-groups, and no stage restores buffers (they are in `module` of
-the model states).
+cannot mend: stage 3 shares one step tensor among sub-groups, and no stage restores buffers or frozen
+parameters (they are in `module` of ``mp_rank_00_model_states.pt``).
+
+Refuses (InvalidConfig) groups whose optimizer does not keep both of Adam's moments: the format has no other.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from typing import Any
 
 import torch
 
+from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
 from bert2bert.shards.frames import Blank
+from bert2bert.shards.moments import ADAM
 from bert2bert.shards.writing import STATES, FilePlan, Job, TargetGroup, TargetSpec
 from bert2bert.shards.zero_writer import DS_VERSION, hyper_parameters, model_states, scaler_fields, step_tensor
 
@@ -27,7 +31,15 @@ MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_st
 def universal_files(job: Job) -> list[FilePlan]:
     """The files of a universal checkpoint, each independent of the others."""
     spec = job.spec
-    plans = [FilePlan(name, 0, partial(_model, spec)) for name in MODEL_FILES]
+    for group in spec.groups:
+        if group.moments != ADAM:
+            raise InvalidConfig(
+                f"format universal holds Adam's two moments, and the optimizer of {group.names[0]} keeps "
+                f"{', '.join(group.moments.values())}. Use --format zero --stage S --world-size N."
+            )
+    frozen = sum(map(spec.numel, spec.frozen)) * spec.dtype.itemsize
+    plans = [FilePlan(MODEL_FILES[0], frozen, partial(_model, job, spec.frozen))]
+    plans.append(FilePlan(MODEL_FILES[1], 0, partial(_model, job, ())))
     plans.append(FilePlan("zero/optimizer_state.pt", 0, partial(_optimizer, spec)))
     for group in spec.groups:
         for name in group.names:
@@ -38,10 +50,12 @@ def universal_files(job: Job) -> list[FilePlan]:
     return plans
 
 
-def _model(spec: TargetSpec, path: Path) -> int:
+def _model(job: Job, values: tuple[str, ...], path: Path) -> int:
+    spec, module = job.spec, job.module(values)
     param_shapes = [{name: torch.Size(spec.shapes[name]) for name in group.names} for group in spec.groups]
-    tree = model_states(spec, {}, param_shapes, None, 1)
-    return frames.save(path, {**tree, "universal_checkpoint_info": {"universal_checkpoint_version": 0.4}})
+    tree = model_states(spec, module, param_shapes, None, 1, fragments={name: module[name] for name in values})
+    tree["universal_checkpoint_info"] = {"universal_checkpoint_version": 0.4}
+    return frames.save(path, tree, job.tally.wrote)
 
 
 def _optimizer(spec: TargetSpec, path: Path) -> int:

@@ -243,8 +243,7 @@ class ZeroSource(Source):
         A rank holds that of every parameter of which it owns any part, whole and without gaps, in the order of the
         group (offloaded to the CPU, it is cut like the rest). Taken out of the states that are checked by partition.
         """
-        key = self.moments[self._group_of_flat[flat]].get("exp_avg") if self.states == STATES else None
-        if key != "momentum_buffer" or self._offloaded:
+        if self.states != STATES or not self.groups[self._group_of_flat[flat]].get("use_muon") or self._offloaded:
             return
         for rank in self._world():
             buffer = self._flat["exp_avg"][rank][flat]

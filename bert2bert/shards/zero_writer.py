@@ -23,8 +23,8 @@ import torch
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
 from bert2bert.shards.frames import Blank, Foreign
-from bert2bert.shards.layout import SUB_GROUP_SIZE, Piece, SubGroup, zero3_layout, zero12_layout
-from bert2bert.shards.writing import FilePlan, Job, TargetGroup, TargetSpec, zeros
+from bert2bert.shards.layout import SUB_GROUP_SIZE, Piece, SubGroup, Zero12Layout, zero3_layout, zero12_layout
+from bert2bert.shards.writing import FilePlan, Job, TargetGroup, TargetSpec, flat_values, zeros
 
 DS_VERSION = "0.19.8"  # the DeepSpeed whose layout is written; its loaders read it for compatibility rules
 _SCALER = "deepspeed.runtime.fp16.loss_scaler"
@@ -158,14 +158,43 @@ class _Zero12:
 
     def payload(self, rank: int) -> int:
         """Bytes of tensor data in a rank's optimizer file."""
-        return sum(4 * (3 * layout.partition - layout.paddings[rank]) for layout in self.layouts)
+        return 4 * sum(
+            layout.partition - layout.paddings[rank] + sum(self._length(group, layout, rank, s) for s in group.moments)
+            for group, layout in zip(self.spec.groups, self.layouts, strict=True)
+        )
+
+    @staticmethod
+    def _length(group: TargetGroup, layout: Zero12Layout, rank: int, state: str) -> int:
+        """Elements of a rank's flat tensor of a moment."""
+        if _whole(group, state):
+            return sum(layout.numels[piece.param] for piece in layout.pieces[rank])
+        return layout.partition
+
+    def _moment(self, group: TargetGroup, layout: Zero12Layout, rank: int, state: str) -> Blank:
+        length = self._length(group, layout, rank, state)
+        if not _whole(group, state):
+            return _shard(self.job, group, layout.pieces[rank], state, length)
+        return Blank((length,), torch.float32, partial(self._matrices, group, layout.pieces[rank], state))
+
+    def _matrices(self, group: TargetGroup, pieces: Sequence[Piece], state: str) -> Iterator[torch.Tensor]:
+        """Whole parameters of which the rank owns pieces; only the pieces are entered in the tally, for others hold
+        the rest."""
+        for piece in pieces:
+            name = group.names[piece.param]
+            rest = partial(flat_values, self.job.values, self.spec, name, state)
+            if state not in self.spec.states:
+                yield from zeros(self.spec.numel(name))
+                continue
+            yield from rest(0, piece.start)
+            yield from self.job.elements(name, state, piece.start, piece.stop)
+            yield from rest(piece.stop, self.spec.numel(name))
 
     def optim(self, rank: int, path: Path) -> int:
         """Write a rank's optimizer file."""
         groups, states, master, mappings = [], {}, [], []
         for i, (group, layout) in enumerate(zip(self.spec.groups, self.layouts, strict=True)):
             pieces = layout.pieces[rank]
-            states[i] = _adam_state(self.job, group, pieces, layout.partition)
+            states[i] = adam_state(group, partial(self._moment, group, layout, rank))
             master.append(_shard(self.job, group, pieces, "fp32", layout.partition - layout.paddings[rank]))
             groups.append({**hyper_parameters(group), "params": [i]})
             mappings.append(OrderedDict((group.names[p.param], _fragment(p)) for p in pieces))
@@ -220,7 +249,7 @@ class _Zero3:
 
     def payload(self, rank: int) -> int:
         """Bytes of tensor data in a rank's optimizer file: the same for all."""
-        return sum(12 * sub.numel for _, sub in self.sub_groups)
+        return sum(4 * (1 + len(self.spec.groups[i].moments)) * sub.numel for i, sub in self.sub_groups)
 
     def optim(self, rank: int, path: Path) -> int:
         """Write a rank's optimizer file."""
@@ -228,7 +257,7 @@ class _Zero3:
         states, master = {}, []
         for index, (i, sub) in enumerate(self.sub_groups):
             group, pieces = self.spec.groups[i], sub.pieces[rank]
-            states[index] = _adam_state(self.job, group, pieces, sub.numel)
+            states[index] = adam_state(group, partial(_shard, self.job, group, pieces, length=sub.numel))
             master.append(_shard(self.job, group, pieces, "fp32", sub.numel))
             groups[i]["params"].append(index)
         tree = {
@@ -250,8 +279,9 @@ def _shard(job: Job, group: TargetGroup, pieces: Sequence[Piece], state: str, le
     return Blank((length,), torch.float32, partial(job.shard, group.names, state, pieces, length))
 
 
-def _adam_state(job: Job, group: TargetGroup, pieces: Sequence[Piece], length: int) -> dict[str, Any]:
-    return adam_state(group, lambda state: _shard(job, group, pieces, state, length))
+def _whole(group: TargetGroup, state: str) -> bool:
+    """Whether stages 1 and 2 keep a moment by whole parameters: Muon's, whose update needs matrices."""
+    return bool(group.hyper.get("use_muon")) and group.moments.get(state) == "momentum_buffer"
 
 
 def _fragment(piece: Piece) -> Foreign:

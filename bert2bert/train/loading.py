@@ -24,6 +24,7 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.model.config import BertConfig
 from bert2bert.recipe import Recipe
 from bert2bert.shards import torchfile
+from bert2bert.shards.moments import ADAM
 from bert2bert.shards.source import Source, open_source
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
@@ -150,7 +151,18 @@ def _check_tensors(engine: Engine, source: Source) -> None:
 
 
 def _check_groups(engine: Engine, source: Source) -> None:
-    """One Adam step in each group; in native files also the groups' names, order and hyper-parameters."""
+    """Adam's states, one step in each group; in native files also the groups' names, order and hyper-parameters."""
+    others = source.other_states or [key for kept in source.moments if kept not in (ADAM, {}) for key in kept.values()]
+    if others:
+        raise InvalidCheckpoint(
+            f"{source.folder}: its optimizer keeps {', '.join(dict.fromkeys(others))}, and "
+            "this trainer's AdamW cannot go on with that. Grow the weights alone (--format hub) and resume from them"
+        )
+    if frozen := [name for name in engine.names if source.form != "hub" and not source.tensors[name].trainable]:
+        raise InvalidCheckpoint(
+            f"{source.folder}: {len(frozen)} parameters, the first of them {frozen[0]}, were frozen and have no "
+            "optimizer state, and this trainer trains all. Grow the weights alone (--format hub) and resume from them"
+        )
     for group in engine.groups:
         counts = {source.step(name): name for name in group.names}
         if len(counts) > 1:
