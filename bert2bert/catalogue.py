@@ -25,7 +25,9 @@ def listing() -> dict[str, Any]:
             found.append(_plain(operator))
             needs = "" if operator.needs == "any model" else f"; needs {operator.needs}"
             text = f"keeps {operator.keeps}{needs} ({operator.paper})"
-            lines += textwrap.wrap(text, _WIDTH, initial_indent=f"  {operator.name:16}", subsequent_indent=" " * 18)
+            lines += textwrap.wrap(
+                text, _WIDTH, initial_indent=f"  {operator.name:16}", subsequent_indent=" " * 18, break_on_hyphens=False
+            )
         lines.append("")
     lines.append("bert2bert operators NAME: formula and options of one.")
     return {"operators": found, "text": "\n".join(lines)}
