@@ -4,7 +4,8 @@ Both dialects of DeepSpeed's ``ds_to_universal``: from ZeRO 1 and 2 (shaped tens
 ZeRO 3 (flat tensors, steps in ``optimizer_state.pt``), and folders that hold both. Parameters are those that the
 model-states file names; files open when they are first read. A parameter without moments reads as zeros, step 0.
 
-Refuses, as InvalidCheckpoint: missing or foreign files, a tensor of the wrong size, and whatever model states refuse.
+Refuses, as InvalidCheckpoint: missing or foreign files, a tensor of the wrong size, what was converted from a run with
+``round_robin_gradients`` (the converter does not undo it), and whatever model states refuse.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ class UniversalSource(Source):
         model = self._model = ModelStates(paths, sharded=paths[0].name != MODEL)
         if model.sharded and len(paths) != model.world_size:
             raise InvalidCheckpoint(f"{folder}: {len(paths)} model-states files, saved by {model.world_size} ranks")
+        if (model.ds_config.get("zero_optimization") or {}).get("round_robin_gradients") is True:
+            raise InvalidCheckpoint(
+                f"{folder}: converted from a run with zero_optimization.round_robin_gradients, whose order DeepSpeed's "
+                "converter does not undo: its values lie under wrong names. Use the native checkpoint that it was "
+                "made of."
+            )
         self.precision = model.precision()
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
         self.client_state, self.buffers = model.client_state, model.buffers

@@ -11,7 +11,7 @@ import torch
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards.source import STATES, open_source
 from tests.shards.engines import Case, load_truth, save_cases
-from tests.shards.test_readers_zero import equal
+from tests.shards.test_readers_zero import edit, equal
 
 CASES = [
     Case("z1", 1, "bf16", frozen=("layer.0.",), buffer=True, client_state={"epoch": 2}),
@@ -93,6 +93,9 @@ def spoil(kind: str, tag: Path) -> None:
             torch.save({"weight": torch.zeros(7)}, weight / "fp32.pt")
         case "truncated":
             (weight / "fp32.pt").write_bytes((weight / "fp32.pt").read_bytes()[:500])
+        case "round-robin":
+            options = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+            edit(tag / "mp_rank_00_model_states.pt", lambda content: content.update(ds_config=options))
         case "no-model-states":
             (tag / "mp_rank_00_model_states.pt").unlink()
 
@@ -107,6 +110,7 @@ def spoil(kind: str, tag: Path) -> None:
         "size": r"fp32.pt: holds 7 elements, shape \(32, 32\) needs 1024",
         "no-tensor": r"fp32.pt: holds no tensor",
         "truncated": r"fp32.pt: truncated",
+        "round-robin": r"converted from a run with zero_optimization.round_robin_gradients.*Use the native checkpoint",
         "no-model-states": r"no \*_model_states.pt",
     }.items(),
 )
