@@ -47,7 +47,8 @@ def _page(operator: Operator) -> str:
     lines += [f"preserves  {operator.keeps}", f"needs      {operator.needs}", f"moments    {operator.moments}"]
     for key, (kind, default) in operator.options.items():
         value = " | ".join(typing.get_args(kind)) or kind.__name__
-        lines.append(f"option     {key}={value}" + ("" if default is None else f" (default: {default})"))
+        known = "" if default in (0, "") and kind is not float else f" (default: {default})"  # 0: as the target asks
+        lines.append(f"option     {key}={value}" + (" (must be given)" if default is None else known))
     return "\n".join(lines)
 
 

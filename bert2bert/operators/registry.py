@@ -53,10 +53,10 @@ class Operator:
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
-        """Option -> (type, default), from the function's keyword-only arguments."""
+        """Option -> (type, default; None: it must be given), from the function's keyword-only arguments."""
         types = typing.get_type_hints(self.make)
-        parameters = inspect.signature(self.make).parameters.values()
-        return {p.name: (types[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        found = [p for p in inspect.signature(self.make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        return {p.name: (types[p.name], None if p.default is p.empty else p.default) for p in found}
 
     @property
     def formula(self) -> str:

@@ -1,0 +1,46 @@
+"""The command ``operators``: every operator is listed, and has a page, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bert2bert.cli import main
+from bert2bert.operators.registry import FLAGS, OPERATORS
+
+NAMES = sorted({name for known in OPERATORS.values() for name in known})
+
+
+def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["operators"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main(["operators", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["operators"]
+    assert [(o["kind"], o["name"]) for o in listed] == [(kind, name) for kind in FLAGS for name in OPERATORS[kind]]
+    for name in NAMES:
+        assert any(line.startswith(f"  {name} ") for line in lines)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_operator_has_a_page(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["operators", name]) == 0
+    page = capsys.readouterr().out
+    assert "<class" not in page
+    assert main(["operators", name, "--json"]) == 0
+    for one in json.loads(capsys.readouterr().out)["operators"]:
+        assert f"{FLAGS[one['kind']]} {name}" in page and one["formula"] and one["paper"] in page
+        for key in one["options"]:
+            assert f"option     {key}=" in page
+
+
+def test_what_must_be_given_has_no_default(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["operators", "copy"])
+    assert "of=str (must be given)" in capsys.readouterr().out
+    main(["operators", "copy", "--json"])
+    assert json.loads(capsys.readouterr().out)["operators"][0]["options"] == {"of": None}
+
+
+def test_no_operator_of_that_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["operators", "lemmon"]) == 2
+    assert "did you mean 'lemon'" in capsys.readouterr().err
