@@ -93,10 +93,13 @@ def open_model(path: Path, source_config: Path | None = None, tag: str | None = 
 def _check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:
     """A config given beside the checkpoint's own must not contradict it: not every key shows in the shapes."""
     table, own = table_for(config), source.config or {}
+    mine, theirs = dict(config), dict(own)
+    if (key := "rope_parameters") in table.must_agree:  # which older configs say in other words, or leave out
+        mine[key], theirs[key] = (table.settled(c)[key] for c in (config, own))
     for key in dict.fromkeys((*map(table.key, table.sizes), *table.must_agree)):
-        if key in config and key in own and config[key] != own[key]:
+        if key in mine and key in theirs and mine[key] != theirs[key]:
             raise InvalidCheckpoint(
-                f"{file}: {key} is {config[key]!r}, the config that {source.path} itself holds says {own[key]!r}.\n"
+                f"{file}: {key} is {mine[key]!r}, the config that {source.path} itself holds says {theirs[key]!r}.\n"
                 f"Leave --source-config out."
             )
 

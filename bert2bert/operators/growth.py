@@ -23,6 +23,7 @@ from bert2bert.tables import TABLES, Table, table_for
 MOMENTS = ("exact", "carried", "reset", "asymmetric")
 # kind of operator -> the axis that it grows
 _EXTRA = {"vocab": "vocab", "positions": "pos", "experts": "experts"}
+_UNSAID = ("pad_token_id", "max_position_embeddings")  # null says nothing of the function; a null window does
 
 
 def plan_growth(
@@ -222,6 +223,13 @@ def pair_of(
 ) -> Pair:
     """The two models of a growth by this operator. Raises UnsupportedGrowth, InvalidConfig."""
     small, large = table.axis_sizes(source), table.axis_sizes(target)
+    for whose, config, layers in (("source", source, small["layers"]), ("target", target, large["layers"])):
+        kinds = config.get(table.kinds) if table.kinds else None
+        if kinds is not None and len(kinds) != layers:
+            raise InvalidConfig(
+                f"{whose} config: {table.kinds} tells the kinds of {len(kinds)} layers, and there are {layers}; list "
+                f"one kind a layer, or leave {table.kinds} out"
+            )
     derived = {axis for axis in ("qk", "v") if table.key(axis) == table.key("embed")}
     for axis in table.sizes:
         key = table.key(axis)
@@ -264,7 +272,7 @@ def pair_of(
     for key, a in table.settled(source).items():
         if extra["experts"] and key == "num_experts_per_tok":
             continue  # which copies may change: the operator says what that does
-        if a != (b := theirs.get(key, a)) and None not in (a, b):
+        if a != (b := theirs.get(key, a)) and not (key in _UNSAID and None in (a, b)):
             raise UnsupportedGrowth(
                 f"{key} is {a!r} in the source and {b!r} in the target config; a growth cannot change it: "
                 f"set {key} to {a!r} in the target config"

@@ -21,6 +21,7 @@ from bert2bert.operators.pair import Pair
 from bert2bert.operators.registry import parse_operator
 from bert2bert.plan import Dim, Exactness, Fill, GrowthPlan, TensorPlan, Term
 from bert2bert.tables import TABLES, Parameter, table_for
+from bert2bert.tables.rotary import OLD_KEYS
 
 _MOMENTS = (
     "experts carry the dense layer's moments, though each learns from the tokens routed to it alone, a heuristic",
@@ -59,8 +60,9 @@ def sparse_pair(
             f"sliding_window is {a!r} in the source and {b!r} in the target config; set sliding_window to {a!r} there"
         )
     same = {k: v for k, v in target.items() if k in source and k not in ("model_type", "architectures", dense.kinds)}
-    agreed = {k: theirs[k] for k in mine if k in theirs and not (k == "rope_theta" and "rope_parameters" in same)}
-    config = dense.resize({**source, **same, **agreed}, wanted)
+    agreed = {k: theirs[k] for k in mine if k in theirs}
+    said = {k: v for k, v in {**source, **same, **agreed}.items() if k not in OLD_KEYS}  # rope_parameters has them
+    config = dense.resize(said, wanted)
     if config.get(dense.kinds):
         config[dense.kinds] = [config[dense.kinds][0]] * large["layers"]
     return replace(ready, source=config, small={**dense.axis_sizes(config), "experts": 0}), shards

@@ -18,6 +18,7 @@ from typing import Any
 
 from bert2bert import axes
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, did_you_mean
+from bert2bert.tables.rotary import rotary
 
 _BOTH = "{weight,bias}"
 _DEPTH = re.compile(r"\{(\w+)\}")
@@ -217,6 +218,8 @@ class Table:
     def settled(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What a growth from or to this config cannot change: config key -> its value, or its default."""
         full = {**self.must_agree, "tie_word_embeddings": self.tie_default, **config}
+        if "rope_parameters" in self.must_agree:
+            full["rope_parameters"] = rotary(config, self.must_agree["rope_parameters"])
         full |= {k: full[v[1:]] for k, v in full.items() if k in self.must_agree and str(v).startswith("=")}
         return {
             key: full[key]

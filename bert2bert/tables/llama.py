@@ -32,10 +32,10 @@ LLAMA = Table(
     fixed={"qk": _ROTARY, "v": _ROTARY},
     must_agree={
         "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "rope_theta": 10000.0, "rope_scaling": None,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
         "mlp_bias": False, "pad_token_id": None, "max_position_embeddings": None,
     },
-    agree_when={"max_position_embeddings": ("!rope_parameters=*'default'*", "rope_scaling")},
+    agree_when={"max_position_embeddings": ("!rope_parameters=*'default'*",)},
     tie_default=False,
     multiples={"llama": ("hidden_size", "num_attention_heads")},
     rows=(

@@ -30,8 +30,8 @@ MODERNBERT = Table(
     must_agree={
         "hidden_activation": "gelu", "classifier_activation": "gelu", "norm_eps": 1e-5, "norm_bias": False,
         "attention_bias": False, "mlp_bias": False, "classifier_bias": False, "decoder_bias": True,
-        "tie_word_embeddings": True, "local_attention": 128, "rope_parameters": _ROPE, "global_rope_theta": 160000.0,
-        "local_rope_theta": 10000.0, "max_position_embeddings": None, "pad_token_id": 50283,
+        "tie_word_embeddings": True, "local_attention": 128, "rope_parameters": _ROPE,
+        "max_position_embeddings": None, "pad_token_id": 50283,
     },
     agree_when={"max_position_embeddings": ("rope_parameters=*'rope_type': '[!d]*", "rope_parameters=*'dynamic'*")},
     stds={"attn.Wo.weight": "range 2 layers", "mlp.Wo.weight": "range 2 layers", "head.dense.weight": "range 2 layers",

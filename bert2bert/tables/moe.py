@@ -40,7 +40,7 @@ MIXTRAL = replace(
     dense_types=("llama", "mistral"), requires={"attention_bias": False, "mlp_bias": False},
     must_agree={
         **LLAMA.must_agree, "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
-        "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None, "num_experts_per_tok": 2,
+        "rms_norm_eps": 1e-5, "sliding_window": None, "num_experts_per_tok": 2,
     },
 )  # fmt: skip
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import transformers
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.operators.growth import plan_growth
 from bert2bert.tables import TABLES
 from tests import tiny
 
@@ -55,9 +58,9 @@ def test_absent_keys_take_transformers_defaults() -> None:
 )
 def test_the_context_matters_only_where_it_sets_frequencies(more: dict[str, Any], matters: bool) -> None:
     settled = TABLES["llama"].settled({"max_position_embeddings": 16, "hidden_size": 8, **more})
+    assert settled["rope_parameters"]["rope_theta"] == (5.0 if more else 10000.0)
     assert ("max_position_embeddings" in settled) is matters
     assert settled["hidden_act"] == "silu" and "hidden_size" not in settled
-    assert settled["rope_theta"] == more.get("rope_theta", 10000.0)
 
 
 @pytest.mark.parametrize(
@@ -78,3 +81,53 @@ def test_settings_beyond_the_rows_are_refused(name: str, changes: dict[str, Any]
 def test_groups_that_do_not_divide_are_refused() -> None:
     with pytest.raises(InvalidConfig, match=r"num_key_value_heads=4 does not divide num_attention_heads=6"):
         TABLES["llama"].axis_sizes({**tiny.config_of("llama"), "num_key_value_heads": 4})
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "modernbert"])
+@pytest.mark.parametrize(
+    "old",
+    [
+        {},
+        {"rope_theta": 500000},
+        {"rope_theta": 500000.0, "rope_scaling": None},
+        {"rope_theta": 5e5, "rope_scaling": SCALED},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"global_rope_theta": 8e4, "local_rope_theta": 9e3},
+    ],
+    ids=repr,
+)
+def test_rotary_positions_in_old_words(name: str, old: dict[str, Any]) -> None:
+    """What an older config says is what transformers makes of it, so that growing into a re-saved one is no change;
+    and a scaling that the target leaves out is one."""
+    new = tiny.config_of(name)
+    if ("global_rope_theta" in old) != (name == "modernbert") and old:
+        return  # the other architecture's words
+    said = {key: value for key, value in new.items() if key != "rope_parameters"} | copy.deepcopy(old)
+    resaved = transformers.AutoConfig.for_model(**copy.deepcopy(said)).to_dict()
+    table = TABLES[new["model_type"]]
+    theirs = {key: value for key, value in table.settled(resaved).items() if key == "rope_parameters"}
+    found = table.settled(said)["rope_parameters"]
+    assert found == theirs["rope_parameters"], (found, resaved["rope_parameters"])
+    assert plan_growth(said, resaved).exactness.function == plan_growth(resaved, said).exactness.function == ()
+    if old:
+        with pytest.raises(UnsupportedGrowth, match="rope_parameters is"):
+            plan_growth(said, new)
+    with pytest.raises(InvalidConfig, match="rope_scaling is 'linear'; an object"):
+        plan_growth(said | {"rope_scaling": "linear"}, new)
+
+
+def test_a_window_that_appears_is_refused() -> None:
+    config = tiny.config_of("mistral", sliding_window=None)
+    for a, b in ((config, config | {"sliding_window": 5}), (config | {"sliding_window": 5}, config)):
+        with pytest.raises(UnsupportedGrowth, match="sliding_window is"):
+            plan_growth(a, b)
+
+
+@pytest.mark.parametrize("width", ["fpi", "random"])
+def test_kinds_of_another_number_of_layers_are_refused(width: str) -> None:
+    config = tiny.config_of("qwen3")
+    with pytest.raises(InvalidConfig, match="target config: layer_types tells the kinds of 3 layers, and there are 5"):
+        plan_growth(config, config | {"num_hidden_layers": 5}, width=width)
