@@ -270,7 +270,7 @@ def test_refusals_write_nothing(folder: Path, tmp_path: Path) -> None:
         grow(folder / "z2", tmp_path / "t", **{**how, "source_config": wrong})
     with pytest.raises(InvalidConfig, match="no such file"):
         grow(folder / "z2", tmp_path / "t", **{**how, "config": tmp_path / "none.json"})
-    with pytest.raises(InvalidConfig, match="--stage 1"):
+    with pytest.raises(InvalidConfig, match="but for stage 0, --world-size N"):
         grow(folder / "z2", tmp_path / "t", form="zero", **how)
     with pytest.raises(InvalidConfig, match="belong to --format zero"):
         grow(folder / "z2", tmp_path / "t", stage=2, **how)
