@@ -1,9 +1,9 @@
 """Read native ZeRO checkpoints, stages 1, 2 and 3, at any world size, straight from the memory-mapped shard files.
 
-Files hold flat tensors without names; `layout` says where each parameter's elements lie. Both forms of bf16 optimizer,
-parameter_alignment and any start alignment, sub-groups, optimizers offloaded to the CPU (the same files), frozen
-parameters and never-stepped groups (zeros, step 0) are read. With ``round_robin_gradients`` parameters lie in the order
-of ``param_shapes``, which is right, not where ``param_slice_mappings`` says. Muon's momentum lies as `_momentum` says.
+Files hold flat tensors without names; `placement` says where each parameter's elements lie, and Muon's momentum. Both
+forms of bf16 optimizer, parameter_alignment and any start alignment, sub-groups, optimizers offloaded to the CPU (the
+same files), frozen parameters and never-stepped groups (zeros, step 0) are read. With ``round_robin_gradients``
+parameters lie in the order of ``param_shapes``, which is right, not where ``param_slice_mappings`` says.
 
 Refuses, as InvalidCheckpoint: missing, truncated and foreign files; files of different saves, world sizes or stages in
 one tag; sizes that do not fit the layout; tensor or pipeline parallel and expert-parallel checkpoints;
@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import torchfile
-from bert2bert.shards.layout import NCCL_START_ALIGNMENTS, Zero12Layout, round_robin, zero3_sub_group, zero12_layout
+from bert2bert.shards.layout import round_robin
 from bert2bert.shards.modelstates import (
     MODEL,
     ModelStates,
@@ -34,19 +34,10 @@ from bert2bert.shards.modelstates import (
     take,
 )
 from bert2bert.shards.moments import held, moment_keys, unknown
+from bert2bert.shards.placement import Placement
 from bert2bert.shards.source import STATES, Source, TensorMeta
 
 _FEW = 64  # elements of a rank that are compared to tell files of different saves apart
-
-
-class _Stored(NamedTuple):
-    """Elements [start, ...) of a parameter: ``numel`` of them at ``at`` of flat group ``flat`` of ``rank``."""
-
-    start: int
-    numel: int
-    rank: int
-    flat: int
-    at: int
 
 
 class ZeroSource(Source):
@@ -69,12 +60,16 @@ class ZeroSource(Source):
         self.unread = model.unread
         self.loss_scaler = plain_scaler(self._ranks[0])
         self.clip_grad = self._ranks[0].get("clip_grad", model.clip_grad())
-        self._place: dict[str, list[_Stored]] = {}
-        self._momenta: dict[str, list[_Stored]] = {}  # where Muon's lie elsewhere
         self._flat: dict[str, list[list[torch.Tensor | None]]] = {}  # [state][rank][flat group]
         self._group_of_flat = self._read_groups()
         self._read_states()
-        self._lay_out()
+        whole = {
+            flat
+            for flat, group in enumerate(self._group_of_flat)
+            if self.groups[group].get("use_muon") and self.states == STATES and not self._offloaded
+        }
+        placed = Placement(self._paths, self._ranks, model, self._flat, stage=self.stage, robin=self._robin)
+        self._place, self._momenta = placed.lay_out(whole)
         self._describe()
         self._check_weights()
 
@@ -192,104 +187,6 @@ class ZeroSource(Source):
             counted = "step" in states[0][flat] or not states[0][flat]  # some optimizers count in the group instead
             step = steps[0][flat] if counted else int(self.groups[self._group_of_flat[flat]].get("step", 0))
             self._steps.update(dict.fromkeys(shapes, step))
-
-    # --- where elements lie ------------------------------------------------------------------------------------
-
-    def _lay_out(self) -> None:
-        for flat, shapes in enumerate(self._model.shapes):
-            names, numels = list(shapes), [math.prod(s) for s in shapes.values()]
-            world = len(self._ranks)
-            if self.stage == 3:
-                sub = zero3_sub_group(numels, world, range(len(numels)))
-                pieces, full, short = sub.pieces, sub.numel, [sub.numel] * world
-            else:
-                layout = self._aligned(flat, numels)
-                pieces, full = layout.pieces, layout.partition
-                short = [layout.partition - padding for padding in layout.paddings]
-                if not self._robin:
-                    self._check_order(flat, names, layout)
-                self._momentum(flat, names, layout)
-            for rank in self._world():
-                self._check_sizes(flat, rank, full, short[rank])
-                for param, start, stop, at in pieces[rank]:
-                    self._place.setdefault(names[param], []).append(_Stored(start, stop - start, rank, flat, at))
-
-    def _aligned(self, flat: int, numels: list[int]) -> Zero12Layout:
-        """The layout with the alignments that the file's own paddings and sizes tell (DeepSpeed's parameter_alignment
-        and nccl_start_alignment_factor)."""
-        world = len(self._ranks)
-        gaps = self._ranks[0].get("param_alignment_paddings")
-        alignment = 1
-        if gaps and any(gaps[flat]):
-            fits = [a for a in (4, 8, 2, 16) if list(zero12_layout(numels, world, a).gaps) == list(gaps[flat])]
-            if not fits:
-                raise InvalidCheckpoint(
-                    f"{self._paths[0]}: its param_alignment_paddings fit no alignment of the parameters"
-                )
-            alignment = fits[0]
-        master = self._flat["fp32"][0][flat]
-        paddings = self._ranks[0].get("group_paddings")
-        found = master.numel() if isinstance(master, torch.Tensor) else 0
-        full = {found, found + int(paddings[flat]) if paddings else found}  # BF16_Optimizer's is with the padding
-        for start in NCCL_START_ALIGNMENTS:
-            layout = zero12_layout(numels, world, alignment, start)
-            if layout.partition in full:
-                return layout
-        return zero12_layout(numels, world, alignment)
-
-    def _momentum(self, flat: int, names: list[str], layout: Zero12Layout) -> None:
-        """Where Muon's momentum lies at stages 1 and 2: not cut as the weights are, for its update needs matrices.
-
-        A rank holds that of every parameter of which it owns any part, whole and without gaps, in the order of the
-        group (offloaded to the CPU, it is cut like the rest). Taken out of the states that are checked by partition.
-        """
-        if self.states != STATES or not self.groups[self._group_of_flat[flat]].get("use_muon") or self._offloaded:
-            return
-        for rank in self._world():
-            buffer = self._flat["exp_avg"][rank][flat]
-            owned = [piece.param for piece in layout.pieces[rank]]
-            want = sum(layout.numels[i] for i in owned)
-            if buffer is None:
-                continue
-            if not isinstance(buffer, torch.Tensor) or buffer.numel() < want:
-                raise InvalidCheckpoint(
-                    f"{self._paths[rank]}: the momentum of optimizer group {flat} is shorter than the {want} elements "
-                    "of the parameters that the rank owns parts of: files of different checkpoints are mixed."
-                )
-            at = 0
-            for i in owned:
-                self._momenta.setdefault(names[i], [_Stored(0, layout.numels[i], rank, flat, at)])
-                at += layout.numels[i]
-
-    def _check_order(self, flat: int, names: list[str], layout: Zero12Layout) -> None:
-        """The file's own list of pieces is what the layout says."""
-        for rank in self._world():
-            mappings = self._ranks[rank].get("param_slice_mappings")
-            if not mappings:
-                continue
-            said = {n: (piece["start"], piece["numel"]) for n, piece in mappings[flat].items()}
-            computed = {names[i]: (at, stop - start) for i, start, stop, at in layout.pieces[rank]}
-            if said != computed:
-                odd = next(n for n in [*computed, *said] if said.get(n) != computed.get(n))
-                raise InvalidCheckpoint(
-                    f"{self._paths[rank]}: '{odd}' lies at (start, length) {said.get(odd)} by the file, at "
-                    f"{computed.get(odd)} by the order of parameters in {self._model.paths[0].name}: files of "
-                    "different checkpoints are mixed, or it was saved with round_robin_gradients."
-                )
-
-    def _check_sizes(self, flat: int, rank: int, full: int, short: int) -> None:
-        elsewhere = {stored[0].flat for stored in self._momenta.values()}
-        for state, flats in self._flat.items():
-            tensor = flats[rank][flat]
-            if state != "fp32" and (tensor is None or (flat in elsewhere and state == "exp_avg")):
-                continue
-            found = tensor.numel() if isinstance(tensor, torch.Tensor) else None
-            if found not in (full, short):
-                raise InvalidCheckpoint(
-                    f"{self._paths[rank]}: flat group {flat} holds {found} elements of {state}, the parameters in "
-                    f"{self._model.paths[0].name} need {full} on each of {len(self._ranks)} ranks: files of different "
-                    "checkpoints are mixed, or the save was cut short."
-                )
 
     def _describe(self) -> None:
         def dtype(name: str) -> torch.dtype:
