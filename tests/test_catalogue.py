@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +46,12 @@ def test_what_must_be_given_has_no_default(capsys: pytest.CaptureFixture[str]) -
 def test_no_operator_of_that_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["operators", "lemmon"]) == 2
     assert "did you mean 'lemon'" in capsys.readouterr().err
+
+
+def test_the_documented_policies_are_those_of_the_operators() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "operators.md").read_text("utf-8")
+    rows = {line.split("|")[1].strip(): line.split("|")[3] for line in page.splitlines() if line.count("|") == 4}
+    known = {o.name: o for kind in ("depth", "width") for o in OPERATORS[kind].values()}
+    for policy in ("asymmetric", "reset"):
+        named = [name for name in re.findall(r"`([a-z_]+)`", rows[policy]) if name in known]
+        assert named and {known[name].moments for name in named} == {policy}

@@ -58,7 +58,7 @@ def lemon(pair: Pair) -> Width:
     paper="Gesmundo and Maile, Composable Function-preserving Expansions, 2023",
     keeps="the function",
     needs="RMSNorm inside the branches to grow the hidden size; any model for the rest",
-    moments="carried",
+    moments="asymmetric",
     head_size=True,
 )
 def gesmundo(pair: Pair) -> Width:

@@ -65,7 +65,9 @@ def aki(pair: Pair, *, choice: Choice = "balanced", source: Literal["above", "be
     )
 
 
-@operator("width", "direct", paper=f"{_PAPER}: DirectCopy", keeps="nothing exactly", moments="carried", head_size=True)
+@operator(
+    "width", "direct", paper=f"{_PAPER}: DirectCopy", keeps="nothing exactly", moments="asymmetric", head_size=True
+)
 def direct(pair: Pair) -> Width:
     """The source in a corner of every tensor; the entries around it are drawn at random."""
     reasons = (f"direct: entries outside the source's corner are drawn at random on {', '.join(pair.grown)}",)
