@@ -33,4 +33,4 @@ def __dir__() -> list[str]:
 
 
 def _names() -> list[str]:
-    return [name for kind in KINDS for name in OPERATORS[kind]]
+    return sorted({name for kind in KINDS for name in OPERATORS[kind]})

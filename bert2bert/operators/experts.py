@@ -37,7 +37,9 @@ class Shards:
 def chosen(pair: Pair, source: bool = False) -> int:
     """How many experts a token has, in the target or the source. Raises InvalidConfig."""
     config, experts = (pair.source, pair.small["experts"]) if source else (pair.target, pair.large["experts"])
-    top = int(config.get(_TOP) or pair.table.must_agree[_TOP])
+    top = config.get(_TOP, pair.table.must_agree[_TOP])
+    if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+        raise InvalidConfig(f"model config: {_TOP} is {top!r}; a positive integer is expected")
     if top > experts:
         raise InvalidConfig(f"model config: {_TOP}={top} of {experts} experts; choose at most {experts}")
     return top

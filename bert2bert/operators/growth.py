@@ -76,7 +76,7 @@ def plan_growth(
         _alone(operator, depth, moments)
     layers = _layers(pair, depth)
     noise = made.noise or None
-    if breaker:
+    if breaker is not None:
         broken, broken_options = parse_operator(breaker, "breaker")
         if not operator.copies:
             raise UnsupportedGrowth(
@@ -84,6 +84,10 @@ def plan_growth(
                 f"so there is no symmetry to break; leave the option out, or use --width fpi or aki"
             )
         result = broken.make(pair, made, **broken_options)
+        if noise and not isinstance(result, Width):
+            raise InvalidConfig(
+                f"--break-symmetry {breaker} with --width {width}, which has noise already; leave one of them out"
+            )
         made, noise = (result, noise) if isinstance(result, Width) else (made, result)
     for kind, text in extra.items():
         if text is not None:
@@ -225,10 +229,11 @@ def pair_of(
     small, large = table.axis_sizes(source), table.axis_sizes(target)
     for whose, config, layers in (("source", source, small["layers"]), ("target", target, large["layers"])):
         kinds = config.get(table.kinds) if table.kinds else None
-        if kinds is not None and len(kinds) != layers:
+        many = len(kinds) if isinstance(kinds, list) else 0
+        if kinds is not None and many != layers:
             raise InvalidConfig(
-                f"{whose} config: {table.kinds} tells the kinds of {len(kinds)} layers, and there are {layers}; list "
-                f"one kind a layer, or leave {table.kinds} out"
+                f"{whose} config: {table.kinds} tells the kinds of {many} layers, and there are {layers}; list one "
+                f"kind a layer, or leave {table.kinds} out"
             )
     derived = {axis for axis in ("qk", "v") if table.key(axis) == table.key("embed")}
     for axis in table.sizes:

@@ -114,8 +114,8 @@ def plan_shrink(
     from bert2bert.operators.growth import plan_growth  # which comes here for operators that shrink
 
     texts: dict[str, Any] = _inverted(source, target, {"width": width, "depth": depth})
-    if breaker or moments in ("exact", "asymmetric"):
-        what = f"--break-symmetry {breaker}" if breaker else f"--moments {moments}"
+    if breaker is not None or moments in ("exact", "asymmetric"):
+        what = f"--break-symmetry {breaker}" if breaker is not None else f"--moments {moments}"
         raise UnsupportedGrowth(
             f"{what}: a smaller model has no copies and no fresh entries, and its moments are sums; "
             f"leave the option out, or use --moments reset"

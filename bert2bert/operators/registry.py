@@ -105,8 +105,14 @@ def parse_operator(text: str, kind: str) -> tuple[Operator, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if key not in allowed or not equals:
             hint = did_you_mean(key, allowed) if allowed else f"{name} takes no options"
+            hint = f"give {key} a value" if key in allowed else hint
             raise InvalidConfig(f"{flag} {text}: option {item!r} is not of the form key=value with a known key; {hint}")
+        if key in options:
+            raise InvalidConfig(f"{flag} {text}: the option {key} is there twice; leave one of them out")
         options[key] = _convert(f"{flag} {text}: {key}", value, allowed[key][0])
+    for key, (_, default) in allowed.items():
+        if default is None and key not in options:
+            raise InvalidConfig(f"{flag} {text}: {key} is not given, and has no default; say {name}:{key}=…")
     return known[name], options
 
 
@@ -121,7 +127,7 @@ def _convert(what: str, value: str, kind: Any) -> Any:
         number = kind(value)
     except ValueError:
         number = 0
-    if not number > 0:
+    if not 0 < number < float("inf"):
         noun = "number" if kind is float else "whole number"
         raise InvalidConfig(f"{what} is {value!r}; a positive {noun} is expected")
     return number

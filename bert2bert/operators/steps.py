@@ -61,7 +61,13 @@ class Growth:
         if self.to is not None:
             return dict(self.to)
         table = table_for(source)
-        sizes = self._factored(table, source) | dict(self.sizes)
+        sizes = self._factored(table, source)
+        if twice := sizes.keys() & self.sizes.keys():
+            raise InvalidConfig(
+                f"{', '.join(self.operators.values())}: a factor of {self.factor:g} and {', '.join(sorted(twice))} "
+                f"are both given; leave one of them out"
+            )
+        sizes |= self.sizes
         for axis in sizes:
             if axis in table.sizes and (kind := _kind(table, axis)) not in self.operators:
                 raise InvalidConfig(
@@ -184,7 +190,7 @@ def named(name: str, size: float | Config = 1.0, /, *, seed: int = 0, breaker: s
         parse_operator(operators[kind], kind)
     to = size if isinstance(size, Mapping) else None
     factor = 1.0 if isinstance(size, Mapping) else float(size)
-    if not factor > 0:
+    if not 0 < factor < float("inf"):
         raise InvalidConfig(f"{name}({size!r}): a positive factor is expected")
     if any(one.shrinks for one in found.values()):
         factor = 1.0 / factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bert2bert.errors import UnsupportedGrowth, did_you_mean
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth, did_you_mean
 from bert2bert.tables.base import Parameter, Table
 from bert2bert.tables.bert import BERT
 from bert2bert.tables.gpt2 import GPT2
@@ -38,9 +38,11 @@ __all__ = ["TABLES", "Parameter", "Table", "table_for"]
 
 
 def table_for(config: Mapping[str, Any]) -> Table:
-    """The table of a Hugging Face config. Raises UnsupportedGrowth for an architecture without one."""
-    kind = config.get("model_type")
-    if kind not in TABLES:
+    """The table of a Hugging Face config. Raises UnsupportedGrowth for an architecture without one, InvalidConfig."""
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if classes is not None and not isinstance(classes, list):
+        raise InvalidConfig(f"model config: architectures is {classes!r}; a list of class names is expected")
+    if not isinstance(kind, str) or kind not in TABLES:
         raise UnsupportedGrowth(
             f"model_type {kind!r} of the config has no table; {did_you_mean(str(kind), TABLES)}\n"
             f"Only these architectures can be grown by this version."

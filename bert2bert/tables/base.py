@@ -206,7 +206,9 @@ class Table:
 
     def std(self, pattern: str, config: Mapping[str, Any]) -> float:
         """The standard deviation with which transformers draws a fresh weight of this row."""
-        sizes, base = self.axis_sizes(config), float(config.get("initializer_range", 0.02))
+        sizes, base = self.axis_sizes(config), config.get("initializer_range", 0.02)
+        if not isinstance(base, (int, float)):
+            raise InvalidConfig(f"model config: initializer_range is {base!r}; a number is expected")
         for end, product in self.stds.items():
             if pattern.endswith(end):
                 terms = product.split()
@@ -231,13 +233,10 @@ class Table:
         """The kind of a layer under a config; layers of one kind are interchangeable. Raises InvalidConfig."""
         kinds = config.get(self.kinds) if self.kinds else None
         if kinds is None:
-            every = config.get(self.every[0], self.every[1]) if self.kinds else 0
+            every = config.get(*self.every)
+            if self.every[0] and not (isinstance(every, int) and every > 0):
+                raise InvalidConfig(f"model config: {self.every[0]} is {every!r}; a positive integer is expected")
             return "" if not every else "sliding_attention" if layer % every else "full_attention"
-        if layer >= len(kinds):
-            raise InvalidConfig(
-                f"model config: {self.kinds} tells the kinds of {len(kinds)} layers, and there is a layer {layer}; "
-                f"list one kind a layer, or leave {self.kinds} out"
-            )
         return str(kinds[layer])
 
     def later(self, depth: str) -> tuple[str, ...]:

@@ -117,6 +117,7 @@ REFUSALS = [
     (dict(hidden=16, heads=4), {"width": "fpo"}, "did you mean 'fpi'"),
     (dict(hidden=16, heads=4), {"depth": "stak"}, "did you mean 'stack'"),
     (dict(hidden=16, heads=4), {"breaker": "noize"}, "did you mean 'noise'"),
+    (dict(hidden=16, heads=4), {"breaker": ""}, "'': unknown operator"),
     (dict(hidden=16, heads=4), {"width": "direct", "breaker": "noise"}, "makes no even copies"),
 ]
 
@@ -135,6 +136,10 @@ def test_refusals(sizes: dict, how: dict, text: str) -> None:
         ({"width": "direct:choice=left"}, "takes no options"),
         ({"breaker": "noise:scale=0"}, "positive number"),
         ({"breaker": "noise:scale=x"}, "positive number"),
+        ({"breaker": "noise:scale=inf"}, "positive number"),
+        ({"breaker": "noise", "width": "hyperclone:noise=0.1"}, "which has noise already"),
+        ({"width": "fpi:choice"}, "give choice a value"),
+        ({"width": "fpi:choice=left,choice=random"}, "choice is there twice"),
     ],
 )
 def test_bad_options(how: dict, text: str) -> None:

@@ -131,3 +131,25 @@ def test_kinds_of_another_number_of_layers_are_refused(width: str) -> None:
     config = tiny.config_of("qwen3")
     with pytest.raises(InvalidConfig, match="target config: layer_types tells the kinds of 3 layers, and there are 5"):
         plan_growth(config, config | {"num_hidden_layers": 5}, width=width)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "how"),
+    [
+        ("modernbert", {"layer_types": 3}, {}),
+        ("modernbert", {"layer_types": None, "global_attn_every_n_layers": 0}, {}),
+        ("modernbert", {"rope_parameters": {"full_attention": 3}}, {}),
+        ("bert", {"initializer_range": None, "num_hidden_layers": 4}, {"depth": "random"}),
+        ("mixtral", {"num_experts_per_tok": "2", "num_local_experts": 10}, {"experts": "duplicate"}),
+        ("mixtral", {"num_experts_per_tok": 0, "num_local_experts": 10}, {"experts": "duplicate"}),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(name: str, changes: dict[str, Any], how: dict[str, Any]) -> None:
+    """By key, and with what is expected."""
+    config = tiny.config_of(name)
+    key = next(iter(changes)) if len(changes) == 1 or how else "global_attn_every_n_layers"
+    wanted = "full_attention" if key == "rope_parameters" else key
+    with pytest.raises(InvalidConfig, match=wanted):
+        plan_growth(config, config | changes, **how)
+    with pytest.raises(InvalidConfig, match="architectures is 3"):
+        plan_growth(config | {"architectures": 3}, config)
