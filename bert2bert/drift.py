@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Drift:
     """How far two models are apart on the same tokens. loss: nats a prediction, source and grown;
     logits_relative: |grown - source| / |source| in the Euclidean norm; agreement: share of equal best guesses.
-    Of a grown vocabulary, the tokens that the source knows. dtype: that both ran in."""
+    Logits are those of the tokens that the source knows; a loss is over all tokens. dtype: that both ran in."""
 
     tokens: int
     predictions: int

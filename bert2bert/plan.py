@@ -168,19 +168,29 @@ class Exactness:
 
     function: why logits change. moments: why the optimizer's moments are not those of the grown network. lossy: the
     reasons among ``function`` by which an operator misses what it promises, so that the user has to accept them.
+    softmax: those by which only probabilities change, for the logits of old tokens stay.
     """
 
     function: tuple[str, ...] = ()
     moments: tuple[str, ...] = ()
     lossy: tuple[str, ...] = ()
+    softmax: tuple[str, ...] = ()
 
     def __add__(self, other: Exactness) -> Exactness:
         def join(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(dict.fromkeys(a + b))
 
         return Exactness(
-            join(self.function, other.function), join(self.moments, other.moments), join(self.lossy, other.lossy)
+            join(self.function, other.function),
+            join(self.moments, other.moments),
+            join(self.lossy, other.lossy),
+            join(self.softmax, other.softmax),
         )
+
+    @property
+    def logits(self) -> bool:
+        """Whether the logits of the source's tokens stay."""
+        return set(self.function) <= set(self.softmax)
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,8 +112,8 @@ def build(
 
 
 def run(model: nn.Module, sample: Sample, what: str, vocab: int) -> tuple[Tensor, Tensor]:
-    """Logits [predictions, vocab] of the first ``vocab`` tokens and their mean cross entropy in nats (a next-sentence
-    head's added, for random labels). what: see `kind`."""
+    """Logits [predictions, vocab] of the first ``vocab`` tokens, and the mean cross entropy over all tokens in nats (a
+    next-sentence head's added, for random labels). what: see `kind`."""
     inputs = {"input_ids": sample.ids}
     if what == "seq2seq":
         config: Any = model.config
@@ -125,12 +125,12 @@ def run(model: nn.Module, sample: Sample, what: str, vocab: int) -> tuple[Tensor
         out = model(**inputs)
     keep = sample.labels != IGNORE
     scores = out.prediction_logits if "prediction_logits" in out else out.logits
-    logits = scores[keep][:, :vocab]
+    logits = scores[keep]
     loss = F.cross_entropy(logits, sample.labels[keep])
     if "seq_relationship_logits" in out:
         pairs = out.seq_relationship_logits
         loss = loss + F.cross_entropy(pairs, torch.arange(len(pairs)) % 2)
-    return logits, loss
+    return logits[:, :vocab], loss
 
 
 def gradients(model: nn.Module, sample: Sample, what: str, vocab: int) -> dict[str, Tensor]:

@@ -110,6 +110,29 @@ def test_what_is_not_promised_is_reported_and_not_judged(tmp_path: Path) -> None
     assert "not promised" in result(report, "logits")[1] and "not promised" in result(report, "gradients")[1]
 
 
+@pytest.mark.parametrize("name", ["bert", "llama-tied"])
+def test_old_logits_are_judged_where_the_vocabulary_grows(name: str, tmp_path: Path) -> None:
+    """They are promised though the loss is not; so a changed embedding of an old token fails."""
+    save(tmp_path / "small", name)
+    config = target(tmp_path / "big.json", name, vocab_size=34)
+    grow(tmp_path / "small", tmp_path / "big", config, vocab="mean", form="hub", say=silent)
+    report = verify(tmp_path / "small", tmp_path / "big")
+    assert report["ok"] and "at most" in result(report, "logits")[1], render(report)
+    assert "new tokens enter the softmax" in result(report, "loss")[1]
+    assert abs(report["drift"]["loss_source"] - report["drift"]["loss_grown"]) > 1e-3
+    file = tmp_path / "big" / "model.safetensors"
+    kept = load_file(file)
+    (words,) = (n for n in kept if n.endswith(("word_embeddings.weight", "embed_tokens.weight")))
+    content = bytearray(file.read_bytes())
+    at = content.find(kept[words].numpy().tobytes())
+    kept[words][20] += 1
+    content[at : at + kept[words].nbytes] = kept[words].numpy().tobytes()
+    file.write_bytes(content)
+    assert [c["name"] for c in verify(tmp_path / "small", tmp_path / "big")["checks"] if not c["ok"]] == [
+        "weights", "logits",
+    ]  # fmt: skip
+
+
 def test_sixteen_bit_files_are_compared_at_their_precision(tmp_path: Path) -> None:
     save(tmp_path / "small", "t5", torch.bfloat16)
     grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "t5"), form="hub", say=silent)

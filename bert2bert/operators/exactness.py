@@ -60,7 +60,7 @@ def exactness(pair: Pair, width: Width, layers: Mapping[str, Sequence[Layer]], b
             )
     if function and not moments:
         moments.append("the function changes, so moments are carried over by the same maps, a heuristic")
-    return Exactness(tuple(function), tuple(moments), tuple(lossy))
+    return Exactness(tuple(function), tuple(moments), tuple(lossy), width.softmax)
 
 
 def _depth(pair: Pair, axis: str, rows: Sequence[Layer], build: Builder) -> list[str]:

@@ -63,7 +63,8 @@ class Width:
     kept: moments of old entries are kept as they are. noise: scale of null-space noise, as --break-symmetry noise has.
     eps: factor on the norms' epsilon. averaged: a norm is exact though features have unequally many copies.
     std: factors on the standard deviation of fresh entries by axis ('~' in front where read); under '' what takes the
-    place of the config's own. function, moments: reasons why those are not kept. notes: advice to print.
+    place of the config's own. function, moments: reasons why those are not kept; softmax: those of ``function`` by
+    which only probabilities change. notes: advice to print.
     given: rows of new tokens by tensor, in the source's coordinates. said: the operator and its options as a recipe
     stores them, '' = as they were given.
     terms: makes all terms of a tensor, which are summed, in place of the maps and of the depth operator too; its first
@@ -82,6 +83,7 @@ class Width:
     averaged: bool = False
     std: Mapping[str, float] = field(default_factory=dict)
     function: tuple[str, ...] = ()
+    softmax: tuple[str, ...] = ()
     moments: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     given: Mapping[str, NDArray[Any]] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class Width:
             blank=self.blank | other.blank,
             given={**self.given, **other.given},
             function=self.function + other.function,
+            softmax=self.softmax + other.softmax,
             moments=self.moments + other.moments,
             notes=self.notes + other.notes,
         )

@@ -30,7 +30,7 @@ def _tokens(pair: Pair, name: str, gather: Gather, *moments: str, **more: Any) -
         f"loss change",
     ) * ("mlm" in pair.heads)
     notes = (f"a tokenizer is copied as it is: give it tokens {old} to {new - 1} before training on them",)
-    return Width(name, {"vocab": gather}, function=function, moments=moments, notes=notes, **more)
+    return Width(name, {"vocab": gather}, function=function, softmax=function, moments=moments, notes=notes, **more)
 
 
 def _mean(pair: Pair) -> Gather:
