@@ -39,9 +39,7 @@ class Builder:
         self.table, self.small, self.large = pair.table, pair.small, pair.large
         self.patterns = {p.pattern for p in originals.values()}
         self.single = {r.name for r in self.table.rows if not r.has(1)} - {r.name for r in self.table.rows if r.has(1)}
-        rows = [r for r in self.table.rows if r.depth and r.name.endswith("{weight,bias}")]
-        writers = [r for r in rows if any(a.axis == "embed" and not a.reads for a in _atoms(r.spec))]
-        self.output_biases = {r.name.replace("{weight,bias}", "bias") for r in writers}
+        self.output_biases = pair.output_biases
 
     def tensor(self, p: Parameter) -> TensorPlan:
         """The plan of one target tensor."""

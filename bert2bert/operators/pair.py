@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bert2bert.axes import axes_of, read_axes
 from bert2bert.maps import Gather
 from bert2bert.plan import Term
 from bert2bert.tables import Parameter, Table
@@ -37,6 +38,13 @@ class Pair:
         """The axes whose size changes and that a width operator maps, in the table's order."""
         other = {*TOKENS, "experts", *self.table.depth, *self.table.follows}
         return tuple(a for a in self.table.sizes if a not in other and self.small[a] != self.large[a])
+
+    @property
+    def output_biases(self) -> frozenset[str]:
+        """The patterns of the biases, among those that stand with their weight, of what writes the residual stream."""
+        rows = [r for r in self.table.rows if r.depth and r.name.endswith("{weight,bias}")]
+        writers = [r.name for r in rows if "embed" in axes_of(r.spec) - read_axes(r.spec)]
+        return frozenset(name.replace("{weight,bias}", "bias") for name in writers)
 
     @property
     def layers(self) -> int:

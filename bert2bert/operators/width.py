@@ -53,7 +53,8 @@ def aki(pair: Pair, *, choice: Choice = "balanced", source: Literal["above", "be
     """
     maps = fpi(pair, choice=choice).maps
     where = "above" if source == "above" else "below"
-    units = [a for a in (*pair.table.units, "embed") if a in pair.grown]
+    stream = ("embed",) * bool(pair.output_biases)  # hidden entries are borrowed in these biases alone
+    units = [a for a in (*pair.table.units, *stream) if a in pair.grown]
     if not units or pair.layers == 1:
         return Width("aki", maps)
     return Width(

@@ -243,3 +243,14 @@ def test_maps_of_larger_heads_are_left_inverses() -> None:
     dim = grown.plan.tensors[name].terms[0].dims[0]
     gain, share = (np.ones(14) if c is None else c for c in (dim.param, dim.grad))
     assert np.allclose(np.bincount(dim.index, weights=gain * share), 1.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "qwen3_moe"])
+def test_aki_borrows_hidden_entries_in_output_biases_alone(name: str) -> None:
+    """Where there are none and no unit grows, its hidden features are plain copies, and it says so."""
+    table = table_for(tiny.config_of(name))
+    sizes = table.axis_sizes(tiny.config_of(name))
+    grown = grow(name, {"embed": 2 * sizes["embed"], **{axis: sizes[axis] for axis in table.units}}, width="aki")
+    assert_same_logits(grown)
+    assert_gradient_rule(grown)
+    assert any("stay identical for ever" in text for text in grown.plan.warnings)
