@@ -45,7 +45,7 @@ class Sample:
     labels: Tensor
 
 
-class _Double(TorchFunctionMode):
+class Double(TorchFunctionMode):
     """Every cast to float32 becomes one to float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -121,7 +121,7 @@ def run(model: nn.Module, sample: Sample, what: str, vocab: int) -> tuple[Tensor
         start = next((token for token in starts if token is not None), 0)
         inputs["decoder_input_ids"] = F.pad(sample.labels[:, :-1], (1, 0), value=start)
     double = next(model.parameters()).dtype == torch.float64
-    with _Double() if double else nullcontext():
+    with Double() if double else nullcontext():
         out = model(**inputs)
     keep = sample.labels != IGNORE
     scores = out.prediction_logits if "prediction_logits" in out else out.logits

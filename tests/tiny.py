@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch.overrides import TorchFunctionMode
 
+from bert2bert.reference import Double
 from bert2bert.tables import table_for
 
 TOKENS = range(2, 23)  # below every vocabulary, so that a grown or shrunk model reads the same ids; 0 and 1 may pad
@@ -96,21 +96,11 @@ def config_of(name: str, **changes: Any) -> dict[str, Any]:
     return {key: 0.0 if "drop" in key and isinstance(value, float) else value for key, value in config.items()}
 
 
-class _Double(TorchFunctionMode):
-    """Every cast to float32 becomes one to float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        double = [torch.float64 if a is torch.float32 else a for a in args]
-        return func(*double, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
-
-
 @lru_cache
 def _doubled(cls: type) -> Any:
     @wraps(cls.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _Double():
+        with Double():
             return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
