@@ -3,7 +3,7 @@
 A BERT runs one layer at a time in float64, so that no whole model is in memory; other families, and gradients, run on
 transformers' models, in float64 where that fits and else in float32.
 
-Refuses what `sample` and `reference` refuse.
+Refuses what `sample` and `reference` refuse, and models with fewer positions than the source (`InvalidConfig`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from bert2bert import reference
 from bert2bert.checkpoint_model import CheckpointModel
+from bert2bert.errors import InvalidConfig
 from bert2bert.model.batch import IGNORE
 from bert2bert.model.config import ACTIVATIONS, BertConfig
 from bert2bert.model.streaming import streamed_forward
 from bert2bert.plan import GrowthPlan
 from bert2bert.realise import Read, values
 from bert2bert.reference import Fetch
-from bert2bert.sample import Tokens, draw, draw_batch
+from bert2bert.sample import Tokens, draw, draw_batch, positions
 from bert2bert.tables import table_for
 
 if TYPE_CHECKING:
@@ -90,6 +91,12 @@ def whole(model: CheckpointModel, state: str = "fp32") -> Fetch:
 
 def compare(model: CheckpointModel, grown: Fetch, config: Mapping[str, Any], tokens: Tokens) -> Drift:
     """A source against the model that ``grown`` fills, which has the source's heads."""
+    rows, table = positions(model), table_for(config)
+    if "pos" in table.sizes and (theirs := table.axis_sizes(config)["pos"] - table.first_position) < rows:
+        raise InvalidConfig(
+            f"a {table.model_type} of {theirs} positions cannot read what the source, a {model.table.model_type} of "
+            f"{rows}, reads: no growth of this source made it; give a checkpoint that was grown from it"
+        )
     sizes, vocab = [size(model, c) for c in (model.config, config)], _vocab(model.config, config)
     if streams(model) and streams(model, config):
         dtype, sample = torch.float64, draw_batch(model, vocab, tokens, max(sizes))

@@ -186,6 +186,13 @@ def test_a_model_too_large_for_memory_is_refused_and_can_be_left_out(
     assert "not compared: the gradients of both models takes" in result(report, "gradients")[1]
 
 
+def test_a_model_that_no_growth_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("llama", "gpt2"):
+        save(tmp_path / name, name)
+    assert cli.main(["verify", str(tmp_path / "llama"), str(tmp_path / "gpt2")]) == 2
+    assert "a gpt2 of 10 positions cannot read what the source, a llama of 16, reads" in capsys.readouterr().err
+
+
 def test_without_transformers_only_a_bert_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("bert", "gpt2"):
         save(tmp_path / name, name)

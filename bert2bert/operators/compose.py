@@ -84,7 +84,7 @@ def interpolate(a: GrowthPlan, b: GrowthPlan, alpha: float) -> GrowthPlan:
         {"interpolate": [a.recipe, b.recipe], "alpha": alpha},
         kept,
         used[0].moments if len(parts) == 1 else "carried",
-        tuple(dict.fromkeys(w for p in used for w in p.warnings)),
+        tuple(w for w in used[0].warnings if all(w in p.warnings for p in used)),  # one's copies part the other's
         tuple(dict.fromkeys(n for p in used for n in p.notes)),
         (a, b),
     )

@@ -335,6 +335,8 @@ def test_what_an_interpolation_keeps(cycle: tuple[GrowthPlan, GrowthPlan, list[S
     assert interpolate(a, b, 0.0).exactness.function == () and interpolate(a, b, 0.0).moments == "exact"
     half = interpolate(a, b, 0.5)
     assert half.moments == "carried" and "0.5 of one model" in half.exactness.function[-1]
+    assert any("stay identical" in w for w in interpolate(a, b, 1.0).warnings)
+    assert not half.warnings  # one model's copies are told apart by the other
     digests = {interpolate(a, b, alpha).digest() for alpha in (0.0, 0.25, 0.5, 1.0)}
     assert len(digests) == 4
     with pytest.raises(InvalidConfig, match=r"alpha is 1\.5; expected"):
