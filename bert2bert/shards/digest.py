@@ -35,7 +35,7 @@ def digest(flat: torch.Tensor, start: int = 0) -> int:
     sign = -(1 << (8 * flat.element_size() - 1))  # the bits of -0.0, as a signed integer
     total = 0
     for at in range(0, flat.numel(), _CHUNK):
-        bits = flat[at : at + _CHUNK].view(kind).to(torch.int64)
+        bits = flat[at : at + _CHUNK].view(kind).to(torch.int64, copy=True)  # it is changed in place below
         if flat.is_floating_point() and flat.element_size() > 1:
             bits = bits.masked_fill(bits == sign, 0)
         bits.bitwise_and_(mask).add_(1)

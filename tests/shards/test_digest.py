@@ -49,3 +49,10 @@ def test_negative_zero_is_zero_and_any_change_shows() -> None:
 def test_hex_is_sixteen_digits() -> None:
     assert hex16(255) == "00000000000000ff"
     assert digest(torch.empty(0)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_digested_stays_as_it_is(dtype: torch.dtype) -> None:
+    tensor = torch.arange(5).to(dtype)
+    assert digest(tensor) == digest(tensor.clone())
+    assert torch.equal(tensor, torch.arange(5).to(dtype))
