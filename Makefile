@@ -1,11 +1,12 @@
 # A fresh machine needs python3 (3.11 or newer), make and network access for pip; no compiler.
 #   make demo              the whole path on the embedded corpus, 2 ranks on the CPU; ARGS=--clean starts it again
-#   make test              the test-suite; ARGS='tests/laws -x' and the like choose from it
+#   make test              the test-suite in JOBS processes (2); ARGS='tests/laws -x' and the like choose from it
 #   make oracles           comparisons with mergekit and a pretrained MiniLM (83 MB), which it installs
 #   make check             ruff and mypy
 #   make venv              only the environment that the others use
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed
 
@@ -20,7 +21,7 @@ demo: $(STAMP)
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python launch/demo.py $(ARGS)
 
 test: $(STAMP)
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest $(ARGS)
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 oracles: $(STAMP)
 	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install -c constraints.txt -e '.[oracles]'

@@ -9,7 +9,7 @@ import torch
 
 from bert2bert.tables import table_for
 from tests import tiny
-from tests.laws.harness import Grown, assert_gradient_rule, assert_same_logits, assert_slices, grow, realised, reader
+from tests.laws.harness import Grown, assert_gradient_rule, assert_same_logits, assert_slices, grow, reader, realised
 
 FAMILIES = sorted(tiny.VARIANTS)
 
