@@ -256,6 +256,8 @@ def learn(
     for name, value in {"steps": steps, "lr": lr, "noise": noise, "rows": rows}.items():
         if not value > 0:
             raise InvalidConfig(f"--{name} is {value}; a positive number is expected")
+    if seed < 0:
+        raise InvalidConfig(f"--seed is {seed}; expected a whole number of at least 0")
     if output.exists():
         raise InvalidConfig(f"{output} is there already; choose another --output, or delete it")
     if device != "cpu" and not torch.cuda.is_available():

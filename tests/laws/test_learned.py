@@ -240,6 +240,8 @@ def test_the_command_on_encoders_and_encoder_decoders(name: str, tmp_path: Path)
     for option in ("steps", "rows", "lr", "noise"):
         with pytest.raises(InvalidConfig, match=f"--{option} is 0"):
             learn(tmp_path / "small", tmp_path / "large.json", tmp_path / "bins", tmp_path / "new", **run | {option: 0})
+    with pytest.raises(InvalidConfig, match="--seed is -1; expected a whole number"):
+        learn(tmp_path / "small", tmp_path / "large.json", tmp_path / "bins", tmp_path / "new", **run | {"seed": -1})
     with pytest.raises(InvalidConfig, match="--length is 2; expected 3 to"):
         learn(tmp_path / "small", tmp_path / "large.json", tmp_path / "bins", tmp_path / "new", **run | {"length": 2})
 
@@ -272,6 +274,8 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedGrowth, match=words):
             plan_of(config, large, file, **how)
     assert plan_of(config, large, file, moments="reset").digest() == plan_of(config, large, file).digest()
+    plan = plan_of(config, large, file)
+    assert plan_of(config, large, file, depth=plan.recipe["depth"]).digest() == plan.digest()  # as verify plans it
     with pytest.raises(UnsupportedGrowth, match=r"was fitted for layers 3 -> 5, this growth is 3 -> 4"):
         plan_of(config, deep(wide(config), 1), file)
     with pytest.raises(UnsupportedGrowth, match=r"embed 8 -> 16, this growth is 8 -> 24"):
