@@ -18,7 +18,7 @@ from bert2bert.options import parser
 
 
 def main(argv: Sequence[str] | None = None, comm: Any = None) -> int:
-    """Run one command. comm: an MPI communicator when every rank calls this alike (``grow`` only)."""
+    """Run one command. comm: an MPI communicator when every rank calls this alike (``grow``, ``reshard``)."""
     args = parser(_RUNS).parse_args(argv)
     workers = getattr(args, "workers", None)
     if comm is None and workers is not None and (workers != 1 or argv is None):
@@ -158,8 +158,7 @@ def _plan(args: argparse.Namespace, comm: Any) -> None:
 def _grow(args: argparse.Namespace, comm: Any) -> None:
     from bert2bert.growth import grow
 
-    if comm is not None and args.workers not in (1, comm.Get_size()):
-        raise InvalidConfig(f"--workers {args.workers}: the launcher has started {comm.Get_size()} ranks; leave it out")
+    _check_workers(args, comm)
     grow(
         args.source,
         args.target,
@@ -176,6 +175,30 @@ def _grow(args: argparse.Namespace, comm: Any) -> None:
         comm=comm,
         **_how(args),
     )
+
+
+def _reshard(args: argparse.Namespace, comm: Any) -> None:
+    from bert2bert.reshard import reshard
+
+    _check_workers(args, comm)
+    reshard(
+        args.source,
+        args.target,
+        form=args.format,
+        stage=args.stage,
+        world_size=args.world_size,
+        precision=args.precision,
+        layout=args.groups,
+        shard_size=args.shard_size,
+        source_config=args.source_config,
+        tag=args.tag,
+        comm=comm,
+    )
+
+
+def _check_workers(args: argparse.Namespace, comm: Any) -> None:
+    if comm is not None and args.workers not in (1, comm.Get_size()):
+        raise InvalidConfig(f"--workers {args.workers}: the launcher has started {comm.Get_size()} ranks; leave it out")
 
 
 def _learn(args: argparse.Namespace, comm: Any) -> None:
@@ -222,6 +245,7 @@ _RUNS = {
     "operators": _operators,
     "plan": _plan,
     "grow": _grow,
+    "reshard": _reshard,
     "learn": _learn,
     "verify": _verify,
     "report": _report,

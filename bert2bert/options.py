@@ -29,7 +29,8 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="bert2bert",
         description="Grow a small model's checkpoint, shards and optimizer state included, and pre-train the result.",
-        epilog="Training: deepspeed launch/pretrain.py --help. Over MPI ranks: mpirun -n 4 python launch/grow.py …",
+        epilog="Training: deepspeed launch/pretrain.py --help. Over MPI ranks: mpirun -n 4 python launch/grow.py …, or "
+        "launch/reshard.py …",
         formatter_class=_Help,
     )
     top.add_argument("--version", action="version", version=__version__)
@@ -106,6 +107,34 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
             help="Adam's, in place of the operator's policy: by the same maps, all zero at step 0, zero where fresh",
         )
 
+    def target_options(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "--format",
+            choices=("universal", "zero", "hub"),
+            default="universal",
+            help="universal (default): any ZeRO stage and world size; zero: native shards; hub: weights only",
+        )
+        p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage of --format zero")
+        p.add_argument(
+            "--world-size", type=int, metavar="N", help="data-parallel ranks of --format zero (stage 0: any)"
+        )
+        p.add_argument(
+            "--precision", choices=("fp32", "bf16", "fp16"), help="of the target run (default: the source's)"
+        )
+        p.add_argument(
+            "--groups",
+            choices=("layers", "decay", "single", "source"),
+            help="optimizer groups: per layer (ours), decay/no-decay, one, the source's (default: as found)",
+        )
+        p.add_argument("--shard-size", metavar="SIZE", help="largest weights file of --format hub (default: 5GB)")
+        p.add_argument(
+            "--workers",
+            type=int,
+            default=1,
+            metavar="N",
+            help="processes that share the work, without MPI (default: 1)",
+        )
+
     p = command(
         "operators",
         "List the growth operators: paper, what each preserves, what it needs. With a name: formula and options.",
@@ -132,27 +161,24 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     p.add_argument("source", type=Path, help=_SOURCE)
     p.add_argument("target", type=Path, help="the folder to write; it must hold no checkpoint yet")
     growth_options(p)
-    p.add_argument(
-        "--format",
-        choices=("universal", "zero", "hub"),
-        default="universal",
-        help="universal (default): any ZeRO stage and world size; zero: native shards; hub: weights only",
-    )
-    p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage of --format zero")
-    p.add_argument("--world-size", type=int, metavar="N", help="data-parallel ranks of --format zero (stage 0: any)")
-    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of the target run (default: the source's)")
-    p.add_argument(
-        "--groups",
-        choices=("layers", "decay", "single", "source"),
-        help="optimizer groups: per layer (ours), decay/no-decay, one, the source's (default: as found)",
-    )
+    target_options(p)
     p.add_argument("--lossy", action="store_true", help="accept a width that cannot keep the function")
     p.add_argument("--bins", type=Path, metavar="DIR", help="measure the change on held-out text, not on random tokens")
-    p.add_argument("--shard-size", metavar="SIZE", help="largest weights file of --format hub (default: 5GB)")
     p.add_argument("--no-measure", action="store_true", help="do not measure how the function changes")
-    p.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that share the work, without MPI (default: 1)"
+
+    p = command(
+        "reshard",
+        "Write a checkpoint of any model anew for another form, ZeRO stage, number of ranks or precision, bit for bit.",
+        "  bert2bert reshard runs/small runs/small8 --format zero --stage 3 --world-size 8\n"
+        "  bert2bert reshard runs/small runs/any --workers 4",
     )
+    p.add_argument("source", type=Path, help=_SOURCE)
+    p.add_argument("target", type=Path, help="the folder to write; it must hold no checkpoint yet")
+    p.add_argument("--tag", help="the source's tag (default: what `latest` names)")
+    p.add_argument(
+        "--source-config", type=Path, metavar="FILE", help="a config to carry along, when the source has none"
+    )
+    target_options(p)
 
     p = command(
         "learn",

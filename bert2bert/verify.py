@@ -4,6 +4,8 @@ The plan is rebuilt from the growth manifest and must have the stored digest; th
 tensor is compared bit for bit. Logits and loss of the files' models are compared on the same tokens, and the gradients
 of a sample with those that the plan makes of the source's, as its moments were made, see `drift`.
 
+A checkpoint that `reshard` wrote is compared with its source bit for bit, and no model is run.
+
 Refuses a grown checkpoint that is not a model of its own config (`InvalidCheckpoint`), and models that do not fit into
 memory (`NoReference`). A check that fails is a result, not an error: it is in the report and in the exit code.
 """
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bert2bert import reshard
 from bert2bert.checkpoint_model import CheckpointModel, open_model
 from bert2bert.drift import Drift, compare, gradient_error, size, streams, whole
 from bert2bert.errors import InvalidConfig
@@ -27,6 +30,7 @@ from bert2bert.planning import Growth, between
 from bert2bert.realise import values
 from bert2bert.reference import NoReference, precision
 from bert2bert.sample import Tokens
+from bert2bert.shards.source import open_source
 from bert2bert.states import MOMENTS
 
 Check = Callable[[str, bool, str], None]
@@ -57,6 +61,8 @@ def verify(
     logits: whether to compare functions and gradients at all; without, no model is run. other: the checkpoint that the
     grown one was interpolated with.
     """
+    if (anew := _anew(source, grown, tag, grown_tag)) is not None:
+        return anew
     model = open_model(source, source_config, tag)
     target = open_model(grown, tag=grown_tag)
     given = Tokens(bins, tokens)
@@ -64,7 +70,7 @@ def verify(
     checks: list[dict[str, Any]] = []
 
     def check(name: str, ok: bool, detail: str) -> None:
-        checks.append({"name": name, "ok": bool(ok), "detail": detail})
+        checks.append(_entry(name, ok, detail))
 
     runs = logits and "mlm" in model.heads and "mlm" in target.heads
     if runs and not streams(model):  # before the hours that reading everything may take
@@ -93,6 +99,23 @@ def verify(
         why = "left out as asked" if not logits else "no language-model head in this checkpoint, so there are none"
         check("logits", True, why)
     return {"ok": all(c["ok"] for c in checks), "checks": checks, "drift": found.as_dict() if found else None}
+
+
+def _anew(source: Path, written: Path, tag: str | None, written_tag: str | None) -> dict[str, Any] | None:
+    """The report on a checkpoint that `reshard` wrote of the source, of any model; None if it is of another."""
+    target = open_source(written, written_tag)
+    if not (target.manifest or {}).get("reshard"):
+        return None
+    whole_source = open_source(source, tag)
+    if not reshard.is_reshard(whole_source, target):
+        return None
+    checks: list[dict[str, Any]] = []
+    reshard.compare(whole_source, target, lambda name, ok, detail: checks.append(_entry(name, ok, detail)))
+    return {"ok": all(c["ok"] for c in checks), "checks": checks, "drift": None}
+
+
+def _entry(name: str, ok: bool, detail: str) -> dict[str, Any]:
+    return {"name": name, "ok": bool(ok), "detail": detail}
 
 
 def _second(other: Path | None, manifest: dict[str, Any]) -> CheckpointModel | None:

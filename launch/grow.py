@@ -35,19 +35,20 @@ def join() -> Any:
     return comm
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], command_name: str = "grow") -> int:
+    """Run one command of bert2bert on every rank that the launcher started."""
     from bert2bert.cli import main as command
     from bert2bert.errors import UserError
 
     if {"-h", "--help"} & set(argv):
-        return command(["grow", *argv])
+        return command([command_name, *argv])
     try:
         comm = join()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        code = command(["grow", *argv], comm=comm)
+        code = command([command_name, *argv], comm=comm)
     except Exception:  # a defect: say where, on the rank that has it
         traceback.print_exc()
         code = 1

@@ -87,9 +87,11 @@ def check_complete(folder: Path) -> dict[str, Any]:
 
 
 def _whole(folder: Path) -> bool:
-    """A growth with all its files. If nothing points at it, its process died after the rename."""
+    """A growth, or a checkpoint written anew, with all its files. If nothing points at it, its process died after the
+    rename."""
     try:
-        return check_complete(folder).get("kind") == "growth"
+        manifest = check_complete(folder)
+        return manifest.get("kind") == "growth" or "reshard" in manifest
     except InvalidCheckpoint:
         return False
 

@@ -112,7 +112,7 @@ def _plan(
     else:
         plans = universal_files(job) if form == "universal" else hub_files(job, max_file_bytes)
     config = hub_config(job.spec) if form == "hub" else job.spec.config
-    extra = {"config.json": json_bytes(config), **job.spec.extra_files}
+    extra = {**({"config.json": json_bytes(config)} if job.spec.config else {}), **job.spec.extra_files}
     return plans + [FilePlan(name, 0, partial(write_bytes, content)) for name, content in extra.items()]
 
 
@@ -194,6 +194,7 @@ def write_checkpoint(
     stage: int | None = None,
     world_size: int | None = None,
     manifest_growth: dict[str, Any] | None,
+    manifest_more: dict[str, Any] | None = None,
     comm: Any = None,
     progress: Callable[[int], None] | None = None,
     sub_group_size: int = SUB_GROUP_SIZE,
@@ -208,6 +209,8 @@ def write_checkpoint(
     ``progress(bytes)``: called on each rank as it writes, with the bytes of tensors that are new.
     ``sub_group_size``: DeepSpeed's option of stage 3. ``max_file_bytes``: where format hub starts another file.
     ``watch``: of the source, asked before the commit. ``say(text)``: told by rank 0 what is resumed, discarded, kept.
+
+    ``manifest_more``: entries of the manifest in place of, or beside, those of a growth.
 
     What a killed or failed call has finished is used again if ``manifest_growth`` names plan and source
     (``plan_digest``, ``source``), and these, the spec and the layout are the same.
@@ -261,7 +264,8 @@ def write_checkpoint(
             watch.check()
         if {name: entry.size for name, entry in entries.items()} != (found := file_sizes(folder.files)):
             raise RuntimeError(f"{folder.files} does not hold the files planned: {entries.keys() ^ found.keys()}")
-        return folder.commit(_manifest(spec, form, stage, world_size, manifest_growth, entries), POINTERS[form])
+        manifest = _manifest(spec, form, stage, world_size, manifest_growth, entries)
+        return folder.commit({**manifest, **(manifest_more or {})}, POINTERS[form])
 
     try:
         plans: list[FilePlan] = together(

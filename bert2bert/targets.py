@@ -1,0 +1,177 @@
+"""What commands that write a checkpoint share: the options of the target's format, and the target's description.
+
+Refuses, as InvalidConfig, options that a format lacks or cannot use; as UnsupportedGrowth, an optimizer whose states
+are not known, where the format keeps them, and groups that join differently trained parameters.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.groups import LAYOUTS, decays, param_groups
+
+if TYPE_CHECKING:
+    from bert2bert.shards.source import Source
+    from bert2bert.shards.writing import TargetSpec
+
+_NO_HYPER = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def check_form(form: str, stage: int | None, world_size: int | None, layout: str | None, shard_size: str | None) -> int:
+    """Refuse options that do not belong to the format (InvalidConfig); bytes of the largest weights file of a hub."""
+    from bert2bert.shards.hub_writer import MAX_FILE_BYTES, file_bytes
+
+    if form == "zero" and (stage is None or (world_size is None and stage)):
+        raise InvalidConfig(
+            "--format zero needs --stage 0|1|2|3 and, but for stage 0, --world-size N: native shards are written for "
+            "one stage and one number of data-parallel ranks.\nThe default --format universal fits any."
+        )
+    if world_size is not None and world_size < 1:
+        raise InvalidConfig(f"--world-size is {world_size}; expected at least 1, the number of data-parallel ranks")
+    if form != "zero" and (stage is not None or world_size is not None):
+        raise InvalidConfig(f"--stage and --world-size belong to --format zero, not to --format {form}; leave them out")
+    if form == "hub" and layout is not None:
+        raise InvalidConfig("--groups: a Hugging Face folder holds no optimizer groups; leave it out")
+    if form != "hub" and shard_size is not None:
+        raise InvalidConfig(f"--shard-size belongs to --format hub, not to --format {form}; leave it out")
+    return MAX_FILE_BYTES if shard_size is None else file_bytes(shard_size)
+
+
+def make_spec(
+    source: Source,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: dict[str, str],
+    config: dict[str, Any],
+    made_of: Mapping[str, Sequence[str]],
+    root: Mapping[str, str | None],
+    reset: set[str],
+    order: Callable[[list[str]], list[str]],
+    form: str,
+    layout: str | None,
+    precision: str,
+) -> TargetSpec:
+    """Everything about the checkpoint to write but its values. Names are those of the files, source's and target's.
+
+    made_of: the source's tensors of which each target tensor is made; root: the one with whose group and step it goes
+    on, if any; reset: tensors whose moments start anew; order: puts the names of the groups that the source has into
+    the order that they are to have; layout: optimizer groups (`groups.LAYOUTS`, "source"), None: as the source's are
+    known to be.
+    """
+    from bert2bert.shards.hub_writer import beside
+    from bert2bert.shards.moments import ADAM
+    from bert2bert.shards.writing import TargetGroup, TargetSpec
+
+    if source.other_states and form != "hub":
+        raise UnsupportedGrowth(
+            f"{source.path}: its optimizer keeps {', '.join(source.other_states)}. How these grow is not known (known "
+            "are the states of Adam, AdamW, LAMB, Lion, Muon, and SGD with momentum).\n"
+            "Take the weights alone with --format hub."
+        )
+
+    def trained(name: str) -> bool:
+        return source.tensors[source.aliases.get(name, name)].trainable
+
+    # Made of frozen ones alone, a tensor is frozen; of others too, it goes on with a trained one's group and step.
+    origins = {name: next(filter(trained, found), root[name]) for name, found in made_of.items()}
+    frozen = [name for name, found in made_of.items() if found and not any(map(trained, found)) and form != "hub"]
+    groups = source.groups or []
+    of_name = {name: i for i, group in enumerate(groups) for name in group["names"]}
+    chosen = layout or known_layout(source) or "source"
+    if form == "hub" or (layout is None and not groups):
+        chosen = "layers"  # there are none to keep
+    elif chosen == "source" and not groups:
+        raise InvalidConfig(f"--groups source: {source.path} holds weights only, and no optimizer groups; leave it out")
+
+    def group_of(name: str) -> int | None:
+        origin = origins[name]
+        return of_name.get(origin) if origin else next(
+            (i for i, g in enumerate(groups) if bool(g.get("weight_decay")) == decays(name)), 0 if groups else None
+        )  # fmt: skip
+
+    def hyper(name: str, decay: bool) -> dict[str, Any]:
+        i = group_of(name)
+        if i is not None:
+            return {k: v for k, v in groups[i].items() if k != "names"}
+        return _NO_HYPER | {"weight_decay": 0.01 if decay else 0.0}
+
+    def step(name: str) -> int:
+        origin = origins[name]
+        if origin is None or name in reset or len(source.states) == 1:
+            return 0  # nothing of the source's optimizer is carried over: a fresh one
+        return source.step(origin)
+
+    def moments(names: tuple[str, ...]) -> dict[str, str]:
+        found: list[dict[str, str]] = []
+        for i in map(group_of, names):
+            kept = source.moments[i] if i is not None and i < len(source.moments) else {}
+            kept = kept or ({"exp_avg": "momentum_buffer"} if i is not None and groups[i].get("use_muon") else ADAM)
+            found += [] if kept in found else [kept]
+        if form == "hub":
+            return dict(ADAM)  # there are none
+        if len(found) > 1:
+            raise UnsupportedGrowth(
+                f"{source.path}: {names[0]} and others of its group ({chosen}) were trained by different optimizers, "
+                "whose states do not mix.\nKeep the groups of the source: --groups source."
+            )
+        return dict(found[0])
+
+    names = [name for name in origins if name not in frozen]
+    if chosen == "source":
+        ordered = order(names)
+        members = [tuple(n for n in ordered if group_of(n) == i) for i in range(len(groups))]
+        members = [
+            tuple(sorted(ns, key=shapes.__getitem__, reverse=True)) if groups[i].get("use_muon") else ns
+            for i, ns in enumerate(members)
+        ]
+        sets = [(f"group.{i}", bool(groups[i].get("weight_decay")), ns) for i, ns in enumerate(members) if ns]
+    else:
+        sets = [(g.part, g.decay, g.names) for g in param_groups(names, chosen)]
+    return TargetSpec(
+        shapes=dict(shapes),
+        aliases=aliases,
+        config=config,
+        # Where a group joins differently trained layers: too few steps would make Adam's first updates too large.
+        groups=tuple(
+            TargetGroup(part, d, ns, hyper(ns[0], d), max(map(step, ns)), moments(ns)) for part, d, ns in sets
+        ),
+        group_layout=chosen,
+        precision=precision,
+        states=source.states if form != "hub" else source.states[:1],
+        counters={k: int(source.counters.get(k) or 0) for k in ("global_steps", "global_samples", "skipped_steps")},
+        lr_scheduler=source.lr_scheduler,
+        loss_scaler=source.loss_scaler if source.precision == "fp16" else None,  # bf16's is a fixed scale of 1
+        client_state={
+            k: v for k, v in source.client_state.items() if k not in ("bert2bert", "universal_checkpoint_info")
+        },
+        buffers=source.buffers,
+        extra_files=beside(config, source.folder, source.path) if form == "hub" else {},
+        frozen=tuple(frozen),
+        fused=source.fused,
+        clip_grad=source.clip_grad,
+    )
+
+
+def known_layout(source: Source) -> str | None:
+    """The layout by whose rule the source's groups are built: what its manifest says, else the one that gives exactly
+    these groups, in this order, if any."""
+    if source.manifest:
+        found: str | None = source.manifest.get("group_layout")
+        return found
+    have = [tuple(group["names"]) for group in source.groups]
+    owned = {name for group in have for name in group}
+    ordered = [name for name in source.tensors if name in owned]
+    for layout in LAYOUTS if have else ():
+        if [group.names for group in param_groups(ordered, layout)] == have:
+            return layout
+    return None
+
+
+def progress(total: int, show: bool, what: str) -> Any:
+    """A bar of bytes, on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, disable=not show or not sys.stderr.isatty(), desc=what)
