@@ -89,6 +89,7 @@ def between(
     if second.config.get("model_type") != table.model_type:
         raise UnsupportedGrowth(
             f"--with {second.source.path}: a {second.config.get('model_type')}, the grown model is a {table.model_type}"
+            f"; interpolation needs a checkpoint of the target's architecture and size"
         )
     have, want = table.axis_sizes(second.config), table.axis_sizes(plan.config)
     for axis in table.sizes:

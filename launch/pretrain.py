@@ -75,7 +75,17 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
+    leave()
     return STOPPED if result["stopped"] else 0
+
+
+def leave() -> None:
+    """Close the process group: its threads, alive while the interpreter goes down, may abort a run that is done."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

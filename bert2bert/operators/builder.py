@@ -109,10 +109,15 @@ class Builder:
             return replace(plan, noise=Noise(scale * self.table.std("", self.pair.target), 0, _siblings(experts.index)))
         return plan
 
-    def with_fresh_moments(self, plan: TensorPlan) -> TensorPlan:
-        """Zero the moments of every entry that the source does not have (SPARKLING's asymmetric reset)."""
+    def with_fresh_moments(self, plan: TensorPlan, p: Parameter | None = None) -> TensorPlan:
+        """Zero the moments of every entry that the source does not have (SPARKLING's asymmetric reset). p: the tensor,
+        where all of it is fresh in a layer that copies one which a lower layer copies too."""
         if plan.fresh:
             return plan
+        if p is not None and p.layer is not None:
+            rows = self.layers[p.depth]
+            if any(row.source == rows[p.layer].source and not row.identity for row in rows[: p.layer]):
+                return replace(plan, fresh=(np.ones(p.shape[0], dtype=bool),))
 
         def fresh(atom: axes.Atom) -> Mask:
             return np.arange(self.large[atom.axis]) >= self.small[atom.axis]

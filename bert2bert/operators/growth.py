@@ -97,7 +97,8 @@ def plan_growth(
             more: Width = chosen.make(pair, **chosen_options)
             made, extra[kind] = made | more, more.said or text
     build = Builder(pair, made, layers, table.parameters(source, heads))
-    tensors = {p.name: build.tensor(p) for p in table.parameters(target, heads).values()}
+    wanted = table.parameters(target, heads)
+    tensors = {n: build.tensor(p) for n, p in wanted.items()}
     if noise is not None:
         tensors = {n: build.with_noise(p, noise) for n, p in tensors.items()}
     kept = exactness(pair, made, {} if made.terms else layers, build)
@@ -106,7 +107,7 @@ def plan_growth(
         kept = kept + Exactness(moments=(reason,))
     policy, kept = _policy(moments, operator, parse_operator(depth, "depth")[0], kept)
     if moments == "asymmetric":
-        tensors = {n: build.with_fresh_moments(p) for n, p in tensors.items()}
+        tensors = {n: build.with_fresh_moments(p, wanted[n]) for n, p in tensors.items()}
     if policy == "reset":
         tensors = {n: replace(p, reset=True) for n, p in tensors.items()}
     recipe = {
@@ -240,6 +241,13 @@ def pair_of(
     derived = {axis for axis in ("qk", "v") if table.key(axis) == table.key("embed")}
     for axis in table.sizes:
         key = table.key(axis)
+        if axis == "group" and large[axis] < small[axis]:
+            keys = key, table.key("kv")
+            raise UnsupportedGrowth(
+                f"target {keys[0]}={target.get(keys[0])} over {large['kv']} key-value heads makes groups of "
+                f"{large[axis]}, the source's are of {small[axis]}; a growth cannot shrink them: set {keys[0]} to at "
+                f"least {small[axis] * large['kv']}, or {keys[1]} lower"
+            )
         if large[axis] < small[axis] and axis not in derived:
             raise UnsupportedGrowth(
                 f"target {key}={target.get(key, large[axis])} is smaller than the source's "

@@ -41,7 +41,8 @@ def sparse_pair(
     if found not in fit:
         raise UnsupportedGrowth(
             f"the source is a {kind!r}, the target config says model_type {found!r}; a growth stays within one "
-            f"architecture" + (f", or makes a {' or '.join(fit)} of a {kind} with --experts upcycle" if fit else "")
+            f"architecture ({', '.join(TABLES)})"
+            + (f", or makes a {' or '.join(fit)} of a {kind} with --experts upcycle" if fit else "")
         )
     if experts is None or experts.partition(":")[0] != "upcycle":
         raise UnsupportedGrowth(

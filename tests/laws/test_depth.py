@@ -255,3 +255,17 @@ def test_width_then_depth_in_one_pass_is_the_sequence(name: str, depth: str) -> 
         assert second.keys() == one.plan.tensors.keys()
         together = realised(one.plan, read, state)
         assert all(torch.equal(together[n], second[n]) for n in second), state
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_asymmetric_moments_of_stacked_layers_are_zero(name: str) -> None:
+    """The first copy of a layer keeps its moments, the others start at zero."""
+    sizes = dict.fromkeys(table_for(tiny.config_of(name)).depth, 6)
+    grown = grow(name, sizes, depth="stack", moments="asymmetric")
+    ones = {n: torch.ones_like(w) for n, w in grown.weights.items()}
+    moments = realised(grown.plan, reader({"exp_avg_sq": ones}), "exp_avg_sq")
+    parameters = table_for(grown.config).parameters(grown.plan.config, frozenset(grown.plan.recipe["heads"]))
+    old = table_for(grown.config).axis_sizes(grown.config)
+    found = {(p.layer is not None and p.layer >= old[p.depth], bool(moments[n].any())) for n, p in parameters.items()}
+    assert found == {(False, True), (True, False)}
+    assert any("first Adam update" in warning for warning in grown.plan.warnings)
