@@ -85,9 +85,27 @@ def open_model(path: Path, source_config: Path | None = None, tag: str | None = 
             f"{path}: the checkpoint does not say which model it holds (no bert2bert.json, no config.json).\n"
             f"Give the model's Hugging Face config with --source-config FILE."
         )
-    if source.config and source_config:
-        _check_own(source, config, source_config)
-    return match(source, config)
+    try:
+        if source.config and source_config:
+            _check_own(source, config, source_config)
+        _check_depth(source, config)
+        return match(source, config)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # sizes that are no numbers
+        raise InvalidConfig(
+            f"{source_config or path}: the config is not one of a {config.get('model_type')} "
+            f"({type(error).__name__}: {error}). Give the model's own with --source-config FILE."
+        ) from error
+
+
+def _check_depth(source: Source, config: Mapping[str, Any]) -> None:
+    """A config with more layers than there are tensors is not that of the checkpoint, however many it names."""
+    table = table_for(config)
+    for axis in table.depth:
+        if int(config.get(table.key(axis)) or 0) > len(source.tensors):
+            raise InvalidCheckpoint(
+                f"{source.path}: the config says {table.key(axis)}={config[table.key(axis)]}, the checkpoint has "
+                f"{len(source.tensors)} tensors in all.\nIs this the config of this checkpoint?"
+            )
 
 
 def _check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:

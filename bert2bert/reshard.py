@@ -86,11 +86,24 @@ def reshard(
     with progress(total, first, "writing") as bar:
         folder = write_checkpoint(
             target, spec, read, form=form, stage=stage, world_size=world_size, manifest_growth=about,
-            manifest_more=more, comm=comm, progress=bar.update, max_file_bytes=largest, watch=watch, say=say,
+            manifest_more=more, expected=_digests(opened, spec, form), comm=comm, progress=bar.update,
+            max_file_bytes=largest, watch=watch, say=say,
         )  # fmt: skip
     if first:
         say(f"written  {folder}")
     return folder
+
+
+def _digests(source: Source, spec: TargetSpec, form: str) -> dict[tuple[str, str], str]:
+    """The digests that the source's manifest knows, of what source and target both hold as float32."""
+    if form == "hub" and spec.precision != "fp32":
+        return {}
+    return {
+        (name, state): digest
+        for name, entry in (source.manifest or {}).get("tensors", {}).items()
+        if name in source.tensors and source.tensors[name].trainable and source.tensors[name].dtype == "float32"
+        for state, digest in entry.get("digest", {}).items()
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 
+_LONGEST = 255  # bytes of a name in a folder
+
 
 def fsync_file(path: Path) -> None:
     """Make a file's content durable."""
@@ -59,8 +61,11 @@ def inside(folder: Path, name: str) -> Path:
     """
     pure = PurePosixPath(name)
     path = folder / name
-    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
-        raise InvalidCheckpoint(f"{folder}: names the file {name!r}, which is not inside the folder; it is not opened")
+    long = any(len(part.encode(errors="replace")) > _LONGEST for part in pure.parts)
+    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or long:
+        raise InvalidCheckpoint(
+            f"{folder}: names the file {name[:200]!r}, which is not inside the folder; it is not opened"
+        )
     home = folder.resolve()
     homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
     try:
@@ -87,7 +92,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{error.filename or path} cannot be written: {error.strerror}. Check the file system and the limit on "
                 "file sizes (ulimit -f), or choose another target."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
             raise InvalidConfig(
                 f"{error.filename or path} cannot be written: {error.strerror}. Choose another target."
             ) from error

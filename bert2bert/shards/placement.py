@@ -135,6 +135,11 @@ class Placement:
             if state != "fp32" and (tensor is None or (flat in elsewhere and state == "exp_avg")):
                 continue
             found = tensor.numel() if isinstance(tensor, torch.Tensor) else None
+            if isinstance(tensor, torch.Tensor) and not (tensor.is_floating_point() and tensor.is_contiguous()):
+                raise InvalidCheckpoint(
+                    f"{self._paths[rank]}: flat group {flat} of {state} is a tensor of {tensor.dtype} with strides "
+                    f"{tensor.stride()}, expected plain numbers in a row: damaged, or changed by another program."
+                )
             if found not in (full, short):
                 raise InvalidCheckpoint(
                     f"{self._paths[rank]}: flat group {flat} holds {found} elements of {state}, the parameters in "

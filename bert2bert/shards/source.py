@@ -14,16 +14,23 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from bert2bert.errors import InvalidCheckpoint, did_you_mean
 from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST, listed
 from bert2bert.shards.disk import inside
+from bert2bert.shards.manifest import check as check_manifest
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
+_MALFORMED = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, RecursionError, MemoryError,
+    AssertionError, SafetensorError,
+)  # fmt: skip
+"""What Python, torch and safetensors raise for contents that are not what they should be."""
 _EDGE = 64 * 1024  # bytes; the end of a torch file holds the checksums of its records
 
 
@@ -116,7 +123,10 @@ class Source:
         if not 0 <= start <= stop <= rows:
             raise IndexError(f"rows [{start}, {stop}) of '{name}', which has {rows}")
         shape = (stop - start, *meta.shape[1:]) if meta.shape else (stop - start,)[: 1 - stop + start]
-        return self._rows(meta, state, start, stop).reshape(shape)
+        try:
+            return self._rows(meta, state, start, stop).reshape(shape)
+        except _MALFORMED as error:
+            raise InvalidCheckpoint(f"{self.folder}: '{name}' ({state}) cannot be read: {_said(error)}") from error
 
     def identity(self) -> dict[str, Any]:
         """What names this checkpoint in a growth manifest.
@@ -148,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InvalidCheckpoint if it is anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(found, dict):
         raise InvalidCheckpoint(f"{path}: holds a JSON {type(found).__name__}, expected an object")
@@ -166,6 +176,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"{path}: format version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
             "Use the version of bert2bert that wrote it."
         )
+    check_manifest(path, manifest)
     for name, size in listed(folder, {"files": {}, **manifest}).items():
         file = folder / name
         found = file.stat().st_size if file.is_file() else None
@@ -254,16 +265,36 @@ def open_source(path: str | Path, tag: str | None = None) -> Source:
     if tag is not None:
         native = Stage0Source if is_stage0(folder) else ZeroSource
         kind = UniversalSource if (folder / "zero").is_dir() else native
-    source = kind(path, folder, manifest)
+    try:
+        source = kind(path, folder, manifest)
+    except _MALFORMED as error:  # files are believed until they contradict themselves, which can show anywhere
+        raise InvalidCheckpoint(
+            f"{folder}: its contents are not those of a checkpoint ({_said(error)}): damaged, of another program, or "
+            "of two checkpoints. Restore the files or use another tag."
+        ) from error
     source.tag = tag
+    _check_names(source)
     source.config = (manifest or {}).get("model") or _config(folder, parent=tag is not None)
     if manifest:
         _check_manifest(source, manifest)
         order = {name: source.tensors[name] for name in manifest.get("tensors", {}) if name in source.tensors}
         source.tensors = {**order, **source.tensors}  # the manifest knows the model's order where the files do not
-        source.aliases = {**manifest.get("aliases", {}), **source.aliases}
+        told = {absent: kept for absent, kept in manifest.get("aliases", {}).items() if kept in source.tensors}
+        source.aliases = {**told, **source.aliases}
         source.files.append(folder / MANIFEST)
     return source
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _check_names(source: Source) -> None:
+    """Names that stay inside a folder: a universal checkpoint has a folder of each tensor's name."""
+    for name in source.tensors:
+        path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("..")
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(name):
+            raise InvalidCheckpoint(f"{source.folder}: holds a tensor named {name!r}, which is no name of a parameter")
 
 
 def _check_manifest(source: Source, manifest: dict[str, Any]) -> None:

@@ -21,6 +21,9 @@ import numpy as np
 import torch
 
 from bert2bert.errors import InvalidCheckpoint
+from bert2bert.shards import archive
+
+_NODES, _NODES_A_BYTE = 10_000, 16  # values that a structure may unfold to: it can name one many times over
 
 
 class _Inert:
@@ -91,10 +94,11 @@ def load(path: Path) -> Any:
     change the file. Objects of allowed classes become ``{"class": name, **attributes}``.
     """
     _check_frame(path)
+    size = archive.check(path)
     try:
         with _LOCK, torch.serialization.safe_globals(_ALLOWED):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return _plain(found)
+        return _plain(found, _Budget(_NODES_A_BYTE * size + _NODES))
     except MemoryError:
         raise
     except pickle.UnpicklingError as error:
@@ -145,19 +149,32 @@ def _check_frame(path: Path) -> None:
     )
 
 
-def _plain(value: Any) -> Any:
+class _Budget:
+    """Counts the values that a structure unfolds to; pickle.UnpicklingError when they are too many."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def spend(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise pickle.UnpicklingError("it unfolds to more values than a file of its size has, or without end")
+
+
+def _plain(value: Any, budget: _Budget) -> Any:
+    budget.spend()
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, dict):
-        return {_plain(k): _plain(v) for k, v in value.items()}
+        return {_plain(k, budget): _plain(v, budget) for k, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [_plain(v, budget) for v in value]
     if isinstance(value, tuple):
-        return tuple(_plain(v) for v in value)
+        return tuple(_plain(v, budget) for v in value)
     if isinstance(value, _Array):
         return value.value
     if isinstance(value, _Dtype):
         return str(value.dtype)
     if isinstance(value, _Inert):
-        return {"class": type(value).__name__, **{k: _plain(v) for k, v in vars(value).items()}}
+        return {"class": type(value).__name__, **{k: _plain(v, budget) for k, v in vars(value).items()}}
     return value

@@ -195,6 +195,7 @@ def write_checkpoint(
     world_size: int | None = None,
     manifest_growth: dict[str, Any] | None,
     manifest_more: dict[str, Any] | None = None,
+    expected: Mapping[tuple[str, str], str] | None = None,
     comm: Any = None,
     progress: Callable[[int], None] | None = None,
     sub_group_size: int = SUB_GROUP_SIZE,
@@ -210,7 +211,8 @@ def write_checkpoint(
     ``sub_group_size``: DeepSpeed's option of stage 3. ``max_file_bytes``: where format hub starts another file.
     ``watch``: of the source, asked before the commit. ``say(text)``: told by rank 0 what is resumed, discarded, kept.
 
-    ``manifest_more``: entries of the manifest in place of, or beside, those of a growth.
+    ``manifest_more``: entries of the manifest in place of, or beside, those of a growth. ``expected``: (name, state) ->
+    digest of what must have been written, where that is known; InvalidCheckpoint, before the commit, if it was not.
 
     What a killed or failed call has finished is used again if ``manifest_growth`` names plan and source
     (``plan_digest``, ``source``), and these, the spec and the layout are the same.
@@ -265,6 +267,7 @@ def write_checkpoint(
         if {name: entry.size for name, entry in entries.items()} != (found := file_sizes(folder.files)):
             raise RuntimeError(f"{folder.files} does not hold the files planned: {entries.keys() ^ found.keys()}")
         manifest = _manifest(spec, form, stage, world_size, manifest_growth, entries)
+        _check_digests(manifest["tensors"], expected or {})
         return folder.commit({**manifest, **(manifest_more or {})}, POINTERS[form])
 
     try:
@@ -284,6 +287,16 @@ def write_checkpoint(
         raise
     finally:
         folder.close()
+
+
+def _check_digests(tensors: Mapping[str, Any], expected: Mapping[tuple[str, str], str]) -> None:
+    for (name, state), told in expected.items():
+        found = tensors[name]["digest"].get(state)
+        if found is not None and found != told:
+            raise InvalidCheckpoint(
+                f"the source's {state} of '{name}' has digest {found}, its manifest says {told}: it is damaged or was "
+                "changed. Nothing was committed. Restore the file (bert2bert inspect --check names it)."
+            )
 
 
 def _dealt(plans: Sequence[FilePlan], comm: Any) -> list[FilePlan]:

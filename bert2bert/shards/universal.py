@@ -18,6 +18,7 @@ import torch
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import torchfile
+from bert2bert.shards.disk import inside
 from bert2bert.shards.modelstates import MODEL, ModelStates, find_files, optimizer_groups, plain_scaler, take
 from bert2bert.shards.moments import ADAM
 from bert2bert.shards.source import STATES, Source, TensorMeta
@@ -63,6 +64,8 @@ class UniversalSource(Source):
 
     def _find_states(self) -> None:
         """Which names have moments; every name must have its fp32 values."""
+        for name in self._model.flat_names:
+            inside(self._zero, name)
         present = {n: [(self._zero / n / f"{s}.pt").is_file() for s in STATES] for n in self._model.flat_names}
         for name, (fp32, *moments) in present.items():
             if not fp32 or len(set(moments)) > 1:

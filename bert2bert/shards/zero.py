@@ -84,7 +84,7 @@ class ZeroSource(Source):
             )
         for kind, count in (("optimizer", len(self._paths)), ("model-states", len(self._model.paths))):
             if count != world and (kind == "optimizer" or self._model.sharded):
-                what = f"missing: rank {ranks_text(list(range(count, world)))}" if count < world else "too many"
+                what = f"missing: rank {ranks_text(range(count, world))}" if count < world else "too many"
                 files = "file" if count == 1 else "files"
                 raise InvalidCheckpoint(
                     f"{folder}: {count} {kind} {files}, but it was saved by {world} ranks: {what}. Each node writes "
