@@ -6,8 +6,8 @@ structures that contain themselves or unfold without end, foreign classes.
 
 What cannot be noticed, and is left out here: (1) in a checkpoint without digests, a changed byte inside a tensor's own
 data; with digests (growths, this project's runs) `inspect --check` or `reshard` must find it; (2) a file that was
-written anew, with true checksums, and contradicts nothing: another number in place of a learning rate, a step, a counter,
-a name of a tensor that no manifest lists, a tensor moved inside its own storage.
+written anew, with true checksums, and contradicts nothing: another number in place of a learning rate, a step, a
+counter, a name of a tensor that no manifest lists, a tensor moved inside its own storage.
 """
 
 from __future__ import annotations
