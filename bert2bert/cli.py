@@ -139,14 +139,16 @@ def _how(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, comm: Any) -> None:
-    from bert2bert.planning import describe, open_growth, summary
+    from bert2bert.planning import bandwidth, cost, cost_line, describe, open_growth, summary
 
+    disk = bandwidth(args.disk_bandwidth)
     growth = open_growth(args.source, args.config, **_how(args))
-    found = describe(growth)
+    found = describe(growth) | {"cost": cost(growth, args.ranks, disk)}
     if args.json:
         print(json.dumps(found, indent=1, default=str))
         return
     print(summary(growth, found))
+    print(cost_line(found["cost"]))
     tensors = found["tensors"]
     wide = max(len(name) for name in tensors)
     print(f"\n{'target tensor':{wide}}  {'shape':14} {'bytes':>14}  {'from':{wide}}  how")

@@ -111,7 +111,7 @@ def copies(index: Iterable[int], source: int, weights: Sequence[float] | Coeffic
 
     Every source feature must be copied at least once, else no L with L E = I exists: ValueError.
     """
-    idx = np.fromiter(index, dtype=np.int64)
+    idx = index.astype(np.int64) if isinstance(index, np.ndarray) else np.fromiter(index, dtype=np.int64)
     counts = np.bincount(idx, minlength=source)
     if len(counts) != source or (counts == 0).any():
         raise ValueError(f"each of the {source} source features needs a copy; without: {np.nonzero(counts == 0)[0]}")

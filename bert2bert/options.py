@@ -150,6 +150,15 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     p.add_argument("source", type=Path, help=_SOURCE)
     growth_options(p)
+    p.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="processes to expect time and memory for (default: 1)"
+    )
+    p.add_argument(
+        "--disk-bandwidth",
+        default="1,1",
+        metavar="READ,WRITE",
+        help="GB/s that one rank reads and writes at, for the expected time (default: 1,1)",
+    )
     p.add_argument("--json", action="store_true", help="machine-readable output")
 
     p = command(

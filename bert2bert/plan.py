@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Dim:
         """The same dim, silent on the positions that are not kept."""
         return replace(self, index=np.where(keep, self.index, -1))
 
-    @property
+    @cached_property
     def full(self) -> bool:
         """Whether no target position is silent."""
         return bool((self.index >= 0).all())
@@ -232,6 +233,10 @@ class GrowthPlan:
 
     def digest(self) -> str:
         """SHA-256 over every index, coefficient and fill: equal digests give equal checkpoints."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         h, mixed = hashlib.sha256(), dict[int, bytes]()
         for before in self.before:
             h.update(before.digest().encode())

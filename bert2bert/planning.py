@@ -30,6 +30,8 @@ _SAID = {  # recipe key -> how a summary calls it
     "width": "width", "depth": "depth", "vocab": "vocabulary", "positions": "positions", "experts": "experts",
     "break_symmetry": "symmetry breaker", "moments": "moments", "seed": "seed",
 }  # fmt: skip
+_BLOCKS = 8  # of rows that are held at a time: values, their source, digests, the file being written
+_STRUCTURE = 100_000_000  # bytes of names, shapes, file structure and allocator slack, measured by benchmarks/growth.py
 _LOOKED_UP = frozenset({"vocab", "pos", "types", "buckets"})  # axes of tables, of which a token takes one row
 
 
@@ -147,6 +149,67 @@ def describe(growth: Growth) -> dict[str, Any]:
             for name, t in plan.tensors.items()
         },
     }
+
+
+def bandwidth(text: str) -> tuple[float, float]:
+    """``READ,WRITE`` in GB/s. Raises InvalidConfig."""
+    try:
+        read, write = (float(part) for part in text.split(","))
+    except ValueError:
+        read = write = 0.0
+    if not 0 < min(read, write) <= max(read, write) < float("inf"):
+        raise InvalidConfig(f"--disk-bandwidth is {text!r}; expected READ,WRITE in GB/s for one rank, such as 2,1")
+    return read, write
+
+
+def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any]:
+    """What the rank with the most to do reads and writes, in bytes, how long its disk takes, in seconds, and its
+    anonymous memory, in bytes, beyond the imported program. disk: GB/s that one rank reads and writes at.
+
+    As a universal checkpoint is dealt out; reading is taken to be spread alike, each source byte read once. Memory: the
+    plan's index lists, the structure of the files, and a few blocks of rows; more where an entry mixes a whole tensor.
+    Raises InvalidConfig for less than one rank.
+    """
+    from bert2bert.shards.transfer import deal
+    from bert2bert.shards.writing import BLOCK
+
+    if ranks < 1:
+        raise InvalidConfig(f"--ranks is {ranks}; expected at least 1, the number of processes that share the work")
+    model, plan = growth.model, growth.plan
+    states = len(model.source.states)
+    sizes = [4 * prod(t.shape) for t in plan.tensors.values() for _ in range(states)]
+    written = max(sum(sizes[i] for i in hand) for hand in deal(sizes, ranks))
+    source = 4 * states * sum(prod(p.shape) for p in model.parameters.values())
+    read = source * written // sum(sizes)
+    shapes = {name: p.shape for name, p in model.parameters.items()}
+    mixed = [4 * prod(shapes.get(s, ())) for t in plan.tensors.values() if t.mixes for s in t.sources]
+    block = max(4 * BLOCK, *(4 * prod(t.shape[1:]) for t in plan.tensors.values()))
+    arrays = {
+        id(a): a.nbytes
+        for t in plan.tensors.values()
+        for term in t.terms
+        for d in term.dims
+        for a in (d.index, d.param, d.grad, d.mix)
+        if a is not None
+    }
+    return {
+        "ranks": ranks,
+        "disk_gb_per_s": list(disk),
+        "bytes_read": read,
+        "bytes_written": written,
+        "seconds": read / disk[0] / 1e9 + written / disk[1] / 1e9,
+        "memory": _BLOCKS * block + _STRUCTURE + sum(arrays.values()) + 2 * max(mixed, default=0),
+    }
+
+
+def cost_line(found: dict[str, Any]) -> str:
+    """A `cost` in one line."""
+    read, write = found["disk_gb_per_s"]
+    return (
+        f"cost     {found['ranks']} rank{'s' * (found['ranks'] > 1)} at {read:g} GB/s read, {write:g} GB/s written "
+        f"(each): about {found['seconds']:.3g} s, at most {found['bytes_read'] / 1e9:.3g} GB read, "
+        f"{found['bytes_written'] / 1e9:.3g} GB written and {found['memory'] / 1e9:.2g} GB of memory a rank"
+    )
 
 
 def _how(tensor: TensorPlan) -> str:

@@ -40,6 +40,7 @@ class Builder:
         self.patterns = {p.pattern for p in originals.values()}
         self.single = {r.name for r in self.table.rows if not r.has(1)} - {r.name for r in self.table.rows if r.has(1)}
         self.output_biases = pair.output_biases
+        self._shared: dict[tuple[str, int | None], tuple[Dim, ...]] = {}
 
     def tensor(self, p: Parameter) -> TensorPlan:
         """The plan of one target tensor."""
@@ -68,7 +69,7 @@ class Builder:
             plan = replace(self.with_fresh_moments(plan), terms=tuple(kept))
         if layer.moment != 1.0 and p.pattern not in self.single:  # on the first dim, for gradients are linear in each
             plan = replace(plan, terms=tuple(_scaled(t, layer.moment) for t in plan.terms))
-        if any((np.max([t.dims[d].index for t in terms], 0) < 0).any() for d in range(len(p.shape))):
+        if any(not _covered([t.dims[d] for t in terms]) for d in range(len(p.shape))):
             plan = replace(plan, fill=self._fill(p), blank=self._blank(p, layer.source))
         return plan
 
@@ -93,6 +94,19 @@ class Builder:
             return ~gather if atom.reads else gather
 
         return [reduce(or_, [reduce(mul, [one(a) for a in product]) for product in dim]) for dim in axes.parse(p.spec)]
+
+    def _dims(self, p: Parameter, layer: int | None) -> tuple[Dim, ...]:
+        """The dims that a tensor of this form gets: one set of arrays for all layers that have the same maps."""
+        key = (p.spec, layer if any(map(self._by_layer, axes.axes_of(p.spec))) else None)
+        if key not in self._shared:
+            self._shared[key] = tuple(Dim.of(g) for g in self.gathers(p, layer))
+        return self._shared[key]
+
+    def _by_layer(self, axis: str) -> bool:
+        """Whether an axis has a map for each source layer."""
+        if axis not in self.width.maps and axis in self.table.follows:
+            return self._by_layer(self.table.follows[axis])
+        return not isinstance(self.width.maps.get(axis), Gather | None)
 
     def with_noise(self, plan: TensorPlan, scale: float) -> TensorPlan:
         """Null-space noise on a weight that reads copied features (HyperCloning's pairs)."""
@@ -126,13 +140,13 @@ class Builder:
         return replace(plan, fresh=tuple(m if m.any() else None for m in masks))
 
     def _terms(self, p: Parameter, layer: int | None) -> list[Term]:
-        dims = [Dim.of(g) for g in self.gathers(p, layer)]
+        dims = self._dims(p, layer)
         above = layer
         if layer is not None and self.width.borrow:
             above = min(max(layer + self.width.borrow, 0), self.small[p.depth] - 1)
-        borrowed = self._borrowed(p)
-        if above == layer or borrowed is None or p.at(above) not in self.originals:
-            return [Term(p.at(layer), tuple(dims))]
+        borrowed = self._borrowed(p) if above != layer else None
+        if borrowed is None or p.at(above) not in self.originals:
+            return [Term(p.at(layer), dims)]
         d, fresh = borrowed
         own = tuple(dim.where(~fresh) if i == d else dim for i, dim in enumerate(dims))
         taken = tuple(dim.where(fresh) if i == d else dim for i, dim in enumerate(dims))
@@ -162,7 +176,7 @@ class Builder:
 
     def _blocks(self, p: Parameter, layer: int | None) -> list[Term]:
         """Block-diagonal weights; the gradients of all blocks are those of even copies, also off the diagonal."""
-        dims, name = [Dim.of(g) for g in self.gathers(p, layer)], p.at(layer)
+        dims, name = self._dims(p, layer), p.at(layer)
         spec, fixed = axes.parse(p.spec), {*TOKENS, "experts"}
         copied = [
             d
@@ -170,7 +184,7 @@ class Builder:
             if len(np.unique(dim.index)) < len(dim.index) and not any(a.axis in fixed for a in spec[d][0])
         ]
         if len(copied) < 2:
-            return [Term(name, tuple(dims))]
+            return [Term(name, dims)]
         ranks = {d: _ranks(dims[d].index) for d in copied}
         terms = []
         write, read = sorted(copied, key=lambda d: all(a.reads for product in spec[d] for a in product))
@@ -217,6 +231,11 @@ class Builder:
 
 def _atoms(spec: str) -> list[axes.Atom]:
     return [atom for dim in axes.parse(spec) for product in dim for atom in product]
+
+
+def _covered(dims: Sequence[Dim]) -> bool:
+    """Whether at least one term speaks at every position of a dim."""
+    return any(d.full for d in dims) or bool((np.max([d.index for d in dims], 0) >= 0).all())
 
 
 def _scaled(term: Term, factor: float) -> Term:
