@@ -64,10 +64,33 @@ def _path(*parts: str) -> str:
     return str(Path(*parts))
 
 
+class _Stage(int):
+    """DeepSpeed's ZeroStageEnum, pickled by value."""
+
+
+class _Profile(str):
+    """DeepSpeed's LossScaleProfile, pickled by value."""
+
+
+_MEMBERS = {
+    _Stage: {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3},
+    _Profile: {"FUSED": "fused", "UNFUSED": "unfused"},
+}
+
+
+def _member(kind: Any, name: Any) -> int | str:
+    """In place of getattr, by which Python 3.11.0 to 3.11.3 pickle a member of an enumeration: of these two alone."""
+    known = _MEMBERS.get(kind, {}) if isinstance(kind, type) else {}
+    if name not in known:
+        raise pickle.UnpicklingError(f"it asks for the attribute {name!r} of what is no enumeration of DeepSpeed")
+    return known[name]
+
+
 _DS = "deepspeed."
 _ALLOWED: list[Any] = [
-    (int, _DS + "runtime.zero.config.ZeroStageEnum"),
-    (str, _DS + "runtime.fp16.loss_scaler.LossScaleProfile"),
+    (_Stage, _DS + "runtime.zero.config.ZeroStageEnum"),
+    (_Profile, _DS + "runtime.fp16.loss_scaler.LossScaleProfile"),
+    (_member, "builtins.getattr"),
     *((type(name.rpartition(".")[2], (_Inert,), {}), name) for name in (
         _DS + "runtime.fp16.loss_scaler.LossScaler",
         _DS + "runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -175,6 +198,8 @@ def _plain(value: Any, budget: _Budget) -> Any:
         return value.value
     if isinstance(value, _Dtype):
         return str(value.dtype)
+    if isinstance(value, (_Stage, _Profile)):
+        return int(value) if isinstance(value, _Stage) else str(value)
     if isinstance(value, _Inert):
         return {"class": type(value).__name__, **{k: _plain(v, budget) for k, v in vars(value).items()}}
     return value

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleProfile
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -52,6 +52,25 @@ def test_deepspeed_classes_become_plain_values(tmp_path: Path) -> None:
     assert found["piece"] == {"class": "fragment_address", "numel": 5, "start": 3}
     assert found["size"] == (2, 3) and type(found["size"]) is tuple
     assert torch.equal(found["weight"], torch.arange(6.0)) and not found["weight"].requires_grad
+
+
+class ByName:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.call = (kind, name)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return getattr, self.call
+
+
+def test_enumerations_by_name(tmp_path: Path) -> None:
+    named = {"stage": ByName(ZeroStageEnum, "weights"), "profile": ByName(LossScaleProfile, "FUSED")}
+    found = torchfile.load(save(tmp_path / "a.pt", named))
+    assert found == {"stage": 3, "profile": "fused"} and type(found["stage"]) is int and type(found["profile"]) is str
+    for kind, name in ((ZeroStageEnum, "__class__"), (argparse.Namespace, "__init__"), (LossScaleProfile, "weights")):
+        with pytest.raises(InvalidCheckpoint, match=f"attribute '{name}' of what is no enumeration"):
+            torchfile.load(save(tmp_path / "b.pt", ByName(kind, name)))
 
 
 def test_client_state_of_a_usual_script(tmp_path: Path) -> None:
