@@ -46,7 +46,10 @@ OFFLOAD = [
     Case(f"offload{s}", s, p, zero=CPU, config={"zero_force_ds_cpu_optimizer": False}, layout="layers")
     for s, p in ((1, "fp32"), (2, "bf16"), (3, "fp32"))
 ]
-ROBIN = [Case("robin1", 1, zero={"round_robin_gradients": True}), Case("robin2", 2, zero={"round_robin_gradients": True, "parameter_alignment": True})]
+ROBIN = [
+    Case("robin1", 1, zero={"round_robin_gradients": True}),
+    Case("robin2", 2, zero={"round_robin_gradients": True, "parameter_alignment": True}),
+]
 CASES = {
     1: [*SHORT, ALIGNED[0]],
     2: [*GRID, BF16_OPTIMIZER, *SKIP, FREEZE[0], CLIENT, *OFFLOAD, *ROBIN, *REFUSED],
@@ -136,7 +139,10 @@ def test_the_start_alignment_of_other_deepspeeds(tmp_path: Path, factor: int) ->
     for rank in (0, 1):
         at = rank * layout.partition
         cut = {s: t[at : at + layout.partition].clone() for s, t in flat.items()}
-        base = {"state": {0: {"step": 3, "exp_avg": cut["exp_avg"], "exp_avg_sq": cut["exp_avg_sq"]}}, "param_groups": [{"params": [0]}]}
+        base = {
+            "state": {0: {"step": 3, "exp_avg": cut["exp_avg"], "exp_avg_sq": cut["exp_avg_sq"]}},
+            "param_groups": [{"params": [0]}],
+        }
         states = {
             "zero_stage": 2, "partition_count": [2], "base_optimizer_state": base, "group_paddings": [layout.paddings[rank]],
             "single_partition_of_fp32_groups": [cut["fp32"][: layout.partition - layout.paddings[rank]]],
