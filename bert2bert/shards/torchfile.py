@@ -72,13 +72,13 @@ class _Profile(str):
     """DeepSpeed's LossScaleProfile, pickled by value."""
 
 
-_MEMBERS = {
+_MEMBERS: dict[type, dict[str, Any]] = {
     _Stage: {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3},
     _Profile: {"FUSED": "fused", "UNFUSED": "unfused"},
 }
 
 
-def _member(kind: Any, name: Any) -> int | str:
+def _member(kind: Any, name: Any) -> Any:
     """In place of getattr, by which Python 3.11.0 to 3.11.3 pickle a member of an enumeration: of these two alone."""
     known = _MEMBERS.get(kind, {}) if isinstance(kind, type) else {}
     if name not in known:
