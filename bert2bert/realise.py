@@ -56,18 +56,14 @@ def realise(plan: TensorPlan, state: str, read: Read | Sequence[Read], dtype: to
     how = STATES[state]
     if plan.reset and how.gradient:
         return torch.zeros(plan.shape, dtype=dtype)
-    if not plan.mixes:
+    if not plan.mixes or not plan.shape[0]:
         return _rows(plan, how, reads, dtype)
     whole, first = plan.whole or plan, plan.row - plan.row % _BLOCK
     blocks = [
         _rows(whole.narrow(start, min(start + _BLOCK, whole.shape[0])), how, reads, dtype)
         for start in range(first, plan.row + plan.shape[0], _BLOCK)
     ]
-    return (
-        torch.cat(blocks)[plan.row - first :][: plan.shape[0]].clone()
-        if blocks
-        else torch.zeros(plan.shape, dtype=dtype)
-    )
+    return torch.cat(blocks)[plan.row - first :][: plan.shape[0]].clone()
 
 
 def _rows(plan: TensorPlan, how: State, reads: Sequence[Read], dtype: torch.dtype) -> Tensor:
