@@ -16,12 +16,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert2bert import axes
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
+from bert2bert.shards.layout import row_blocks
 from bert2bert.tables import Parameter, Table, table_for
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _BUFFERS = ("*.attn.bias", "*.attn.masked_bias", "*rotary_emb.inv_freq")
 """What older versions of transformers stored beside the parameters: causal masks, rotary frequencies."""
-_BLOCK = 1 << 22  # elements compared at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,12 +179,10 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare:
 
 def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:
     """Whether a stored copy of a tied tensor is one: if not, growing the kept tensor alone would lose it."""
-    same, rows = copy.shape == kept.shape, kept.shape[0]
-    step = max(1, _BLOCK // max(1, prod(kept.shape[1:])))
-    for start in range(0, rows if same else 0, step):
-        stop = min(rows, start + step)
-        same = same and source.read(copy.name, "fp32", start, stop).equal(source.read(kept.name, "fp32", start, stop))
-    return same
+    return copy.shape == kept.shape and all(
+        source.read(copy.name, "fp32", *rows).equal(source.read(kept.name, "fp32", *rows))
+        for rows in row_blocks(kept.shape)
+    )
 
 
 def _prefix(source: Source, table: Table) -> tuple[str, bool]:

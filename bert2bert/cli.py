@@ -157,6 +157,17 @@ def _plan(args: argparse.Namespace, comm: Any) -> None:
         print(f"{name:{wide}}  {shape:14} {t['bytes']:14,}  {', '.join(t['from']) or '-':{wide}}  {t['how']}")
 
 
+def _target(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "form": args.format,
+        "stage": args.stage,
+        "world_size": args.world_size,
+        "precision": args.precision,
+        "layout": args.groups,
+        "shard_size": args.shard_size,
+    }
+
+
 def _grow(args: argparse.Namespace, comm: Any) -> None:
     from bert2bert.growth import grow
 
@@ -165,15 +176,10 @@ def _grow(args: argparse.Namespace, comm: Any) -> None:
         args.source,
         args.target,
         args.config,
-        form=args.format,
-        stage=args.stage,
-        world_size=args.world_size,
-        precision=args.precision,
-        layout=args.groups,
         lossy=args.lossy,
         measure=not args.no_measure,
         bins=args.bins,
-        shard_size=args.shard_size,
+        **_target(args),
         comm=comm,
         **_how(args),
     )
@@ -186,12 +192,7 @@ def _reshard(args: argparse.Namespace, comm: Any) -> None:
     reshard(
         args.source,
         args.target,
-        form=args.format,
-        stage=args.stage,
-        world_size=args.world_size,
-        precision=args.precision,
-        layout=args.groups,
-        shard_size=args.shard_size,
+        **_target(args),
         source_config=args.source_config,
         tag=args.tag,
         comm=comm,

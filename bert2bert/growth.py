@@ -8,14 +8,13 @@ an optimizer whose states are not known to grow, where the target format keeps t
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.errors import LossyGrowth, UnsupportedGrowth
 from bert2bert.planning import Growth, describe, exactness, open_growth, summary
-from bert2bert.targets import check_form, make_spec, progress
+from bert2bert.targets import check_form, make_spec, progress, versions
 
 if TYPE_CHECKING:
     from bert2bert.shards.source import Source
@@ -49,15 +48,12 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
     """Everything about the checkpoint to write but its values. layout: optimizer groups, None = as the source has."""
     model, plan = growth.model, growth.plan
     source, named = model.source, target_names(growth, form)
-    own = {n: [s for leaf, s in plan.roots(n) if leaf == plan.leaves - 1] for n in plan.tensors}
-    roots = {n: growth.root(n) for n in plan.tensors}
     return make_spec(
         source,
         shapes={named[n]: t.shape for n, t in plan.tensors.items()},
         aliases={named[a]: named[b] for a, b in plan.aliases.items()},
         config=plan.config,
-        made_of={named[n]: [model.stored(s) for s in found] for n, found in own.items()},
-        root={named[n]: model.stored(found) if found else None for n, found in roots.items()},
+        made_of={named[n]: [model.stored(s) for s in growth.roots(n)] for n in plan.tensors},
         reset={named[n] for n, t in plan.tensors.items() if t.reset},
         order=lambda names: _as_in(source, names, form),
         form=form,
@@ -150,8 +146,8 @@ def grow(
     manifest = {
         "operators": plan.recipe,
         "plan_digest": plan.digest(),
-        "source": model.source.identity(),
-        **({"with": growth.other.source.identity()} if growth.other else {}),
+        "source": watch.identity,
+        **({"with": watch.identities[1]} if growth.other else {}),
         "source_config": model.config,
         "source_spent": _spent(model.source.manifest),
         "tokenizer_digest": _tokenizer_digest(model.source.manifest),
@@ -159,7 +155,7 @@ def grow(
         "exactness": exactness(plan),
         "warnings": list(plan.warnings),
         "drift": measured.as_dict() if measured else None,
-        "versions": {"bert2bert": version("bert2bert"), "torch": version("torch")},
+        "versions": versions(),
     }
     total = len(spec.states) * 4 * sum(prod(s) for s in spec.shapes.values())
     with progress(total, first, "growing") as bar:

@@ -211,7 +211,7 @@ class GrowthPlan:
     notes: tuple[str, ...] = ()
     before: tuple[GrowthPlan, ...] = ()
 
-    @property
+    @cached_property
     def leaves(self) -> int:
         """How many checkpoints the growth reads."""
         own = {t.origin for p in self.tensors.values() for t in p.terms}

@@ -49,10 +49,11 @@ class Growth:
         """A reader for each checkpoint that the plan starts from."""
         return [m.read for m in (self.other, self.model) if m is not None]
 
-    def root(self, name: str) -> str | None:
-        """The source's tensor, by canonical name, whose group and step a target tensor goes on with."""
+    def roots(self, name: str) -> list[str]:
+        """The source's tensors, by canonical name, that a target tensor is made of; it goes on with the first's group
+        and step."""
         own = self.plan.leaves - 1
-        return next((source for leaf, source in self.plan.roots(name) if leaf == own), None)
+        return [source for leaf, source in self.plan.roots(name) if leaf == own]
 
 
 def open_growth(

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, UserError
-from bert2bert.targets import check_form, known_layout, make_spec, progress
+from bert2bert.targets import check_form, known_layout, make_spec, progress, versions
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from bert2bert.shards.writing import TargetSpec
 
 PLAN = "identity"
-_ROWS = 1 << 22  # elements compared at a time
 _EXACT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # dtypes that go through float32 unchanged
 _RANDOM = "bert2bert_rng_rank_*.pt"  # of a training run's ranks
 
@@ -74,7 +72,7 @@ def reshard(
     def read(name: str, state: str, start: int, stop: int) -> torch.Tensor:
         return opened.read(name, state, start, stop).float()
 
-    about = {"source": watch.identity, "plan_digest": PLAN, "notes": told, "versions": _versions()}
+    about = {"source": watch.identity, "plan_digest": PLAN, "notes": told, "versions": versions()}
     was = opened.manifest or {}
     more = {
         "kind": was.get("kind", "growth"),  # of what it is, not of how it was written: a run goes on from it
@@ -104,10 +102,6 @@ def _digests(source: Source, spec: TargetSpec, form: str) -> dict[tuple[str, str
         if name in source.tensors and source.tensors[name].trainable and source.tensors[name].dtype == "float32"
         for state, digest in entry.get("digest", {}).items()
     }
-
-
-def _versions() -> dict[str, str]:
-    return {"bert2bert": version("bert2bert"), "torch": version("torch")}
 
 
 def _open(path: Path, tag: str | None, config: Path | None) -> Source:
@@ -140,7 +134,6 @@ def identity_spec(
         aliases={absent: name for absent, name in _tied(source).items() if absent not in names and name in names},
         config=dict(source.config or {}),
         made_of={name: [name] for name in names},
-        root={name: name for name in names},
         reset=set(),
         order=lambda _: [name for group in source.groups for name in group["names"]],
         form=form,
@@ -268,11 +261,9 @@ def compare(source: Source, target: Source, check: Callable[[str, bool, str], No
 
 
 def _same(source: Source, target: Source, name: str, state: str) -> bool:
-    shape = source.tensors[name].shape
-    rows = shape[0] if shape else 1
-    block = max(1, _ROWS // max(1, prod(shape[1:])))
-    for start in range(0, rows, block):
-        stop = min(rows, start + block)
+    from bert2bert.shards.layout import row_blocks
+
+    for start, stop in row_blocks(source.tensors[name].shape):
         found = target.read(name, state, start, stop)
         expected = source.read(name, state, start, stop) if state in source.states else found.new_zeros(found.shape)
         if not _bits(expected.to(found.dtype), found):

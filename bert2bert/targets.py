@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
@@ -47,7 +48,6 @@ def make_spec(
     aliases: dict[str, str],
     config: dict[str, Any],
     made_of: Mapping[str, Sequence[str]],
-    root: Mapping[str, str | None],
     reset: set[str],
     order: Callable[[list[str]], list[str]],
     form: str,
@@ -56,10 +56,9 @@ def make_spec(
 ) -> TargetSpec:
     """Everything about the checkpoint to write but its values. Names are those of the files, source's and target's.
 
-    made_of: the source's tensors of which each target tensor is made; root: the one with whose group and step it goes
-    on, if any; reset: tensors whose moments start anew; order: puts the names of the groups that the source has into
-    the order that they are to have; layout: optimizer groups (`groups.LAYOUTS`, "source"), None: as the source's are
-    known to be.
+    made_of: the source's tensors of which each target tensor is made; it goes on with the first's group and step;
+    reset: tensors whose moments start anew; order: puts the names of the groups that the source has into the order
+    that they are to have; layout: optimizer groups (`groups.LAYOUTS`, "source"), None: as the source's are known to be.
     """
     from bert2bert.shards.hub_writer import beside
     from bert2bert.shards.moments import ADAM
@@ -76,7 +75,7 @@ def make_spec(
         return source.tensors[source.aliases.get(name, name)].trainable
 
     # Made of frozen ones alone, a tensor is frozen; of others too, it goes on with a trained one's group and step.
-    origins = {name: next(filter(trained, found), root[name]) for name, found in made_of.items()}
+    origins = {name: next(filter(trained, found), next(iter(found), None)) for name, found in made_of.items()}
     frozen = [name for name, found in made_of.items() if found and not any(map(trained, found)) and form != "hub"]
     groups = source.groups or []
     of_name = {name: i for i, group in enumerate(groups) for name in group["names"]}
@@ -168,6 +167,11 @@ def known_layout(source: Source) -> str | None:
         if [group.names for group in param_groups(ordered, layout)] == have:
             return layout
     return None
+
+
+def versions() -> dict[str, str]:
+    """Of the programs that made a checkpoint."""
+    return {"bert2bert": version("bert2bert"), "torch": version("torch")}
 
 
 def progress(total: int, show: bool, what: str) -> Any:

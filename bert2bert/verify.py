@@ -17,19 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bert2bert import reshard
 from bert2bert.checkpoint_model import CheckpointModel, open_model
 from bert2bert.drift import Drift, compare, gradient_error, size, streams, whole
 from bert2bert.errors import InvalidConfig
-from bert2bert.operators.growth import plan_growth
+from bert2bert.operators.steps import replan
 from bert2bert.plan import Exactness, GrowthPlan
 from bert2bert.planning import Growth, between
 from bert2bert.realise import values
 from bert2bert.reference import NoReference, precision
 from bert2bert.sample import Tokens
+from bert2bert.shards.layout import row_blocks
 from bert2bert.shards.source import open_source
 from bert2bert.states import MOMENTS
 
@@ -41,7 +41,6 @@ TOLERANCE = {"float32": 5e-5, "float64": 5e-5, "float16": 2e-2, "bfloat16": 1.5e
 # The rule holds for the numbers of the plan itself, so only the arithmetic of the run is between the two.
 _GRADIENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 _RUN = {"float64": 0.0, "float32": 1e-4}
-_ROWS = 1 << 22  # elements compared at a time
 
 
 def verify(
@@ -151,14 +150,7 @@ def _replan(
     asked = {key: value for key, value in target.config.items() if key != theirs}
     if mine in model.config:
         asked[theirs] = model.config[mine]
-    options = ("width", "depth", "vocab", "positions", "experts", "moments", "seed")
-    return plan_growth(
-        model.config,
-        asked,
-        breaker=how["break_symmetry"],
-        heads=model.heads,
-        **{key: how[key] for key in options if key in how},
-    )
+    return replan({**how, "heads": model.heads}, asked, model.config)
 
 
 def _check_function(target: CheckpointModel, found: Drift, kept: Exactness, check: Check) -> None:
@@ -211,8 +203,8 @@ def _steps(growth: Growth, target: CheckpointModel) -> dict[str, tuple[int, int]
     """Adam steps of every target tensor, expected and found. A group has one count, the largest of its origins."""
     origin = {}
     for name, tensor in growth.plan.tensors.items():
-        root = None if tensor.reset else growth.root(name)
-        origin[target.stored(name)] = growth.model.source.step(growth.model.stored(root)) if root else 0
+        roots = [] if tensor.reset else growth.roots(name)
+        origin[target.stored(name)] = growth.model.source.step(growth.model.stored(roots[0])) if roots else 0
     expected = dict(origin)
     for group in target.source.groups:
         for name in group["names"]:
@@ -221,12 +213,8 @@ def _steps(growth: Growth, target: CheckpointModel) -> dict[str, tuple[int, int]
 
 
 def _equal(growth: Growth, target: CheckpointModel, name: str, state: str) -> bool:
-    shape = growth.plan.tensors[name].shape
     expect = values(growth.plan, growth.reads)
-    rows = shape[0]
-    block = max(1, _ROWS // max(1, int(np.prod(shape[1:]))))
-    for start in range(0, rows, block):
-        stop = min(rows, start + block)
+    for start, stop in row_blocks(growth.plan.tensors[name].shape):
         found = target.read(name, state, start, stop)
         # a source of weights only gives an optimizer that has not stepped
         known = state in growth.model.source.states

@@ -22,7 +22,7 @@ from bert2bert.tables import TABLES, Table, table_for
 
 MOMENTS = ("exact", "carried", "reset", "asymmetric")
 # kind of operator -> the axis that it grows
-_EXTRA = {"vocab": "vocab", "positions": "pos", "experts": "experts"}
+EXTRA = {"vocab": "vocab", "positions": "pos", "experts": "experts"}
 _UNSAID = ("pad_token_id", "max_position_embeddings")  # null says nothing of the function; a null window does
 
 
@@ -149,7 +149,7 @@ def _alone(operator: Operator, depth: str, moments: str | None) -> None:
 
 def _check_extra(table: Table, kind: str, text: str, grows: bool, operator: Operator) -> None:
     """Refuse an operator on tokens, positions or experts that would do nothing."""
-    axis, what = _EXTRA[kind], f"--{kind} {text}"
+    axis, what = EXTRA[kind], f"--{kind} {text}"
     chosen, _ = parse_operator(text, kind)
     if axis not in table.sizes and kind == "positions":
         raise UnsupportedGrowth(
@@ -257,7 +257,7 @@ def pair_of(
     for axis, reason in table.fixed.items():
         if large[axis] != small[axis]:
             raise UnsupportedGrowth(f"{table.key(axis)} would change from {small[axis]} to {large[axis]}: {reason}")
-    for kind, axis in _EXTRA.items():
+    for kind, axis in EXTRA.items():
         grows = axis in table.sizes and large[axis] != small[axis]
         if extra[kind] is not None:
             _check_extra(table, kind, str(extra[kind]), grows, operator)

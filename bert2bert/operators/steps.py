@@ -15,14 +15,14 @@ from typing import Any, Protocol
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.operators import compose
-from bert2bert.operators.growth import plan_growth
+from bert2bert.operators.growth import EXTRA, plan_growth
 from bert2bert.operators.registry import OPERATORS, parse_operator
 from bert2bert.plan import GrowthPlan
 from bert2bert.tables import Table, table_for
 
 Config = Mapping[str, Any]
-KINDS = ("width", "depth", "vocab", "positions", "experts")
-_AXES = {"width": "embed", "vocab": "vocab", "positions": "pos", "experts": "experts"}
+KINDS = ("width", "depth", *EXTRA)
+_AXES = {"width": "embed", **EXTRA}
 """Kind of operator -> the axis that a factor multiplies (depth: every stack of layers)."""
 
 

@@ -217,10 +217,11 @@ class Pending:
             old = [path for path in self.partial.iterdir() if path.name != _LOCK]
             if old and not same:
                 changed = [key for key in job if (before or {}).get(key) != job[key]] if job and before else []
-                say(
-                    f"discarded {self.partial}: "
-                    + (f"made with another {', '.join(changed)}" if changed else "of another run")
-                )
+                if before or (self.files.is_dir() and file_sizes(self.files)):  # else killed before it wrote anything
+                    say(
+                        f"discarded {self.partial}: "
+                        + (f"made with another {', '.join(changed)}" if changed else "of another run")
+                    )
                 for path in old:
                     _remove(path)
             self.files.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ Refuses nothing a user can cause: callers check their input first; impossible ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -157,3 +157,10 @@ def zero3_sub_group(numels: Sequence[int], world: int, params: Sequence[int]) ->
         for r in range(world)
     )
     return SubGroup(tuple(params), slices, tuple(offsets), numel, pieces)
+
+
+def row_blocks(shape: Sequence[int], elements: int = 1 << 22) -> Iterator[tuple[int, int]]:
+    """(start, stop) rows of dim 0, in blocks of about so many elements, a row at least; a scalar has one row."""
+    rows, step = shape[0] if shape else 1, max(1, elements // max(1, math.prod(shape[1:])))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)

@@ -257,7 +257,7 @@ def test_refusals() -> None:
         (UnsupportedGrowth, "use --experts upcycle", llama, mixtral, {}),
         (UnsupportedGrowth, "use --experts upcycle, not duplicate", llama, mixtral, {"experts": "duplicate"}),
         (UnsupportedGrowth, "makes a mixtral of a llama", llama, qwen3_moe, {"experts": "upcycle"}),
-        (UnsupportedGrowth, "within one architecture$", tiny.config_of("gpt2"), mixtral, {"experts": "upcycle"}),
+        (UnsupportedGrowth, r"one architecture \(bert, ", tiny.config_of("gpt2"), mixtral, {"experts": "upcycle"}),
         (UnsupportedGrowth, "makes a mixtral of it", llama, llama, {"experts": "upcycle"}),
         (UnsupportedGrowth, "a bert has no experts", bert, bert, {"experts": "duplicate"}),
         (UnsupportedGrowth, "--experts duplicate, or set it to 5", mixture, more, {}),

@@ -291,7 +291,17 @@ def test_a_rank_that_outlives_rank_zero_keeps_others_out(tmp_path: Path) -> None
     fourth = pending()
     assert not fourth.begin({"plan": "2"}, 0, said.append) and not (third.files / "a").exists()
     assert said == [f"discarded {fourth.partial}: made with another plan"]
+    (fourth.files / "a").write_text("of nobody")
+    (fourth.partial / "job.json").unlink()
     fourth.close()
+    fifth = pending()
+    assert not fifth.begin({"plan": "2"}, 0, said.append) and not (fifth.files / "a").exists()
+    assert said[1:] == [f"discarded {fifth.partial}: of another run"]
+    (fifth.partial / "job.json").unlink()  # killed between its first two steps: there is nothing to lose
+    fifth.close()
+    sixth = pending()
+    assert not sixth.begin({"plan": "2"}, 0, said.append) and len(said) == 2
+    sixth.close()
 
 
 def test_permissions_follow_the_umask_and_no_file_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ def test_kinds_of_layers() -> None:
     old = {k: v for k, v in config.items() if k not in ("layer_types", "global_attn_every_n_layers")}
     assert [table.layer_kind(old | {"global_attn_every_n_layers": 2}, i) for i in range(3)] == listed
     assert table.layer_kind(old, 2) == "sliding_attention"  # every third is full unless told
-    with pytest.raises(InvalidConfig, match=r"layer_types tells the kinds of 3 layers, and there is a layer 3"):
-        table.layer_kind(config, 3)
+    with pytest.raises(InvalidConfig, match="global_attn_every_n_layers is 0; a positive integer is expected"):
+        table.layer_kind(old | {"global_attn_every_n_layers": 0}, 1)
     assert table_for(tiny.config_of("bert")).layer_kind({}, 5) == ""
 
 
