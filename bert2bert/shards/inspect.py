@@ -76,8 +76,9 @@ def inspect(path: str | Path, tag: str | None = None) -> dict[str, Any]:
 
 def check(path: str | Path, tag: str | None = None) -> dict[str, Any]:
     """Compare every file of a checkpoint of ours with its manifest: presence, size, and content where the manifest has
-    digests (growths; of training checkpoints, sizes alone). Streamed. ``bad``: name -> what is wrong, for each bad one;
-    ``unlisted``: files that the manifest does not know. Raises InvalidCheckpoint if there is no manifest to go by."""
+    digests (older training checkpoints have none: sizes alone). Streamed. ``bad``: name -> what is wrong, for each bad
+    one; ``unlisted``: files that the manifest does not know. Raises InvalidCheckpoint if there is no manifest to go by.
+    """
     folder, _ = locate(Path(path), tag)
     if not (folder / MANIFEST).is_file():
         raise InvalidCheckpoint(

@@ -24,7 +24,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from pydantic import ValidationError
 
-from bert2bert.errors import InvalidConfig
+from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.groups import Group, param_groups
 from bert2bert.model.batch import Batch
 from bert2bert.model.program import LayerProgram
@@ -239,6 +239,18 @@ class Engine:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def agree(self, act: Callable[[], Any]) -> Any:
+        """Do something without collectives on every rank; a UserError of any is raised on all, so that none hangs."""
+        result, refusal = None, None
+        try:
+            result = act()
+        except UserError as error:
+            refusal = error
+        raised = [error for error in self.gather(refusal) if error is not None]
+        if raised:
+            raise raised[0]
+        return result
 
     def barrier(self) -> None:
         """Wait for all ranks."""

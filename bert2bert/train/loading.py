@@ -13,14 +13,14 @@ of anyone's DeepSpeed run that has no manifest, and any that fails a comparison 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.model.config import BertConfig
 from bert2bert.recipe import Recipe
 from bert2bert.shards import torchfile
@@ -62,24 +62,11 @@ def resume(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) 
     ``data``: {"digest", "tokenizer_digest"} of the bins the run will read. Raises InvalidCheckpoint or InvalidConfig,
     the same on every rank.
     """
-    found = _agree(engine, lambda: _open_and_fill(engine, path, recipe, data))
+    found = engine.agree(lambda: _open_and_fill(engine, path, recipe, data))
     source, resumed = found
     partitions.publish(engine)
     _compare(engine, source)
     return resumed
-
-
-def _agree(engine: Engine, act: Callable[[], Any]) -> Any:
-    """Do something without collectives on every rank; an error of any rank is raised on all, so that none hangs."""
-    result, refusal = None, None
-    try:
-        result = act()
-    except UserError as error:
-        refusal = error
-    raised = [error for error in engine.gather(refusal) if error is not None]
-    if raised:
-        raise raised[0]
-    return result
 
 
 def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) -> tuple[Source, Resumed]:

@@ -1,8 +1,9 @@
 """Write a training checkpoint: DeepSpeed's own shards, every rank's random state, and a manifest to check them against.
 
-Order: shards and random states, synced to the disk; then the manifest (names, order, shapes, digests, steps, position);
-then, atomically, `latest`. DeepSpeed itself writes `latest` before the last rank has finished, so a killed rank would
-leave a run that cannot be resumed; here a kill at any moment leaves the older checkpoint in force.
+Order: shards and random states, each file digested by the rank that wrote it and synced to the disk; then the manifest
+(names, order, shapes, digests of tensors and of files, steps, position); then, atomically, `latest`. DeepSpeed itself
+writes `latest` before the last rank has finished, so a killed rank would leave a run that cannot be resumed; here a
+kill at any moment leaves the older checkpoint in force.
 
 Refuses a disk without room for the checkpoint before anything is written, and a folder that not all ranks see. Deletes
 only complete and abandoned tags of this run folder, never the newest complete one.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,8 @@ import torch
 from bert2bert import __version__
 from bert2bert.errors import UserError
 from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST, file_sizes, set_latest, write_manifest
-from bert2bert.shards.disk import disk_errors, fsync_tree
+from bert2bert.shards.digest import FILE_DIGEST, file_digest
+from bert2bert.shards.disk import disk_errors, fsync_file, fsync_tree
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
 from bert2bert.train.position import Progress
@@ -36,6 +37,7 @@ UNFINISHED = "bert2bert.unfinished"
 
 HYPER = ("lr", "weight_decay", "betas", "eps")
 _TAG = re.compile(r"global_step(\d+)")
+_OF_RANK = re.compile(r"(?:zero_pp_rank|bert2bert_rng_rank)_(\d+)")
 
 
 def random_file(rank: int) -> str:
@@ -71,9 +73,11 @@ def save(
     engine.thaw()
     with disk_errors(folder), _stream_errors(folder):
         engine.save(root, tag)
-        torch.save(random_state(engine.device), folder / random_file(engine.rank))
-        _sync_own(engine, folder)
-    digests = partitions.digests(engine)  # collective: every rank has written its files when it returns
+    parts = engine.gather(
+        engine.agree(lambda: _finish_own(engine, folder))
+    )  # every rank's files are there from here on
+    contents = {name: content for part in parts for name, content in part.items()}
+    digests = partitions.digests(engine)
     steps = partitions.steps(engine)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -98,6 +102,7 @@ def save(
         ],
         "tensors": {n: {"shape": list(engine.shape(n)), "digest": digests[n]} for n in engine.names},
         "files": {},
+        "digests": {"kind": FILE_DIGEST, "files": {name: contents[name] for name in sorted(contents)}},
         "counters": engine.counters,
         "versions": versions(),
         "growth": None if growth is None else dict(growth),
@@ -178,17 +183,30 @@ def _stream_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync_own(engine: Engine, folder: Path) -> None:
-    """Make durable what this rank wrote: on a cluster rank 0 cannot sync another host's pages."""
-    own = [folder / random_file(engine.rank), *folder.glob(f"*zero_pp_rank_{engine.rank}_mp_rank_*")]
-    for path in own:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+def _finish_own(engine: Engine, folder: Path) -> dict[str, str]:
+    """Write this rank's random state; digest and make durable all that this rank wrote: {name: content digest}.
+
+    Here and not on rank 0 alone, which on a cluster can neither sync another host's pages nor read them from memory.
+    """
+    with disk_errors(folder), _stream_errors(folder):
+        torch.save(random_state(engine.device), folder / random_file(engine.rank))
+        own = [name for name in file_sizes(folder) if name != UNFINISHED and _writer(name) == engine.rank]
+        contents = {name: file_digest(folder / name) for name in own}  # first: the pages are still in memory
+        for name in own:
+            fsync_file(folder / name)
+    return contents
+
+
+def _writer(name: str) -> int:
+    """The rank that writes a file: the one in its name; what DeepSpeed writes once, rank 0."""
+    found = _OF_RANK.search(name)
+    return int(found[1]) if found else 0
 
 
 def _commit(root: Path, folder: Path, manifest: dict[str, Any], keep: int) -> None:
     world = manifest["world_size"]
-    if absent := [rank for rank in range(world) if not (folder / random_file(rank)).is_file()]:
+    wanted = [*map(random_file, range(world)), *manifest["digests"]["files"]]
+    if absent := sorted({_writer(name) for name in wanted if not (folder / name).is_file()}):
         raise UserError(
             f"checkpoint {folder} lacks the files of {len(absent)} of {world} ranks, the first of them {absent[0]}: "
             "their hosts see another folder of that name. Let --output lie on a file system that all hosts share"

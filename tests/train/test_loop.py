@@ -63,7 +63,7 @@ def test_ranks_that_do_not_see_the_same_folder_are_told_so(tmp_path: Path) -> No
     folder = tmp_path / "global_step2"
     (folder / saving.random_file(0)).touch()
     with pytest.raises(UserError, match="lacks the files of 1 of 2 ranks, the first of them 1"):
-        saving._commit(tmp_path, folder, {"world_size": 2}, 1)
+        saving._commit(tmp_path, folder, {"world_size": 2, "digests": {"files": {}}}, 1)
     assert not (tmp_path / "latest").exists() and not (folder / saving.MANIFEST).exists()
 
 
