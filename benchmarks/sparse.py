@@ -21,9 +21,10 @@ from unittest import mock
 
 import torch
 
+from bert2bert.costs import cost, cost_line
 from bert2bert.groups import param_groups
 from bert2bert.growth import target_spec
-from bert2bert.planning import cost, cost_line, describe, open_growth, summary
+from bert2bert.planning import describe, open_growth, summary
 from bert2bert.realise import values
 from bert2bert.shards import frames, hub_writer, transfer
 from bert2bert.shards.hub_writer import MAX_FILE_BYTES

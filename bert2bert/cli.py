@@ -139,7 +139,8 @@ def _how(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, comm: Any) -> None:
-    from bert2bert.planning import bandwidth, cost, cost_line, describe, open_growth, summary
+    from bert2bert.costs import bandwidth, cost, cost_line
+    from bert2bert.planning import describe, open_growth, summary
 
     disk = bandwidth(args.disk_bandwidth)
     growth = open_growth(args.source, args.config, **_how(args))

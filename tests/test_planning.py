@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from bert2bert.cli import main
+from bert2bert.costs import bandwidth, cost, cost_line
 from bert2bert.errors import InvalidConfig
 from bert2bert.operators.growth import plan_growth
-from bert2bert.planning import bandwidth, cost, cost_line, open_growth
+from bert2bert.planning import open_growth
 from bert2bert.shards.transfer import deal
 from bert2bert.tables import table_for
 
