@@ -127,7 +127,7 @@ class ModelStates:
 
     def __init__(self, paths: list[Path], sharded: bool, whole: bool = False) -> None:
         self.paths, self.sharded, self.whole = paths, sharded, whole
-        self.ranks = [self._open(path) for path in paths]
+        self.ranks = [self._checked(path, found) for path, found in zip(paths, torchfile.load_all(paths), strict=True)]
         for key in _SAME_ON_ALL_RANKS:
             alike(paths, [rank.get(key) for rank in self.ranks], key)
         alike(paths, [len(rank["param_shapes"]) for rank in self.ranks], "number of flat groups")
@@ -152,8 +152,7 @@ class ModelStates:
         self.unread: tuple[str, ...] = ()
         self._sort_out_the_rest()
 
-    def _open(self, path: Path) -> dict[str, Any]:
-        found = torchfile.load(path)
+    def _checked(self, path: Path, found: Any) -> dict[str, Any]:
         if not isinstance(found, dict) or "param_shapes" not in found:
             raise InvalidCheckpoint(f"{path}: no DeepSpeed model-states file, it has no 'param_shapes'")
         if (found["param_shapes"] is None) != self.whole:

@@ -14,6 +14,7 @@ import pickle
 import re
 import threading
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,34 @@ _ALLOWED: list[Any] = [
 _LOCK = threading.RLock()  # torch keeps its allow-list in a global
 
 
+def load_all(paths: Sequence[Path]) -> list[Any]:
+    """`load` each; files of the same content, as ranks' model states often are, are opened once and share an object."""
+    seen: dict[str, Any] = {}
+    objects = []
+    for path in paths:
+        checked = _check(path)
+        found = seen.get(checked.content) if checked.content else None
+        if found is None:
+            found = seen[checked.content] = _load(path, checked.structure)
+        objects.append(found)
+    return objects
+
+
 def load(path: Path) -> Any:
     """The file's object: dicts, lists, tuples, numbers, strings, numpy arrays, and detached CPU tensors.
 
     The tensors are views of a private memory map: nothing is read until an element is, and writing to one does not
     change the file. Objects of allowed classes become ``{"class": name, **attributes}``.
     """
+    return _load(path, _check(path).structure)
+
+
+def _check(path: Path) -> archive.Checked:
     _check_frame(path)
-    size = archive.check(path)
+    return archive.check(path)
+
+
+def _load(path: Path, size: int) -> Any:
     try:
         with _LOCK, torch.serialization.safe_globals(_ALLOWED):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -54,6 +54,26 @@ def test_deepspeed_classes_become_plain_values(tmp_path: Path) -> None:
     assert torch.equal(found["weight"], torch.arange(6.0)) and not found["weight"].requires_grad
 
 
+def test_files_of_the_same_content_are_opened_once(tmp_path: Path) -> None:
+    said = {"names": ["a", "b"], "x": torch.arange(3.0), "empty": torch.empty(0)}
+    same = [save(tmp_path / f"{name}.pt", said) for name in ("one", "other", "third")]
+    differ = [
+        save(tmp_path / "value.pt", {**said, "x": torch.tensor([0.0, 1.0, 5.0])}),
+        save(tmp_path / "name.pt", {**said, "names": ["a", "c"]}),
+    ]
+    torch.serialization.set_crc32_options(False)
+    try:
+        silent = [save(tmp_path / f"silent{n}.pt", {**said, "x": torch.full((3,), float(n))}) for n in (1, 2)]
+    finally:
+        torch.serialization.set_crc32_options(True)
+    found = torchfile.load_all([*same, *differ, *silent])
+    assert found[0] is found[1] is found[2]
+    assert len({id(each) for each in found}) == 5
+    for each, path in zip(found, [*same, *differ, *silent], strict=True):
+        alone = torchfile.load(path)
+        assert each["names"] == alone["names"] and each["x"].equal(alone["x"]), path
+
+
 class ByName:
     """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
 
