@@ -144,10 +144,14 @@ def identity_spec(
         parts = {tuple(g["names"]): str(g["part"]) for g in (source.manifest or {}).get("groups", ())}
         groups = tuple(replace(group, part=parts.get(group.names, group.part)) for group in spec.groups)
         spec = replace(spec, groups=groups, group_layout=known_layout(source) or "source")
-    if form == "zero" and world_size == source.world_size and stage is not None:
-        random = {file.name: file.read_bytes() for file in sorted(source.folder.glob(_RANDOM))}
+    if form != "hub":  # however the target is cut: a run goes on with them on as many ranks as it had
+        random = {file.name: file.read_bytes() for file in _random_states(source)}
         spec = replace(spec, extra_files={**spec.extra_files, **random})
     return spec
+
+
+def _random_states(source: Source) -> list[Path]:
+    return sorted(source.folder.glob(_RANDOM))
 
 
 def _tied(source: Source) -> dict[str, str]:
@@ -180,6 +184,7 @@ def notes(source: Source, spec: TargetSpec, form: str) -> list[str]:
         held += ["learning-rate scheduler"] if source.lr_scheduler else []
         held += ["client state"] if spec.client_state else []
         held += ["buffers"] if source.buffers else []
+        held += ["random states"] if _random_states(source) else []
         held += ["which parameters are frozen"] if not all(m.trainable for m in source.tensors.values()) else []
         told.append(f"a Hugging Face folder holds weights only; left out: {', '.join([*held, 'counters'])}")
     if form == "hub" and not spec.config:

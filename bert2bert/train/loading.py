@@ -30,7 +30,7 @@ from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
 from bert2bert.train.position import Progress, continued, start
 from bert2bert.train.randomness import seed_all, set_random_state
-from bert2bert.train.saving import random_file
+from bert2bert.train.saving import random_file, random_ranks
 
 BLOCK = 1 << 22  # elements read at a time
 _HYPER = ("weight_decay", "betas", "eps")
@@ -247,14 +247,13 @@ def _restore_rest(
     if kind != "train":
         return  # counters, random state and position are the new run's own
     engine.counters = source.counters
-    path = source.folder / random_file(engine.rank)
-    same = source.world_size == engine.world
-    if same and path.is_file() and set_random_state(torchfile.load(path), engine.device):
+    path, ranks = source.folder / random_file(engine.rank), random_ranks(source.folder)
+    same = ranks == engine.world and path.is_file()
+    if same and set_random_state(torchfile.load(path), engine.device):
         return
     seed_all(recipe.seed + 7_368_787 * (progress.step + 1), engine.rank)
-    why = (
-        f"saved on {source.world_size} ranks, continued on {engine.world}" if not same else "the kind of device changed"
-    )
+    why = f"saved on {ranks} ranks, continued on {engine.world}" if ranks else "no random states were kept"
+    why = "the kind of device changed" if same else why
     notes.append(f"{why}: the data go on in order, dropout draws anew")
 
 

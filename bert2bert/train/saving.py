@@ -45,6 +45,11 @@ def random_file(rank: int) -> str:
     return f"bert2bert_rng_rank_{rank:05d}.pt"
 
 
+def random_ranks(folder: Path) -> int:
+    """How many ranks the run had whose random states lie in a tag's folder: shards may have been cut anew since."""
+    return sum(1 for _ in folder.glob("bert2bert_rng_rank_*.pt"))
+
+
 def versions() -> dict[str, str]:
     """Versions of what wrote a checkpoint or a run folder."""
     return {"bert2bert": __version__} | {name: version(name) for name in ("torch", "deepspeed")}
