@@ -74,10 +74,13 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
     manifest = source.manifest or {}
     kind = "weights" if source.form == "hub" else str(manifest.get("kind"))
     if source.form != "hub" and kind not in ("train", "growth"):
+        config = "" if source.config else " --source-config CONFIG.json"
         raise InvalidCheckpoint(
             f"{source.folder}: a checkpoint of a DeepSpeed run that is not this project's: it has no manifest to check "
-            "a load against. Rewrite it first: bert2bert grow SOURCE TARGET_DIR --config CONFIG (the same sizes keep "
-            "every value), then resume from TARGET_DIR"
+            "a load against. Rewrite it and resume from what is written:\n"
+            f"  bert2bert reshard {source.path} TARGET{config}\n"
+            "  --resume TARGET\n"
+            "Weights, moments and Adam steps stay as they are; the recipe begins at its step 0, on its own data"
         )
     _check_model(source, recipe)
     notes: list[str] = []
