@@ -13,6 +13,7 @@ of anyone's DeepSpeed run that has no manifest, and any that fails a comparison 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +79,12 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
         raise InvalidCheckpoint(
             f"{source.folder}: a checkpoint of a DeepSpeed run that is not this project's: it has no manifest to check "
             "a load against. Rewrite it and resume from what is written:\n"
-            f"  bert2bert reshard {source.path} TARGET{config}\n"
+            f"  bert2bert reshard {shlex.quote(str(source.path))} TARGET{config}\n"
             "  --resume TARGET\n"
             "Weights, moments and Adam steps stay as they are; the recipe begins at its step 0, on its own data"
         )
     _check_model(source, recipe)
+    _unwrap(engine, source)
     notes: list[str] = []
     progress = continued(manifest["training"], source.folder, recipe, data, notes) if kind == "train" else start()
     if kind != "train":
@@ -92,7 +94,7 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
     _fill(engine, source)
     _restore_rest(engine, source, kind, recipe, progress, notes)
     if kind == "growth":
-        notes += _other_hyper(engine, manifest)
+        notes += _other_hyper(engine, source.manifest or {})
     if kind == "weights":
         notes.append("a Hugging Face folder holds weights only: Adam's moments start at zero")
     return source, Resumed(source.folder, kind, progress, manifest.get("growth"), tuple(notes))
@@ -122,6 +124,29 @@ def _check_model(source: Source, recipe: Recipe) -> None:
                 f"{getattr(theirs, key)!r} in {source.folder}. Use the recipe of that model, or grow the checkpoint to "
                 "the recipe's sizes first"
             )
+
+
+def _unwrap(engine: Engine, source: Source) -> None:
+    """Take off what a wrapper in somebody's script put before every name ('model.'), in the source as it is seen here;
+    `reshard` and `grow` keep the script's names."""
+    anchor = engine.names[0]
+    before = [name.removesuffix(anchor) for name in source.tensors if name.endswith("." + anchor)]
+    if anchor in source.tensors or len(before) != 1:
+        return
+
+    def bare(name: str) -> str:
+        return name.removeprefix(before[0])
+
+    def groups(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**group, "names": [bare(name) for name in group["names"]]} for group in found]
+
+    source.tensors = {bare(name): meta for name, meta in source.tensors.items()}  # each knows its name in the files
+    source.buffers = {bare(name): buffer for name, buffer in source.buffers.items()}
+    source.aliases = {bare(absent): bare(kept) for absent, kept in source.aliases.items()}
+    source.groups = groups(source.groups)
+    if manifest := source.manifest:
+        tensors = {bare(name): entry for name, entry in manifest.get("tensors", {}).items()}
+        source.manifest = {**manifest, "tensors": tensors, "groups": groups(manifest.get("groups", []))}
 
 
 def _check_tensors(engine: Engine, source: Source) -> None:

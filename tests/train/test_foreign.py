@@ -5,15 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bert2bert import cli
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
+from bert2bert.shards.source import open_source
 from tests.distributed import run_ranks
+from tests.shards import engines
 from tests.shards.engines import STATES, Case, hf_config, save_cases
 from tests.train import runs, tiny
 
@@ -53,23 +58,24 @@ def pretrain(words: list[str]) -> int:
     return int(module.main(words))
 
 
-def held(bins: Path, path: Path, truth: Path) -> list[str]:
-    """What this rank's engine holds otherwise than the engine that saved the checkpoint, after a load."""
-    from bert2bert.train import engine as engines
+def held(bins: Path, path: Path, truth: Path, prefix: str = "") -> list[str]:
+    """What this rank's engine holds otherwise than the engine that saved the checkpoint, after a load. prefix: before
+    the names of that engine's parameters."""
+    from bert2bert.train import engine as trained
     from bert2bert.train import loading, partitions
 
     plan = runs.recipe(bins, model=CONFIG)
-    engine = engines.build(plan, tiny.ds_config(2), Bert(BertConfig.from_hf(CONFIG)))
+    engine = trained.build(plan, tiny.ds_config(2), Bert(BertConfig.from_hf(CONFIG)))
     found = loading.resume(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
     expected = torch.load(truth)
     wrong = [] if (found.kind, found.progress.step) == ("growth", 0) else [found.kind]
     for fragment in partitions.fragments(engine):
         for state in STATES:
-            whole = expected["tensors"][fragment.name][state]
+            whole = expected["tensors"][prefix + fragment.name][state]
             mine = partitions.read(engine, fragment, state)
             if mine is None or not torch.equal(mine, whole.flatten()[fragment.start : fragment.stop]):
                 wrong.append(f"{fragment.name} {state}")
-    steps = {expected["step"][name] for name in engine.names}
+    steps = {expected["step"][prefix + name] for name in engine.names}
     return wrong + ["steps"] * (set(partitions.steps(engine)) != steps)
 
 
@@ -98,3 +104,31 @@ def test_the_remedy_of_the_refusal_works(
     manifest = runs.manifest(tmp_path / "run", 2)
     assert {group["step"] for group in manifest["groups"]} == {CASE.steps + 2}
     assert [r["step"] for r in runs.records(tmp_path / "run") if r["kind"] == "train"] == [1, 2]
+
+
+class Wrapped(nn.Module):
+    """A script's own module around the model: every name starts with "model."."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        return self.model(**inputs)
+
+
+def save_wrapped(folder: Path) -> None:
+    plain = engines.tiny_bert
+    engines.tiny_bert = lambda *args, **more: Wrapped(plain(*args, **more))
+    engines.save_on_rank(str(folder), [replace(CASE, stage=3)])
+
+
+@pytest.mark.timeout(90)
+def test_a_wrapper_around_the_model_is_seen_through(bins: Path, tmp_path: Path) -> None:
+    run_ranks(save_wrapped, 2, tmp_path, timeout=60)
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(CONFIG))
+    for cut in ([], ["--format", "zero", "--stage", "2", "--world-size", "2", "--groups", "layers"]):
+        target = tmp_path / f"target{len(cut)}"
+        assert cli.main(["reshard", str(tmp_path / "plain"), str(target), *cut]) == 0
+        assert "model.cls.predictions.bias" in open_source(target).tensors
+        assert run_ranks(held, 2, bins, target, tmp_path / "plain.truth.pt", "model.", timeout=60) == [[], []]

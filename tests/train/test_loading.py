@@ -149,7 +149,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "the stage": (in_manifest(lambda m: m.update(stage=3)), "the manifest says 3"),
     "a shard cut short": (cut, "bytes long, the manifest says"),
     "a missing shard": (lambda folder: (folder / OPTIM).unlink(), "missing"),
-    "no manifest": (drop_manifest, "bert2bert grow"),
+    "no manifest": (drop_manifest, "bert2bert reshard "),
     "code in a pickle": (in_shard(OPTIM, plant), "which is no class of a ZeRO checkpoint"),
 }
 
