@@ -22,12 +22,15 @@ from bert2bert.shards.source import TensorMeta
 
 _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_(\d+)_model_states\.pt")
+_EXPERTS_STAGE0 = re.compile(r"expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 MODEL = "mp_rank_00_model_states.pt"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _OWN_KEYS = {
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments",
     "shared_params", "lr_scheduler", "data_sampler", "random_ltd", "dp_world_size", "mp_world_size",
     "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info", *COUNTERS,
+    "num_experts", "ds_autoep_layers", "autoep_layers", "folding",
 }  # fmt: skip
 _SAME_ON_ALL_RANKS = ("ds_version", "dp_world_size", "mp_world_size", *COUNTERS)
 
@@ -75,12 +78,19 @@ def plain_scaler(states: dict[str, Any]) -> dict[str, Any] | None:
 def find_files(folder: Path) -> tuple[list[Path], list[Path], bool]:
     """Model-states files and optimizer files in rank order, and whether the optimizer files are named as bf16's."""
     names = sorted(p.name for p in folder.iterdir() if p.name.endswith("_states.pt"))
-    strange = [n for n in names if not (_OPTIM.fullmatch(n) or _MODEL3.fullmatch(n) or n == MODEL)]
-    parallel = [m[0] for n in names if (m := _OPTIM.fullmatch(n) or _MODEL3.fullmatch(n)) and int(m[m.lastindex or 0])]
-    if strange or parallel:
-        kind = "mixture-of-experts" if any("exp" in n for n in strange) else "tensor or pipeline parallel"
+    if whole := [n for n in names if _EXPERTS_STAGE0.fullmatch(n)]:
         raise InvalidCheckpoint(
-            f"{folder}: {(strange or parallel)[0]} is a file of a {kind} run, which this program does not read. "
+            f"{folder}: {whole[0]} is of an expert-parallel run of ZeRO stage 0, whose optimizer state has no names, "
+            "which this program does not read. Save it from a run with ZeRO stage 1 or 2."
+        )
+    known = [m for n in names if (m := _OPTIM.fullmatch(n) or _MODEL3.fullmatch(n) or _EXPERT.fullmatch(n))]
+    strange = sorted({*names} - {m[0] for m in known} - {MODEL})
+    parallel = [m[0] for m in known if int(m[m.lastindex or 0])]
+    if strange or parallel:
+        first = (strange or parallel)[0]
+        kind = "tensor-parallel expert" if _EXPERT.fullmatch(first) else "tensor or pipeline parallel"
+        raise InvalidCheckpoint(
+            f"{folder}: {first} is a file of a {kind} run, which this program does not read. "
             "Merge the model first (DeepSpeed's zero_to_fp32.py, then save_pretrained)."
         )
     optim = [m for n in names if (m := _OPTIM.fullmatch(n))]
@@ -99,6 +109,11 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path], bool]:
                 f"{folder}: the {kind} files of ranks {ranks_text(absent)} are missing. Copy all ranks."
             )
     return [p for _, p in models], [p for _, p in shards], any(m[1] for m in optim)
+
+
+def expert_files(folder: Path) -> list[Path]:
+    """The files of single experts that an expert-parallel run wrote, if it is one."""
+    return sorted(path for path in folder.iterdir() if _EXPERT.fullmatch(path.name))
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
@@ -151,6 +166,10 @@ class ModelStates:
         self.frozen: dict[str, tuple[int, ...]] = {}
         self.unread: tuple[str, ...] = ()
         self._sort_out_the_rest()
+
+    def renamed(self, name: str) -> str:
+        """The model's own name of what the files call ``name``."""
+        return name
 
     def _checked(self, path: Path, found: Any) -> dict[str, Any]:
         if not isinstance(found, dict) or "param_shapes" not in found:

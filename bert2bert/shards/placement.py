@@ -7,14 +7,15 @@ sizes. Refuses, as InvalidCheckpoint: alignments, orders and sizes that the para
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from bert2bert.errors import InvalidCheckpoint
-from bert2bert.shards.layout import NCCL_START_ALIGNMENTS, Zero12Layout, zero3_sub_group, zero12_layout
+from bert2bert.shards.layout import NCCL_START_ALIGNMENTS, Piece, Zero12Layout, zero3_sub_group, zero12_layout
 from bert2bert.shards.modelstates import ModelStates
 
 Flats = Mapping[str, Sequence[Sequence[torch.Tensor | None]]]
@@ -31,16 +32,26 @@ class Stored(NamedTuple):
     at: int
 
 
+class Team(NamedTuple):
+    """Ranks, in order, that a flat group is cut among. ``whole``: one rank's pieces (of the group's tensors as these
+    ranks have them) as (name of the whole tensor, start, stop, at)."""
+
+    ranks: Sequence[int]
+    whole: Callable[[Sequence[Piece]], Iterable[tuple[str, int, int, int]]]
+
+
 class Placement:
     """The optimizer files of all ranks (``paths``, their contents ``ranks``, their flat tensors ``flats``) beside the
-    shapes that ``model`` gives. robin: saved with round_robin_gradients, so the files' own order is not right."""
+    shapes that ``model`` gives. robin: saved with round_robin_gradients, so the files' own order is not right; teams:
+    of each flat group, those that have different tensors of it (None: all ranks are one)."""
 
     def __init__(
         self, paths: Sequence[Path], ranks: Sequence[dict[str, Any]], model: ModelStates, flats: Flats, *, stage: int,
-        robin: bool,
+        robin: bool, teams: Sequence[Sequence[Team] | None] | None = None,
     ) -> None:  # fmt: skip
         self._paths, self._ranks, self._model, self._flat = paths, ranks, model, flats
         self.stage, self._robin = stage, robin
+        self._teams = teams or [None] * len(model.shapes)
         self._place: dict[str, list[Stored]] = {}
         self._momenta: dict[str, list[Stored]] = {}  # where Muon's lie elsewhere
 
@@ -49,39 +60,46 @@ class Placement:
         groups whose momentum is not cut."""
         for flat, shapes in enumerate(self._model.shapes):
             names, numels = list(shapes), [math.prod(s) for s in shapes.values()]
-            world = len(self._ranks)
-            if self.stage == 3:
-                sub = zero3_sub_group(numels, world, range(len(numels)))
-                pieces, full, short = sub.pieces, sub.numel, [sub.numel] * world
-            else:
-                layout = self._aligned(flat, numels)
-                pieces, full = layout.pieces, layout.partition
-                short = [layout.partition - padding for padding in layout.paddings]
-                if not self._robin:
-                    self._check_order(flat, names, layout)
-                if flat in whole:
-                    self._momentum(flat, names, layout)
-            for rank in range(len(self._ranks)):
-                self._check_sizes(flat, rank, full, short[rank])
-                for param, start, stop, at in pieces[rank]:
-                    self._place.setdefault(names[param], []).append(Stored(start, stop - start, rank, flat, at))
+            for team in self._teams[flat] or [Team(range(len(self._ranks)), partial(_named, names))]:
+                self._lay_out(flat, names, numels, team, flat in whole)
+        if any(self._teams):
+            for stored in self._place.values():
+                stored.sort()  # the teams' pieces by turns
         return self._place, self._momenta
 
-    def _aligned(self, flat: int, numels: list[int]) -> Zero12Layout:
+    def _lay_out(self, flat: int, names: list[str], numels: list[int], team: Team, whole: bool) -> None:
+        world = len(team.ranks)
+        if self.stage == 3:
+            sub = zero3_sub_group(numels, world, range(len(numels)))
+            pieces, full, short = sub.pieces, sub.numel, [sub.numel] * world
+        else:
+            layout = self._aligned(flat, numels, team.ranks)
+            pieces, full = layout.pieces, layout.partition
+            short = [layout.partition - padding for padding in layout.paddings]
+            if not self._robin:
+                self._check_order(flat, names, layout, team.ranks)
+            if whole:
+                self._momentum(flat, names, layout)
+        for i, rank in enumerate(team.ranks):
+            self._check_sizes(flat, rank, full, short[i], world)
+            for name, start, stop, at in team.whole(pieces[i]):
+                self._place.setdefault(name, []).append(Stored(start, stop - start, rank, flat, at))
+
+    def _aligned(self, flat: int, numels: list[int], ranks: Sequence[int]) -> Zero12Layout:
         """The layout with the alignments that the file's own paddings and sizes tell (DeepSpeed's parameter_alignment
         and nccl_start_alignment_factor)."""
-        world = len(self._ranks)
-        gaps = self._ranks[0].get("param_alignment_paddings")
+        world = len(ranks)
+        gaps = self._ranks[ranks[0]].get("param_alignment_paddings")
         alignment = 1
         if gaps and any(gaps[flat]):
             fits = [a for a in (4, 8, 2, 16) if list(zero12_layout(numels, world, a).gaps) == list(gaps[flat])]
             if not fits:
                 raise InvalidCheckpoint(
-                    f"{self._paths[0]}: its param_alignment_paddings fit no alignment of the parameters"
+                    f"{self._paths[ranks[0]]}: its param_alignment_paddings fit no alignment of the parameters"
                 )
             alignment = fits[0]
-        master = self._flat["fp32"][0][flat]
-        paddings = self._ranks[0].get("group_paddings")
+        master = self._flat["fp32"][ranks[0]][flat]
+        paddings = self._ranks[ranks[0]].get("group_paddings")
         found = master.numel() if isinstance(master, torch.Tensor) else 0
         full = {found, found + int(paddings[flat]) if paddings else found}  # BF16_Optimizer's is with the padding
         for start in NCCL_START_ALIGNMENTS:
@@ -112,14 +130,15 @@ class Placement:
                 self._momenta.setdefault(names[i], [Stored(0, layout.numels[i], rank, flat, at)])
                 at += layout.numels[i]
 
-    def _check_order(self, flat: int, names: list[str], layout: Zero12Layout) -> None:
+    def _check_order(self, flat: int, names: list[str], layout: Zero12Layout, ranks: Sequence[int]) -> None:
         """The file's own list of pieces is what the layout says."""
-        for rank in range(len(self._ranks)):
+        for i, rank in enumerate(ranks):
             mappings = self._ranks[rank].get("param_slice_mappings")
             if not mappings:
                 continue
-            said = {n: (piece["start"], piece["numel"]) for n, piece in mappings[flat].items()}
-            computed = {names[i]: (at, stop - start) for i, start, stop, at in layout.pieces[rank]}
+            told = mappings[flat].items()
+            said = {self._model.renamed(n): (piece["start"], piece["numel"]) for n, piece in told}
+            computed = {names[param]: (at, stop - start) for param, start, stop, at in layout.pieces[i]}
             if said != computed:
                 odd = next(n for n in [*computed, *said] if said.get(n) != computed.get(n))
                 raise InvalidCheckpoint(
@@ -128,7 +147,7 @@ class Placement:
                     "different checkpoints are mixed, or it was saved with round_robin_gradients."
                 )
 
-    def _check_sizes(self, flat: int, rank: int, full: int, short: int) -> None:
+    def _check_sizes(self, flat: int, rank: int, full: int, short: int, world: int) -> None:
         elsewhere = {stored[0].flat for stored in self._momenta.values()}
         for state, flats in self._flat.items():
             tensor = flats[rank][flat]
@@ -143,6 +162,10 @@ class Placement:
             if found not in (full, short):
                 raise InvalidCheckpoint(
                     f"{self._paths[rank]}: flat group {flat} holds {found} elements of {state}, the parameters in "
-                    f"{self._model.paths[0].name} need {full} on each of {len(self._ranks)} ranks: files of different "
+                    f"{self._model.paths[0].name} need {full} on each of {world} ranks: files of different "
                     "checkpoints are mixed, or the save was cut short."
                 )
+
+
+def _named(names: Sequence[str], pieces: Sequence[Piece]) -> Iterable[tuple[str, int, int, int]]:
+    return ((names[piece.param], piece.start, piece.stop, piece.at) for piece in pieces)

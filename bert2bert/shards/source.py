@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from bert2bert.errors import InvalidCheckpoint, did_you_mean
 from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST, listed
 from bert2bert.shards.disk import inside
+from bert2bert.shards.expert_parallel import ExpertParallel
 from bert2bert.shards.manifest import check as check_manifest
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -59,7 +60,8 @@ class Source:
     keeps besides and this project does not carry (see `moments`); ``groups``: optimizer groups as hyper-parameters plus
     "names"; ``moments``: for each group, state -> its name in the files (Adam's are `moments.ADAM`; a state that is
     not there reads as zeros); ``fused``: trained with DeepSpeed's FusedAdam; ``clip_grad``: the run's gradient
-    clipping, None where it is not known; ``unread``: names the model has whose values the checkpoint does not hold.
+    clipping, None where it is not known; ``expert_parallel``: of a run whose experts are split over ranks;
+    ``unread``: names the model has whose values the checkpoint does not hold.
     """
 
     form: str = ""
@@ -81,6 +83,7 @@ class Source:
         self.clip_grad: float | None = None
         self.counters: dict[str, int] = {}
         self.lr_scheduler: dict[str, Any] | None = None
+        self.expert_parallel: ExpertParallel | None = None
         self.loss_scaler: dict[str, Any] | None = None
         self.client_state: dict[str, Any] = {}
         self.buffers: dict[str, torch.Tensor] = {}
@@ -253,7 +256,9 @@ def open_source(path: str | Path, tag: str | None = None) -> Source:
     ``tag`` picks one tag of a run folder; without it ``latest`` (else ``latest_universal``) does.
     Raises InvalidCheckpoint for anything that is no sound checkpoint.
     """
+    from bert2bert.shards.expert_source import ExpertSource
     from bert2bert.shards.hub import HubSource
+    from bert2bert.shards.modelstates import expert_files
     from bert2bert.shards.stage0 import Stage0Source, is_stage0
     from bert2bert.shards.universal import UniversalSource
     from bert2bert.shards.zero import ZeroSource
@@ -263,7 +268,7 @@ def open_source(path: str | Path, tag: str | None = None) -> Source:
     manifest = read_manifest(folder)
     kind: type[Source] = HubSource
     if tag is not None:
-        native = Stage0Source if is_stage0(folder) else ZeroSource
+        native = ExpertSource if expert_files(folder) else Stage0Source if is_stage0(folder) else ZeroSource
         kind = UniversalSource if (folder / "zero").is_dir() else native
     try:
         source = kind(path, folder, manifest)

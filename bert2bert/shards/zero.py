@@ -6,8 +6,8 @@ same files), frozen parameters and never-stepped groups (zeros, step 0) are read
 parameters lie in the order of ``param_shapes``, which is right, not where ``param_slice_mappings`` says.
 
 Refuses, as InvalidCheckpoint: missing, truncated and foreign files; files of different saves, world sizes or stages in
-one tag; sizes that do not fit the layout; tensor or pipeline parallel and expert-parallel checkpoints;
-``elastic_checkpoint``.
+one tag; sizes that do not fit the layout; tensor or pipeline parallel checkpoints, and stage 3 of expert-parallel ones
+(stages 1 and 2: see `expert_source`); ``elastic_checkpoint``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bert2bert.shards.modelstates import (
     take,
 )
 from bert2bert.shards.moments import held, moment_keys, unknown
-from bert2bert.shards.placement import Placement
+from bert2bert.shards.placement import Placement, Team
 from bert2bert.shards.source import STATES, Source, TensorMeta
 
 _FEW = 64  # elements of a rank that are compared to tell files of different saves apart
@@ -49,7 +49,7 @@ class ZeroSource(Source):
         super().__init__(path, folder, manifest)
         model_paths, self._paths, bf16 = find_files(folder)
         self.files = [*model_paths, *self._paths]
-        model = self._model = ModelStates(model_paths, sharded=model_paths[0].name != MODEL)
+        model = self._model = self._open_model(model_paths)
         self._check_world()
         self._ranks = [self._open(file) for file in self._paths]
         self.world_size = model.world_size
@@ -68,12 +68,26 @@ class ZeroSource(Source):
             for flat, group in enumerate(self._group_of_flat)
             if self.groups[group].get("use_muon") and self.states == STATES and not self._offloaded
         }
-        placed = Placement(self._paths, self._ranks, model, self._flat, stage=self.stage, robin=self._robin)
+        teams = self._teams()
+        placed = Placement(
+            self._paths, self._ranks, model, self._flat, stage=self.stage, robin=self._robin, teams=teams
+        )
         self._place, self._momenta = placed.lay_out(whole)
+        self._settle()
         self._describe()
         self._check_weights()
 
     # --- opening and consistency -------------------------------------------------------------------------------
+
+    def _open_model(self, paths: list[Path]) -> ModelStates:
+        return ModelStates(paths, sharded=paths[0].name != MODEL)
+
+    def _teams(self) -> list[list[Team] | None] | None:
+        """See `Placement`; of ranks that have different tensors."""
+        return None
+
+    def _settle(self) -> None:
+        """Put into the model's own terms what the files say in the engine's."""
 
     def _check_world(self) -> None:
         world, folder = self._model.world_size, self.folder
@@ -110,15 +124,19 @@ class ZeroSource(Source):
         alike(self._paths, stages, "ZeRO stage")
         world = self._model.world_size
         for rank, states in zip(self._paths, self._ranks, strict=True):
+            if states.get("ds_zero_partition_groups"):
+                raise InvalidCheckpoint(
+                    f"{rank}: of an expert-parallel run of ZeRO stage 3, which this program does not read. It reads "
+                    "those of stages 1 and 2: save it from such a run."
+                )
             counts = states.get("partition_count", world)
-            for count in counts if isinstance(counts, list | tuple) else [counts]:
-                if int(count) != world:
+            counts = counts if isinstance(counts, list | tuple) else [counts]
+            for count, wanted in zip(counts, self._cut_among(states, len(counts)), strict=True):
+                if int(count) != wanted:
                     raise InvalidCheckpoint(
                         f"{rank}: a shard of a run of {count} ranks, {self._model.paths[0].name} is of a run of "
-                        f"{world}: files of different checkpoints are mixed."
+                        f"{wanted}: files of different checkpoints are mixed."
                     )
-            if states.get("ds_zero_partition_groups"):
-                raise InvalidCheckpoint(f"{rank}: of an expert-parallel run, which this program does not read")
         stage = stages[0]
         if (stage == 3) != self._model.sharded:
             raise InvalidCheckpoint(
@@ -134,6 +152,10 @@ class ZeroSource(Source):
                 "Save it without, or hand over its weights as a Hugging Face folder."
             )
         return stage
+
+    def _cut_among(self, states: dict[str, Any], count: int) -> list[int]:
+        """The number of ranks that each of ``count`` flat groups is cut among."""
+        return [self._model.world_size] * count
 
     # --- optimizer groups and states ---------------------------------------------------------------------------
 
@@ -226,9 +248,13 @@ class ZeroSource(Source):
             if state != "fp32":
                 return torch.zeros(high - low)
             return take(self._frozen[meta.name], low, high)
-        stored = self._place.get(meta.name, [])
+        return self._elements(meta.name, state, low, high)
+
+    def _elements(self, name: str, state: str, low: int, high: int) -> torch.Tensor:
+        """Elements [low, high) of a flattened tensor that the optimizer owns."""
+        stored = self._place.get(name, [])
         if state == "exp_avg":
-            stored = self._momenta.get(meta.name, stored)
+            stored = self._momenta.get(name, stored)
         parts = []
         for i in range(max(0, bisect_right(stored, low, key=lambda s: s.start) - 1), len(stored)):
             first, numel, rank, flat, at = stored[i]
