@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 EXAMPLE = """\
 examples:
@@ -28,8 +29,33 @@ GRACE_SECONDS = 5.0
 STOPPED = 75  # EX_TEMPFAIL: the same command with --resume goes on
 
 
+class _Parser(argparse.ArgumentParser):
+    """Every rank parses the same words: only rank 0 says what is wrong with them, and all exit with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        if _rank() > 0:
+            time.sleep(GRACE_SECONDS)  # a launcher ends all ranks with the first: let rank 0 speak
+            self.exit(2)
+        super().error(message)
+
+    def print_help(self, file: Any = None) -> None:
+        if _rank() == 0:
+            super().print_help(file)
+
+
+def _rank() -> int:
+    """This process's rank before anything is set up; 0 where the environment does not say it soundly."""
+    from bert2bert.errors import InvalidConfig
+    from bert2bert.train.ranks import discover
+
+    try:
+        return discover().rank
+    except InvalidConfig:
+        return 0
+
+
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="launch/pretrain.py",
         description="Pre-train the model of a recipe with DeepSpeed.",
         epilog=EXAMPLE,

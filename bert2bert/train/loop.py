@@ -245,7 +245,7 @@ class _Run:
             "kind": "train", "step": self.step, "phase": phase.name, "phase_step": phase_step + 1, "loss": mean,
             "lr": lr, "grad_norm": engine.grad_norm, "tokens": self.spent["tokens"], "flops": self.spent["flops"],
             "seconds": self.spent["seconds"], "layers_run": len(program.run), "layers_learning": len(program.learn),
-            "loss_scale": engine.loss_scale,
+            "loss_scale": engine.loss_scale, "skipped_steps": engine.counters["skipped_steps"],
         }  # fmt: skip
         return record, stopped
 

@@ -73,11 +73,28 @@ def test_a_mistake_is_one_message_and_status_2(tmp_path: Path, change: list[str]
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun on PATH")
-def test_a_mistake_on_two_ranks_is_told_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "words"), [("--set sed=1", "unknown key 'sed'"), ("--sed 1", "usage: ")])
+def test_a_mistake_on_two_ranks_is_told_once(tmp_path: Path, change: str, words: str) -> None:
     command = ["mpirun", "--oversubscribe", "-n", "2", sys.executable, "launch/pretrain.py", *DEMO]
-    done = run([*command, "--output", tmp_path / "run", "--set", "sed=1"], **MPI_ENVIRONMENT)
+    done = run([*command, "--output", tmp_path / "run", *change.split()], **MPI_ENVIRONMENT)
     assert done.returncode == 2
-    assert done.stderr.count("unknown key 'sed'") == 1
+    assert done.stderr.count(words) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("words", [["--ouput", "x"], [*DEMO, "--output"], ["--help"]])
+def test_only_rank_0_tells_the_usage(
+    rank: int, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    pretrain = entry("pretrain")
+    monkeypatch.setattr(pretrain, "GRACE_SECONDS", 0.0)
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main(words)
+    assert ended.value.code == (0 if words == ["--help"] else 2)
+    said = "".join(capsys.readouterr())
+    assert said.startswith("usage: launch/pretrain.py") if rank == 0 else not said
 
 
 def test_the_options_reach_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
