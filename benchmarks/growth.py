@@ -6,9 +6,9 @@
 Timed: BERT 110M -> 335M, master weights and both moments, from native shards of ZeRO-2 and ZeRO-3 for two ranks (random
 values, written by the package itself), into a universal checkpoint and into native shards of the same stage:
 
-* the I/O floor: every source byte read once, and as many bytes as the target has written once and synced, in files of
-  16 MiB blocks, at the speed that this disk shows in the same run;
-* `grow`, synced, read back for its content digests, and committed; alone and with --workers 2;
+* the I/O floor: every source byte read once, and as many bytes as the target has written once and synced, in one file
+  or in files of 64 MiB, whichever this disk takes faster in the same run;
+* `grow`, synced, read back for its content digests, and committed; alone and with --workers 2; weights alone, too;
 * DeepSpeed's ds_to_universal, and an expansion of its folder, tensor by tensor with index_select and torch.save;
 * DeepSpeed's zero_to_fp32, and such an expansion of what it gives (the moments are lost). Neither rival syncs anything;
   what it takes to sync its output afterwards is told apart, for its pages may be in memory alone until then.
@@ -26,8 +26,6 @@ speeds then mean nothing. Refuses to begin without room on the disk. Everything 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import json
 import os
 import platform
@@ -35,20 +33,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-import zlib
-from collections.abc import Callable, Iterator
 from datetime import date
 from math import prod
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import contestants
+from contestants import drop, files_of
 
-BLOCK = 1 << 24  # bytes
-STATES = ("fp32", "exp_avg", "exp_avg_sq")
 FULL = {"110M": (12, 768, 64), "335M": (24, 1024, 64), "1.3B": (24, 2048, 64)}  # layers, width, head size
 TOY = {"110M": (2, 64, 16), "335M": (4, 128, 16), "1.3B": (4, 256, 16)}
 GOALS = {
@@ -75,227 +67,18 @@ def numel(config: dict[str, Any]) -> int:
     return sum(prod(p.shape) for p in table.parameters(config, table.classes["BertForMaskedLM"]).values())
 
 
-def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in files_of(folder))
 
 
-def drop(folder: Path) -> None:
-    """Sync a folder's files and drop their pages from the cache."""
-    for path in files_of(folder):
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
-# ------------------------------------------------------------------------------------------------ in a child
-
-
-def _anonymous() -> int:
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon:"))
-
-
-@contextlib.contextmanager
-def measured(found: dict[str, Any]) -> Iterator[None]:
-    """Seconds, and the peak of anonymous memory above the present, of the body."""
-    base, peak, done = _anonymous(), [0], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], _anonymous())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        found["seconds"] = time.perf_counter() - start
-        done.set()
-        sampler.join()
-        found["memory"] = max(peak[0], _anonymous()) - base
-
-
-def child_make(folder: str, config: dict[str, Any], stage: int) -> dict[str, Any]:
-    """A source of random values, for two ranks."""
-    import torch
-    from sparse import fresh_spec
-
-    from bert2bert.shards.transfer import write_checkpoint
-
-    spec = fresh_spec(config)
-    pool = torch.randn(1 << 23, generator=torch.Generator().manual_seed(0)) * 0.02
-    squares = pool.square() * 1e-3
-
-    def values(name: str, state: str, start: int, stop: int) -> Any:
-        shape = (stop - start, *spec.shapes[name][1:]) if spec.shapes[name] else ()
-        numbers = squares if state == "exp_avg_sq" else pool  # over and over, from a place of the tensor's own
-        first = (zlib.crc32(f"{name} {state}".encode()) + start * prod(shape[1:])) % len(pool)
-        parts, count = [numbers[first : first + prod(shape)]], prod(shape)
-        while (left := count - sum(map(len, parts))) > 0:
-            parts.append(numbers[:left])
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(shape)
-
-    write_checkpoint(Path(folder), spec, values, form="zero", stage=stage, world_size=2, manifest_growth=None)
-    return {}
-
-
-def child_floor(source: str, scratch: str, count: int) -> dict[str, Any]:
-    """Seconds to read every byte of the source, and to write and sync ``count`` bytes."""
-    buffer = bytearray(os.urandom(BLOCK))
-    view, start = memoryview(buffer), time.perf_counter()
-    for path in files_of(Path(source)):
-        with open(path, "rb", buffering=0) as file:
-            while file.readinto(view):
-                pass
-    read, start = time.perf_counter() - start, time.perf_counter()
-    buffer[:] = os.urandom(BLOCK)
-    start = time.perf_counter()
-    with open(scratch, "wb", buffering=0) as file:
-        for at in range(0, count, BLOCK):
-            file.write(view[: min(BLOCK, count - at)])
-        os.fsync(file.fileno())
-    return {"read_seconds": read, "write_seconds": time.perf_counter() - start}
-
-
-def child_grow(source: str, target: str, config: str, how: dict[str, Any], workers: int, profile: str | None) -> Any:
-    """`grow`, alone or by forked workers, the change of the function not measured."""
-    for module in ("drift", "realise", "shards.stage0", "shards.transfer", "shards.universal", "shards.zero"):
-        importlib.import_module(f"bert2bert.{module}")
-    from bert2bert.growth import grow
-    from bert2bert.shards import workers as processes
-
-    def run(comm: Any = None) -> int:
-        grow(
-            Path(source), Path(target), Path(config), width="fpi", depth="stack", lossy=True, measure=False,
-            comm=comm, say=lambda text: None, **how,
-        )  # fmt: skip
-        return 0
-
-    found: dict[str, Any] = {}
-    before = _written()
-    with measured(found), profiled(profile):
-        if workers == 1:
-            run()
-        elif processes.run(workers, run):
-            raise SystemExit("a worker failed")
-    found["written"] = _written() - before
-    return found
-
-
-@contextlib.contextmanager
-def profiled(file: str | None) -> Iterator[None]:
-    if file is None:
-        yield
-        return
-    import cProfile
-    import pstats
-
-    profile = cProfile.Profile()
-    profile.enable()
-    try:
-        yield
-    finally:
-        profile.disable()
-        with open(file, "w") as out:
-            pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(25)
-
-
-def _written() -> int:
-    with open("/proc/self/io") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("wchar:"))
-
-
-def _expanded(plan: Any, state: str, load: Callable[[str, str], Any]) -> Any:
-    """A grown tensor, whole, in the plainest way: index every dim of the source tensor, multiply."""
-    import torch
-
-    (term,) = plan.terms
-    x = load(term.source, state)
-    for d, dim in enumerate(term.dims):
-        x = x.index_select(d, torch.from_numpy(dim.index))
-        factor = dim.param if state == "fp32" else dim.grad
-        if factor is not None:
-            power = torch.from_numpy(factor**2 if state == "exp_avg_sq" else factor).float()
-            x = x * power.view([-1 if i == d else 1 for i in range(x.ndim)])
-    return x
-
-
-def child_rival(kind: str, source: str, target: str, config: str) -> dict[str, Any]:
-    """DeepSpeed's tool, then a naive expansion of what it gives."""
-    import torch
-    from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    from bert2bert.planning import open_growth
-
-    growth = open_growth(Path(source), Path(config), width="fpi", depth="stack")
-    plan, shapes = growth.plan, {name: p.shape for name, p in growth.model.parameters.items()}
-    found: dict[str, Any] = {}
-    out = Path(target)
-    with measured(found), contextlib.redirect_stdout(sys.stderr):
-        if kind == "ds_to_universal":
-            middle = out / "universal"
-            tag = next(path for path in Path(source).iterdir() if path.is_dir())
-            ds_to_universal(
-                argparse.Namespace(
-                    input_folder=str(tag), output_folder=str(middle), num_extract_workers=2, num_merge_workers=2,
-                    keep_temp_folder=False, strict=True, inject_missing_state=True,
-                )
-            )  # fmt: skip
-
-            def load(name: str, state: str) -> Any:
-                stored = torch.load(middle / "zero" / name / f"{state}.pt", weights_only=False)
-                flat = (stored["param"] if isinstance(stored, dict) else stored).reshape(-1)  # of ZeRO-3: bare, flat
-                return flat[: prod(shapes[name])].view(shapes[name])
-
-            for name, tensor in plan.tensors.items():
-                folder = out / "grown" / "zero" / name
-                folder.mkdir(parents=True)
-                for state in STATES:
-                    torch.save({"param": _expanded(tensor, state, load)}, folder / f"{state}.pt")
-        else:
-            weights = get_fp32_state_dict_from_zero_checkpoint(source)
-            grown = {n: _expanded(t, "fp32", lambda name, _: weights[name]) for n, t in plan.tensors.items()}
-            torch.save(grown, out / "pytorch_model.bin")
-    start = time.perf_counter()
-    drop(out)
-    found["synced_seconds"] = found["seconds"] + time.perf_counter() - start
-    return found
-
-
-def child_dry_run(folder: str, pair: str) -> dict[str, Any]:
-    from sparse import dry_run
-
-    for module in ("hub", "stage0", "universal", "zero"):  # readers are imported when they are needed
-        importlib.import_module(f"bert2bert.shards.{module}")
-    found: dict[str, Any] = {}
-    with measured(found):
-        found |= dry_run(Path(folder), pair)
-    return found
-
-
-CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
-    "make": child_make, "floor": child_floor, "grow": child_grow, "rival": child_rival, "dry_run": child_dry_run,
-}  # fmt: skip
-
-
 def child(name: str, *arguments: Any) -> dict[str, Any]:
-    """Run one of CHILDREN in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", name, json.dumps(arguments)]
+    """Run one of `contestants.CONTESTANTS` in a process of its own."""
+    command = [sys.executable, str(Path(contestants.__file__).resolve()), name, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-# ------------------------------------------------------------------------------------------------ the cases
 
 
 class Bench:
@@ -343,19 +126,22 @@ class Bench:
         source, case = self.source("110M", stage), f"110M -> 335M, ZeRO-{stage}"
         size, model = size_of(source), 12 * self.numel["335M"]
         forms = {"universal": {"form": "universal"}, "zero": {"form": "zero", "stage": stage, "world_size": 2}}
+        weights = {"form": "hub"}
         reads, writes = [], []
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*forms, "workers")}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*forms, "workers", "weights")}
         for _ in range(self.rounds):
             drop(source)
             scratch = self.folder / "scratch"
             floor = child("floor", str(source), str(scratch), model)
-            scratch.unlink()
             reads.append(floor["read_seconds"])
             writes.append(floor["write_seconds"])
             for name, how in forms.items():
                 runs[name].append(self.grow(source, "335M", how))
             runs["workers"].append(self.grow(source, "335M", forms["universal"], 2))
+            runs["weights"].append(self.grow(source, "335M", weights))
         best = {name: min(found, key=lambda f: f["seconds"]) for name, found in runs.items()}
+        alone = best.pop("weights")["seconds"]
+        self.row(f"{case} to safetensors", "seconds", alone)
         self.row(case, "read, GB/s", size / min(reads) / 1e9)
         self.row(case, "written and synced, GB/s", model / min(writes) / 1e9)
         for name, found in best.items():
@@ -377,6 +163,9 @@ class Bench:
             self.row(case, f"{rival} / grow", found["seconds"] / best["universal"]["seconds"])
             self.row(case, f"{rival}, synced, s", found["synced_seconds"])
             self.row(case, f"{rival}, synced / grow", found["synced_seconds"] / best["universal"]["seconds"])
+            if rival == "zero_to_fp32":
+                self.row(case, f"{rival} / grow, weights", found["seconds"] / alone)
+                self.row(case, f"{rival}, synced / grow, weights", found["synced_seconds"] / alone)
             shutil.rmtree(out)
         if self.profile:
             self.grow(source, "335M", forms["universal"], profile=True)
@@ -434,12 +223,7 @@ def main() -> None:
     )
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        found = CHILDREN[args.child[0]](*json.loads(args.child[1]))
-        print("\n" + json.dumps(found))
-        return
     if args.rounds < 1:
         parser.error("--rounds: at least 1")
 

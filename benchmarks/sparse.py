@@ -125,7 +125,7 @@ def lay_out(folder: Path, spec: TargetSpec, form: str, stage: int | None = None,
     """Every file of a checkpoint, tensors as holes; the bytes of tensors in it."""
     tag = folder if form == "hub" else folder / spec.tag
     with holes():
-        plans = transfer._plan(Job(spec, _nothing, Tally()), form, stage, ranks, SUB_GROUP_SIZE, MAX_FILE_BYTES)
+        plans = transfer._plan(Job(spec, _nothing, Tally.new()), form, stage, ranks, SUB_GROUP_SIZE, MAX_FILE_BYTES)
         for plan in plans:
             path = tag / plan.name
             path.parent.mkdir(parents=True, exist_ok=True)

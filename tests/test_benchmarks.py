@@ -79,6 +79,7 @@ def test_dry_run_of_a_growth_over_sparse_files(tmp_path: Path) -> None:
 
 
 def test_the_growth_benchmark_refuses_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
     spec = importlib.util.spec_from_file_location("growth_benchmark", BENCHMARKS / "growth.py")
     assert spec and spec.loader
     growth = importlib.util.module_from_spec(spec)

@@ -16,6 +16,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from bert2bert.shards.disk import disk_errors, fsync_file
 Tensors = dict[tuple[str, str], int]
 """(name, state) -> digest of the part of it that a file holds."""
 _AHEAD = 256  # files written and not yet finished, at most
+_SYNCS = 8  # at a time: a file system commits what is asked of it together
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,15 @@ class Finisher:
             path = self._root / name
             with disk_errors(path):  # read back while it is still in memory
                 entries[name] = Entry(path.stat().st_size, file_digest(path), tensors)
-        for name in entries:
-            with disk_errors(self._root / name):
-                fsync_file(self._root / name)
+        with ThreadPoolExecutor(_SYNCS) as pool:
+            list(pool.map(self._sync, entries))
         if entries:
             with disk_errors(self._journal), open(self._journal, "ab") as file:
                 file.write(b"\n" + b"".join(entry.line(name) for name, entry in entries.items()))  # after a torn line
                 file.flush()
                 os.fsync(file.fileno())
         self.entries |= entries
+
+    def _sync(self, name: str) -> None:
+        with disk_errors(self._root / name):
+            fsync_file(self._root / name)

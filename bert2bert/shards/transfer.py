@@ -27,10 +27,10 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError, did_yo
 from bert2bert.shards import journal
 from bert2bert.shards.commit import FORMAT_VERSION, file_sizes
 from bert2bert.shards.digest import FILE_DIGEST
-from bert2bert.shards.disk import disk_errors
 from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes, write_bytes
 from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.layout import SUB_GROUP_SIZE
+from bert2bert.shards.pool import write_files
 from bert2bert.shards.stage0_writer import stage0_files
 from bert2bert.shards.universal_writer import universal_files
 from bert2bert.shards.watch import Watch
@@ -114,20 +114,6 @@ def _plan(
     config = hub_config(job.spec) if form == "hub" else job.spec.config
     extra = {**({"config.json": json_bytes(config)} if job.spec.config else {}), **job.spec.extra_files}
     return plans + [FilePlan(name, 0, partial(write_bytes, content)) for name, content in extra.items()]
-
-
-def _write(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: Finisher) -> None:
-    """Write files and hand them over. A file whose tensor data are not as many bytes as planned is a defect."""
-    for plan in plans:
-        path = root / plan.name
-        tally.digests = {}  # of this file alone
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written = plan.write(path)
-            size = path.stat().st_size
-        if written != plan.payload or size < plan.payload:
-            raise RuntimeError(f"{plan.name}: planned {plan.payload} bytes of tensors, wrote {written}")
-        finisher.add(plan.name, tally.digests)
 
 
 def _reading(values: Values) -> Values:
@@ -221,7 +207,7 @@ def write_checkpoint(
     say = say or (lambda text: None)
     if stage == 0 and world_size is None:
         world_size = 1  # any number of ranks loads it
-    tally = Tally(progress)
+    tally = Tally.new(progress)
     task = Job(spec, _reading(values), tally)
     folder = pending(Path(target), spec, form)
 
@@ -252,7 +238,9 @@ def write_checkpoint(
     def write() -> dict[str, Entry]:
         finisher = Finisher(folder.files, folder.partial / f"finished.{comm.rank}.jsonl")
         try:
-            _write(folder.files, _dealt([plan for plan in plans if plan.name not in entries], comm), tally, finisher)
+            write_files(
+                folder.files, _dealt([plan for plan in plans if plan.name not in entries], comm), tally, finisher
+            )
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 finisher.close()

@@ -11,6 +11,7 @@ Refuses, as InvalidCheckpoint: missing or foreign files, a tensor of the wrong s
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class UniversalSource(Source):
         self.aliases, self.unread = model.aliases, model.unread
         self._zero = folder / "zero"
         self._open: dict[Path, torch.Tensor] = {}
+        self._lock = threading.Lock()  # of these, which several threads ask for
         optimizer = self._zero / "optimizer_state.pt"
         found = torchfile.load(optimizer)
         if not isinstance(found, dict) or "param_groups" not in found:
@@ -90,7 +92,10 @@ class UniversalSource(Source):
 
     def _tensor(self, meta: TensorMeta, state: str) -> torch.Tensor:
         """The flat tensor of a state, its size checked (DeepSpeed's own loader does not)."""
-        file = self._zero / meta.name / f"{state}.pt"
+        with self._lock:
+            return self._opened(meta, self._zero / meta.name / f"{state}.pt")
+
+    def _opened(self, meta: TensorMeta, file: Path) -> torch.Tensor:
         if file not in self._open:
             found = torchfile.load(file)
             tensor = found.get("param") if isinstance(found, dict) else found

@@ -8,6 +8,7 @@ least it asks for). Refuses a `TargetSpec` that contradicts itself (ValueError: 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,7 @@ from bert2bert.shards.moments import ADAM
 from bert2bert.shards.source import STATES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BLOCK = 1 << 22  # elements: 16 MiB of fp32
+BLOCK = 1 << 20  # elements read and written at a time: few enough for a cache, and for many threads of many ranks
 
 Values = Callable[[str, str, int, int], torch.Tensor]
 """``values(name, state, start, stop)`` -> fp32 rows [start, stop) of dim 0; a 0-dim tensor is asked with (0, 1)."""
@@ -121,12 +122,23 @@ def check_target(target: Path, spec: TargetSpec, form: str) -> None:
     pending(Path(target), spec, form).refuse()
 
 
-class Tally:
-    """What a rank has written: digests of master values and moments, and bytes for the progress callback."""
+class Stopped(Exception):
+    """Raised in a thread that writes, once another has failed."""
 
-    def __init__(self, progress: Callable[[int], None] | None = None) -> None:
+
+class Tally(threading.local):
+    """What is written: of each thread its own digests of master values and moments, of all together the bytes for the
+    progress callback. ``stop``, set by anybody, ends all that write."""
+
+    def __init__(self, lock: threading.Lock, stop: threading.Event, progress: Callable[[int], None] | None) -> None:
         self.digests: dict[tuple[str, str], int] = {}
-        self._progress = progress
+        self.stop = stop
+        self._lock, self._progress = lock, progress
+
+    @classmethod
+    def new(cls, progress: Callable[[int], None] | None = None) -> Tally:
+        """``progress(bytes)``: called with the bytes of tensors as they are written, by one thread at a time."""
+        return cls(threading.Lock(), threading.Event(), progress)
 
     def digest(self, name: str, state: str, piece: torch.Tensor, start: int) -> None:
         """Add the stored elements ``piece`` (flat index ``start`` on) of a tensor's state."""
@@ -134,9 +146,12 @@ class Tally:
         self.digests[key] = combine(self.digests.get(key, 0), digest(piece, start))
 
     def wrote(self, count: int) -> None:
-        """Report bytes of tensor data as written."""
+        """Report bytes of tensor data as written. Raises Stopped."""
+        if self.stop.is_set():
+            raise Stopped
         if self._progress is not None:
-            self._progress(count)
+            with self._lock:
+                self._progress(count)
 
 
 def tensor_entries(spec: TargetSpec, tallies: Iterable[dict[tuple[str, str], int]]) -> dict[str, Any]:

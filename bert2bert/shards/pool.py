@@ -1,0 +1,54 @@
+"""The files of one rank, written two at a time: one waits for the disk while the other is computed.
+
+More than two would only wait for each other. Numbers are computed, and digests taken, in the thread that writes the
+file, so no file depends on the other. Refuses nothing: the first error of a thread stops both, and is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+from bert2bert.shards.disk import disk_errors
+from bert2bert.shards.journal import Finisher
+from bert2bert.shards.writing import FilePlan, Stopped, Tally
+
+_THREADS = 2
+
+
+def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: Finisher) -> None:
+    """Write files and hand them over. A file whose tensor data are not as many bytes as planned is a defect."""
+    errors: list[BaseException] = []
+
+    def write(plan: FilePlan) -> None:
+        if tally.stop.is_set():
+            return
+        try:
+            _write(root, plan, tally, finisher)
+        except Stopped:
+            pass  # the other thread has the reason
+        except BaseException as error:
+            errors.append(error)
+            tally.stop.set()
+
+    with ThreadPoolExecutor(_THREADS, "writer") as pool:
+        try:
+            wait([pool.submit(write, plan) for plan in plans])
+        except BaseException:  # Ctrl-C comes to the main thread
+            tally.stop.set()
+            raise
+    if errors:
+        raise errors[0]
+
+
+def _write(root: Path, plan: FilePlan, tally: Tally, finisher: Finisher) -> None:
+    path = root / plan.name
+    tally.digests = {}  # of this file alone
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = plan.write(path)
+        size = path.stat().st_size
+    if written != plan.payload or size < plan.payload:
+        raise RuntimeError(f"{plan.name}: planned {plan.payload} bytes of tensors, wrote {written}")
+    finisher.add(plan.name, tally.digests)
