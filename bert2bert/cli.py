@@ -163,6 +163,7 @@ def _target(args: argparse.Namespace) -> dict[str, Any]:
         "form": args.format,
         "stage": args.stage,
         "world_size": args.world_size,
+        "expert_parallel": args.expert_parallel,
         "precision": args.precision,
         "layout": args.groups,
         "shard_size": args.shard_size,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.errors import LossyGrowth, UnsupportedGrowth
+from bert2bert.expert_targets import with_experts
 from bert2bert.planning import Growth, describe, exactness, open_growth, summary
 from bert2bert.targets import check_form, make_spec, progress, versions
 
@@ -96,6 +97,7 @@ def grow(
     form: str = "universal",
     stage: int | None = None,
     world_size: int | None = None,
+    expert_parallel: int | None = None,
     precision: str | None = None,
     layout: str | None = None,
     lossy: bool = False,
@@ -118,7 +120,7 @@ def grow(
     from bert2bert.shards.watch import Watch
     from bert2bert.shards.writing import check_target
 
-    largest = check_form(form, stage, world_size, layout, shard_size)
+    largest = check_form(form, stage, world_size, layout, shard_size, expert_parallel)
     first = comm is None or comm.Get_rank() == 0
 
     def prepare() -> tuple[Growth, TargetSpec, Watch]:
@@ -126,6 +128,9 @@ def grow(
         watch = Watch(growth.model.source, *([growth.other.source] if growth.other else []))
         accept(growth, lossy)
         spec = target_spec(growth, form=form, layout=layout, precision=precision)
+        spec = with_experts(
+            spec, growth.model.source, expert_parallel, form=form, stage=stage, world=world_size, layout=layout
+        )
         if first:
             check_target(target, spec, form)
         return growth, spec, watch

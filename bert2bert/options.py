@@ -119,6 +119,12 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
             "--world-size", type=int, metavar="N", help="data-parallel ranks of --format zero (stage 0: any)"
         )
         p.add_argument(
+            "--expert-parallel",
+            type=int,
+            metavar="E",
+            help="ranks that share a mixture's experts; of --format zero, stage 1 or 2 (DeepSpeed's autoep_size)",
+        )
+        p.add_argument(
             "--precision", choices=("fp32", "bf16", "fp16"), help="of the target run (default: the source's)"
         )
         p.add_argument(

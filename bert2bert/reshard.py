@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, UserError
+from bert2bert.expert_targets import with_experts
 from bert2bert.targets import check_form, known_layout, make_spec, progress, versions
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def reshard(
     form: str = "universal",
     stage: int | None = None,
     world_size: int | None = None,
+    expert_parallel: int | None = None,
     precision: str | None = None,
     layout: str | None = None,
     shard_size: str | None = None,
@@ -54,12 +56,13 @@ def reshard(
     from bert2bert.shards.watch import Watch
     from bert2bert.shards.writing import check_target
 
-    largest = check_form(form, stage, world_size, layout, shard_size)
+    largest = check_form(form, stage, world_size, layout, shard_size, expert_parallel)
     first = comm is None or comm.Get_rank() == 0
 
     def prepare() -> tuple[Source, TargetSpec, Watch]:
         opened = _open(source, tag, source_config)
         spec = identity_spec(opened, form=form, stage=stage, world_size=world_size, layout=layout, precision=precision)
+        spec = with_experts(spec, opened, expert_parallel, form=form, stage=stage, world=world_size, layout=layout)
         if first:
             check_target(target, spec, form)
         return opened, spec, Watch(opened)

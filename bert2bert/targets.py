@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 _NO_HYPER = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
-def check_form(form: str, stage: int | None, world_size: int | None, layout: str | None, shard_size: str | None) -> int:
+def check_form(
+    form: str, stage: int | None, world_size: int | None, layout: str | None, shard_size: str | None,
+    expert_parallel: int | None = None,
+) -> int:  # fmt: skip
     """Refuse options that do not belong to the format (InvalidConfig); bytes of the largest weights file of a hub."""
     from bert2bert.shards.hub_writer import MAX_FILE_BYTES, file_bytes
 
@@ -34,6 +37,12 @@ def check_form(form: str, stage: int | None, world_size: int | None, layout: str
         raise InvalidConfig(f"--world-size is {world_size}; expected at least 1, the number of data-parallel ranks")
     if form != "zero" and (stage is not None or world_size is not None):
         raise InvalidConfig(f"--stage and --world-size belong to --format zero, not to --format {form}; leave them out")
+    if expert_parallel is not None and (form != "zero" or stage not in (1, 2)):
+        raise InvalidConfig(
+            f"--expert-parallel belongs to --format zero --stage 1 or 2, not to --format {form}"
+            f"{'' if stage is None else f' --stage {stage}'}: DeepSpeed splits experts in other ways there, which are "
+            "not written. Choose one of these stages, or leave it out."
+        )
     if form == "hub" and layout is not None:
         raise InvalidConfig("--groups: a Hugging Face folder holds no optimizer groups; leave it out")
     if form != "hub" and shard_size is not None:

@@ -14,6 +14,7 @@ from bert2bert.errors import InvalidCheckpoint
 _NUMBER = (int, float)
 _SHAPES: dict[str, Any] = {
     "kind": str, "form": str, "tag": (str, None), "stage": (int, None), "world_size": (int, None),
+    "expert_parallel": int,
     "precision": (str, None), "group_layout": (str, None), "model": ({}, None), "aliases": {"*": str},
     "groups": [{"part": str, "decay": bool, "names": [str], "hyper": {}, "step": int}],
     "tensors": {"*": {"shape": [int], "digest": {"*": str}}},

@@ -307,6 +307,7 @@ def _check_manifest(source: Source, manifest: dict[str, Any]) -> None:
     found: dict[str, Any] = {"form": source.form}
     if source.form == "zero":
         found.update(stage=source.stage, world_size=source.world_size, precision=source.precision)
+        found.update({"expert_parallel": source.expert_parallel.size} if source.expert_parallel else {})
     for key, value in found.items():
         if manifest.get(key, value) != value:
             raise InvalidCheckpoint(

@@ -27,6 +27,7 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError, did_yo
 from bert2bert.shards import journal
 from bert2bert.shards.commit import FORMAT_VERSION, file_sizes
 from bert2bert.shards.digest import FILE_DIGEST
+from bert2bert.shards.expert_writer import expert_zero_files
 from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes, write_bytes
 from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.layout import SUB_GROUP_SIZE
@@ -106,7 +107,10 @@ def _plan(
             raise InvalidConfig(
                 "format zero needs a ZeRO stage (0, 1, 2, 3) and, but for 0, a world size: --stage S --world-size N."
             )
-        plans = stage0_files(job, world_size) if stage == 0 else zero_files(job, stage, world_size, sub_group_size)
+        if job.spec.expert_parallel:
+            plans = expert_zero_files(job, stage, world_size)
+        else:
+            plans = stage0_files(job, world_size) if stage == 0 else zero_files(job, stage, world_size, sub_group_size)
     elif stage is not None or world_size is not None:
         raise InvalidConfig(f"format {form} has no stage and no world size: leave out --stage and --world-size.")
     else:
@@ -152,6 +156,7 @@ def _manifest(
             "bert2bert": __version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed"),
         },
         "growth": growth, "training": None,
+        **({"expert_parallel": spec.expert_parallel.size} if spec.expert_parallel else {}),
     }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import torch
 
 from bert2bert.shards.commit import Pending
 from bert2bert.shards.digest import combine, digest, hex16
+from bert2bert.shards.expert_parallel import ExpertParallel
 from bert2bert.shards.frames import Blank
 from bert2bert.shards.layout import Piece
 from bert2bert.shards.moments import ADAM
@@ -55,7 +56,8 @@ class TargetSpec:
     ``loss_scaler``: attributes of DeepSpeed's loss scaler, used with fp16 only; ``client_state``: extra top-level
     entries of the model states; ``extra_files``: name -> content, put beside the weights (tokenizer files);
     ``frozen``: names of parameters that are in no group, for the engine does not train them; ``fused``: that engine
-    uses DeepSpeed's FusedAdam, and ``clip_grad`` is its gradient clipping (both matter at 16-bit stage 0 only).
+    uses DeepSpeed's FusedAdam, and ``clip_grad`` is its gradient clipping (both matter at 16-bit stage 0 only);
+    ``expert_parallel``: how it splits its experts (native shards of stages 1 and 2 only).
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -74,6 +76,7 @@ class TargetSpec:
     frozen: tuple[str, ...] = ()
     fused: bool = False
     clip_grad: float | None = None
+    expert_parallel: ExpertParallel | None = None
 
     def __post_init__(self) -> None:
         grouped = [*(name for group in self.groups for name in group.names), *self.frozen]

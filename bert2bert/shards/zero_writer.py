@@ -6,13 +6,14 @@
 zero, not garbage, so equal input gives equal bytes; and `clip_grad` is left out, for stages 1 and 2 would take it
 from the file over the config's value.
 
-Refuses stages other than 1, 2, 3 and world sizes below 1 (InvalidConfig).
+Refuses stages other than 1, 2, 3 and world sizes below 1 (InvalidConfig); expert-parallel targets: `expert_writer`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -130,18 +131,44 @@ def zero_files(job: Job, stage: int, world: int, sub_group_size: int = SUB_GROUP
         raise InvalidConfig(f"ZeRO stage {stage} cannot be written: choose --stage 0, 1, 2 or 3.")
     if world < 1:
         raise InvalidConfig(f"world size {world} is impossible: --world-size is the number of ranks that will resume.")
-    layout = _Zero3(job, world, sub_group_size) if stage == 3 else _Zero12(job, stage, world)
+    layout = _Zero3(job, world, sub_group_size) if stage == 3 else Zero12(job, stage, world)
+    return rank_files(job, layout, world)
+
+
+def rank_files(job: Job, layout: Zero12 | _Zero3, world: int) -> list[FilePlan]:
+    """All files of a layout: those with the model's states, and an optimizer file of each rank."""
     name = ("bf16_" if job.spec.precision == "bf16" else "") + "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
     optim = [FilePlan(name.format(r), layout.payload(r), partial(layout.optim, r)) for r in range(world)]
     return [*layout.models(), *optim]
 
 
-class _Zero12:
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds of one flat group. ``group``: hyper-parameters, step and moments; ``layout``: how the group
+    is cut, and ``part``: which part is the rank's; ``own``: the engine's names of what the layout counts; ``names``: of
+    the whole tensors, and ``pieces`` of those (an expert-parallel engine has other tensors)."""
+
+    group: TargetGroup
+    layout: Zero12Layout
+    part: int
+    own: Sequence[str]
+    names: Sequence[str]
+    pieces: Sequence[Piece]
+
+
+class Zero12:
     """Stages 1 and 2: every group flattened, padded and cut into equal partitions."""
 
     def __init__(self, job: Job, stage: int, world: int) -> None:
         self.job, self.spec, self.stage, self.world = job, job.spec, stage, world
-        self.layouts = [zero12_layout([job.spec.numel(n) for n in g.names], world) for g in job.spec.groups]
+        self._layouts = [zero12_layout([job.spec.numel(n) for n in g.names], world) for g in job.spec.groups]
+
+    def held(self, rank: int) -> list[Held]:
+        """Of every flat group, in order."""
+        return [
+            Held(group, layout, rank, group.names, group.names, layout.pieces[rank])
+            for group, layout in zip(self.spec.groups, self._layouts, strict=True)
+        ]
 
     def models(self) -> list[FilePlan]:
         """One file: the live low-precision weights until the first step, so they must be the rounded master."""
@@ -149,32 +176,36 @@ class _Zero12:
         return [FilePlan("mp_rank_00_model_states.pt", elements * self.spec.dtype.itemsize, self._model)]
 
     def _model(self, path: Path) -> int:
-        spec = self.spec
-        module = self.job.module(spec.shapes)
+        return frames.save(path, self.tree(list(self.spec.shapes)), self.job.tally.wrote)
+
+    def tree(self, names: Sequence[str]) -> dict[str, Any]:
+        """The content of the model-states file, with the weights of these parameters."""
+        spec, module = self.spec, self.job.module(names)
         param_shapes = [sizes(spec, group.names) for group in spec.groups]
-        frozen = {name: module[name] for name in spec.frozen}
-        tree = model_states(spec, module, param_shapes, self.stage, self.world, fragments=frozen)
-        return frames.save(path, tree, self.job.tally.wrote)
+        frozen = {name: module[name] for name in spec.frozen if name in module}
+        return model_states(spec, module, param_shapes, self.stage, self.world, fragments=frozen)
 
     def payload(self, rank: int) -> int:
         """Bytes of tensor data in a rank's optimizer file."""
         return 4 * sum(
-            layout.partition - layout.paddings[rank] + sum(self._length(group, layout, rank, s) for s in group.moments)
-            for group, layout in zip(self.spec.groups, self.layouts, strict=True)
+            held.layout.partition
+            - held.layout.paddings[held.part]
+            + sum(self._length(held, state) for state in held.group.moments)
+            for held in self.held(rank)
         )
 
     @staticmethod
-    def _length(group: TargetGroup, layout: Zero12Layout, rank: int, state: str) -> int:
+    def _length(held: Held, state: str) -> int:
         """Elements of a rank's flat tensor of a moment."""
-        if _whole(group, state):
-            return sum(layout.numels[piece.param] for piece in layout.pieces[rank])
-        return layout.partition
+        if _whole(held.group, state):
+            return sum(held.layout.numels[piece.param] for piece in held.layout.pieces[held.part])
+        return held.layout.partition
 
-    def _moment(self, group: TargetGroup, layout: Zero12Layout, rank: int, state: str) -> Blank:
-        length = self._length(group, layout, rank, state)
-        if not _whole(group, state):
-            return _shard(self.job, group, layout.pieces[rank], state, length)
-        return Blank((length,), torch.float32, partial(self._matrices, group, layout.pieces[rank], state))
+    def _moment(self, held: Held, state: str) -> Blank:
+        length = self._length(held, state)
+        if not _whole(held.group, state):
+            return _shard(self.job, held.names, held.pieces, state, length)
+        return Blank((length,), torch.float32, partial(self._matrices, held.group, held.pieces, state))
 
     def _matrices(self, group: TargetGroup, pieces: Sequence[Piece], state: str) -> Iterator[torch.Tensor]:
         """Whole parameters of which the rank owns pieces; only the pieces are entered in the tally, for others hold
@@ -192,20 +223,22 @@ class _Zero12:
     def optim(self, rank: int, path: Path) -> int:
         """Write a rank's optimizer file."""
         groups, states, master, mappings = [], {}, [], []
-        for i, (group, layout) in enumerate(zip(self.spec.groups, self.layouts, strict=True)):
-            pieces = layout.pieces[rank]
-            states[i] = adam_state(group, partial(self._moment, group, layout, rank))
-            master.append(_shard(self.job, group, pieces, "fp32", layout.partition - layout.paddings[rank]))
-            groups.append({**hyper_parameters(group), "params": [i]})
-            mappings.append(OrderedDict((group.names[p.param], _fragment(p)) for p in pieces))
+        flats = self.held(rank)
+        paddings = [held.layout.paddings[held.part] for held in flats]
+        for i, held in enumerate(flats):
+            states[i] = adam_state(held.group, partial(self._moment, held))
+            length = held.layout.partition - paddings[i]
+            master.append(_shard(self.job, held.names, held.pieces, "fp32", length))
+            groups.append({**hyper_parameters(held.group), "params": [i]})
+            mappings.append(OrderedDict((held.own[p.param], _fragment(p)) for p in held.layout.pieces[held.part]))
         tree = {
             **scaler_fields(self.spec),
             "base_optimizer_state": {"state": states, "param_groups": groups},
             "single_partition_of_fp32_groups": master,  # unlike the moments, without the padding
             "zero_stage": self.stage,
-            "group_paddings": [layout.paddings[rank] for layout in self.layouts],
-            "param_alignment_paddings": [list(layout.gaps) for layout in self.layouts],
-            "partition_count": [self.world] * len(self.layouts),
+            "group_paddings": paddings,
+            "param_alignment_paddings": [list(held.layout.gaps) for held in flats],
+            "partition_count": [held.layout.world for held in flats],
             "ds_version": DS_VERSION,
             "param_slice_mappings": mappings,
         }
@@ -257,8 +290,8 @@ class _Zero3:
         states, master = {}, []
         for index, (i, sub) in enumerate(self.sub_groups):
             group, pieces = self.spec.groups[i], sub.pieces[rank]
-            states[index] = adam_state(group, partial(_shard, self.job, group, pieces, length=sub.numel))
-            master.append(_shard(self.job, group, pieces, "fp32", sub.numel))
+            states[index] = adam_state(group, partial(_shard, self.job, group.names, pieces, length=sub.numel))
+            master.append(_shard(self.job, group.names, pieces, "fp32", sub.numel))
             groups[i]["params"].append(index)
         tree = {
             "zero_stage": 3,
@@ -275,8 +308,8 @@ def sizes(spec: TargetSpec, names: Iterable[str]) -> OrderedDict[str, torch.Size
     return OrderedDict((name, torch.Size(spec.shapes[name])) for name in names)
 
 
-def _shard(job: Job, group: TargetGroup, pieces: Sequence[Piece], state: str, length: int) -> Blank:
-    return Blank((length,), torch.float32, partial(job.shard, group.names, state, pieces, length))
+def _shard(job: Job, names: Sequence[str], pieces: Sequence[Piece], state: str, length: int) -> Blank:
+    return Blank((length,), torch.float32, partial(job.shard, names, state, pieces, length))
 
 
 def _whole(group: TargetGroup, state: str) -> bool:
