@@ -210,7 +210,7 @@ def rival(kind: str, source: str, target: str, config: str) -> dict[str, Any]:
             )  # fmt: skip
 
             def load(name: str, state: str) -> Any:
-                stored = torch.load(middle / "zero" / name / f"{state}.pt", weights_only=False)
+                stored = torch.load(middle / "zero" / name / f"{state}.pt", weights_only=False)  # just made
                 flat = (stored["param"] if isinstance(stored, dict) else stored).reshape(-1)  # of ZeRO-3: bare, flat
                 return flat[: prod(shapes[name])].view(shapes[name])
 

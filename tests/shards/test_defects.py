@@ -244,6 +244,6 @@ def shared_on_rank(folder: str) -> dict[str, Any]:
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
     engine.save_checkpoint(folder, tag="t")
-    states = torch.load(f"{folder}/t/mp_rank_00_model_states.pt", weights_only=False)
+    states = torch.load(f"{folder}/t/mp_rank_00_model_states.pt", weights_only=False)  # a test's own file
     release(engine)
     return {"shared": list(states["shared_params"]), "module": list(states["module"])}

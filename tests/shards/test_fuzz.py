@@ -163,7 +163,7 @@ def rewrite(draw: random.Random, path: Path) -> bool:
             path.write_text("[" * 100_000)
         return True
     if path.suffix == ".pt":
-        tree = torch.load(path, weights_only=False)
+        tree = torch.load(path, weights_only=False)  # a test's own file
         if not isinstance(tree, dict):
             tree = draw.choice([{"step": tree}, [tree], "x", torch.ones(3), torch.tensor(float("nan"))])
         elif draw.random() < 0.1:

@@ -199,7 +199,7 @@ def test_a_tag_its_folder_and_latest_lead_to_the_same(saved: Callable[[int], Pat
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    content = torch.load(path, weights_only=False)
+    content = torch.load(path, weights_only=False)  # a test's own file
     change(content)
     torch.save(content, path)
 

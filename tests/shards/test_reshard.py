@@ -118,7 +118,7 @@ def load_sequence(folder: str, stage: int, precision: str, universal: bool, want
     """What a live engine holds otherwise than it should, after DeepSpeed's own load."""
     engine = engine_of(stage, precision, universal)
     path, client = engine.load_checkpoint(folder)
-    expected = torch.load(wanted, weights_only=False) | {"client": CLIENT}
+    expected = torch.load(wanted, weights_only=False) | {"client": CLIENT}  # a test's own file
     found = held(engine, stage) | {"client": {key: client.get(key) for key in CLIENT}}
     if universal:  # this load restores neither frozen parameters nor buffers
         found["buffers"], found["tensors"][FROZEN] = expected["buffers"], expected["tensors"][FROZEN]

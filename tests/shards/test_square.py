@@ -5,6 +5,8 @@ DeepSpeed's own `zero_to_fp32` consolidates both ends: the weights as it is, the
 place of the weights. (Stage 0 keeps whole tensors, which torch alone reads; ZeRO's sources are compared with the live
 engine as well.) Three ranks make padding real; the model has a tensor of two elements, fewer than the ranks, and
 nothing is divisible, so that tensors are cut by the partitions' borders.
+
+Files are opened with weights_only=False, for the tests themselves made them.
 """
 
 from __future__ import annotations

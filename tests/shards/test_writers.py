@@ -1,4 +1,7 @@
-"""Files as they are written: loadable by torch, transformers and the standard library, and streamed."""
+"""Files as they are written: loadable by torch, transformers and the standard library, and streamed.
+
+Files are opened with weights_only=False, for the tests themselves made them.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def in_shard(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[[P
     """Change a shard file and let the manifest agree about its size: a careful hand, or a bad disk."""
 
     def act(folder: Path) -> None:
-        shard = torch.load(folder / name, weights_only=False)
+        shard = torch.load(folder / name, weights_only=False)  # a test's own file
         change(shard)
         torch.save(shard, folder / name)
         in_manifest(lambda m: m["files"].update({name: (folder / name).stat().st_size}))(folder)
