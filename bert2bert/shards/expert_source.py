@@ -128,6 +128,7 @@ class ExpertSource(ZeroSource):
         world, first = self._model.world_size, self._model.ds_config.get("use_data_before_expert_parallelism") is True
         self._sizes = self._split(self._ranks[0])
         teams: list[list[Team] | None] = []
+        held = self._held()
         for size, shapes in zip(self._sizes, self._model.shapes, strict=True):
             if bool(size) != any(map(is_local, shapes)):
                 raise InvalidCheckpoint(
@@ -135,12 +136,15 @@ class ExpertSource(ZeroSource):
                     f"{'' if size else 'not '}of experts by {self._paths[0].name}: files of different checkpoints are "
                     "mixed."
                 )
-            held = local_counts(list(shapes))
             split = range(size or 0)
             whole = [[parts(name, shape, rank, held) for name, shape in shapes.items()] for rank in split]
             ranks = [ranks_of(len(split), rank, world, first) for rank in split]
             teams.append([Team(ranks[rank], partial(_whole, whole[rank])) for rank in split] or None)
         return teams
+
+    def _held(self) -> dict[str, int]:
+        """Experts on a rank by layer, of all groups: a layer's may be in several."""
+        return local_counts([name for shapes in self._model.shapes for name in shapes])
 
     # --- the model's own terms ---------------------------------------------------------------------------------
 
@@ -148,8 +152,9 @@ class ExpertSource(ZeroSource):
         model = self._model
         whole: dict[str, tuple[int, ...]] = {}
         of_flat: list[list[str]] = []
+        held = self._held()
         for size, shapes in zip(self._sizes, model.shapes, strict=True):
-            held, names = local_counts(list(shapes)), dict[str, None]()
+            names = dict[str, None]()
             for name, shape in shapes.items():
                 found = whole_shapes(name, shape, size, held) if size else {name: shape}
                 self._steps.update(dict.fromkeys(found, self._steps.pop(name, 0)))

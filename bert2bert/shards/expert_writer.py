@@ -107,6 +107,7 @@ class _Experts(Zero12):
         self._auto, self._rename = auto, renamer(list(spec.shapes), auto)
         back = {self._rename(name): name for name in spec.shapes}
         self._cuts = cut([group.names for group in spec.groups], spec.shapes, self._size, last)
+        self._held = local_counts([name for each in self._cuts for name in each.shapes])
         self._layouts = []
         self._names: list[list[str]] = []  # of whole tensors, of each group that is not of experts
         for each in self._cuts:
@@ -132,8 +133,7 @@ class _Experts(Zero12):
 
     def _gathered(self, each: Cut, pieces: Sequence[Piece], rank: int) -> tuple[list[str], list[Piece]]:
         """Names of whole tensors, and the pieces of those that expert-parallel rank ``rank`` has."""
-        held = local_counts(list(each.shapes))
-        found = spread(pieces, [parts(name, shape, rank, held) for name, shape in each.shapes.items()])
+        found = spread(pieces, [parts(name, shape, rank, self._held) for name, shape in each.shapes.items()])
         index: dict[str, int] = {}
         result = [Piece(index.setdefault(name, len(index)), start, stop, at) for name, start, stop, at in found]
         return list(index), result

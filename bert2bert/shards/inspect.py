@@ -38,6 +38,7 @@ def inspect(path: str | Path, tag: str | None = None) -> dict[str, Any]:
         "format": source.form,
         "stage": source.stage,
         "world_size": source.world_size,
+        "expert_parallel": source.expert_parallel.size if source.expert_parallel else None,
         "precision": source.precision,
         "architecture": _architecture(source.config),
         "tensor_count": len(tensors),
@@ -175,7 +176,7 @@ def render(found: dict[str, Any], tensors: bool = False) -> str:
     """The result of `inspect` as text; ``tensors`` adds a table of all tensors."""
     ranks = f"{found['world_size']} rank{'s' * (found['world_size'] != 1)}"
     formats = {
-        "zero": f"native DeepSpeed ZeRO stage {found['stage']}, {ranks}",
+        "zero": f"native DeepSpeed ZeRO stage {found['stage']}, {ranks}{_split(found['expert_parallel'])}",
         "universal": "DeepSpeed universal",
         "hub": "Hugging Face",
     }
@@ -221,6 +222,10 @@ def render(found: dict[str, Any], tensors: bool = False) -> str:
             ],
         )
     return text
+
+
+def _split(size: int | None) -> str:
+    return "" if size is None else f", {size} rank{'s share' if size > 1 else ' holds'} the experts"
 
 
 def _owner(tensor: dict[str, Any]) -> str:
