@@ -55,6 +55,20 @@ def with_experts(
     return spec
 
 
+def notes(spec: TargetSpec) -> list[str]:
+    """What the training script must do for the engine's groups to be those that were written, in sentences."""
+    from bert2bert.shards.expert_parallel import blocks
+
+    if not spec.expert_parallel or not any(block.auto for block in blocks(spec.shapes)):
+        return []
+    lists = 'lists of parameters (with a "name" in each group)'
+    given = lists if spec.expert_parallel.last else "model.parameters() as it is, not a list of it"
+    return [
+        f"for autoep_size {spec.expert_parallel.size}; the optimizer must be that of the ds_config, and "
+        f"model_parameters {given}: DeepSpeed orders the groups by that"
+    ]
+
+
 def _called(spec: TargetSpec) -> str:
     return f"a {spec.config['model_type']}" if spec.config.get("model_type") else "a model without a config"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.errors import LossyGrowth, UnsupportedGrowth
-from bert2bert.expert_targets import with_experts
+from bert2bert.expert_targets import notes, with_experts
 from bert2bert.planning import Growth, describe, exactness, open_growth, summary
 from bert2bert.targets import check_form, make_spec, progress, versions
 
@@ -137,7 +137,7 @@ def grow(
 
     growth, spec, watch = together(comm, prepare)
     if first:
-        say(summary(growth, describe(growth)))
+        say("\n".join([summary(growth, describe(growth)), *(f"note     {text}" for text in notes(spec))]))
     model, plan = growth.model, growth.plan
     canonical = {stored: n for n, stored in target_names(growth, form).items()}
     grown = values(plan, growth.reads)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, UserError
+from bert2bert.expert_targets import notes as expert_notes
 from bert2bert.expert_targets import with_experts
 from bert2bert.targets import check_form, known_layout, make_spec, progress, versions
 
@@ -68,7 +69,7 @@ def reshard(
         return opened, spec, Watch(opened)
 
     opened, spec, watch = together(comm, prepare)
-    told = notes(opened, spec, form)
+    told = [*notes(opened, spec, form), *expert_notes(spec)]
     if first:
         say(_summary(opened, spec, form, stage, world_size, told))
 

@@ -6,7 +6,7 @@
                                                    among the ranks with the same experts: R, R ± E, R ± 2 E, …
 
 Refuses, as InvalidConfig: a model without experts that DeepSpeed splits; a size that divides neither the ranks nor
-the experts; a tensor of experts too large for DeepSpeed's groups; stage 3, which splits experts in another way; Muon.
+the experts; stage 3, which splits experts in another way; Muon.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import torch
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
 from bert2bert.shards.expert_parallel import (
-    MAX_GROUP,
     Block,
     Cut,
     blocks,
@@ -73,13 +72,6 @@ def check(spec: TargetSpec, stage: int | None, world: int | None) -> None:
             raise InvalidConfig(
                 f"--expert-parallel {size}: {group.names[0]} and others of its group are trained with Muon, whose "
                 "momentum has no known place in expert-parallel files. Leave the option out."
-            )
-    for each in cut([g.names for g in spec.groups], spec.shapes, size, False):
-        name, shape = max(each.shapes.items(), key=lambda item: prod(item[1]))
-        if each.experts and prod(shape) > MAX_GROUP:
-            raise InvalidConfig(
-                f"--expert-parallel {size}: a rank's {name} would have {prod(shape):,} elements, and DeepSpeed fails "
-                f"on tensors of experts of more than {MAX_GROUP:,}. Split the experts over more ranks."
             )
 
 
