@@ -130,11 +130,11 @@ def identity_spec(
     source: Source, *, form: str, stage: int | None, world_size: int | None, layout: str | None, precision: str | None
 ) -> TargetSpec:
     """The target as the source is. layout: None or "source" keeps its groups, their order, and the order in them."""
-    names = list(source.tensors)
+    names = _model_order(source) if form == "zero" else list(source.tensors)
     kept = layout in (None, "source") and bool(source.groups)
     spec = make_spec(
         source,
-        shapes={name: meta.shape for name, meta in source.tensors.items()},
+        shapes={name: source.tensors[name].shape for name in names},
         aliases={absent: name for absent, name in _tied(source).items() if absent not in names and name in names},
         config=dict(source.config or {}),
         made_of={name: [name] for name in names},
@@ -152,6 +152,25 @@ def identity_spec(
         random = {file.name: file.read_bytes() for file in _random_states(source)}
         spec = replace(spec, extra_files={**spec.extra_files, **random})
     return spec
+
+
+def _model_order(source: Source) -> list[str]:
+    """The tensors' names in the model's order, by which native shards are addressed. Hugging Face files hold them in an
+    order of their own: the table of the architecture tells. Raises UnsupportedGrowth where there is none."""
+    if source.form != "hub" or (source.manifest or {}).get("tensors"):
+        return list(source.tensors)
+    from bert2bert.checkpoint_model import match
+
+    try:
+        model = match(source, source.config or {})
+    except UserError as error:
+        raise UnsupportedGrowth(
+            f"{source.path}: a Hugging Face folder does not say in which order its model has the tensors, and native "
+            f"shards are addressed by position ({str(error).splitlines()[0]}).\nUse --format universal, which goes by "
+            "names."
+        ) from None
+    known = [model.stored(name) for name in model.parameters]
+    return [*known, *(name for name in source.tensors if name not in set(known))]
 
 
 def _random_states(source: Source) -> list[Path]:

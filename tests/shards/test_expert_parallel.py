@@ -504,6 +504,27 @@ def test_engines_resume_what_was_written(home: Home, tmp_path: Path) -> None:
     assert [r["losses"] for r in own] == [r["losses"] for r in found["own"]]  # to the last bit
 
 
+@pytest.mark.parametrize("name,size", [("mixtral-2", 2), ("qwen3-2", None), ("llama", None)])
+def test_from_a_hugging_face_folder(home: Home, tmp_path: Path, name: str, size: int | None) -> None:
+    """Its files hold tensors by name, not in the model's order, by which native shards are addressed."""
+    reshard(home[name], tmp_path / "hub", form="hub", precision="fp32", say=lambda _: None)
+    (tmp_path / "hub/bert2bert.json").unlink()
+    where: dict[str, Any] = {"form": "zero", "stage": 2, "world_size": 2, "layout": "single", "say": lambda _: None}
+    reshard(tmp_path / "hub", tmp_path / "t", expert_parallel=size, **where)
+    reshard(home[name], tmp_path / "wanted", expert_parallel=size, **where)
+    assert [*open_source(tmp_path / "hub").tensors] != [*open_source(home[name]).tensors]
+    states = [torch.load(next((tmp_path / t).glob("*/mp_rank*")), weights_only=False) for t in ("t", "wanted")]
+    assert [list(group.items()) for group in states[0]["param_shapes"]] == [
+        list(group.items()) for group in states[1]["param_shapes"]
+    ]
+    wanted = open_source(home[name])
+    whole = {n: {"fp32": wanted.read(n, "fp32", 0, m.shape[0])} for n, m in wanted.tensors.items()}
+    assert not same(open_source(tmp_path / "t"), whole)
+    (tmp_path / "hub/config.json").unlink()
+    with pytest.raises(UnsupportedGrowth, match=r"(?s)in which order.*--format universal"):
+        reshard(tmp_path / "hub", tmp_path / "other", expert_parallel=size, **where)
+
+
 def test_a_command_writes_and_verifies(home: Home, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     where = ["--format", "zero", "--stage", "2", "--world-size", "4", "--expert-parallel", "2"]
     assert not main(["reshard", str(home["mixtral-2"]), str(tmp_path / "new"), *where])
