@@ -15,7 +15,8 @@ values, written by the package itself), into a universal checkpoint and into nat
 
 Every contestant runs in a process of its own and is timed after its imports. The source's pages are synced and dropped
 from the page cache (posix_fadvise) before each, so all read from the disk; the cache of a virtual disk's host is out of
-reach, and as warm for all. The best of the rounds counts, for the floor too.
+reach, and as warm for all. As many bytes as the target has are written to a file and removed before each, for a virtual
+machine's host lends memory slowly. The best of the rounds counts, for the floor too.
 
 Memory: the peak of RssAnon (sampled every 5 ms) above what it is after the imports, for 110M -> 335M and 335M -> 1.3B.
 
@@ -39,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import contestants
-from contestants import drop, files_of
+from contestants import drop, files_of, warm
 
 FULL = {"110M": (12, 768, 64), "335M": (24, 1024, 64), "1.3B": (24, 2048, 64)}  # layers, width, head size
 TOY = {"110M": (2, 64, 16), "335M": (4, 128, 16), "1.3B": (4, 256, 16)}
@@ -111,9 +112,14 @@ class Bench:
         child("make", str(folder), self.configs[name], stage)
         return folder
 
+    def ready(self, source: Path, to: str) -> None:
+        """Before every contestant: the source on the disk alone, memory at hand for a target of ``to``'s size."""
+        warm(self.folder / "scratch", 14 * self.numel[to])
+        drop(source)
+
     def grow(self, source: Path, to: str, how: dict[str, Any], workers: int = 1, profile: bool = False) -> Any:
         """Time one growth; its target's size is added, and the target removed."""
-        drop(source)
+        self.ready(source, to)
         target = self.folder / "target"
         file = str(self.profile) if profile else None
         found = child("grow", str(source), str(target), str(self.folder / f"{to}.json"), how, workers, file)
@@ -130,7 +136,7 @@ class Bench:
         reads, writes = [], []
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*forms, "workers", "weights")}
         for _ in range(self.rounds):
-            drop(source)
+            self.ready(source, "335M")
             scratch = self.folder / "scratch"
             floor = child("floor", str(source), str(scratch), model)
             reads.append(floor["read_seconds"])
@@ -154,7 +160,7 @@ class Bench:
                 self.row(kind, "written / target", found["written"] / found["target"])
                 self.row(kind, "memory, MB", max(f["memory"] for f in runs[name]) / 1e6)
         for rival in ("ds_to_universal", "zero_to_fp32"):
-            drop(source)
+            self.ready(source, "335M")
             out = self.folder / "rival"
             out.mkdir()
             found = child("rival", rival, str(source), str(out), str(self.folder / "335M.json"))
