@@ -73,12 +73,12 @@ def _hole(file: Any, size: int) -> None:
     file.truncate()
 
 
-def save(path: Path, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
+def save(file: Any, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
     """`frames.save`, with holes in place of the tensors that are streamed."""
     text = io.BytesIO()
     pickler = frames._Pickler(text)
     pickler.dump(tree)
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         frames._record(archive, "data.pkl", text.tell(), (text.getvalue(),))
         frames._record(archive, "byteorder", len(sys.byteorder), (sys.byteorder.encode(),))
         for key, (blank, streamed) in enumerate(pickler.storages):
@@ -104,12 +104,11 @@ def save(path: Path, tree: Any, wrote: Callable[[int], None] | None = None) -> i
 def holes() -> Iterator[None]:
     """The package's writers leave the tensors' bytes out."""
 
-    def weights(job: Job, blanks: dict[str, Any], path: Path) -> int:
+    def weights(job: Job, blanks: dict[str, Any], file: Any) -> int:
         empty = {n: frames.Blank(b.shape, b.dtype, lambda: ()) for n, b in blanks.items()}
         with mock.patch.object(hub_writer, "stream", lambda *_: ()):
-            end = written(job, empty, path)
-        with open(path, "ab") as file:
-            _hole(file, end)
+            end = written(job, empty, file)
+        _hole(file, end)
         return end
 
     written = hub_writer._weights
@@ -129,8 +128,9 @@ def lay_out(folder: Path, spec: TargetSpec, form: str, stage: int | None = None,
         for plan in plans:
             path = tag / plan.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if plan.write(path) != plan.payload:
-                raise RuntimeError(f"{plan.name} is not laid out as planned")
+            with open(path, "wb") as file:
+                if plan.write(file) != plan.payload:  # type: ignore[arg-type]
+                    raise RuntimeError(f"{plan.name} is not laid out as planned")
     if form != "hub":
         (folder / "latest").write_text(spec.tag)
     return sum(plan.payload for plan in plans)

@@ -133,3 +133,36 @@ def file_digest(path: Path, read: Callable[[int], None] | None = None) -> str:
             if read is not None:
                 read(count)
     return str(total.hexdigest())
+
+
+class Sink:
+    """A file that is written from its start to its end, and the `file_digest` of what is written, without reading it
+    back. ``size``: bytes so far. Closed by the `with` statement; not synced."""
+
+    def __init__(self, path: Path) -> None:
+        self.size = 0
+        self._total, self._file = xxhash.xxh3_128(), open(path, "wb")  # noqa: SIM115 (closed on exit)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes."""
+        self._total.update(data)
+        self.size += (count := self._file.write(data))
+        return count
+
+    def tell(self) -> int:
+        """Where the next byte goes. There is no `seek`, so that zipfile does not go back either."""
+        return self.size
+
+    def flush(self) -> None:
+        """Hand all that is written to the operating system."""
+        self._file.flush()
+
+    def digest(self) -> str:
+        """Of what has been written so far."""
+        return str(self._total.hexdigest())
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
+from bert2bert.shards.digest import Sink
 from bert2bert.shards.expert_parallel import (
     Block,
     Cut,
@@ -146,14 +146,14 @@ class _Experts(Zero12):
                 plans.append(FilePlan(name, numel * size, partial(self._expert, block, expert)))
         return plans
 
-    def _expert(self, block: Block, expert: int, path: Path) -> int:
+    def _expert(self, block: Block, expert: int, file: Sink) -> int:
         tree = {}
         for key, (name, shape, start) in of_expert(block, expert).items():
             values = partial(self.job.rounded, name, start, start + prod(shape))
             tree[key] = Blank(shape, self.spec.dtype, values)
-        return frames.save(path, OrderedDict(tree), self.job.tally.wrote)
+        return frames.save(file, OrderedDict(tree), self.job.tally.wrote)
 
-    def _dense(self, names: Sequence[str], path: Path) -> int:
+    def _dense(self, names: Sequence[str], file: Sink) -> int:
         tree, rename = self.tree(names), self._rename
         module = OrderedDict(_keys(tree["module"], rename))
         if self._how.captured:  # the same module under the name that the model's recorder of outputs looks for
@@ -179,7 +179,7 @@ class _Experts(Zero12):
                 "expert_parameter_patterns": [r".*\.experts\.w[123]$"],
                 "ds_autoep_layers": layers,
             }
-        return frames.save(path, tree, self.job.tally.wrote)
+        return frames.save(file, tree, self.job.tally.wrote)
 
     def _layer(self, index: int, block: Block) -> dict[str, Any]:
         """What DeepSpeed's files say of one of AutoEP's layers, as rank 0 has it."""

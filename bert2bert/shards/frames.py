@@ -25,10 +25,11 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from bert2bert.shards.digest import Sink
 
 _ALIGNMENT = 64
 _ZIP64 = 1 << 31  # from here on records carry 64-bit sizes
@@ -135,8 +136,8 @@ def _record(archive: zipfile.ZipFile, name: str, size: int, blocks: Iterable[byt
             record.write(block)
 
 
-def save(path: Path, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
-    """Write ``tree`` (containers, scalars, tensors, `Blank`, `Foreign`) as a file for `torch.load`, not yet synced.
+def save(file: Sink, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
+    """Write ``tree`` (containers, scalars, tensors, `Blank`, `Foreign`) as a file for `torch.load`, from start to end.
 
     Returns the bytes of the blanks' data; ``wrote`` is told of them as they go. A `Blank` met twice is
     stored once and loads as one tensor. OSError (a full disk) passes through.
@@ -144,7 +145,7 @@ def save(path: Path, tree: Any, wrote: Callable[[int], None] | None = None) -> i
     text = io.BytesIO()
     pickler = _Pickler(text)
     pickler.dump(tree)
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
         _record(archive, "data.pkl", text.tell(), (text.getvalue(),))
         _record(archive, "byteorder", len(sys.byteorder), (sys.byteorder.encode(),))
         for key, (blank, streamed) in enumerate(pickler.storages):

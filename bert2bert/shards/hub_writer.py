@@ -21,6 +21,7 @@ import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import experts
+from bert2bert.shards.digest import Sink
 from bert2bert.shards.frames import Blank, stream
 from bert2bert.shards.writing import FilePlan, Job, TargetSpec, flat_values
 
@@ -112,10 +113,9 @@ def json_bytes(tree: Any) -> bytes:
     return (json.dumps(tree, indent=2) + "\n").encode()
 
 
-def write_bytes(content: bytes, path: Path) -> int:
+def write_bytes(content: bytes, file: Sink) -> int:
     """Write a small file; it counts as no tensor data."""
-    with open(path, "wb") as file:
-        file.write(content)
+    file.write(content)
     return 0
 
 
@@ -128,7 +128,7 @@ def _blanks(job: Job) -> dict[str, Blank]:
     return found
 
 
-def _weights(job: Job, blanks: dict[str, Blank], path: Path) -> int:
+def _weights(job: Job, blanks: dict[str, Blank], file: Sink) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, blank in blanks.items():
@@ -136,11 +136,10 @@ def _weights(job: Job, blanks: dict[str, Blank], path: Path) -> int:
         header[name] = {"dtype": _NAMES[blank.dtype], "shape": list(blank.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the first tensor starts aligned
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for blank in blanks.values():
-            for block in stream(blank, job.tally.wrote):
-                file.write(block)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for blank in blanks.values():
+        for block in stream(blank, job.tally.wrote):
+            file.write(block)
     return end
 
 

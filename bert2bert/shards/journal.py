@@ -122,7 +122,7 @@ def verified(path: Path, entries: Iterable[Entry]) -> Entry | None:
 
 
 class Finisher:
-    """Digests, syncs and journals the files that a rank has written, in a thread, while it writes the next ones.
+    """Syncs and journals the files that a rank has written, in a thread, while it writes the next ones.
 
     ``root``: the folder that names are relative to; ``journal``: the rank's own file. Small files share a sync of it.
     """
@@ -131,14 +131,14 @@ class Finisher:
         self.entries: dict[str, Entry] = {}
         self._root, self._journal = root, journal
         self._error: Exception | None = None
-        self._queue: queue.Queue[tuple[str, Tensors] | None] = queue.Queue(_AHEAD)
+        self._queue: queue.Queue[tuple[str, Entry] | None] = queue.Queue(_AHEAD)
         self._thread = threading.Thread(target=self._run, name="finisher", daemon=True)
         self._thread.start()
 
-    def add(self, name: str, tensors: Tensors) -> None:
+    def add(self, name: str, entry: Entry) -> None:
         """Hand over a file that is written and closed. Raises what went wrong with an earlier one."""
         if self._error is None:
-            self._queue.put((name, tensors))
+            self._queue.put((name, entry))
         else:
             raise self._error
 
@@ -159,16 +159,11 @@ class Finisher:
             last = None in batch
             if self._error is None:  # else only make room, so that nobody waits
                 try:
-                    self._finish([item for item in batch if item is not None])
+                    self._finish(dict(item for item in batch if item is not None))
                 except Exception as error:
                     self._error = error
 
-    def _finish(self, batch: list[tuple[str, Tensors]]) -> None:
-        entries = {}
-        for name, tensors in batch:
-            path = self._root / name
-            with disk_errors(path):  # read back while it is still in memory
-                entries[name] = Entry(path.stat().st_size, file_digest(path), tensors)
+    def _finish(self, entries: dict[str, Entry]) -> None:
         with ThreadPoolExecutor(_SYNCS) as pool:
             list(pool.map(self._sync, entries))
         if entries:

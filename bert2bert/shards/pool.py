@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+from bert2bert.shards.digest import Sink
 from bert2bert.shards.disk import disk_errors
-from bert2bert.shards.journal import Finisher
+from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.writing import FilePlan, Stopped, Tally
 
 _THREADS = 2
@@ -47,8 +48,8 @@ def _write(root: Path, plan: FilePlan, tally: Tally, finisher: Finisher) -> None
     tally.digests = {}  # of this file alone
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        written = plan.write(path)
-        size = path.stat().st_size
-    if written != plan.payload or size < plan.payload:
+        with Sink(path) as file:
+            written = plan.write(file)
+    if written != plan.payload or file.size < plan.payload:
         raise RuntimeError(f"{plan.name}: planned {plan.payload} bytes of tensors, wrote {written}")
-    finisher.add(plan.name, tally.digests)
+    finisher.add(plan.name, Entry(file.size, file.digest(), tally.digests))

@@ -11,13 +11,13 @@ Refuses world sizes below 1 (InvalidConfig).
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
+from bert2bert.shards.digest import Sink
 from bert2bert.shards.frames import Blank
 from bert2bert.shards.layout import zero12_layout
 from bert2bert.shards.modelstates import MODEL
@@ -41,7 +41,7 @@ def stage0_files(job: Job, world: int) -> list[FilePlan]:
     ]
 
 
-def _write(job: Job, world: int, path: Path) -> int:
+def _write(job: Job, world: int, file: Sink) -> int:
     spec = job.spec
     module: dict[str, Any] = dict(job.module(spec.shapes))
     if spec.precision == "fp32":  # the weights are the master weights
@@ -67,7 +67,7 @@ def _write(job: Job, world: int, path: Path) -> int:
         "param_shapes": None,
         "shared_params": None,
     }
-    return frames.save(path, tree, job.tally.wrote)
+    return frames.save(file, tree, job.tally.wrote)
 
 
 def _scaler(job: Job) -> dict[str, Any]:

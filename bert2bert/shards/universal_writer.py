@@ -13,13 +13,13 @@ Refuses (InvalidConfig) groups whose optimizer does not keep both of Adam's mome
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
+from bert2bert.shards.digest import Sink
 from bert2bert.shards.frames import Blank
 from bert2bert.shards.moments import ADAM
 from bert2bert.shards.writing import STATES, FilePlan, Job, TargetGroup, TargetSpec
@@ -50,15 +50,15 @@ def universal_files(job: Job) -> list[FilePlan]:
     return plans
 
 
-def _model(job: Job, values: tuple[str, ...], path: Path) -> int:
+def _model(job: Job, values: tuple[str, ...], file: Sink) -> int:
     spec, module = job.spec, job.module(values)
     param_shapes = [{name: torch.Size(spec.shapes[name]) for name in group.names} for group in spec.groups]
     tree = model_states(spec, module, param_shapes, None, 1, fragments={name: module[name] for name in values})
     tree["universal_checkpoint_info"] = {"universal_checkpoint_version": 0.4}
-    return frames.save(path, tree, job.tally.wrote)
+    return frames.save(file, tree, job.tally.wrote)
 
 
-def _optimizer(spec: TargetSpec, path: Path) -> int:
+def _optimizer(spec: TargetSpec, file: Sink) -> int:
     groups = [hyper_parameters(group) for group in spec.groups]
     agreed = {key: value for key, value in groups[0].items() if all(g.get(key) == value for g in groups)}
     tree: dict[str, Any] = {
@@ -71,13 +71,13 @@ def _optimizer(spec: TargetSpec, path: Path) -> int:
     }
     if spec.precision == "fp16" and spec.loss_scaler:  # else the engine keeps the scaler of its own config
         tree |= scaler_fields(spec)
-    return frames.save(path, tree)
+    return frames.save(file, tree)
 
 
-def _tensor(job: Job, name: str, state: str, path: Path) -> int:
+def _tensor(job: Job, name: str, state: str, file: Sink) -> int:
     blank = Blank(job.spec.shapes[name], torch.float32, partial(job.elements, name, state, 0, job.spec.numel(name)))
-    return frames.save(path, {"param": blank, "cat_dim": 0}, job.tally.wrote)
+    return frames.save(file, {"param": blank, "cat_dim": 0}, job.tally.wrote)
 
 
-def _step(group: TargetGroup, path: Path) -> int:
-    return frames.save(path, step_tensor(group.step))
+def _step(group: TargetGroup, file: Sink) -> int:
+    return frames.save(file, step_tensor(group.step))

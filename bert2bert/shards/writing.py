@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bert2bert.shards.commit import Pending
-from bert2bert.shards.digest import combine, digest, hex16
+from bert2bert.shards.digest import Sink, combine, digest, hex16
 from bert2bert.shards.expert_parallel import ExpertParallel
 from bert2bert.shards.frames import Blank
 from bert2bert.shards.layout import Piece
@@ -112,7 +112,7 @@ class FilePlan:
 
     name: str
     payload: int
-    write: Callable[[Path], int]
+    write: Callable[[Sink], int]
 
 
 def pending(target: Path, spec: TargetSpec, form: str) -> Pending:

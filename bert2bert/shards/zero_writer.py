@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
+from bert2bert.shards.digest import Sink
 from bert2bert.shards.frames import Blank, Foreign
 from bert2bert.shards.layout import SUB_GROUP_SIZE, Piece, SubGroup, Zero12Layout, zero3_layout, zero12_layout
 from bert2bert.shards.writing import FilePlan, Job, TargetGroup, TargetSpec, flat_values, zeros
@@ -175,8 +175,8 @@ class Zero12:
         elements = sum(self.spec.numel(name) for name in self.spec.shapes)
         return [FilePlan("mp_rank_00_model_states.pt", elements * self.spec.dtype.itemsize, self._model)]
 
-    def _model(self, path: Path) -> int:
-        return frames.save(path, self.tree(list(self.spec.shapes)), self.job.tally.wrote)
+    def _model(self, file: Sink) -> int:
+        return frames.save(file, self.tree(list(self.spec.shapes)), self.job.tally.wrote)
 
     def tree(self, names: Sequence[str]) -> dict[str, Any]:
         """The content of the model-states file, with the weights of these parameters."""
@@ -220,7 +220,7 @@ class Zero12:
             yield from self.job.elements(name, state, piece.start, piece.stop)
             yield from rest(piece.stop, self.spec.numel(name))
 
-    def optim(self, rank: int, path: Path) -> int:
+    def optim(self, rank: int, file: Sink) -> int:
         """Write a rank's optimizer file."""
         groups, states, master, mappings = [], {}, [], []
         flats = self.held(rank)
@@ -242,7 +242,7 @@ class Zero12:
             "ds_version": DS_VERSION,
             "param_slice_mappings": mappings,
         }
-        return _save_optim(self.job, self.stage, tree, path)
+        return _save_optim(self.job, self.stage, tree, file)
 
 
 class _Zero3:
@@ -272,19 +272,19 @@ class _Zero3:
         yield from self.job.rounded(name, start, stop)
         yield from zeros(cut - stop + start)
 
-    def _model(self, rank: int, path: Path) -> int:
+    def _model(self, rank: int, file: Sink) -> int:
         spec = self.spec
         module = {name: torch.empty(0, dtype=spec.dtype) for name in (*spec.shapes, *spec.aliases)}
         param_shapes = [sizes(spec, (spec.groups[i].names[p] for p in sub.params)) for i, sub in self.sub_groups]
         frozen = {n: Blank((self._cut(n),), spec.dtype, partial(self._frozen, rank, n)) for n in spec.frozen}
         tree = model_states(spec, module, param_shapes, 3, self.world, shared=rank == 0, fragments=frozen)
-        return frames.save(path, tree, self.job.tally.wrote)
+        return frames.save(file, tree, self.job.tally.wrote)
 
     def payload(self, rank: int) -> int:
         """Bytes of tensor data in a rank's optimizer file: the same for all."""
         return sum(4 * (1 + len(self.spec.groups[i].moments)) * sub.numel for i, sub in self.sub_groups)
 
-    def optim(self, rank: int, path: Path) -> int:
+    def optim(self, rank: int, file: Sink) -> int:
         """Write a rank's optimizer file."""
         groups: list[dict[str, Any]] = [{**hyper_parameters(group), "params": []} for group in self.spec.groups]
         states, master = {}, []
@@ -300,7 +300,7 @@ class _Zero3:
             "optimizer_state_dict": {"state": states, "param_groups": groups},
             "fp32_flat_groups": master,
         }
-        return _save_optim(self.job, 3, tree, path)
+        return _save_optim(self.job, 3, tree, file)
 
 
 def sizes(spec: TargetSpec, names: Iterable[str]) -> OrderedDict[str, torch.Size]:
@@ -322,6 +322,6 @@ def _fragment(piece: Piece) -> Foreign:
     return Foreign("deepspeed.utils.tensor_fragment", "fragment_address", address)
 
 
-def _save_optim(job: Job, stage: int, tree: dict[str, Any], path: Path) -> int:
+def _save_optim(job: Job, stage: int, tree: dict[str, Any], file: Sink) -> int:
     content = {"optimizer_state_dict": tree, "ds_config": _config(job.spec, stage), "ds_version": DS_VERSION}
-    return frames.save(path, content, job.tally.wrote)
+    return frames.save(file, content, job.tally.wrote)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import torch
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.shards import commit, journal
 from bert2bert.shards.commit import Pending, check_complete, file_sizes, set_latest, write_manifest
+from bert2bert.shards.digest import Sink
 from bert2bert.shards.hub import HubSource
 from bert2bert.shards.inspect import check
 from bert2bert.shards.source import open_source, read_manifest
@@ -187,18 +189,18 @@ def test_a_target_that_cannot_be_written_is_refused(tmp_path: Path, how: dict[st
 
 @pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
 @pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+@pytest.mark.parametrize(("place", "call"), [(journal, "fsync_file"), (Sink, "write")], ids=["sync", "write"])
 def test_a_disk_that_fails_in_the_middle(
-    tmp_path: Path, how: dict[str, Any], failure: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, how: dict[str, Any], failure: int, place: Any, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest, count = journal.file_digest, [0]
+    calls, real = itertools.count(1), getattr(place, call)
 
-    def failing(path: Path) -> str:
-        count[0] += 1
-        if count[0] == 2:
+    def failing(*given: Any) -> Any:
+        if next(calls) >= 2:
             raise OSError(failure, os.strerror(failure))
-        return digest(path)
+        return real(*given)
 
-    monkeypatch.setattr(journal, "file_digest", failing)
+    monkeypatch.setattr(place, call, failing)
     expected = InvalidConfig if failure == errno.EROFS else UserError
     said = "no room left on the disk" if failure in (errno.ENOSPC, errno.EDQUOT) else "cannot be written"
     with pytest.raises(expected, match=said):

@@ -21,7 +21,7 @@ import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames, writing
-from bert2bert.shards.digest import digest, hex16
+from bert2bert.shards.digest import Sink, digest, file_digest, hex16
 from bert2bert.shards.frames import Blank, Foreign
 from bert2bert.shards.transfer import write_checkpoint
 from bert2bert.shards.writing import STATES, TargetGroup, TargetSpec, flat_values
@@ -30,6 +30,13 @@ from tests.shards.targets import make_spec, make_tensors, reader
 
 def parts(tensor: torch.Tensor, size: int = 7) -> Iterator[torch.Tensor]:
     yield from tensor.reshape(-1).split(size)
+
+
+def save(path: Path, tree: Any) -> int:
+    with Sink(path) as file:
+        found = frames.save(file, tree)
+    assert (file.size, file.digest()) == (path.stat().st_size, file_digest(path))
+    return found
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -45,7 +52,7 @@ def test_a_streamed_file_is_what_torch_save_would_load_as(
         none=Blank((0,), torch.float16, tuple),
         step=torch.tensor(3.0), mask=torch.tensor([True, False]), size=torch.Size((2, 3)), n={1: (2, None)},
     )  # fmt: skip
-    assert frames.save(tmp_path / "f.pt", tree) == 5 * 9 * 4 + 33 * 2
+    assert save(tmp_path / "f.pt", tree) == 5 * 9 * 4 + 33 * 2
     for options in [{"weights_only": w, "mmap": m} for w in (True, False) for m in (True, False)]:
         found = torch.load(tmp_path / "f.pt", **options)
         assert list(found) == list(tree) and found["tied"] is found["a"]
@@ -60,8 +67,8 @@ def test_a_streamed_file_is_what_torch_save_would_load_as(
 
 def test_foreign_objects_load_as_the_real_class_and_need_it_not_to_be_written(tmp_path: Path) -> None:
     state = {"numel": 3, "start": 5}
-    frames.save(tmp_path / "f.pt", [Foreign("deepspeed.utils.tensor_fragment", "fragment_address", state)] * 2)
-    frames.save(tmp_path / "g.pt", Foreign("nowhere.to.be.found", "Thing", {}))
+    save(tmp_path / "f.pt", [Foreign("deepspeed.utils.tensor_fragment", "fragment_address", state)] * 2)
+    save(tmp_path / "g.pt", Foreign("nowhere.to.be.found", "Thing", {}))
     from deepspeed.utils.tensor_fragment import fragment_address
 
     assert torch.load(tmp_path / "f.pt", weights_only=False) == [fragment_address(3, 5)] * 2
@@ -72,12 +79,12 @@ def test_foreign_objects_load_as_the_real_class_and_need_it_not_to_be_written(tm
 @pytest.mark.parametrize("count", [44, 46])
 def test_a_stream_of_the_wrong_length_is_a_defect(tmp_path: Path, count: int) -> None:
     with pytest.raises(RuntimeError, match="4 bytes off"):
-        frames.save(tmp_path / "f.pt", Blank((45,), torch.float32, partial(parts, torch.zeros(count))))
+        save(tmp_path / "f.pt", Blank((45,), torch.float32, partial(parts, torch.zeros(count))))
 
 
 def test_a_dtype_that_no_storage_class_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="complex64"):
-        frames.save(tmp_path / "f.pt", torch.zeros(2, dtype=torch.complex64))
+        save(tmp_path / "f.pt", torch.zeros(2, dtype=torch.complex64))
 
 
 def anonymous_memory() -> int:
