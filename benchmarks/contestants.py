@@ -97,20 +97,24 @@ def make(folder: str, config: dict[str, Any], stage: int) -> dict[str, Any]:
     return {}
 
 
-def warm(scratch: Path, count: int) -> None:
-    """Take memory for ``count`` bytes of files and give it back, so that a virtual machine's host has lent it."""
-    block = bytes(BLOCK)
+def ready(source: str, count: int) -> None:
+    """At the last moment before a contestant starts: memory for ``count`` bytes of files, for a virtual machine's host
+    lends it slowly and takes it back soon; and the source on the disk alone."""
+    block, scratch = bytes(BLOCK), Path(f"{source}.scratch")
     with open(scratch, "wb", buffering=0) as file:
         for _ in range(0, count, BLOCK):
             file.write(block)
     scratch.unlink()
+    drop(Path(source))
 
 
-def floor(source: str, scratch: str, count: int) -> dict[str, Any]:
+def floor(source: str, target: str, count: int) -> dict[str, Any]:
     """Seconds to read every byte of the source, and to write and sync ``count`` bytes: in one file, or in files of 64
     MiB of which 8 are synced at a time, whichever is faster on this disk."""
-    buffer, folder = bytearray(BLOCK), Path(scratch)
-    view, start = memoryview(buffer), time.perf_counter()
+    buffer, folder = bytearray(BLOCK), Path(target)
+    view = memoryview(buffer)
+    ready(source, count)
+    start = time.perf_counter()
     for path in files_of(Path(source)):
         with open(path, "rb", buffering=0) as file:
             while file.readinto(view):
@@ -118,7 +122,7 @@ def floor(source: str, scratch: str, count: int) -> dict[str, Any]:
     read, seconds = time.perf_counter() - start, []
     buffer[:] = os.urandom(BLOCK)
     for size in (count, 4 * BLOCK):
-        warm(folder, count)
+        ready(source, count)
         folder.mkdir()
         start = time.perf_counter()
         with ThreadPoolExecutor(8) as pool:
@@ -132,7 +136,9 @@ def floor(source: str, scratch: str, count: int) -> dict[str, Any]:
     return {"read_seconds": read, "write_seconds": min(seconds)}
 
 
-def grow(source: str, target: str, config: str, how: dict[str, Any], workers: int, profile: str | None) -> Any:
+def grow(
+    source: str, target: str, config: str, count: int, how: dict[str, Any], workers: int, profile: str | None
+) -> dict[str, Any]:
     """`grow`, alone or by forked workers, the change of the function not measured."""
     for module in ("drift", "realise", "shards.stage0", "shards.transfer", "shards.universal", "shards.zero"):
         importlib.import_module(f"bert2bert.{module}")
@@ -147,6 +153,7 @@ def grow(source: str, target: str, config: str, how: dict[str, Any], workers: in
         return 0
 
     found: dict[str, Any] = {}
+    ready(source, count)
     before = _written()
     with measured(found), profiled(profile):
         if workers == 1:
@@ -195,7 +202,7 @@ def _expanded(plan: Any, state: str, load: Callable[[str, str], Any]) -> Any:
     return x
 
 
-def rival(kind: str, source: str, target: str, config: str) -> dict[str, Any]:
+def rival(kind: str, source: str, target: str, config: str, count: int) -> dict[str, Any]:
     """DeepSpeed's tool, then a naive expansion of what it gives."""
     import torch
     from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
@@ -207,6 +214,7 @@ def rival(kind: str, source: str, target: str, config: str) -> dict[str, Any]:
     plan, shapes = growth.plan, {name: p.shape for name, p in growth.model.parameters.items()}
     found: dict[str, Any] = {}
     out = Path(target)
+    ready(source, count)
     with measured(found), contextlib.redirect_stdout(sys.stderr):
         if kind == "ds_to_universal":
             middle = out / "universal"

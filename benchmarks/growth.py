@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import contestants
-from contestants import drop, files_of, warm
+from contestants import files_of
 
 FULL = {"110M": (12, 768, 64), "335M": (24, 1024, 64), "1.3B": (24, 2048, 64)}  # layers, width, head size
 TOY = {"110M": (2, 64, 16), "335M": (4, 128, 16), "1.3B": (4, 256, 16)}
@@ -112,17 +112,12 @@ class Bench:
         child("make", str(folder), self.configs[name], stage)
         return folder
 
-    def ready(self, source: Path, to: str) -> None:
-        """Before every contestant: the source on the disk alone, memory at hand for a target of ``to``'s size."""
-        warm(self.folder / "scratch", 14 * self.numel[to])
-        drop(source)
-
     def grow(self, source: Path, to: str, how: dict[str, Any], workers: int = 1, profile: bool = False) -> Any:
         """Time one growth; its target's size is added, and the target removed."""
-        self.ready(source, to)
         target = self.folder / "target"
         file = str(self.profile) if profile else None
-        found = child("grow", str(source), str(target), str(self.folder / f"{to}.json"), how, workers, file)
+        count = 12 * self.numel[to]
+        found = child("grow", str(source), str(target), str(self.folder / f"{to}.json"), count, how, workers, file)
         found["target"] = size_of(target)
         shutil.rmtree(target)
         return found
@@ -136,7 +131,6 @@ class Bench:
         reads, writes = [], []
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*forms, "workers", "weights")}
         for _ in range(self.rounds):
-            self.ready(source, "335M")
             scratch = self.folder / "scratch"
             floor = child("floor", str(source), str(scratch), model)
             reads.append(floor["read_seconds"])
@@ -160,10 +154,9 @@ class Bench:
                 self.row(kind, "written / target", found["written"] / found["target"])
                 self.row(kind, "memory, MB", max(f["memory"] for f in runs[name]) / 1e6)
         for rival in ("ds_to_universal", "zero_to_fp32"):
-            self.ready(source, "335M")
             out = self.folder / "rival"
             out.mkdir()
-            found = child("rival", rival, str(source), str(out), str(self.folder / "335M.json"))
+            found = child("rival", rival, str(source), str(out), str(self.folder / "335M.json"), model)
             self.row(case, f"{rival}, s", found["seconds"])
             self.row(case, f"{rival}, memory, MB", found["memory"] / 1e6)
             self.row(case, f"{rival} / grow", found["seconds"] / best["universal"]["seconds"])

@@ -18,8 +18,8 @@ from bert2bert.tables import table_for
 if TYPE_CHECKING:
     from bert2bert.planning import Growth
 
-_BLOCKS = 8  # of rows that are held at a time: values, their source, digests, the file being written
-_STRUCTURE = 100_000_000  # bytes of names, shapes, file structure and allocator slack, measured by benchmarks/growth.py
+_BLOCKS = 24  # of rows that are held at a time, by three threads: values, their source, the file being written
+_STRUCTURE = 200_000_000  # bytes of names, shapes, file structure and allocator slack, measured by benchmarks/growth.py
 _LOOKED_UP = frozenset({"vocab", "pos", "types", "buckets"})  # axes of tables, of which a token takes one row
 
 

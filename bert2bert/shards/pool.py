@@ -1,7 +1,7 @@
-"""The files of one rank, written two at a time: one waits for the disk while the other is computed.
+"""The files of one rank, written a few at a time: one waits for the disk while others are computed.
 
-More than two would only wait for each other. Numbers are computed, and digests taken, in the thread that writes the
-file, so no file depends on the other. Refuses nothing: the first error of a thread stops both, and is raised.
+Numbers are computed, and digests taken, in the thread that writes the
+file, so no file depends on another. Refuses nothing: the first error of a thread stops all, and is raised.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bert2bert.shards.disk import disk_errors
 from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.writing import FilePlan, Stopped, Tally
 
-_THREADS = 2
+_THREADS = 3  # of the few files of a small world, too, none is left for the end alone
 
 
 def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: Finisher) -> None:
@@ -28,7 +28,7 @@ def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: F
         try:
             _write(root, plan, tally, finisher)
         except Stopped:
-            pass  # the other thread has the reason
+            pass  # another thread has the reason
         except BaseException as error:
             errors.append(error)
             tally.stop.set()
