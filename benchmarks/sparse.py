@@ -75,13 +75,11 @@ def _hole(file: Any, size: int) -> None:
 
 def save(file: Any, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
     """`frames.save`, with holes in place of the tensors that are streamed."""
-    text = io.BytesIO()
-    pickler = frames._Pickler(text)
-    pickler.dump(tree)
+    text, storages = frames.structure(tree)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        frames._record(archive, "data.pkl", text.tell(), (text.getvalue(),))
+        frames._record(archive, "data.pkl", len(text), (text,))
         frames._record(archive, "byteorder", len(sys.byteorder), (sys.byteorder.encode(),))
-        for key, (blank, streamed) in enumerate(pickler.storages):
+        for key, (blank, streamed) in enumerate(storages):
             if not streamed:
                 frames._record(archive, f"data/{key}", blank.nbytes, frames.stream(blank))
                 continue
@@ -97,7 +95,7 @@ def save(file: Any, tree: Any, wrote: Callable[[int], None] | None = None) -> in
             archive.NameToInfo[info.filename] = info
             archive.start_dir, archive._didModify = file.tell(), True
         frames._record(archive, "version", 2, (b"3\n",))
-    return sum(blank.nbytes for blank, streamed in pickler.storages if streamed)
+    return sum(blank.nbytes for blank, streamed in storages if streamed)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ Refuses tensors of dtypes it does not know (TypeError) and streams of the wrong 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import pickle
@@ -69,21 +70,10 @@ class _Storage:
     blank: Blank
 
 
-class _Pickler(pickle._Pickler):
-    """The pure-Python pickler: the C one refuses to name a class that it cannot import."""
+class _Tensors:
+    """What both picklers do with tensors: they become records of their own."""
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=2)  # what torch.save uses
-        self.storages: list[tuple[Blank, bool]] = []  # and whether it was given as a Blank
-
-    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        if not isinstance(obj, Foreign):
-            super().save(obj, save_persistent_id)  # type: ignore[misc]
-            return
-        write = self.write  # type: ignore[attr-defined]
-        write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode() + pickle.EMPTY_TUPLE + pickle.NEWOBJ)
-        super().save(obj.state)  # type: ignore[misc]
-        write(pickle.BUILD)
+    storages: list[tuple[Blank, bool]]  # and whether it was given as a Blank
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):
@@ -97,6 +87,8 @@ class _Pickler(pickle._Pickler):
             blank = Blank(tuple(obj.shape), obj.dtype, lambda: (flat,))
         elif isinstance(obj, Blank):
             blank = obj
+        elif isinstance(obj, Foreign):
+            raise _IsForeign
         else:
             return NotImplemented
         if blank.dtype not in _STORAGES:
@@ -106,6 +98,37 @@ class _Pickler(pickle._Pickler):
         hooks: dict[Any, Any] = OrderedDict()
         args = (_Storage(len(self.storages) - 1, blank), 0, blank.shape, stride, False, hooks)
         return torch._utils._rebuild_tensor_v2, args
+
+
+class _IsForeign(Exception):
+    """The C pickler refuses to name a class that it cannot import; the Python one, several times slower, does not."""
+
+
+class _CPickler(_Tensors, pickle.Pickler):
+    pass
+
+
+class _PyPickler(_Tensors, pickle._Pickler):
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        if not isinstance(obj, Foreign):
+            super().save(obj, save_persistent_id)  # type: ignore[misc]
+            return
+        write = self.write  # type: ignore[attr-defined]
+        write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode() + pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+        super().save(obj.state)  # type: ignore[misc]
+        write(pickle.BUILD)
+
+
+def structure(tree: Any) -> tuple[bytes, list[tuple[Blank, bool]]]:
+    """A tree's pickle, and the tensors that it names, in order, each with whether it was given as a `Blank`."""
+    for kind in (_CPickler, _PyPickler):
+        text = io.BytesIO()
+        pickler = kind(text, 2)  # the protocol that torch.save uses
+        pickler.storages = []
+        with contextlib.suppress(_IsForeign):
+            pickler.dump(tree)
+            return text.getvalue(), pickler.storages
+    raise RuntimeError("a foreign object where no pickler looks for one")
 
 
 def stream(blank: Blank, wrote: Callable[[int], None] | None = None) -> Iterator[memoryview]:
@@ -142,13 +165,11 @@ def save(file: Sink, tree: Any, wrote: Callable[[int], None] | None = None) -> i
     Returns the bytes of the blanks' data; ``wrote`` is told of them as they go. A `Blank` met twice is
     stored once and loads as one tensor. OSError (a full disk) passes through.
     """
-    text = io.BytesIO()
-    pickler = _Pickler(text)
-    pickler.dump(tree)
+    text, storages = structure(tree)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
-        _record(archive, "data.pkl", text.tell(), (text.getvalue(),))
+        _record(archive, "data.pkl", len(text), (text,))
         _record(archive, "byteorder", len(sys.byteorder), (sys.byteorder.encode(),))
-        for key, (blank, streamed) in enumerate(pickler.storages):
+        for key, (blank, streamed) in enumerate(storages):
             _record(archive, f"data/{key}", blank.nbytes, stream(blank, wrote if streamed else None))
         _record(archive, "version", 2, (b"3\n",))
-    return sum(blank.nbytes for blank, streamed in pickler.storages if streamed)
+    return sum(blank.nbytes for blank, streamed in storages if streamed)

