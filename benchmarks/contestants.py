@@ -136,9 +136,7 @@ def floor(source: str, target: str, count: int) -> dict[str, Any]:
     return {"read_seconds": read, "write_seconds": min(seconds)}
 
 
-def grow(
-    source: str, target: str, config: str, count: int, how: dict[str, Any], workers: int, profile: str | None
-) -> dict[str, Any]:
+def grow(source: str, target: str, config: str, count: int, how: dict[str, Any], workers: int) -> dict[str, Any]:
     """`grow`, alone or by forked workers, the change of the function not measured."""
     for module in ("drift", "realise", "shards.stage0", "shards.transfer", "shards.universal", "shards.zero"):
         importlib.import_module(f"bert2bert.{module}")
@@ -155,31 +153,13 @@ def grow(
     found: dict[str, Any] = {}
     ready(source, count)
     before = _written()
-    with measured(found), profiled(profile):
+    with measured(found):
         if workers == 1:
             run()
         elif processes.run(workers, run):
             raise SystemExit("a worker failed")
     found["written"] = _written() - before
     return found
-
-
-@contextlib.contextmanager
-def profiled(file: str | None) -> Iterator[None]:
-    if file is None:
-        yield
-        return
-    import cProfile
-    import pstats
-
-    profile = cProfile.Profile()
-    profile.enable()
-    try:
-        yield
-    finally:
-        profile.disable()
-        with open(file, "w") as out:
-            pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(25)
 
 
 def _written() -> int:

@@ -8,7 +8,7 @@ values, written by the package itself), into a universal checkpoint and into nat
 
 * the I/O floor: every source byte read once, and as many bytes as the target has written once and synced, in one file
   or in files of 64 MiB, whichever this disk takes faster in the same run;
-* `grow`, synced, read back for its content digests, and committed; alone and with --workers 2; weights alone, too;
+* `grow`, digested, synced and committed; alone and with --workers 2; weights alone, too;
 * DeepSpeed's ds_to_universal, and an expansion of its folder, tensor by tensor with index_select and torch.save;
 * DeepSpeed's zero_to_fp32, and such an expansion of what it gives (the moments are lost). Neither rival syncs anything;
   what it takes to sync its output afterwards is told apart, for its pages may be in memory alone until then.
@@ -85,8 +85,8 @@ def child(name: str, *arguments: Any) -> dict[str, Any]:
 class Bench:
     """One run of the benchmark: where, at which sizes, and what was found."""
 
-    def __init__(self, folder: Path, toy: bool, rounds: int, profile: Path | None) -> None:
-        self.folder, self.rounds, self.profile = folder, rounds, profile
+    def __init__(self, folder: Path, toy: bool, rounds: int) -> None:
+        self.folder, self.rounds = folder, rounds
         self.configs = {name: bert(size, toy) for name, size in (TOY if toy else FULL).items()}
         self.numel = {name: numel(config) for name, config in self.configs.items()}
         for name, config in self.configs.items():
@@ -112,12 +112,11 @@ class Bench:
         child("make", str(folder), self.configs[name], stage)
         return folder
 
-    def grow(self, source: Path, to: str, how: dict[str, Any], workers: int = 1, profile: bool = False) -> Any:
+    def grow(self, source: Path, to: str, how: dict[str, Any], workers: int = 1) -> Any:
         """Time one growth; its target's size is added, and the target removed."""
         target = self.folder / "target"
-        file = str(self.profile) if profile else None
         count = 12 * self.numel[to]
-        found = child("grow", str(source), str(target), str(self.folder / f"{to}.json"), count, how, workers, file)
+        found = child("grow", str(source), str(target), str(self.folder / f"{to}.json"), count, how, workers)
         found["target"] = size_of(target)
         shutil.rmtree(target)
         return found
@@ -127,9 +126,9 @@ class Bench:
         source, case = self.source("110M", stage), f"110M -> 335M, ZeRO-{stage}"
         size, model = size_of(source), 12 * self.numel["335M"]
         forms = {"universal": {"form": "universal"}, "zero": {"form": "zero", "stage": stage, "world_size": 2}}
-        weights = {"form": "hub"}
+        weights, rivals = {"form": "hub"}, ("ds_to_universal", "zero_to_fp32")
         reads, writes = [], []
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*forms, "workers", "weights")}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*forms, "workers", "weights", *rivals)}
         for _ in range(self.rounds):
             scratch = self.folder / "scratch"
             floor = child("floor", str(source), str(scratch), model)
@@ -139,7 +138,13 @@ class Bench:
                 runs[name].append(self.grow(source, "335M", how))
             runs["workers"].append(self.grow(source, "335M", forms["universal"], 2))
             runs["weights"].append(self.grow(source, "335M", weights))
-        best = {name: min(found, key=lambda f: f["seconds"]) for name, found in runs.items()}
+            for rival in rivals:
+                out = self.folder / "rival"
+                out.mkdir()
+                arguments = (str(source), str(out), str(self.folder / "335M.json"), model)
+                runs[rival].append(child("rival", rival, *arguments))
+                shutil.rmtree(out)
+        best = {n: min(found, key=lambda f: f["seconds"]) for n, found in runs.items() if n not in rivals}
         alone = best.pop("weights")["seconds"]
         self.row(f"{case} to safetensors", "seconds", alone)
         self.row(case, "read, GB/s", size / min(reads) / 1e9)
@@ -153,21 +158,16 @@ class Bench:
             if name != "workers":  # of forked ranks, the kernel counts neither here
                 self.row(kind, "written / target", found["written"] / found["target"])
                 self.row(kind, "memory, MB", max(f["memory"] for f in runs[name]) / 1e6)
-        for rival in ("ds_to_universal", "zero_to_fp32"):
-            out = self.folder / "rival"
-            out.mkdir()
-            found = child("rival", rival, str(source), str(out), str(self.folder / "335M.json"), model)
-            self.row(case, f"{rival}, s", found["seconds"])
-            self.row(case, f"{rival}, memory, MB", found["memory"] / 1e6)
-            self.row(case, f"{rival} / grow", found["seconds"] / best["universal"]["seconds"])
-            self.row(case, f"{rival}, synced, s", found["synced_seconds"])
-            self.row(case, f"{rival}, synced / grow", found["synced_seconds"] / best["universal"]["seconds"])
+        for rival in rivals:
+            seconds, synced = (min(f[key] for f in runs[rival]) for key in ("seconds", "synced_seconds"))
+            self.row(case, f"{rival}, s", seconds)
+            self.row(case, f"{rival}, memory, MB", max(f["memory"] for f in runs[rival]) / 1e6)
+            self.row(case, f"{rival} / grow", seconds / best["universal"]["seconds"])
+            self.row(case, f"{rival}, synced, s", synced)
+            self.row(case, f"{rival}, synced / grow", synced / best["universal"]["seconds"])
             if rival == "zero_to_fp32":
-                self.row(case, f"{rival} / grow, weights", found["seconds"] / alone)
-                self.row(case, f"{rival}, synced / grow, weights", found["synced_seconds"] / alone)
-            shutil.rmtree(out)
-        if self.profile:
-            self.grow(source, "335M", forms["universal"], profile=True)
+                self.row(case, f"{rival} / grow, weights", seconds / alone)
+                self.row(case, f"{rival}, synced / grow, weights", synced / alone)
         shutil.rmtree(source)
         return float(max(f["memory"] for f in runs["universal"]))
 
@@ -216,7 +216,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2, 3), default=[2, 3])
     parser.add_argument("--no-memory", action="store_true", help="leave 335M -> 1.3B out")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="profile one more growth, untimed, into FILE")
     parser.add_argument(
         "--dry-run", action="store_true", help="lay out Llama 8B -> 70B over sparse files, and nothing else"
     )
@@ -235,7 +234,7 @@ def main() -> None:
             for key, value in result["dry_run"].items():
                 print(value if key == "summary" else f"{key:22} {value}")
         else:
-            bench = Bench(folder, args.toy, args.rounds, args.profile)
+            bench = Bench(folder, args.toy, args.rounds)
             n = bench.numel
             peak = 12 * (3 * n["110M"] + 2 * n["335M"])  # source, universal, its temporary slices, expansion
             check_room(folder, max(peak, 0 if args.no_memory else 12 * (n["1.3B"] + 2 * n["335M"])) + (1 << 28))

@@ -86,7 +86,7 @@ def save(file: Any, tree: Any, wrote: Callable[[int], None] | None = None) -> in
             info = zipfile.ZipInfo(f"archive/data/{key}")
             info.file_size = info.compress_size = blank.nbytes
             info.header_offset, info.CRC = file.tell(), 0
-            wide = blank.nbytes >= frames._ZIP64
+            wide = blank.nbytes > frames._ZIP64
             start = file.tell() + 30 + len(info.filename) + 4 + (20 if wide else 0)
             info.extra = struct.pack("<2sH", b"FB", -start % 64) + b"Z" * (-start % 64)
             file.write(info.FileHeader(zip64=wide))

@@ -18,7 +18,7 @@ from bert2bert.tables import table_for
 if TYPE_CHECKING:
     from bert2bert.planning import Growth
 
-_BLOCKS = 24  # of rows that are held at a time, by three threads: values, their source, the file being written
+_BLOCKS = 8  # of rows that a thread holds at a time: values, their source, the file being written
 _STRUCTURE = 200_000_000  # bytes of names, shapes, file structure and allocator slack, measured by benchmarks/growth.py
 _LOOKED_UP = frozenset({"vocab", "pos", "types", "buckets"})  # axes of tables, of which a token takes one row
 
@@ -42,6 +42,7 @@ def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any
     plan's index lists, the structure of the files, and a few blocks of rows; more where an entry mixes a whole tensor.
     Raises InvalidConfig for less than one rank.
     """
+    from bert2bert.shards.pool import THREADS
     from bert2bert.shards.transfer import deal
     from bert2bert.shards.writing import BLOCK
 
@@ -53,12 +54,14 @@ def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any
     written = max(sum(sizes[i] for i in hand) for hand in deal(sizes, ranks))
     source = 4 * states * sum(prod(p.shape) for p in model.parameters.values())
     read = source * written // sum(sizes)
+    made = [t for p in (plan, *plan.before) for t in p.tensors.values()]
     shapes = {name: p.shape for name, p in model.parameters.items()}
-    mixed = [4 * prod(shapes.get(s, ())) for t in plan.tensors.values() if t.mixes for s in t.sources]
+    shapes |= {name: t.shape for p in plan.before for name, t in p.tensors.items()}
+    mixed = [4 * prod(shapes.get(s, ())) for t in made if t.mixes for s in t.sources]
     block = max(4 * BLOCK, *(4 * prod(t.shape[1:]) for t in plan.tensors.values()))
     arrays = {
         id(a): a.nbytes
-        for t in plan.tensors.values()
+        for t in made
         for term in t.terms
         for d in term.dims
         for a in (d.index, d.param, d.grad, d.mix)
@@ -70,7 +73,7 @@ def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any
         "bytes_read": read,
         "bytes_written": written,
         "seconds": read / disk[0] / 1e9 + written / disk[1] / 1e9,
-        "memory": _BLOCKS * block + _STRUCTURE + sum(arrays.values()) + 2 * max(mixed, default=0),
+        "memory": THREADS * (_BLOCKS * block + 2 * max(mixed, default=0)) + _STRUCTURE + sum(arrays.values()),
     }
 
 

@@ -35,14 +35,18 @@ def with_experts(
                 "which loads expert-parallel files only.\nGive the number of ranks that share them (its ep_size): "
                 "--expert-parallel N."
             )
-        return _in_model_order(spec, source, auto) if auto and form == "zero" and source.expert_parallel else spec
+        if not (auto and form == "zero" and source.expert_parallel):
+            return spec
+        _last(spec, source, layout)
+        return _in_model_order(spec, source, auto)
     kept = source.expert_parallel if layout in (None, "source") else None
-    last = kept.last if kept else len(spec.groups) > 1
-    if last is None:
+    if source.expert_parallel and source.expert_parallel.data_first and 1 < size < (world or 0):
         raise UnsupportedGrowth(
-            f"{source.path}: its optimizer groups do not hold experts and routers in the order in which DeepSpeed puts "
-            "them, so the order that the training script will expect is not known.\nChoose groups with --groups."
+            f"{source.path}: of a run with use_data_before_expert_parallelism, which places experts on other ranks "
+            f"than the files that are written for {size} of {world} ranks.\nGive --expert-parallel {world} or 1, where "
+            "both place them alike, or use --format universal."
         )
+    last = _last(spec, source, layout)
     kind = str(spec.config.get("model_type"))
     if auto and not kept and kind not in CAPTURED:
         raise UnsupportedGrowth(
@@ -53,6 +57,18 @@ def with_experts(
     spec = replace(spec, expert_parallel=ExpertParallel(size, last, captured))
     check(spec, stage, world)
     return spec
+
+
+def _last(spec: TargetSpec, source: Source, layout: str | None) -> bool:
+    """Whether the engine's groups have the routers last. Raises UnsupportedGrowth where the source's have neither."""
+    kept = source.expert_parallel if layout in (None, "source") else None
+    last = kept.last if kept else len(spec.groups) > 1
+    if last is None:
+        raise UnsupportedGrowth(
+            f"{source.path}: its optimizer groups do not hold experts and routers in the order in which DeepSpeed puts "
+            "them, so the order that the training script will expect is not known.\nChoose groups with --groups."
+        )
+    return last
 
 
 def notes(spec: TargetSpec) -> list[str]:

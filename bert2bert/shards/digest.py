@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 Words = NDArray[np.uint64]
 _MASK = (1 << 64) - 1
 FILE_DIGEST = "xxh3_128"  # what manifests call `file_digest`
+TENSOR_DIGEST = "multilinear_units32"  # and `digest`
 _BUFFER = 1 << 20  # bytes of a file read at a time
 _BLOCK = 1 << 16  # B; a block of units and its weights, 256 KiB and 128, stay in a core's cache
 _CHUNK = 1 << 20  # elements at a time

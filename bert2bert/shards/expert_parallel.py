@@ -35,11 +35,13 @@ Shape = tuple[int, ...]
 class ExpertParallel:
     """How an engine is split. size: ranks that share the experts; last: it was given its parameters in lists, and so
     has AutoEP's routers at the end of their groups, not in the model's order (None: neither is so);
-    captured: its state dict has the routers twice (`CAPTURED`)."""
+    captured: its state dict has the routers twice (`CAPTURED`); data_first: DeepSpeed's
+    use_data_before_expert_parallelism, see `ranks_of`, which is read and not written."""
 
     size: int
     last: bool | None = False
     captured: bool = False
+    data_first: bool = False
 
 
 class Part(NamedTuple):

@@ -124,8 +124,12 @@ class ExpertSource(ZeroSource):
         sizes = [*self._split(states), *[None] * count][:count]
         return [self._model.world_size // (size or 1) for size in sizes]
 
+    @property
+    def _data_first(self) -> bool:
+        return self._model.ds_config.get("use_data_before_expert_parallelism") is True
+
     def _teams(self) -> list[list[Team] | None]:
-        world, first = self._model.world_size, self._model.ds_config.get("use_data_before_expert_parallelism") is True
+        world, first = self._model.world_size, self._data_first
         self._sizes = self._split(self._ranks[0])
         teams: list[list[Team] | None] = []
         held = self._held()
@@ -168,7 +172,7 @@ class ExpertSource(ZeroSource):
         self.groups, self.moments = self._merged(groups, model.order)
         model.shapes = [{name: whole[name] for name in group["names"]} for group in self.groups]
         size = max(size or 1 for size in self._sizes)
-        self.expert_parallel = ExpertParallel(size, self._how(whole, size, cuts), model.captured)
+        self.expert_parallel = ExpertParallel(size, self._how(whole, size, cuts), model.captured, self._data_first)
 
     def _read_entries(self, whole: dict[str, tuple[int, ...]]) -> None:
         """Sort the entries of the files of single experts by whole tensor and place; enter in ``whole`` those that the
@@ -186,6 +190,14 @@ class ExpertSource(ZeroSource):
         frozen = {name: shape for name, shape in shapes.items() if name not in whole}
         self._model.frozen |= frozen
         whole |= frozen
+        told = self._model.ranks[0].get("num_experts")
+        for block in blocks(whole):
+            if isinstance(told, list) and block.experts not in told:
+                raise InvalidCheckpoint(
+                    f"{self.folder}: the files of single experts hold {block.experts} experts of {block.prefix[:-1]}, "
+                    f"and the model has {max(told)} a layer: files are missing. Copy all of them (each node writes its "
+                    "own)."
+                )
         self._model.experts = {name: dict(sorted(pieces.items())) for name, pieces in found.items()}
         for name in dict.fromkeys([*found, *(n for n in whole if is_expert(n))]):
             held = sum(piece.numel() for piece in found.get(name, {}).values())

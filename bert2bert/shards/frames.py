@@ -33,7 +33,7 @@ import torch
 from bert2bert.shards.digest import Sink
 
 _ALIGNMENT = 64
-_ZIP64 = 1 << 31  # from here on records carry 64-bit sizes
+_ZIP64 = (1 << 31) - 1  # above it records carry 64-bit sizes
 _STORAGES: dict[torch.dtype, type] = {
     torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
@@ -149,7 +149,7 @@ def stream(blank: Blank, wrote: Callable[[int], None] | None = None) -> Iterator
 def _record(archive: zipfile.ZipFile, name: str, size: int, blocks: Iterable[bytes | memoryview]) -> None:
     info = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: equal input, equal bytes
     info.file_size = size
-    wide = size >= _ZIP64
+    wide = size * 1.05 > _ZIP64  # as zipfile asks, for it chooses the header before it has seen the data
     if archive.fp is None:
         raise RuntimeError("the archive is closed")
     start = archive.fp.tell() + 30 + len(info.filename) + 4 + (20 if wide else 0)

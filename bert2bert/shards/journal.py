@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from bert2bert import __version__
-from bert2bert.shards.digest import digest, file_digest, hex16
+from bert2bert.shards.digest import TENSOR_DIGEST, digest, file_digest, hex16
 from bert2bert.shards.disk import disk_errors, fsync_file
 
 Tensors = dict[tuple[str, str], int]
 """(name, state) -> digest of the part of it that a file holds."""
-_AHEAD = 256  # files written and not yet finished, at most
+_AHEAD = 256  # files written and not yet looked at, at most
 _SYNCS = 8  # at a time: a file system commits what is asked of it together
 
 
@@ -65,7 +65,7 @@ def job(growth: Mapping[str, Any] | None, stamps: Any, settings: Any, layout: An
         "options": _hash(told),
         "target settings": _hash(settings),
         "layout of files": _hash(layout),
-        "version of the program": _hash([__version__, str(torch.__version__)]),
+        "version of the program": _hash([__version__, str(torch.__version__), TENSOR_DIGEST]),
     }
 
 

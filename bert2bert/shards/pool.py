@@ -1,7 +1,7 @@
 """The files of one rank, written a few at a time: one waits for the disk while others are computed.
 
-Numbers are computed, and digests taken, in the thread that writes the
-file, so no file depends on another. Refuses nothing: the first error of a thread stops all, and is raised.
+Numbers are computed, and digests taken, in the thread that writes the file, so no file depends on another. Refuses
+nothing: the first error of a thread stops all, and is raised.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bert2bert.shards.disk import disk_errors
 from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.writing import FilePlan, Stopped, Tally
 
-_THREADS = 3  # of the few files of a small world, too, none is left for the end alone
+THREADS = 3  # of the few files of a small world, too, none is left for the end alone
 
 
 def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: Finisher) -> None:
@@ -33,7 +33,7 @@ def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: F
             errors.append(error)
             tally.stop.set()
 
-    with ThreadPoolExecutor(_THREADS, "writer") as pool:
+    with ThreadPoolExecutor(THREADS, "writer") as pool:
         try:
             wait([pool.submit(write, plan) for plan in plans])
         except BaseException:  # Ctrl-C comes to the main thread

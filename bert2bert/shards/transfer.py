@@ -26,7 +26,7 @@ from bert2bert import __version__
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError, did_you_mean
 from bert2bert.shards import journal
 from bert2bert.shards.commit import FORMAT_VERSION, file_sizes
-from bert2bert.shards.digest import FILE_DIGEST
+from bert2bert.shards.digest import FILE_DIGEST, TENSOR_DIGEST
 from bert2bert.shards.expert_writer import expert_zero_files
 from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes, write_bytes
 from bert2bert.shards.journal import Entry, Finisher
@@ -150,7 +150,10 @@ def _manifest(
         "aliases": spec.aliases, "groups": groups,
         "tensors": tensor_entries(spec, (entry.tensors for entry in entries.values())),
         "files": {name: entry.size for name, entry in entries.items()},
-        "digests": {"kind": FILE_DIGEST, "files": {name: entry.digest for name, entry in entries.items()}},
+        "digests": {
+            "kind": FILE_DIGEST, "tensors": TENSOR_DIGEST,
+            "files": {name: entry.digest for name, entry in entries.items()},
+        },
         "counters": spec.counters,
         "versions": {
             "bert2bert": __version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed"),

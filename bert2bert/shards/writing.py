@@ -1,8 +1,9 @@
 """What every checkpoint writer is told and shares: the target, where its values come from, and the files to write.
 
 A writer sees neither plans nor operators: only names, shapes and a callable that gives rows. Values are asked for in
-blocks of whole rows of at most about `BLOCK` elements, so no process ever holds more than a block (a single row is the
-least it asks for). Refuses a `TargetSpec` that contradicts itself (ValueError: the caller's mistake, not the user's).
+blocks of whole rows of at most about `BLOCK` elements, so no thread holds more than a few blocks (a single row is the
+least it asks for: of fused experts, a whole expert). Refuses a `TargetSpec` that contradicts itself (ValueError: the
+caller's mistake, not the user's).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import torch
 from bert2bert import __version__
 from bert2bert.errors import UserError
 from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST, file_sizes, set_latest, write_manifest
-from bert2bert.shards.digest import FILE_DIGEST, file_digest
+from bert2bert.shards.digest import FILE_DIGEST, TENSOR_DIGEST, file_digest
 from bert2bert.shards.disk import disk_errors, fsync_file, fsync_tree
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
@@ -107,7 +107,11 @@ def save(
         ],
         "tensors": {n: {"shape": list(engine.shape(n)), "digest": digests[n]} for n in engine.names},
         "files": {},
-        "digests": {"kind": FILE_DIGEST, "files": {name: contents[name] for name in sorted(contents)}},
+        "digests": {
+            "kind": FILE_DIGEST,
+            "tensors": TENSOR_DIGEST,
+            "files": {name: contents[name] for name in sorted(contents)},
+        },
         "counters": engine.counters,
         "versions": versions(),
         "growth": None if growth is None else dict(growth),
@@ -216,10 +220,10 @@ def _commit(root: Path, folder: Path, manifest: dict[str, Any], keep: int) -> No
             f"checkpoint {folder} lacks the files of {len(absent)} of {world} ranks, the first of them {absent[0]}: "
             "their hosts see another folder of that name. Let --output lie on a file system that all hosts share"
         )
-    (folder / UNFINISHED).unlink()
     fsync_tree(folder)
-    manifest["files"] = file_sizes(folder)
+    manifest["files"] = {name: size for name, size in file_sizes(folder).items() if name != UNFINISHED}
     write_manifest(folder, manifest)
+    (folder / UNFINISHED).unlink()  # after the manifest: a kill must leave one mark at least, else it looks foreign
     set_latest(root, folder.name)
     prune(root, folder.name, keep)
 

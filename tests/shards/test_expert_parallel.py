@@ -368,6 +368,11 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "lost expert": ("mixtral-2", lambda f: (f / expert(1, 3)).unlink(), "files are missing"),
     "lost layer": ("mixtral-2", lambda f: [p.unlink() for p in f.glob("layer_1_*")], "hold 0 elements of 'model.lay"),
     "twice": ("mixtral-2", lambda f: shutil.copy(f / expert(0, 1), f / expert(0, 2)), "or of different checkpoints"),
+    "lost frozen expert": (
+        "frozen-2",
+        lambda f: (f / expert(1, 3)).unlink(),
+        "3 experts of.*model",
+    ),
     "other weights": ("mixtral-2", lambda f: other_weights(f / expert(0, 1)), "are not the master weights"),
     "stage 0": ("classic-2", lambda f: torch.save({}, f / EXPP), "of ZeRO stage 0"),
     "tensor-parallel": ("classic-2", lambda f: torch.save({}, f / expert(0, 0, 1)), "tensor-parallel expert"),
@@ -393,7 +398,7 @@ def renamed_group(folder: Path, name: str) -> None:
 def test_bad_files_are_refused_by_name(home: Home, tmp_path: Path, what: str) -> None:
     name, damage, message = BAD[what]
     shutil.copytree(home[name], tmp_path / "run")
-    damage(tmp_path / "run/global_step2")
+    damage(next((tmp_path / "run").glob("global_step*")))
     with pytest.raises(InvalidCheckpoint, match=message):
         open_source(tmp_path / "run")
 
@@ -579,6 +584,11 @@ def test_models_and_orders_that_are_not_known_are_refused(home: Home, tmp_path: 
         reshard(tmp_path / "bare", tmp_path / "t", form="zero", stage=2, world_size=2, say=print)
     with pytest.raises(UnsupportedGrowth, match=r"(?s)groups do not hold experts and routers in the order.*--groups"):
         reshard(home["chunks-2"], tmp_path / "t", form="zero", stage=2, world_size=2, expert_parallel=2, say=print)
+    first = {"form": "zero", "stage": 2, "world_size": 4, "say": print}
+    with pytest.raises(UnsupportedGrowth, match=r"(?s)use_data_before_expert_parallelism.*--expert-parallel 4 or 1"):
+        reshard(home["classic-first-4"], tmp_path / "t", expert_parallel=2, **first)  # type: ignore[arg-type]
+    reshard(home["classic-first-4"], tmp_path / "all", expert_parallel=4, **first)  # type: ignore[arg-type]
+    assert not same(open_source(tmp_path / "all"), home.whole["classic-first-4"])
     reshard(tmp_path / "bare", tmp_path / "universal", say=print)
     with pytest.raises(UnsupportedGrowth, match="how an AutoEP engine names the routers of a model without a config"):
         reshard(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import namedtuple
 from dataclasses import replace
 from itertools import pairwise
@@ -31,6 +32,25 @@ def fake(root: Path, step: int, kind: str | None) -> None:
         (folder / saving.UNFINISHED).touch()
     elif kind != "none":
         (folder / saving.MANIFEST).write_text(json.dumps({"kind": kind}))
+
+
+def test_a_save_killed_in_its_commit_is_not_taken_for_a_foreign_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two of its steps: one mark at least says whose the folder is."""
+    told = {"kind": "train", "world_size": 0, "digests": {"files": {}}}
+    for call in ("fsync_tree", "write_manifest", "set_latest"):
+        fake(tmp_path, 4, None)
+        with monkeypatch.context() as patch:
+            patch.setattr(saving, call, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                saving._commit(tmp_path, tmp_path / "global_step4", dict(told), 3)
+        assert saving._kind(tmp_path / "global_step4") in (None, "train"), call
+        shutil.rmtree(tmp_path / "global_step4")
+    fake(tmp_path, 4, None)
+    saving._commit(tmp_path, tmp_path / "global_step4", dict(told), 3)
+    assert [path.name for path in (tmp_path / "global_step4").iterdir()] == [saving.MANIFEST]
+    assert json.loads((tmp_path / "global_step4" / saving.MANIFEST).read_text())["files"] == {}
 
 
 def test_prune_keeps_the_last_and_what_is_not_ours(tmp_path: Path) -> None:
