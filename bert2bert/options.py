@@ -12,7 +12,7 @@ from bert2bert import __version__
 Run = Callable[[argparse.Namespace, Any], int | None]
 
 _SOURCE = (
-    "a DeepSpeed checkpoint folder (ZeRO 1, 2, 3 of any world size, or universal; with its `latest`, or one tag), or a "
+    "a DeepSpeed checkpoint folder (ZeRO 0 to 3 of any world size, or universal; with its `latest`, or one tag), or a "
     "Hugging Face folder"
 )
 
