@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 
 if TYPE_CHECKING:
-    from bert2bert.shards.expert_parallel import Block
+    from bert2bert.shards.expert_parallel import Block, ExpertParallel
     from bert2bert.shards.source import Source
     from bert2bert.shards.writing import TargetSpec
 
@@ -28,6 +28,7 @@ def with_experts(
 
     found = blocks(spec.shapes)
     numbered, auto = ([block for block in found if block.auto is kind] for kind in (False, True))
+    kept = source.expert_parallel if layout in (None, "source") else None
     if size is None:
         if numbered and form == "zero":
             raise InvalidConfig(
@@ -37,16 +38,15 @@ def with_experts(
             )
         if not (auto and form == "zero" and source.expert_parallel):
             return spec
-        _last(spec, source, layout)
+        _last(spec, source, kept)
         return _in_model_order(spec, source, auto)
-    kept = source.expert_parallel if layout in (None, "source") else None
     if source.expert_parallel and source.expert_parallel.data_first and 1 < size < (world or 0):
         raise UnsupportedGrowth(
             f"{source.path}: of a run with use_data_before_expert_parallelism, which places experts on other ranks "
             f"than the files that are written for {size} of {world} ranks.\nGive --expert-parallel {world} or 1, where "
             "both place them alike, or use --format universal."
         )
-    last = _last(spec, source, layout)
+    last = _last(spec, source, kept)
     kind = str(spec.config.get("model_type"))
     if auto and not kept and kind not in CAPTURED:
         raise UnsupportedGrowth(
@@ -59,9 +59,9 @@ def with_experts(
     return spec
 
 
-def _last(spec: TargetSpec, source: Source, layout: str | None) -> bool:
-    """Whether the engine's groups have the routers last. Raises UnsupportedGrowth where the source's have neither."""
-    kept = source.expert_parallel if layout in (None, "source") else None
+def _last(spec: TargetSpec, source: Source, kept: ExpertParallel | None) -> bool:
+    """Whether the engine's groups have the routers last. kept: how the source is split, where its groups are kept.
+    Raises UnsupportedGrowth where these are in neither order."""
     last = kept.last if kept else len(spec.groups) > 1
     if last is None:
         raise UnsupportedGrowth(

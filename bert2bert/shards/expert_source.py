@@ -221,7 +221,7 @@ class ExpertSource(ZeroSource):
         for group, size, states in zip(groups, self._sizes, self.moments, strict=True):
             if not size:
                 continue
-            plain = {key: value for key, value in group.items() if key not in (*_OWN, "names")}
+            plain = _plain(group)
             fits = [i for i, other in enumerate(kept) if _plain(other) == plain and moments[i] == states]
             router = router_of(group["names"][0]) if group["names"] else ""
             fits = [i for i in fits if any(name.startswith(router) for name in kept[i]["names"])] or fits

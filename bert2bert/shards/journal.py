@@ -164,13 +164,14 @@ class Finisher:
                     self._error = error
 
     def _finish(self, entries: dict[str, Entry]) -> None:
+        if not entries:
+            return
         with ThreadPoolExecutor(_SYNCS) as pool:
             list(pool.map(self._sync, entries))
-        if entries:
-            with disk_errors(self._journal), open(self._journal, "ab") as file:
-                file.write(b"\n" + b"".join(entry.line(name) for name, entry in entries.items()))  # after a torn line
-                file.flush()
-                os.fsync(file.fileno())
+        with disk_errors(self._journal), open(self._journal, "ab") as file:
+            file.write(b"\n" + b"".join(entry.line(name) for name, entry in entries.items()))  # after a torn line
+            file.flush()
+            os.fsync(file.fileno())
         self.entries |= entries
 
     def _sync(self, name: str) -> None:

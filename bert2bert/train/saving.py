@@ -78,9 +78,8 @@ def save(
     engine.thaw()
     with disk_errors(folder), _stream_errors(folder):
         engine.save(root, tag)
-    parts = engine.gather(
-        engine.agree(lambda: _finish_own(engine, folder))
-    )  # every rank's files are there from here on
+    own = engine.agree(lambda: _finish_own(engine, folder))
+    parts = engine.gather(own)  # every rank's files are there from here on
     contents = {name: content for part in parts for name, content in part.items()}
     digests = partitions.digests(engine)
     steps = partitions.steps(engine)
@@ -110,7 +109,7 @@ def save(
         "digests": {
             "kind": FILE_DIGEST,
             "tensors": TENSOR_DIGEST,
-            "files": {name: contents[name] for name in sorted(contents)},
+            "files": dict(sorted(contents.items())),
         },
         "counters": engine.counters,
         "versions": versions(),

@@ -2,6 +2,8 @@
 
 The truth is what DeepSpeed's own functions say on the live engines, of each rank's experts; whole tensors are put
 together here, by concatenation. Engines run on 2 and 4 ranks, gloo.
+
+Files are opened with weights_only=False, for the tests themselves made them.
 """
 
 from __future__ import annotations
