@@ -119,8 +119,9 @@ def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, abs
             mixed = torch.tensordot(x, torch.from_numpy(matrix).to(x, copy=True), ([d], [1])).movedim(-1, d)
             x = torch.cat([x, mixed], d)
             copied = True
-        if len(index) != x.shape[d] or not np.array_equal(index, np.arange(len(index))):
-            x, copied = x.index_select(d, torch.from_numpy(index)), True
+        run = int(np.argmin(np.append(index == np.arange(index[0], index[0] + len(index)), False)))  # most keep the old
+        kept, more = x.narrow(d, int(index[0]), run), torch.from_numpy(index[run:])
+        x, copied = (torch.cat([kept, x.index_select(d, more)], d), True) if len(more) else (kept, copied)
     for d, dim in enumerate(term.dims):
         factor = dim.grad if how.gradient else dim.param
         if factor is not None:

@@ -24,7 +24,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,17 @@ _LOCK, _JOB, _FILES, _REPLACED = "lock", "job.json", "files.partial", "replaced.
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file below a folder but the manifest, by name relative to it, sorted."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+    sizes = dict(_sizes(str(folder), ""))
     return {name: sizes[name] for name in sorted(sizes) if name != MANIFEST}
+
+
+def _sizes(folder: str, above: str) -> Iterator[tuple[str, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _sizes(entry.path, f"{above}{entry.name}/")
+            elif entry.is_file():
+                yield above + entry.name, entry.stat().st_size
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ does 0.7 and BLAKE2b 0.24). `xxhsum -H2 FILE` prints the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ _SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = {1: np.uint8, 2: np.uint16}
 
 
+@lru_cache(1 << 12)  # tensors of one shape ask for the same
 def _weights(first: int, last: int) -> Words:
     """Outputs [first, last) of SplitMix64 from seed 0, made odd: then no change of one element goes unseen."""
     z = np.arange(first + 1, last + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -134,36 +135,3 @@ def file_digest(path: Path, read: Callable[[int], None] | None = None) -> str:
             if read is not None:
                 read(count)
     return str(total.hexdigest())
-
-
-class Sink:
-    """A file that is written from its start to its end, and the `file_digest` of what is written, without reading it
-    back. ``size``: bytes so far. Closed by the `with` statement; not synced."""
-
-    def __init__(self, path: Path) -> None:
-        self.size = 0
-        self._total, self._file = xxhash.xxh3_128(), open(path, "wb")  # noqa: SIM115 (closed on exit)
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Append bytes."""
-        self._total.update(data)
-        self.size += (count := self._file.write(data))
-        return count
-
-    def tell(self) -> int:
-        """Where the next byte goes. There is no `seek`, so that zipfile does not go back either."""
-        return self.size
-
-    def flush(self) -> None:
-        """Hand all that is written to the operating system."""
-        self._file.flush()
-
-    def digest(self) -> str:
-        """Of what has been written so far."""
-        return str(self._total.hexdigest())
-
-    def __enter__(self) -> Sink:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
@@ -19,8 +20,11 @@ _LONGEST = 255  # bytes of a name in a folder
 
 def fsync_file(path: Path) -> None:
     """Make a file's content durable."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -66,6 +70,10 @@ def inside(folder: Path, name: str) -> Path:
         raise InvalidCheckpoint(
             f"{folder}: names the file {name[:200]!r}, which is not inside the folder; it is not opened"
         )
+    within = accumulate((str(folder), *pure.parts), os.path.join)
+    next(within)
+    if not any(map(os.path.islink, within)):
+        return path
     home = folder.resolve()
     homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
     try:

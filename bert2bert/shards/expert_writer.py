@@ -22,7 +22,6 @@ import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
-from bert2bert.shards.digest import Sink
 from bert2bert.shards.expert_parallel import (
     Block,
     Cut,
@@ -36,6 +35,7 @@ from bert2bert.shards.expert_parallel import (
 )
 from bert2bert.shards.frames import Blank
 from bert2bert.shards.layout import Piece, zero12_layout
+from bert2bert.shards.sink import Sink
 from bert2bert.shards.writing import FilePlan, Job, TargetSpec
 from bert2bert.shards.zero_writer import Held, Zero12, rank_files
 

@@ -20,9 +20,7 @@ import contextlib
 import io
 import math
 import pickle
-import struct
 import sys
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,10 +28,8 @@ from typing import Any
 
 import torch
 
-from bert2bert.shards.digest import Sink
+from bert2bert.shards.zipped import File, Zipped
 
-_ALIGNMENT = 64
-_ZIP64 = (1 << 31) - 1  # above it records carry 64-bit sizes
 _STORAGES: dict[torch.dtype, type] = {
     torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
@@ -146,30 +142,25 @@ def stream(blank: Blank, wrote: Callable[[int], None] | None = None) -> Iterator
         raise RuntimeError(f"a stream of {blank.nbytes} bytes for shape {blank.shape} ended {left} bytes off")
 
 
-def _record(archive: zipfile.ZipFile, name: str, size: int, blocks: Iterable[bytes | memoryview]) -> None:
-    info = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: equal input, equal bytes
-    info.file_size = size
-    wide = size * 1.05 > _ZIP64  # as zipfile asks, for it chooses the header before it has seen the data
-    if archive.fp is None:
-        raise RuntimeError("the archive is closed")
-    start = archive.fp.tell() + 30 + len(info.filename) + 4 + (20 if wide else 0)
-    info.extra = struct.pack("<2sH", b"FB", -start % _ALIGNMENT) + b"Z" * (-start % _ALIGNMENT)  # as torch pads
-    with archive.open(info, "w", force_zip64=wide) as record:
-        for block in blocks:
-            record.write(block)
+def saved(tree: Any) -> bytes:
+    """The content of such a file."""
+    file = io.BytesIO()
+    save(file, tree)
+    return file.getvalue()
 
 
-def save(file: Sink, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
+def save(file: File, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
     """Write ``tree`` (containers, scalars, tensors, `Blank`, `Foreign`) as a file for `torch.load`, from start to end.
 
     Returns the bytes of the blanks' data; ``wrote`` is told of them as they go. A `Blank` met twice is
     stored once and loads as one tensor. OSError (a full disk) passes through.
     """
     text, storages = structure(tree)
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
-        _record(archive, "data.pkl", len(text), (text,))
-        _record(archive, "byteorder", len(sys.byteorder), (sys.byteorder.encode(),))
-        for key, (blank, streamed) in enumerate(storages):
-            _record(archive, f"data/{key}", blank.nbytes, stream(blank, wrote if streamed else None))
-        _record(archive, "version", 2, (b"3\n",))
+    archive = Zipped(file)
+    archive.record("archive/data.pkl", len(text), (text,))
+    archive.record("archive/byteorder", len(sys.byteorder), (sys.byteorder.encode(),))
+    for key, (blank, streamed) in enumerate(storages):
+        archive.record(f"archive/data/{key}", blank.nbytes, stream(blank, wrote if streamed else None))
+    archive.record("archive/version", 2, (b"3\n",))
+    archive.close()
     return sum(blank.nbytes for blank, streamed in storages if streamed)

@@ -21,9 +21,9 @@ import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import experts
-from bert2bert.shards.digest import Sink
 from bert2bert.shards.frames import Blank, stream
-from bert2bert.shards.writing import FilePlan, Job, TargetSpec, flat_values
+from bert2bert.shards.sink import Sink
+from bert2bert.shards.writing import FilePlan, Job, TargetSpec, flat_values, write_bytes
 
 MAX_FILE_BYTES = 5 * 10**9
 BESIDE = (
@@ -111,12 +111,6 @@ def file_bytes(text: str) -> int:
 def json_bytes(tree: Any) -> bytes:
     """JSON as this project stores it."""
     return (json.dumps(tree, indent=2) + "\n").encode()
-
-
-def write_bytes(content: bytes, file: Sink) -> int:
-    """Write a small file; it counts as no tensor data."""
-    file.write(content)
-    return 0
 
 
 def _blanks(job: Job) -> dict[str, Blank]:

@@ -10,11 +10,13 @@ Refuses nothing: a line that is torn or foreign is as good as absent.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +32,8 @@ from bert2bert.shards.disk import disk_errors, fsync_file
 Tensors = dict[tuple[str, str], int]
 """(name, state) -> digest of the part of it that a file holds."""
 _AHEAD = 256  # files written and not yet looked at, at most
-_SYNCS = 8  # at a time: a file system commits what is asked of it together
+_SYNCS = 8  # at a time: a file system commits what is asked of it together,
+_BATCH, _PAUSE = 64, 0.1  # so files wait for company: this many, or seconds
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ class Finisher:
         self._root, self._journal = root, journal
         self._error: Exception | None = None
         self._queue: queue.Queue[tuple[str, Entry] | None] = queue.Queue(_AHEAD)
+        self._pool = ThreadPoolExecutor(_SYNCS, "sync")
         self._thread = threading.Thread(target=self._run, name="finisher", daemon=True)
         self._thread.start()
 
@@ -146,6 +150,7 @@ class Finisher:
         """Wait until all are finished; their entries. Raises what went wrong."""
         self._queue.put(None)
         self._thread.join()
+        self._pool.shutdown()
         if self._error is not None:
             raise self._error
         return self.entries
@@ -154,9 +159,11 @@ class Finisher:
         last = False
         while not last:
             batch = [self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get())
-            last = None in batch
+            until = time.monotonic() + _PAUSE
+            with contextlib.suppress(queue.Empty):
+                while batch[-1] is not None and len(batch) < _BATCH:
+                    batch.append(self._queue.get(timeout=max(0, until - time.monotonic())))
+            last = batch[-1] is None
             if self._error is None:  # else only make room, so that nobody waits
                 try:
                     self._finish(dict(item for item in batch if item is not None))
@@ -166,14 +173,15 @@ class Finisher:
     def _finish(self, entries: dict[str, Entry]) -> None:
         if not entries:
             return
-        with ThreadPoolExecutor(_SYNCS) as pool:
-            list(pool.map(self._sync, entries))
+        names = list(entries)
+        list(self._pool.map(self._sync, (names[i::_SYNCS] for i in range(_SYNCS))))
         with disk_errors(self._journal), open(self._journal, "ab") as file:
             file.write(b"\n" + b"".join(entry.line(name) for name, entry in entries.items()))  # after a torn line
             file.flush()
             os.fsync(file.fileno())
         self.entries |= entries
 
-    def _sync(self, name: str) -> None:
-        with disk_errors(self._root / name):
-            fsync_file(self._root / name)
+    def _sync(self, names: list[str]) -> None:
+        for path in (self._root / name for name in names):
+            with disk_errors(path):
+                fsync_file(path)

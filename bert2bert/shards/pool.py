@@ -6,13 +6,14 @@ nothing: the first error of a thread stops all, and is raised.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from bert2bert.shards.digest import Sink
 from bert2bert.shards.disk import disk_errors
 from bert2bert.shards.journal import Entry, Finisher
+from bert2bert.shards.sink import Sink
 from bert2bert.shards.writing import FilePlan, Stopped, Tally
 
 THREADS = 3  # of the few files of a small world, too, none is left for the end alone
@@ -21,19 +22,22 @@ THREADS = 3  # of the few files of a small world, too, none is left for the end 
 def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: Finisher) -> None:
     """Write files and hand them over. A file whose tensor data are not as many bytes as planned is a defect."""
     errors: list[BaseException] = []
+    with disk_errors(root):
+        for folder in {os.path.dirname(plan.name) for plan in plans}:
+            os.makedirs(root / folder, exist_ok=True)
 
     def write(plan: FilePlan) -> None:
         if tally.stop.is_set():
             return
         try:
-            _write(root, plan, tally, finisher)
+            _write(root, plan, tally, finisher, disk)
         except Stopped:
             pass  # another thread has the reason
         except BaseException as error:
             errors.append(error)
             tally.stop.set()
 
-    with ThreadPoolExecutor(THREADS, "writer") as pool:
+    with ThreadPoolExecutor(THREADS, "disk") as disk, ThreadPoolExecutor(THREADS, "writer") as pool:
         try:
             wait([pool.submit(write, plan) for plan in plans])
         except BaseException:  # Ctrl-C comes to the main thread
@@ -43,13 +47,11 @@ def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: F
         raise errors[0]
 
 
-def _write(root: Path, plan: FilePlan, tally: Tally, finisher: Finisher) -> None:
+def _write(root: Path, plan: FilePlan, tally: Tally, finisher: Finisher, disk: Executor) -> None:
     path = root / plan.name
     tally.digests = {}  # of this file alone
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with Sink(path) as file:
-            written = plan.write(file)
+    with disk_errors(path), Sink(path, disk) as file:
+        written = plan.write(file)
     if written != plan.payload or file.size < plan.payload:
         raise RuntimeError(f"{plan.name}: planned {plan.payload} bytes of tensors, wrote {written}")
     finisher.add(plan.name, Entry(file.size, file.digest(), tally.digests))

@@ -17,10 +17,10 @@ import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
-from bert2bert.shards.digest import Sink
 from bert2bert.shards.frames import Blank
 from bert2bert.shards.layout import zero12_layout
 from bert2bert.shards.modelstates import MODEL
+from bert2bert.shards.sink import Sink
 from bert2bert.shards.writing import FilePlan, Job, TargetGroup
 from bert2bert.shards.zero_writer import adam_state, hyper_parameters, model_states, scaler_attributes
 

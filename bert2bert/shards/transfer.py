@@ -28,14 +28,14 @@ from bert2bert.shards import journal
 from bert2bert.shards.commit import FORMAT_VERSION, file_sizes
 from bert2bert.shards.digest import FILE_DIGEST, TENSOR_DIGEST
 from bert2bert.shards.expert_writer import expert_zero_files
-from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes, write_bytes
+from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes
 from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.layout import SUB_GROUP_SIZE
 from bert2bert.shards.pool import write_files
 from bert2bert.shards.stage0_writer import stage0_files
 from bert2bert.shards.universal_writer import universal_files
 from bert2bert.shards.watch import Watch
-from bert2bert.shards.writing import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries
+from bert2bert.shards.writing import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries, write_bytes
 from bert2bert.shards.zero_writer import zero_files
 
 POINTERS = {"zero": ("latest",), "universal": ("latest_universal", "latest"), "hub": ()}

@@ -19,10 +19,10 @@ import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
-from bert2bert.shards.digest import Sink
 from bert2bert.shards.frames import Blank
 from bert2bert.shards.moments import ADAM
-from bert2bert.shards.writing import STATES, FilePlan, Job, TargetGroup, TargetSpec
+from bert2bert.shards.sink import Sink
+from bert2bert.shards.writing import STATES, FilePlan, Job, TargetSpec, write_bytes
 from bert2bert.shards.zero_writer import DS_VERSION, hyper_parameters, model_states, scaler_fields, step_tensor
 
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # stages 1 and 2; stage 3
@@ -42,11 +42,12 @@ def universal_files(job: Job) -> list[FilePlan]:
     plans.append(FilePlan(MODEL_FILES[1], 0, partial(_model, job, ())))
     plans.append(FilePlan("zero/optimizer_state.pt", 0, partial(_optimizer, spec)))
     for group in spec.groups:
+        step = frames.saved(step_tensor(group.step))
         for name in group.names:
             for state in STATES:
                 write = partial(_tensor, job, name, state)
                 plans.append(FilePlan(f"zero/{name}/{state}.pt", 4 * spec.numel(name), write))
-            plans.append(FilePlan(f"zero/{name}/step.pt", 0, partial(_step, group)))
+            plans.append(FilePlan(f"zero/{name}/step.pt", 0, partial(write_bytes, step)))
     return plans
 
 
@@ -77,7 +78,3 @@ def _optimizer(spec: TargetSpec, file: Sink) -> int:
 def _tensor(job: Job, name: str, state: str, file: Sink) -> int:
     blank = Blank(job.spec.shapes[name], torch.float32, partial(job.elements, name, state, 0, job.spec.numel(name)))
     return frames.save(file, {"param": blank, "cat_dim": 0}, job.tally.wrote)
-
-
-def _step(group: TargetGroup, file: Sink) -> int:
-    return frames.save(file, step_tensor(group.step))

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from bert2bert.shards.commit import Pending
-from bert2bert.shards.digest import Sink, combine, digest, hex16
+from bert2bert.shards.digest import combine, digest, hex16
 from bert2bert.shards.expert_parallel import ExpertParallel
 from bert2bert.shards.frames import Blank
 from bert2bert.shards.layout import Piece
 from bert2bert.shards.moments import ADAM
+from bert2bert.shards.sink import Sink
 from bert2bert.shards.source import STATES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,6 +115,12 @@ class FilePlan:
     name: str
     payload: int
     write: Callable[[Sink], int]
+
+
+def write_bytes(content: bytes, file: Sink) -> int:
+    """Write a small file; it counts as no tensor data."""
+    file.write(content)
+    return 0
 
 
 def pending(target: Path, spec: TargetSpec, form: str) -> Pending:

@@ -22,9 +22,9 @@ import torch
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards import frames
-from bert2bert.shards.digest import Sink
 from bert2bert.shards.frames import Blank, Foreign
 from bert2bert.shards.layout import SUB_GROUP_SIZE, Piece, SubGroup, Zero12Layout, zero3_layout, zero12_layout
+from bert2bert.shards.sink import Sink
 from bert2bert.shards.writing import FilePlan, Job, TargetGroup, TargetSpec, flat_values, zeros
 
 DS_VERSION = "0.19.8"  # the DeepSpeed whose layout is written; its loaders read it for compatibility rules

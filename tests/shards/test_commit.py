@@ -21,9 +21,9 @@ import torch
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.shards import commit, journal
 from bert2bert.shards.commit import Pending, check_complete, file_sizes, set_latest, write_manifest
-from bert2bert.shards.digest import Sink
 from bert2bert.shards.hub import HubSource
 from bert2bert.shards.inspect import check
+from bert2bert.shards.sink import Sink
 from bert2bert.shards.source import open_source, read_manifest
 from bert2bert.shards.transfer import write_checkpoint
 from bert2bert.shards.writing import check_target

@@ -20,9 +20,10 @@ import pytest
 import torch
 
 from bert2bert.errors import InvalidConfig
-from bert2bert.shards import frames, writing
-from bert2bert.shards.digest import Sink, digest, file_digest, hex16
+from bert2bert.shards import frames, writing, zipped
+from bert2bert.shards.digest import digest, file_digest, hex16
 from bert2bert.shards.frames import Blank, Foreign
+from bert2bert.shards.sink import Sink
 from bert2bert.shards.transfer import write_checkpoint
 from bert2bert.shards.writing import STATES, TargetGroup, TargetSpec, flat_values
 from tests.shards.targets import make_spec, make_tensors, reader
@@ -44,7 +45,7 @@ def test_a_streamed_file_is_what_torch_save_would_load_as(
     tmp_path: Path, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if wide:  # the records of files over 2 GiB
-        monkeypatch.setattr(frames, "_ZIP64", 0)
+        monkeypatch.setattr(zipped, "_ZIP64", 0)
     a, b = torch.randn(5, 9), torch.randn(33)
     blank = Blank((5, 9), torch.float32, partial(parts, a))
     tree = OrderedDict(
