@@ -121,7 +121,7 @@ def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, abs
             copied = True
         run = int(np.argmin(np.append(index == np.arange(index[0], index[0] + len(index)), False)))  # most keep the old
         kept, more = x.narrow(d, int(index[0]), run), torch.from_numpy(index[run:])
-        x, copied = (torch.cat([kept, x.index_select(d, more)], d), True) if len(more) else (kept, copied)
+        x, copied = (torch.cat([kept, x.index_select(d, more)], d), True) if run < len(index) else (kept, copied)
     for d, dim in enumerate(term.dims):
         factor = dim.grad if how.gradient else dim.param
         if factor is not None:

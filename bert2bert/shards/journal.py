@@ -156,7 +156,7 @@ class Finisher:
         return self.entries
 
     def _run(self) -> None:
-        last = False
+        last, synced = False, dict[str, Entry]()
         while not last:
             batch = [self._queue.get()]
             until = time.monotonic() + _PAUSE
@@ -164,24 +164,25 @@ class Finisher:
                 while batch[-1] is not None and len(batch) < _BATCH:
                     batch.append(self._queue.get(timeout=max(0, until - time.monotonic())))
             last = batch[-1] is None
-            if self._error is None:  # else only make room, so that nobody waits
-                try:
-                    self._finish(dict(item for item in batch if item is not None))
-                except Exception as error:
-                    self._error = error
-
-    def _finish(self, entries: dict[str, Entry]) -> None:
-        if not entries:
-            return
-        names = list(entries)
-        list(self._pool.map(self._sync, (names[i::_SYNCS] for i in range(_SYNCS))))
-        with disk_errors(self._journal), open(self._journal, "ab") as file:
-            file.write(b"\n" + b"".join(entry.line(name) for name, entry in entries.items()))  # after a torn line
-            file.flush()
-            os.fsync(file.fileno())
-        self.entries |= entries
+            entries = dict(item for item in batch if item is not None)
+            try:
+                if self._error is None:  # else only make room, so that nobody waits
+                    list(self._pool.map(self._sync, (list(entries)[i::_SYNCS] for i in range(_SYNCS))))
+                    synced |= entries
+                if synced and (self._error is None or last):  # by then even a full disk has room: see `Sink`
+                    self._note(synced)
+                    synced = {}
+            except Exception as error:
+                self._error = self._error or error
 
     def _sync(self, names: list[str]) -> None:
         for path in (self._root / name for name in names):
             with disk_errors(path):
                 fsync_file(path)
+
+    def _note(self, entries: dict[str, Entry]) -> None:
+        with disk_errors(self._journal), open(self._journal, "ab") as file:
+            file.write(b"\n" + b"".join(entry.line(name) for name, entry in entries.items()))  # after a torn line
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries |= entries

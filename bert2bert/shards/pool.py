@@ -1,4 +1,5 @@
-"""The files of one rank, written a few at a time: one waits for the disk while others are computed.
+"""The files of one rank, written a few at a time: one waits for the disk while others are computed. Small files, which
+cost Python time, are spread among large ones, which wait for the disk.
 
 Numbers are computed, and digests taken, in the thread that writes the file, so no file depends on another. Refuses
 nothing: the first error of a thread stops all, and is raised.
@@ -16,7 +17,8 @@ from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.sink import Sink
 from bert2bert.shards.writing import FilePlan, Stopped, Tally
 
-THREADS = 3  # of the few files of a small world, too, none is left for the end alone
+_LARGE = 1 << 20  # bytes
+THREADS = 5  # some wait for the source, too
 
 
 def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: Finisher) -> None:
@@ -39,12 +41,19 @@ def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: F
 
     with ThreadPoolExecutor(THREADS, "disk") as disk, ThreadPoolExecutor(THREADS, "writer") as pool:
         try:
-            wait([pool.submit(write, plan) for plan in plans])
+            wait([pool.submit(write, plan) for plan in _mixed(plans)])
         except BaseException:  # Ctrl-C comes to the main thread
             tally.stop.set()
             raise
     if errors:
         raise errors[0]
+
+
+def _mixed(plans: Sequence[FilePlan]) -> list[FilePlan]:
+    """Large files in their order, and small ones, in theirs, evenly between them."""
+    parts = [plan for plan in plans if plan.payload >= _LARGE], [plan for plan in plans if plan.payload < _LARGE]
+    placed = [((i + 0.5) / len(part), k, i) for k, part in enumerate(parts) for i in range(len(part))]
+    return [parts[k][i] for _, k, i in sorted(placed)]
 
 
 def _write(root: Path, plan: FilePlan, tally: Tally, finisher: Finisher, disk: Executor) -> None:

@@ -51,18 +51,14 @@ class Sink:
         self._under_way: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append bytes, one at least."""
-        self._total.update(data)
-        given, start, count = np.frombuffer(data, np.uint8), 0, len(data)
-        while start < count:
-            stop = min(count, start + _BUFFER - self._filled)
-            filled = self._filled + stop - start
-            self._buffer[self._filled : filled] = given[start:stop]  # NumPy lets other threads run meanwhile
-            self._filled, start = filled, stop
-            if filled == _BUFFER:
-                self._flush()
-        self.size += count
-        return count
+        """Append bytes, one at least; they must not change until the next call."""
+        self._wait()
+        if self._disk is None or len(data) < _FEW:
+            self._append(data)
+        else:
+            self._under_way = self._disk.submit(self._append, data)
+        self.size += len(data)
+        return len(data)
 
     def tell(self) -> int:
         """Where the next byte goes."""
@@ -70,21 +66,20 @@ class Sink:
 
     def digest(self) -> str:
         """Of all bytes so far, as `digest.file_digest` gives it."""
+        self._wait()
         return str(self._total.hexdigest())
 
-    def _flush(self) -> None:
-        """Have the full buffer written, once the one before is."""
-        self._wait()
-        if self._disk is None:
-            self._put(self._buffer)
-        else:
-            self._under_way = self._disk.submit(self._put_and_spare, self._buffer)
-            self._buffer = _buffer()
-        self._filled = 0
-
-    def _put_and_spare(self, buffer: NDArray[np.uint8]) -> None:
-        self._put(buffer)
-        _spare.append(buffer)
+    def _append(self, data: bytes | memoryview) -> None:
+        self._total.update(data)
+        given, start = np.frombuffer(data, np.uint8), 0
+        while start < len(given):
+            stop = min(len(given), start + _BUFFER - self._filled)
+            filled = self._filled + stop - start
+            self._buffer[self._filled : filled] = given[start:stop]  # NumPy lets other threads run meanwhile
+            self._filled, start = filled, stop
+            if filled == _BUFFER:
+                self._put(self._buffer)
+                self._filled = 0
 
     def _wait(self) -> None:
         if self._under_way is not None:
