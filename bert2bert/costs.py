@@ -42,7 +42,7 @@ def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any
     plan's index lists, the structure of the files, and a few blocks of rows; more where an entry mixes a whole tensor.
     Raises InvalidConfig for less than one rank.
     """
-    from bert2bert.shards.pool import THREADS
+    from bert2bert.shards.pool import files_at_once
     from bert2bert.shards.transfer import deal
     from bert2bert.shards.writing import BLOCK
 
@@ -73,7 +73,9 @@ def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any
         "bytes_read": read,
         "bytes_written": written,
         "seconds": read / disk[0] / 1e9 + written / disk[1] / 1e9,
-        "memory": THREADS * (_BLOCKS * block + 2 * max(mixed, default=0)) + _STRUCTURE + sum(arrays.values()),
+        "memory": files_at_once(block) * (_BLOCKS * block + 2 * max(mixed, default=0))
+        + _STRUCTURE
+        + sum(arrays.values()),
     }
 
 

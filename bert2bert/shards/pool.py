@@ -17,12 +17,20 @@ from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.sink import Sink
 from bert2bert.shards.writing import FilePlan, Stopped, Tally
 
-_LARGE = 1 << 20  # bytes
+_LARGE = 1 << 20  # bytes of a file
+_ROWS = 1 << 29  # bytes of rows, one of each file under way
 THREADS = 5  # some wait for the source, too
 
 
-def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: Finisher) -> None:
-    """Write files and hand them over. A file whose tensor data are not as many bytes as planned is a defect."""
+def files_at_once(row: int) -> int:
+    """How many files are written at a time where the largest row of a tensor has ``row`` bytes: every one of them holds
+    a few blocks of rows, and fused experts' rows are whole experts."""
+    return max(1, min(THREADS, _ROWS // max(row, 1)))
+
+
+def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: Finisher, threads: int) -> None:
+    """Write files, ``threads`` at a time, and hand them over. A file whose tensor data are not as many bytes as planned
+    is a defect."""
     errors: list[BaseException] = []
     with disk_errors(root):
         for folder in {os.path.dirname(plan.name) for plan in plans}:
@@ -39,7 +47,7 @@ def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: F
             errors.append(error)
             tally.stop.set()
 
-    with ThreadPoolExecutor(THREADS, "disk") as disk, ThreadPoolExecutor(THREADS, "writer") as pool:
+    with ThreadPoolExecutor(threads, "disk") as disk, ThreadPoolExecutor(threads, "writer") as pool:
         try:
             wait([pool.submit(write, plan) for plan in _mixed(plans)])
         except BaseException:  # Ctrl-C comes to the main thread

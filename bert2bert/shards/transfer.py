@@ -17,6 +17,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from bert2bert.shards.expert_writer import expert_zero_files
 from bert2bert.shards.hub_writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes
 from bert2bert.shards.journal import Entry, Finisher
 from bert2bert.shards.layout import SUB_GROUP_SIZE
-from bert2bert.shards.pool import write_files
+from bert2bert.shards.pool import files_at_once, write_files
 from bert2bert.shards.stage0_writer import stage0_files
 from bert2bert.shards.universal_writer import universal_files
 from bert2bert.shards.watch import Watch
@@ -246,9 +247,9 @@ def write_checkpoint(
     def write() -> dict[str, Entry]:
         finisher = Finisher(folder.files, folder.partial / f"finished.{comm.rank}.jsonl")
         try:
-            write_files(
-                folder.files, _dealt([plan for plan in plans if plan.name not in entries], comm), tally, finisher
-            )
+            missing = _dealt([plan for plan in plans if plan.name not in entries], comm)
+            row = max((4 * prod(shape[1:]) for shape in spec.shapes.values()), default=0)
+            write_files(folder.files, missing, tally, finisher, files_at_once(row))
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 finisher.close()

@@ -14,14 +14,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from bert2bert.growth import grow
 from bert2bert.shards import journal, pool, transfer
 from tests.shards.engines import hf_config
 from tests.shards.targets import make_spec, make_tensors, reader
 
-journal._PAUSE = 0  # else files wait for company as long as a small growth takes
-pool.THREADS = 3  # of 7 files: else most end together
 FORMS: dict[str, dict[str, Any]] = {
     "zero": {"form": "zero", "stage": 2, "world_size": 5},
     "universal": {"form": "universal"},
@@ -60,14 +59,15 @@ def grow_small(
             sys.setprofile(None)
             threading.setprofile(None)  # type: ignore[arg-type]
 
-    transfer.write_checkpoint = counted
-    try:
+    with (
+        mock.patch.object(transfer, "write_checkpoint", counted),
+        mock.patch.object(journal, "_PAUSE", 0),  # else files wait for company as long as a small growth takes
+        mock.patch.object(pool, "THREADS", min(pool.THREADS, 3)),  # else most of the few files end together
+    ):
         grow(
             target.parent / "small", target, target.parent / "big.json", width="aki", lossy=True, measure=False,
             comm=comm, say=say, **FORMS[form],
         )  # fmt: skip
-    finally:
-        transfer.write_checkpoint = write
     return next(calls)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bert2bert.shards import sink, zipped
+from bert2bert.shards import pool, sink, zipped
 from bert2bert.shards.digest import file_digest
 from bert2bert.shards.sink import Sink
 from bert2bert.shards.zipped import Zipped
@@ -203,3 +203,8 @@ def test_an_archive_of_more_records_than_16_bits_count() -> None:
 def test_a_record_of_another_length_is_a_defect(size: int) -> None:
     with pytest.raises(RuntimeError, match=f"announced with {size} bytes and has 100"):
         Zipped(io.BytesIO()).record("archive/x", size, (CONTENT[:100],))
+
+
+@pytest.mark.parametrize(("row", "files"), [(0, 5), (4096, 5), (1 << 26, 5), (1 << 28, 2), (1 << 29, 1), (1 << 31, 1)])
+def test_fewer_files_are_written_at_a_time_where_rows_are_huge(row: int, files: int) -> None:
+    assert pool.files_at_once(row) == files
