@@ -44,11 +44,11 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def _sizes(folder: str, above: str) -> Iterator[tuple[str, int]]:
-    with os.scandir(folder) as entries:
+    with contextlib.suppress(FileNotFoundError, PermissionError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _sizes(entry.path, f"{above}{entry.name}/")
-            elif entry.is_file():
+            elif os.path.isfile(entry.path):  # entry.is_file() raises for a loop of links
                 yield above + entry.name, entry.stat().st_size
 
 

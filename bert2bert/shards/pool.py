@@ -1,13 +1,14 @@
 """The files of one rank, written a few at a time: one waits for the disk while others are computed. Small files, which
 cost Python time, are spread among large ones, which wait for the disk.
 
-Numbers are computed, and digests taken, in the thread that writes the file, so no file depends on another. Refuses
-nothing: the first error of a thread stops all, and is raised.
+Numbers are computed, and digests of tensors taken, in a thread of the file's own; another digests its content and
+writes it. So no file depends on another. Refuses nothing: the first error of a thread stops all, and is raised.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -49,12 +50,23 @@ def write_files(root: Path, plans: Sequence[FilePlan], tally: Tally, finisher: F
 
     with ThreadPoolExecutor(threads, "disk") as disk, ThreadPoolExecutor(threads, "writer") as pool:
         try:
+            _start(disk, threads)
             wait([pool.submit(write, plan) for plan in _mixed(plans)])
         except BaseException:  # Ctrl-C comes to the main thread
             tally.stop.set()
             raise
     if errors:
         raise errors[0]
+
+
+def _start(pool: Executor, threads: int) -> None:
+    """Start all threads: a pool that cannot start one has taken the work all the same, which would surprise `Sink`."""
+    met = threading.Barrier(threads)
+    try:
+        wait([pool.submit(met.wait) for _ in range(threads)])
+    except BaseException:
+        met.abort()
+        raise
 
 
 def _mixed(plans: Sequence[FilePlan]) -> list[FilePlan]:

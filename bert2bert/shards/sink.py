@@ -45,13 +45,12 @@ class Sink:
     def __init__(self, path: Path, disk: Executor | None = None) -> None:
         self.size = 0
         self._path, self._disk, self._total = path, disk, xxhash.xxh3_128()
+        self._buffer, self._filled, self._past_cache = _buffer(), 0, False
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        self._past_cache = False
-        self._buffer, self._filled = _buffer(), 0
         self._under_way: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append bytes, one at least; they must not change until the next call."""
+        """Append bytes; they must not change until the next call."""
         self._wait()
         if self._disk is None or len(data) < _FEW:
             self._append(data)
@@ -118,8 +117,13 @@ class Sink:
                 self._put(self._buffer[: self._filled])
                 whole = True
         finally:
-            os.close(self._fd)
             _spare.append(self._buffer)
-            if not whole:
-                with contextlib.suppress(OSError):
-                    self._path.unlink()
+            try:
+                os.close(self._fd)  # where a quota may show
+            except OSError:
+                whole = False
+                raise
+            finally:
+                if not whole:
+                    with contextlib.suppress(OSError):
+                        self._path.unlink()

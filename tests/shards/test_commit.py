@@ -352,3 +352,13 @@ def test_links_inside_the_folder_and_in_a_hub_cache_are_followed(tmp_path: Path)
     (snapshot / "again").symlink_to("model.safetensors")
     write_manifest(snapshot, {"files": {"model.safetensors": 5, "again": 5}})
     check_complete(snapshot)
+
+
+def test_odd_names_in_a_folder_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(b"123")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b" / "file")
+    assert file_sizes(tmp_path) == {"a/b/file": 3, "link": 3} and file_sizes(tmp_path / "nowhere") == {}

@@ -154,6 +154,18 @@ def test_an_error_is_raised_and_the_file_removed(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_of_closing_removes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    close = os.close
+    with pytest.raises(OSError, match="quota"), Sink(tmp_path / "f") as file:
+        file.write(CONTENT[:100])
+        monkeypatch.setattr(os, "close", failing)
+    assert list(tmp_path.iterdir()) == [] and len(sink._spare) == 1
+
+
 def test_an_error_of_the_caller_removes_the_file_too(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Sink(tmp_path / "f") as file:
         file.write(CONTENT[: BUFFER + 1])

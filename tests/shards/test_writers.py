@@ -95,7 +95,7 @@ def anonymous_memory() -> int:
 
 
 def test_memory_stays_flat_however_large_the_tensor(tmp_path: Path) -> None:
-    spec = tiny_spec({"w": (60_000, 1000)})  # 240 MB; a block with its digest takes up to 90
+    spec = tiny_spec({"w": (120_000, 1000)})  # 480 MB; blocks, and what allocators of threads keep, take up to 135
     seen = [anonymous_memory()]
 
     def values(name: str, state: str, start: int, stop: int) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_memory_stays_flat_however_large_the_tensor(tmp_path: Path) -> None:
         return rows
 
     write_checkpoint(tmp_path / "d", spec, values, form="hub", manifest_growth=None)
-    assert len(seen) > 14 and max(seen) - seen[0] < 130e6
+    assert len(seen) > 100 and max(seen) - seen[0] < 200e6
 
 
 def tiny_spec(shapes: dict[str, tuple[int, ...]], **over: Any) -> TargetSpec:
