@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader
-from bert2bert.groups import decays
+from bert2bert.groups import by_name
 from bert2bert.model.attention import attend, plan_padding, uses_kernel
 from bert2bert.model.batch import Batch
 from bert2bert.model.bert import Bert, label_loss
@@ -61,8 +61,12 @@ class Bare:
         for master, grad in zip(self.masters.values(), self.grads, strict=True):
             master.grad = grad
         self.weights, self.clip = list[Tensor](model.bfloat16().parameters()), clip
+        of = by_name({n: m.shape for n, m in self.masters.items()})
         groups = [
-            {"params": [m for n, m in self.masters.items() if decays(n) == on], "weight_decay": adam.weight_decay * on}
+            {
+                "params": [m for n, m in self.masters.items() if of[n].decay == on],
+                "weight_decay": adam.weight_decay * on,
+            }
             for on in (True, False)
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=True)

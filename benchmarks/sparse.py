@@ -55,11 +55,12 @@ def fresh_spec(config: dict[str, Any], precision: str = "fp32") -> TargetSpec:
     """A checkpoint of this model at step 100, in the usual two groups."""
     table = table_for(config)
     heads = table.classes[config["architectures"][0]]
-    shapes = {name: p.shape for name, p in table.parameters(config, heads).items()}
+    parameters = table.parameters(config, heads)
+    shapes = {name: p.shape for name, p in parameters.items()}
     hyper = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
     groups = tuple(
         TargetGroup(g.part, g.decay, g.names, hyper | {"weight_decay": 0.01 * g.decay}, 100)
-        for g in param_groups(list(shapes), "decay")
+        for g in param_groups(parameters, "decay")
     )
     counters = {"global_steps": 100, "global_samples": 3200, "skipped_steps": 0}
     return TargetSpec(shapes, table.aliases(config, heads), config, groups, "decay", precision, STATES, counters)

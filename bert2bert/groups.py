@@ -4,75 +4,101 @@ A native ZeRO file addresses a parameter by its place inside a flat group, so a 
 and trainer build the groups alike. Layouts:
 
 * ``single``: one group, everything decays (a bare ``model.parameters()``).
-* ``decay``: two groups, decay then no-decay, the habit of transformers scripts: biases and norms do not decay.
+* ``decay``: two groups, decay then no-decay, as transformers' Trainer builds them: biases, norms and whatever else
+  has "bias" in its name (T5's relative positions) do not decay.
 * ``layers``: this project's own: a (decay, no-decay) pair for the embeddings, for each layer, for the head and for the
   parts that no objective trains (pooler and next-sentence head), so that an optimizer step can skip a layer altogether.
 
-Empty groups are left out. Order inside a group is the order of the names given (the model's own).
+Empty groups are left out. Order inside a group is the order of the parameters given (the model's own). What a parameter
+is, the table of its architecture says (`tables.Parameter`); for models without a table `by_name` guesses it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 LAYOUTS = ("layers", "decay", "single")
 
-_LAYER = re.compile(r"\.layer\.(\d+)\.")
-_NO_DECAY = re.compile(r"(^|\.)(bias|LayerNorm\.weight|layer_norm\.weight|norm\.weight)$")
+# The names by which transformers' Trainer knows what does not decay, besides modules of class nn.LayerNorm.
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
+_NUMBERED = re.compile(r"^(.*?)\.(\d+)\.")
+
+
+class Member(Protocol):
+    """What decides the group of a parameter. part: of the network, 'embeddings', 'head', 'unused', or a layer, as
+    'layer.3' (a stack's name and a number); decay: whether weight decay applies."""
+
+    @property
+    def part(self) -> str: ...
+
+    @property
+    def decay(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """A `Member` by itself."""
+
+    part: str
+    decay: bool
 
 
 @dataclass(frozen=True)
 class Group:
-    """One optimizer group: ``part`` is 'all', 'embeddings', 'layer.<i>', 'head' or 'unused'."""
+    """One optimizer group. part: as of `Member`, or 'all'."""
 
     part: str
     decay: bool
     names: tuple[str, ...]
 
-    @property
-    def layer(self) -> int | None:
-        """The layer's number when the group belongs to one, else None."""
-        return int(self.part[6:]) if self.part.startswith("layer.") else None
 
+def by_name(shapes: Mapping[str, Collection[int]], aliases: Mapping[str, str] | None = None) -> dict[str, Place]:
+    """The parameters of a model of which no table is known, in the model's order, by what names and shapes tell.
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter: all but biases and normalisation gains."""
-    return _NO_DECAY.search(name) is None
-
-
-def part_of(name: str) -> str:
-    """The part of the network a parameter is trained with under the ``layers`` layout.
-
-    The word embedding is the decoder of the tied masked-LM head, so it learns with the head.
+    Weights of more than one dimension decay, unless the name is one that transformers' Trainer excludes. A name with a
+    number in it is of a layer: 'layer.<number>' in the first stack of layers, '<the stack's name>.<number>' in others.
+    Of the rest, what comes before the layers is 'embeddings', what comes after them 'head'. An embedding that is tied
+    to an output (aliases: absent tied name -> kept name) learns with the head; poolers and next-sentence heads are
+    'unused'.
     """
-    if found := _LAYER.search(name):
-        return f"layer.{found[1]}"
-    if "seq_relationship" in name or "pooler" in name:
-        return "unused"
-    if "embeddings" in name and "word_embeddings" not in name:
-        return "embeddings"
-    return "head"
+    outputs = {kept for absent, kept in (aliases or {}).items() if "embed" not in absent}
+    stacks: list[str] = []
+    found: dict[str, Place] = {}
+    for name, shape in shapes.items():
+        if numbered := _NUMBERED.match(name):
+            stack, number = numbered.groups()
+            stacks += [stack] if stack not in stacks else []
+            part = f"{'layer' if stack == stacks[0] else stack}.{number}"
+        elif "seq_relationship" in name or "pooler" in name:
+            part = "unused"
+        else:
+            part = "head" if stacks or name in outputs else "embeddings"
+        found[name] = Place(part, len(shape) > 1 and not _NO_DECAY.search(name.lower()))
+    return found
 
 
-def param_groups(names: Iterable[str], layout: str) -> list[Group]:
-    """Sort parameter names (tied names once, model order) into the groups of a layout.
+def param_groups(members: Mapping[str, Member], layout: str) -> list[Group]:
+    """Sort parameters (tied names once, model order) into the groups of a layout.
 
-    Order of groups: embeddings, layers ascending, head, unused; decay before no-decay. Raises ValueError for an
-    unknown layout (callers check user input first).
+    Order of groups: embeddings, layers (stacks as they come, numbers ascending), head, unused; decay before no-decay.
+    Raises ValueError for an unknown layout (callers check user input first).
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown group layout {layout!r}; known: {', '.join(LAYOUTS)}")
     parts: dict[tuple[str, bool], list[str]] = {}
-    for name in names:
-        key = ("all" if layout != "layers" else part_of(name), layout == "single" or decays(name))
+    for name, member in members.items():
+        key = (member.part if layout == "layers" else "all", layout == "single" or member.decay)
         parts.setdefault(key, []).append(name)
+    stacks = list(dict.fromkeys(part.rpartition(".")[0] for part, _ in parts))
 
-    def order(key: tuple[str, bool]) -> tuple[int, int, bool]:
+    def order(key: tuple[str, bool]) -> tuple[int, int, int, bool]:
         part, decay = key
-        if part.startswith("layer."):
-            return 1, int(part[6:]), not decay
-        return {"all": 0, "embeddings": 0, "head": 2, "unused": 3}[part], 0, not decay
+        stack, _, number = part.rpartition(".")
+        if stack:
+            return 1, stacks.index(stack), int(number), not decay
+        return {"all": 0, "embeddings": 0, "head": 2, "unused": 3}[part], 0, 0, not decay
 
     return [Group(part, decay, tuple(parts[part, decay])) for part, decay in sorted(parts, key=order)]

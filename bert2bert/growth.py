@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from bert2bert.errors import LossyGrowth, UnsupportedGrowth
 from bert2bert.expert_targets import notes, with_experts
 from bert2bert.planning import Growth, describe, exactness, open_growth, summary
-from bert2bert.targets import check_form, make_spec, progress, versions
+from bert2bert.tables import table_for
+from bert2bert.targets import check_form, known_layout, make_spec, progress, versions
 
 if TYPE_CHECKING:
     from bert2bert.shards.source import Source
@@ -49,9 +50,12 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
     """Everything about the checkpoint to write but its values. layout: optimizer groups, None = as the source has."""
     model, plan = growth.model, growth.plan
     source, named = model.source, target_names(growth, form)
+    grown = table_for(plan.config).parameters(plan.config, model.heads)
     return make_spec(
         source,
         shapes={named[n]: t.shape for n, t in plan.tensors.items()},
+        members={named[n]: p for n, p in grown.items()},
+        known=known_layout(source, {model.stored(n): p for n, p in model.parameters.items()}),
         aliases={named[a]: named[b] for a, b in plan.aliases.items()},
         config=plan.config,
         made_of={named[n]: [model.stored(s) for s in growth.roots(n)] for n in plan.tensors},

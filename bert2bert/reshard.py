@@ -10,7 +10,7 @@ Refuses what readers and writers refuse; float64 and integer parameters, which t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, UserError
 from bert2bert.expert_targets import notes as expert_notes
 from bert2bert.expert_targets import with_experts
+from bert2bert.groups import Member, by_name
 from bert2bert.targets import check_form, known_layout, make_spec, progress, versions
 
 if TYPE_CHECKING:
@@ -132,9 +133,13 @@ def identity_spec(
     """The target as the source is. layout: None or "source" keeps its groups, their order, and the order in them."""
     names = _model_order(source) if form == "zero" else list(source.tensors)
     kept = layout in (None, "source") and bool(source.groups)
+    members = _members(source, names)
+    known = known_layout(source, members)
     spec = make_spec(
         source,
         shapes={name: source.tensors[name].shape for name in names},
+        members=members,
+        known=known,
         aliases={absent: name for absent, name in _tied(source).items() if absent not in names and name in names},
         config=dict(source.config or {}),
         made_of={name: [name] for name in names},
@@ -147,7 +152,7 @@ def identity_spec(
     if kept and form != "hub":
         parts = {tuple(g["names"]): str(g["part"]) for g in (source.manifest or {}).get("groups", ())}
         groups = tuple(replace(group, part=parts.get(group.names, group.part)) for group in spec.groups)
-        spec = replace(spec, groups=groups, group_layout=known_layout(source) or "source")
+        spec = replace(spec, groups=groups, group_layout=known or "source")
     if form != "hub":  # however the target is cut: a run goes on with them on as many ranks as it had
         random = {file.name: file.read_bytes() for file in _random_states(source)}
         spec = replace(spec, extra_files={**spec.extra_files, **random})
@@ -171,6 +176,18 @@ def _model_order(source: Source) -> list[str]:
         ) from None
     known = [model.stored(name) for name in model.parameters]
     return [*known, *(name for name in source.tensors if name not in set(known))]
+
+
+def _members(source: Source, names: list[str]) -> Mapping[str, Member]:
+    """What decides each tensor's group: the table of the architecture, or names and shapes where there is none."""
+    from bert2bert.checkpoint_model import match
+
+    found: dict[str, Member] = {**by_name({name: source.tensors[name].shape for name in names}, source.aliases)}
+    try:
+        model = match(source, source.config or {})
+    except UserError:
+        return found
+    return found | {model.stored(name): parameter for name, parameter in model.parameters.items()}
 
 
 def _random_states(source: Source) -> list[Path]:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.groups import LAYOUTS, decays, param_groups
+from bert2bert.groups import LAYOUTS, Member, param_groups
 
 if TYPE_CHECKING:
     from bert2bert.shards.source import Source
@@ -54,6 +54,8 @@ def make_spec(
     source: Source,
     *,
     shapes: Mapping[str, tuple[int, ...]],
+    members: Mapping[str, Member],
+    known: str | None,
     aliases: dict[str, str],
     config: dict[str, Any],
     made_of: Mapping[str, Sequence[str]],
@@ -65,9 +67,10 @@ def make_spec(
 ) -> TargetSpec:
     """Everything about the checkpoint to write but its values. Names are those of the files, source's and target's.
 
-    made_of: the source's tensors of which each target tensor is made; it goes on with the first's group and step;
-    reset: tensors whose moments start anew; order: puts the names of the groups that the source has into the order
-    that they are to have; layout: optimizer groups (`groups.LAYOUTS`, "source"), None: as the source's are known to be.
+    members: what decides a tensor's group; known: the source's `known_layout`; made_of: the source's tensors of which
+    each target tensor is made; it goes on with the first's group and step; reset: tensors whose moments start anew;
+    order: puts the names of the groups that the source has into the order that they are to have; layout: optimizer
+    groups (`groups.LAYOUTS`, "source"), None: as the source's are known to be.
     """
     from bert2bert.shards.hub_writer import beside
     from bert2bert.shards.moments import ADAM
@@ -88,7 +91,7 @@ def make_spec(
     frozen = [name for name, found in made_of.items() if found and not any(map(trained, found)) and form != "hub"]
     groups = source.groups or []
     of_name = {name: i for i, group in enumerate(groups) for name in group["names"]}
-    chosen = layout or known_layout(source) or "source"
+    chosen = layout or known or "source"
     if form == "hub" or (layout is None and not groups):
         chosen = "layers"  # there are none to keep
     elif chosen == "source" and not groups:
@@ -97,14 +100,19 @@ def make_spec(
     def group_of(name: str) -> int | None:
         origin = origins[name]
         return of_name.get(origin) if origin else next(
-            (i for i, g in enumerate(groups) if bool(g.get("weight_decay")) == decays(name)), 0 if groups else None
+            (i for i, g in enumerate(groups) if bool(g.get("weight_decay")) == members[name].decay),
+            0 if groups else None,
         )  # fmt: skip
 
-    def hyper(name: str, decay: bool) -> dict[str, Any]:
-        i = group_of(name)
-        if i is not None:
-            return {k: v for k, v in groups[i].items() if k != "names"}
-        return _NO_HYPER | {"weight_decay": 0.01 if decay else 0.0}
+    def hyper(names: tuple[str, ...], decay: bool) -> dict[str, Any]:
+        """The first parameter's group's; in new groups, the decay is that of the first that has any, or none."""
+        of = [groups[i] for i in map(group_of, names) if i is not None]
+        if not of:
+            return _NO_HYPER | {"weight_decay": 0.01 if decay else 0.0}
+        found = {k: v for k, v in of[0].items() if k != "names"}
+        if chosen not in ("source", known) and "weight_decay" in found:
+            found["weight_decay"] = next((g["weight_decay"] for g in of if decay and g.get("weight_decay")), 0.0)
+        return found
 
     def step(name: str) -> int:
         origin = origins[name]
@@ -130,22 +138,20 @@ def make_spec(
     names = [name for name in origins if name not in frozen]
     if chosen == "source":
         ordered = order(names)
-        members = [tuple(n for n in ordered if group_of(n) == i) for i in range(len(groups))]
-        members = [
+        kept = [tuple(n for n in ordered if group_of(n) == i) for i in range(len(groups))]
+        kept = [
             tuple(sorted(ns, key=shapes.__getitem__, reverse=True)) if groups[i].get("use_muon") else ns
-            for i, ns in enumerate(members)
+            for i, ns in enumerate(kept)
         ]
-        sets = [(f"group.{i}", bool(groups[i].get("weight_decay")), ns) for i, ns in enumerate(members) if ns]
+        sets = [(f"group.{i}", bool(groups[i].get("weight_decay")), ns) for i, ns in enumerate(kept) if ns]
     else:
-        sets = [(g.part, g.decay, g.names) for g in param_groups(names, chosen)]
+        sets = [(g.part, g.decay, g.names) for g in param_groups({n: members[n] for n in names}, chosen)]
     return TargetSpec(
         shapes=dict(shapes),
         aliases=aliases,
         config=config,
         # Where a group joins differently trained layers: too few steps would make Adam's first updates too large.
-        groups=tuple(
-            TargetGroup(part, d, ns, hyper(ns[0], d), max(map(step, ns)), moments(ns)) for part, d, ns in sets
-        ),
+        groups=tuple(TargetGroup(part, d, ns, hyper(ns, d), max(map(step, ns)), moments(ns)) for part, d, ns in sets),
         group_layout=chosen,
         precision=precision,
         states=source.states if form != "hub" else source.states[:1],
@@ -163,16 +169,16 @@ def make_spec(
     )
 
 
-def known_layout(source: Source) -> str | None:
-    """The layout by whose rule the source's groups are built: what its manifest says, else the one that gives exactly
-    these groups, in this order, if any."""
-    if source.manifest:
-        found: str | None = source.manifest.get("group_layout")
-        return found
+def known_layout(source: Source, members: Mapping[str, Member]) -> str | None:
+    """The layout that gives exactly the source's groups, in this order, if any: what its manifest says, where that is
+    one. members: of the source's tensors, what decides their groups."""
     have = [tuple(group["names"]) for group in source.groups]
     owned = {name for group in have for name in group}
-    ordered = [name for name in source.tensors if name in owned]
-    for layout in LAYOUTS if have else ():
+    if not owned <= members.keys():
+        return None
+    ordered = {name: members[name] for name in source.tensors if name in owned}
+    said = (source.manifest or {}).get("group_layout")
+    for layout in sorted(LAYOUTS, key=lambda layout: layout != said) if have else ():
         if [group.names for group in param_groups(ordered, layout)] == have:
             return layout
     return None

@@ -29,7 +29,7 @@ ALLOWED = {
     "data": ("data", "model.batch", "errors"),
     "recipe": ("settings", "errors", "model.config"),
     "settings": ("errors",),
-    "train": ("train", "shards", "model", "data", "recipe", "settings", "groups", "errors"),
+    "train": ("train", "shards", "model", "data", "recipe", "settings", "groups", "tables", "errors"),
 }
 ONLY_IN = {
     "deepspeed": ("train/engine.py",),

@@ -2,10 +2,11 @@
 
 The optimizer's state has no names, only positions in its groups. Names come from, in this order: this project's
 manifest; ``param_names``, which torch keeps for an optimizer that was given named parameters; in 16 bits, the master
-weights, which rounded are the model's; in fp32, the usual ways to build groups (`bert2bert.groups`), of which one must
-fit every group's length and every moment's shape. Both of DeepSpeed's 16-bit forms are read: master weights tensor by
-tensor (FP16_UnfusedOptimizer) and flat by group (FP16_Optimizer, for FusedAdam). Steps are as stored; the first of the
-two forms steps once, on zero gradients, when the engine starts, so its count is one ahead.
+weights, which rounded are the model's; in fp32, the usual ways to build groups (`bert2bert.groups`, and scripts' other
+rules for what does not decay), of which one must fit every group's length and every moment's shape. Both of DeepSpeed's
+16-bit forms are read: master weights tensor by tensor (FP16_UnfusedOptimizer) and flat by group (FP16_Optimizer, for
+FusedAdam). Steps are as stored; the first of the two forms steps once, on zero gradients, when the engine starts, so
+its count is one ahead.
 
 Refuses, as InvalidCheckpoint: an optimizer whose parameters cannot be told apart, contents that contradict each other,
 and whatever model states refuse.
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from bert2bert.errors import InvalidCheckpoint
-from bert2bert.groups import LAYOUTS, param_groups
+from bert2bert.groups import LAYOUTS, Place, by_name, param_groups
 from bert2bert.shards import torchfile
 from bert2bert.shards.modelstates import MODEL, ModelStates, find_files, hyper, take
 from bert2bert.shards.moments import KNOWN, held, moment_keys, unknown
@@ -177,7 +178,7 @@ class Stage0Source(Source):
         """The groups of the one usual layout that fits the lengths of the groups and the shapes of the moments."""
         names: list[str] = list(self._model.frozen)
         fits: list[list[list[str]]] = []
-        for groups in _usual(names):
+        for groups in _usual(self._model.frozen, self._model.aliases):
             if muon:
                 groups = [half for group in groups for half in self._halves(group) if half]
             if [len(group) for group in groups] == [len(group) for group in states] and all(
@@ -192,8 +193,9 @@ class Stage0Source(Source):
         raise InvalidCheckpoint(
             f"{self.files[0]}: ZeRO stage 0 keeps no names with the optimizer's state, and its {len(states)} groups "
             f"of {', '.join(str(len(group)) for group in states[:8])} parameters are not just one of the usual "
-            f"groupings of the model's {len(names)} in their order (one group; with and without decay; a pair a layer)"
-            ". Save it once more with the optimizer built from named parameters (torch then keeps their names), or "
+            f"groupings of the model's {len(names)} in their order (one group; with and without decay, by the rule of "
+            "transformers' Trainer, by the number of dimensions, or by 'bias' and 'LayerNorm.weight' in a name; a pair "
+            "a layer). Save it again with the optimizer built from named parameters (torch then keeps their names), or "
             "under ZeRO 1, or hand over the weights as a Hugging Face folder (save_pretrained)."
         )
 
@@ -209,10 +211,21 @@ class Stage0Source(Source):
         ]
 
 
-def _usual(names: list[str]) -> Iterable[list[list[str]]]:
+_NO_DECAY = (("bias",), ("bias", "LayerNorm.weight"), ("bias", "LayerNorm.weight", "layer_norm.weight"))
+"""Parts of names by which transformers' example scripts and older Trainers say what does not decay."""
+
+
+def _usual(shapes: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> Iterable[list[list[str]]]:
     """The groupings that scripts use, in the model's order inside each group."""
+    rule = by_name(shapes, aliases)
+    rules = [
+        rule,
+        {name: Place("all", len(shape) > 1) for name, shape in shapes.items()},
+        *({name: Place("all", not any(part in name for part in parts)) for name in shapes} for parts in _NO_DECAY),
+    ]
     for layout in reversed(LAYOUTS):
-        groups = [list(group.names) for group in param_groups(names, layout)]
-        yield groups
-        if layout == "decay" and len(groups) == 2:
-            yield groups[::-1]
+        for members in rules if layout == "decay" else [rule]:
+            groups = [list(group.names) for group in param_groups(members, layout)]
+            yield groups
+            if layout == "decay" and len(groups) == 2:
+                yield groups[::-1]

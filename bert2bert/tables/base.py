@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 from bert2bert import axes
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, did_you_mean
+from bert2bert.tables.expressions import evaluate, holds, present
 from bert2bert.tables.rotary import rotary
 
 _BOTH = "{weight,bias}"
+_LM = "mlm"  # the language-model head
 _DEPTH = re.compile(r"\{(\w+)\}")
 
 
@@ -30,7 +31,8 @@ class Row:
 
     needs: heads that the model must have, or with '!' not have ('decoder !mlm'). tied: only with tied (True) or untied
     (False) word embeddings. when: a condition on the config, 'key', '!key' or 'key=glob'. only: the range [first, end)
-    of the layers that have it, None = all above.
+    of the layers that have it, None = all above. untrained: whether pre-training with a language-model head leaves it
+    alone. decay: whether weight decay applies to a tensor of more than one dimension (to others it never does).
     """
 
     name: str
@@ -39,6 +41,8 @@ class Row:
     tied: bool | None = None
     when: str = ""
     only: tuple[int, int | None] = (0, None)
+    untrained: bool = False
+    decay: bool = True
 
     @property
     def depth(self) -> str:
@@ -55,14 +59,18 @@ class Row:
 @dataclass(frozen=True)
 class Parameter:
     """One tensor of a model. layer: None outside the layers; depth: the axis that numbers the layer, '' outside;
-    pattern: its row's name, with weight or bias filled in."""
+    pattern: its row's name, with weight or bias filled in. part: of the network, with which it learns: 'embeddings',
+    'head', 'unused', or 'layer.3' (of a second stack 'decoder_layer.3'); decay: whether weight decay applies, as
+    transformers' Trainer has it."""
 
     name: str
     spec: str
     shape: tuple[int, ...]
     layer: int | None
     pattern: str
-    depth: str = ""
+    depth: str
+    part: str
+    decay: bool
 
     def at(self, layer: int | None) -> str:
         """The name of the same tensor in another layer."""
@@ -162,7 +170,7 @@ class Table:
             )
         sizes = dict(self.constants)
         for axis, expression in self.sizes.items():
-            sizes[axis] = _evaluate(expression, config, sizes, self.key)
+            sizes[axis] = evaluate(expression, config, sizes, self.key)
         return sizes | {axis: sizes[of] for axis, of in self.follows.items()}
 
     def resize(self, config: Mapping[str, Any], changes: Mapping[str, int]) -> dict[str, Any]:
@@ -226,7 +234,7 @@ class Table:
         return {
             key: full[key]
             for key in self.must_agree
-            if key not in self.agree_when or any(_holds(when, full) for when in self.agree_when[key])
+            if key not in self.agree_when or any(holds(when, full) for when in self.agree_when[key])
         }
 
     def layer_kind(self, config: Mapping[str, Any], layer: int) -> str:
@@ -245,64 +253,40 @@ class Table:
         return tuple(dict.fromkeys(r.name for r in self.rows if r.depth == depth and r.name not in first))
 
     def parameters(self, config: Mapping[str, Any], heads: frozenset[str]) -> dict[str, Parameter]:
-        """Every parameter by its full name, in the order of the table; tied copies are left out."""
+        """Every parameter by its full name, in the order of the table; tied copies are left out.
+
+        Outside the layers, rows before them are of the embeddings, rows after them of the head; a word embedding that
+        is the head's decoder, too, is of the head.
+        """
         sizes, tied = self.axis_sizes(config), self.tied(config)
         rows = [
             row
             for row in self.rows
-            if _present(row.needs, heads) and row.tied in (None, tied) and _holds(row.when, config)
+            if present(row.needs, heads) and row.tied in (None, tied) and holds(row.when, config)
         ]
+        decoders = {tie.kept for tie in self._ties(config, heads) if _LM in tie.needs.split()}
         found: dict[str, Parameter] = {}
+        part = "embeddings"
         for depth, span in groupby(rows, key=lambda row: row.depth):
             block = list(span)
             for layer in range(sizes[depth]) if depth else (None,):
                 for row in block:
+                    if layer is None:
+                        own = "unused" if row.untrained and _LM in heads else "head" if row.name in decoders else part
+                    else:
+                        own = f"{depth.removesuffix('s')}.{layer}"
                     if layer is None or row.has(layer):
-                        found.update(_expand(row, layer, sizes))
+                        found.update((p.name, p) for p in _expand(row, layer, sizes, own))
+            part = "head" if depth else part
         return found
 
     def aliases(self, config: Mapping[str, Any], heads: frozenset[str]) -> dict[str, str]:
         """Absent tied name -> kept name, for the heads present."""
+        return {tie.absent: tie.kept for tie in self._ties(config, heads)}
+
+    def _ties(self, config: Mapping[str, Any], heads: frozenset[str]) -> list[Tie]:
         tied = self.tied(config)
-        return {t.absent: t.kept for t in self.ties if _present(t.needs, heads) and t.tied in (None, tied)}
-
-
-def _evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, int], key: Callable[[str], str]) -> int:
-    first = ""
-    for alternative in expression.split("|"):
-        total: int | None = None
-        for sign, name in re.findall(r"([/*]?)([\w.]+)", alternative):
-            first = first or name
-            value = int(name) if name.isdigit() else sizes.get(name) if name in sizes else config.get(name)
-            if value is None:
-                total = None
-                break
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidConfig(f"model config: {name} is {value!r}; a positive integer is expected")
-            if sign == "/" and total is not None and total % value:
-                raise InvalidConfig(
-                    f"model config: {key(name) if name in sizes else name}={value} does not divide "
-                    f"{alternative.split('/')[0]}={total}; "
-                    f"choose sizes that do"
-                )
-            total = value if total is None else total // value if sign == "/" else total * value
-        if total is not None:
-            return total
-    found = f"is {config[first]!r}" if first in config else "is missing"
-    raise InvalidConfig(f"model config: {first} {found}; a positive integer is expected")
-
-
-def _present(needs: str, heads: frozenset[str]) -> bool:
-    return all((head.removeprefix("!") in heads) != head.startswith("!") for head in needs.split())
-
-
-def _holds(when: str, config: Mapping[str, Any]) -> bool:
-    if not when:
-        return True
-    key, equals, glob = when.removeprefix("!").partition("=")
-    value = config.get(key)
-    found = fnmatchcase(str(value), glob) if equals else bool(value)
-    return found != when.startswith("!")
+        return [tie for tie in self.ties if present(tie.needs, heads) and tie.tied in (None, tied)]
 
 
 def _written(spec: str) -> str:
@@ -310,10 +294,10 @@ def _written(spec: str) -> str:
     return (spec.split("->")[1] if "->" in spec else spec.split("<-")[0]).strip()
 
 
-def _expand(row: Row, layer: int | None, sizes: Mapping[str, int]) -> Iterator[tuple[str, Parameter]]:
+def _expand(row: Row, layer: int | None, sizes: Mapping[str, int], part: str) -> Iterator[Parameter]:
     kinds = (("weight", row.spec), ("bias", _written(row.spec))) if _BOTH in row.name else (("", row.spec),)
     for kind, spec in kinds:
+        shape = axes.shape(spec, sizes)
         pattern = row.name.replace(_BOTH, kind)
-        p = Parameter("", spec, axes.shape(spec, sizes), layer, pattern, row.depth)
-        name = p.at(layer)
-        yield name, Parameter(name, spec, p.shape, layer, pattern, row.depth)
+        p = Parameter("", spec, shape, layer, pattern, row.depth, part, row.decay and len(shape) > 1)
+        yield replace(p, name=p.at(layer))

@@ -53,7 +53,7 @@ BERT = Table(
         Row("bert.encoder.layer.{layers}.output.dense.{weight,bias}", "embed <- ffn"),
         Row("bert.encoder.layer.{layers}.output.LayerNorm.weight", "(rho embed)"),
         Row("bert.encoder.layer.{layers}.output.LayerNorm.bias", "embed"),
-        Row("bert.pooler.dense.{weight,bias}", "embed <- embed", needs="pooler"),
+        Row("bert.pooler.dense.{weight,bias}", "embed <- embed", needs="pooler", untrained=True),
         Row("cls.predictions.bias", "vocab", needs="mlm"),
         Row("cls.predictions.transform.dense.{weight,bias}", "embed <- embed", needs="mlm"),
         Row("cls.predictions.transform.LayerNorm.weight", "(rho ~embed)", needs="mlm", tied=True),
@@ -61,7 +61,7 @@ BERT = Table(
         Row("cls.predictions.transform.LayerNorm.weight", "(rho embed)", needs="mlm", tied=False),
         Row("cls.predictions.transform.LayerNorm.bias", "embed", needs="mlm", tied=False),
         Row("cls.predictions.decoder.{weight,bias}", "vocab <- embed", needs="mlm", tied=False),
-        Row("cls.seq_relationship.{weight,bias}", "classes <- embed", needs="nsp"),
+        Row("cls.seq_relationship.{weight,bias}", "classes <- embed", needs="nsp", untrained=True),
     ),
     ties=(
         Tie("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight", needs="mlm"),

@@ -28,7 +28,7 @@ ROBERTA = replace(
         Row("roberta.embeddings.LayerNorm.bias", "embed"),
         Row("roberta.embeddings.position_embeddings.weight", "pos -> embed"),
         *_LAYERS,
-        Row("roberta.pooler.dense.{weight,bias}", "embed <- embed", needs="pooler"),
+        Row("roberta.pooler.dense.{weight,bias}", "embed <- embed", needs="pooler", untrained=True),
         Row("lm_head.bias", "vocab", needs="mlm"),
         Row("lm_head.dense.{weight,bias}", "embed <- embed", needs="mlm"),
         Row("lm_head.layer_norm.weight", "(rho ~embed)", needs="mlm", tied=True),

@@ -20,7 +20,7 @@ def _attention(block: str, name: str, needs: str = "") -> tuple[Row, ...]:
     specs["o"] = "embed <- (heads v)"
     rows = [Row(f"{block}.{name}.{part}.weight", spec, needs) for part, spec in specs.items()]
     if name == "SelfAttention":
-        rows.append(Row(f"{block}.{name}.{_BIAS}", "buckets -> heads", needs, only=(0, 1)))
+        rows.append(Row(f"{block}.{name}.{_BIAS}", "buckets -> heads", needs, only=(0, 1), decay=False))
     return (*rows, Row(f"{block}.layer_norm.weight", "(rho normed)", needs))
 
 

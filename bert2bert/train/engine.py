@@ -27,7 +27,9 @@ from pydantic import ValidationError
 from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.groups import Group, param_groups
 from bert2bert.model.batch import Batch
+from bert2bert.model.bert import Bert, hf_config
 from bert2bert.model.program import LayerProgram
+from bert2bert.tables import table_for
 from bert2bert.train.ds_config import resolve
 from bert2bert.train.ranks import device_number
 
@@ -271,8 +273,8 @@ def restore_linear() -> None:
         torch.nn.functional.linear = original
 
 
-def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) -> Engine:
-    """The engine that trains ``model`` (a bert2bert Bert, in fp32 on any device) as the recipe says.
+def build(recipe: Recipe, ds_config: Mapping[str, Any], model: Bert) -> Engine:
+    """The engine that trains ``model`` (in fp32 on any device) as the recipe says.
 
     ``ds_config``: DeepSpeed's own, see bert2bert.train.ds_config.resolve. Joins the process group by `start` if that
     was not done. Raises InvalidConfig for an option that is refused.
@@ -280,7 +282,10 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: torch.nn.Module) 
     device = start()
     settings = resolve(dict(ds_config), recipe, dist.get_world_size())
     parameters = dict(model.named_parameters())
-    groups = param_groups(parameters, GROUP_LAYOUT)
+    config = hf_config(model)
+    table = table_for(config)
+    known = table.parameters(config, table.classes[config["architectures"][0]])
+    groups = param_groups({name: known[name] for name in parameters}, GROUP_LAYOUT)
     decay = recipe.optimizer.weight_decay
     optimizer = FreezableAdamW(
         [

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bert2bert.groups import param_groups
+from bert2bert.groups import by_name, param_groups
 from tests import tiny
 from tests.distributed import run_ranks
 
@@ -125,8 +125,8 @@ def build(case: Case) -> Any:
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         parameter.requires_grad_(not any(part in name for part in case.frozen))
-    trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    groups = param_groups(trainable, case.layout)
+    trainable = {name: parameter.shape for name, parameter in parameters.items() if parameter.requires_grad}
+    groups = param_groups(by_name(trainable, aliases(model)), case.layout)
     optimizer = SkippingAdamW(
         [
             {
@@ -143,6 +143,13 @@ def build(case: Case) -> Any:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(case))
     engine.group_names = [g.names for g in groups]
     return engine
+
+
+def aliases(model: torch.nn.Module) -> dict[str, str]:
+    """Absent tied name -> the name under which the model lists the parameter."""
+    first: dict[int, str] = {}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: kept for name, p in every if (kept := first.setdefault(id(p), name)) != name}
 
 
 def batch(step: int, rank: int, kind: str) -> dict[str, torch.Tensor]:

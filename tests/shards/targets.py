@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bert2bert.groups import param_groups
+from bert2bert.groups import by_name, param_groups
 from bert2bert.shards.writing import STATES, TargetGroup, TargetSpec, Values
 from tests.shards.engines import hf_config, tiny_bert
 
@@ -33,7 +33,7 @@ PLAIN = {
 
 def plain_spec() -> TargetSpec:
     """A few tensors, for tests that look at files only: no model, no transformers, quick to write."""
-    groups = [TargetGroup(g.part, g.decay, g.names, {"lr": LR}, 7) for g in param_groups(PLAIN, "decay")]
+    groups = [TargetGroup(g.part, g.decay, g.names, {"lr": LR}, 7) for g in param_groups(by_name(PLAIN), "decay")]
     return TargetSpec(PLAIN, TIED, {"model_type": "bert"}, tuple(groups), "decay", "fp32", STATES, {"global_steps": 7})
 
 
@@ -53,7 +53,7 @@ def make_spec(precision: str = "fp32", layout: str = "decay", step: int = 7, **o
             g.part, g.decay, g.names, {"lr": LR, "weight_decay": DECAY if g.decay else 0.0, "betas": BETAS, "eps": EPS},
             step + i if layout == "layers" else step,
         )
-        for i, g in enumerate(param_groups(shapes, layout))
+        for i, g in enumerate(param_groups(by_name(shapes, aliases), layout))
     )  # fmt: skip
     given: dict[str, Any] = {
         "shapes": shapes,

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.groups import param_groups
+from bert2bert.groups import by_name, param_groups
 from bert2bert.growth import target_spec
 from bert2bert.planning import Growth, open_growth
 from bert2bert.realise import values
@@ -79,7 +79,8 @@ def flat(rank: dict[str, Any], state: str, masters: str, inner: str) -> list[tor
 def whole(content: dict[str, Any]) -> Tensors:
     weights, kept = content["module"], content["optimizer"]["state"]
     tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
-    names = [n for group in param_groups([n for n in weights if n not in tied], "decay") for n in group.names]
+    shapes = {name: weight.shape for name, weight in weights.items() if name not in tied}
+    names = [n for group in param_groups(by_name(shapes), "decay") for n in group.names]
     found = {state: {name: kept[i][state] for i, name in enumerate(names)} for state in STATES[1:]}
     return {"fp32": {name: weights[name] for name in names}, **found}
 

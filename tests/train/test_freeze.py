@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.groups import decays, part_of
+from bert2bert.model.bert import hf_config
 from bert2bert.model.program import LayerProgram, full
+from bert2bert.tables import Parameter, table_for
 from bert2bert.train import partitions
 from tests.distributed import run_ranks
 from tests.train import tiny
@@ -28,6 +29,13 @@ PROGRAMS = [
 
 def learning(program: LayerProgram) -> set[str]:
     return {"head", *(f"layer.{i}" for i in program.learn)} | ({"embeddings"} if program.embeddings_learn else set())
+
+
+def members() -> dict[str, Parameter]:
+    """What the table of the architecture says of every parameter."""
+    config = hf_config(tiny.model())
+    table = table_for(config)
+    return table.parameters(config, table.classes[config["architectures"][0]])
 
 
 def snapshot(engine: Any) -> dict[str, torch.Tensor]:
@@ -53,7 +61,7 @@ def train(stage: int, precision: str) -> dict[str, Any]:
     if engine.precision == "fp16" and stage == 0:
         assert engine.loss_scale == 2.0**8
     engine.set_lr(LR)
-    coasted, idle, norms, skipped = [], [], [], 0
+    coasted, idle, norms, skipped, of = [], [], [], 0, members()
     for step, program in enumerate(PROGRAMS):
         before = snapshot(engine)
         engine.apply(program)
@@ -66,10 +74,10 @@ def train(stage: int, precision: str) -> dict[str, Any]:
         for key, value in after.items():
             name = key.split()[0]
             moved = not torch.equal(value, before[key])
-            if moved and part_of(name) not in learning(program):
+            if moved and of[name].part not in learning(program):
                 coasted.append((step, key))
             # a slice of the embeddings may hold rows that no token used; a 16-bit live weight may round the change away
-            if not moved and part_of(name) in learning(program) and "embeddings" not in name and "live" not in key:
+            if not moved and of[name].part in learning(program) and "embeddings" not in name and "live" not in key:
                 idle.append((step, key))
     steps = dict(zip([(g.part, g.decay) for g in engine.groups], partitions.steps(engine), strict=True))
     pieces = [
@@ -86,9 +94,9 @@ def train_all(stages: tuple[int, ...], precision: str) -> dict[int, dict[str, An
 def reference() -> tuple[dict[str, torch.Tensor], list[float]]:
     """One process, plain torch.optim.AdamW; what rests has grad None."""
     model = tiny.model()
-    named = dict(model.named_parameters())
+    named, of = dict(model.named_parameters()), members()
     optimizer = torch.optim.AdamW(
-        [{"params": [p], "weight_decay": DECAY if decays(n) else 0.0} for n, p in named.items()], lr=LR, eps=1e-8
+        [{"params": [p], "weight_decay": DECAY if of[n].decay else 0.0} for n, p in named.items()], lr=LR, eps=1e-8
     )
     norms = []
     for step, program in enumerate(PROGRAMS):
@@ -98,7 +106,7 @@ def reference() -> tuple[dict[str, torch.Tensor], list[float]]:
                 output = model(tiny.batch(1000 * step + 10 * micro + rank), program)
                 (output.loss / (2 * ACCUMULATION)).backward()
         for name, parameter in named.items():
-            if part_of(name) not in learning(program):
+            if of[name].part not in learning(program):
                 parameter.grad = None
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.groups import param_groups
+from bert2bert.groups import by_name, param_groups
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.recipe import Phase
@@ -39,7 +39,7 @@ def spec(precision: str, states: tuple[str, ...] = STATES) -> TargetSpec:
         TargetGroup(
             g.part, g.decay, g.names, {"lr": 9.0, "weight_decay": 7.0, "betas": (0.5, 0.6), "eps": 1e-3}, 40 + i
         )
-        for i, g in enumerate(param_groups(shapes, "layers"))
+        for i, g in enumerate(param_groups(by_name(shapes, config.aliases), "layers"))
     )
     return TargetSpec(
         shapes, config.aliases, config.to_hf(), groups, "layers", precision, states,
