@@ -130,7 +130,8 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         p.add_argument(
             "--groups",
             choices=("layers", "decay", "single", "source"),
-            help="optimizer groups: per layer (ours), decay/no-decay, one, the source's (default: as found)",
+            help="optimizer groups: per layer (ours), decay/no-decay (as transformers' Trainer's), one, the source's "
+            "(default: as found)",
         )
         p.add_argument("--shard-size", metavar="SIZE", help="largest weights file of --format hub (default: 5GB)")
         p.add_argument(

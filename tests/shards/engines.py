@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bert2bert.groups import by_name, param_groups
+from bert2bert.groups import Group, by_name, param_groups
 from tests import tiny
 from tests.distributed import run_ranks
 
@@ -31,7 +32,7 @@ class Case:
     stage: int = 2
     precision: str = "fp32"
     model: str = "pretraining"  # or "mlm"
-    layout: str = "decay"
+    layout: str = "decay"  # of bert2bert.groups, or "trainer": what transformers' Trainer makes
     steps: int = 3
     zero: dict[str, Any] = field(default_factory=dict)  # more of ds_config["zero_optimization"]
     config: dict[str, Any] = field(default_factory=dict)  # more of ds_config
@@ -126,7 +127,8 @@ def build(case: Case) -> Any:
     for name, parameter in parameters.items():
         parameter.requires_grad_(not any(part in name for part in case.frozen))
     trainable = {name: parameter.shape for name, parameter in parameters.items() if parameter.requires_grad}
-    groups = param_groups(by_name(trainable, aliases(model)), case.layout)
+    trainers = case.layout == "trainer"
+    groups = trainer_groups(model) if trainers else param_groups(by_name(trainable, aliases(model)), case.layout)
     optimizer = SkippingAdamW(
         [
             {
@@ -143,6 +145,18 @@ def build(case: Case) -> Any:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(case))
     engine.group_names = [g.names for g in groups]
     return engine
+
+
+def trainer_groups(model: torch.nn.Module) -> list[Group]:
+    """The optimizer groups of transformers' Trainer, by its own code."""
+    import transformers
+
+    trainer = object.__new__(transformers.Trainer)  # its __init__ needs accelerate, its groups do not
+    trainer.model, trainer.optimizer, trainer.args = model, None, SimpleNamespace(weight_decay=0.1)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {})
+    names = {id(p): name for name, p in model.named_parameters()}
+    made = trainer.create_optimizer().param_groups
+    return [Group("all", g["weight_decay"] > 0, tuple(names[id(p)] for p in g["params"])) for g in made]
 
 
 def aliases(model: torch.nn.Module) -> dict[str, str]:

@@ -111,6 +111,10 @@ def _differences(table: Table, config: dict[str, Any], model: torch.nn.Module) -
     for name, p in model.named_parameters(remove_duplicate=False):
         if kept.setdefault(id(p), outer + name) != outer + name:
             ties[outer + name] = kept[id(p)]
+    decaying = {outer + name for name in transformers.Trainer.get_decay_parameter_names(None, model)}
+    for name, p in table.parameters(config, heads).items():
+        if p.decay != (name in decaying):
+            wrong.append(f"decay of {name}: {name in decaying} by transformers' Trainer, {p.decay} in the table")
     if ties != table.aliases(config, heads):
         wrong.append(f"ties: {ties} in the model, {table.aliases(config, heads)} in the table")
     return "\n".join(wrong)
@@ -136,6 +140,8 @@ def test_a_wrong_table_is_noticed() -> None:
     shape = replace(first, spec="pos -> embed")
     assert "(10, 8)" in _differences(replace(right, rows=(shape, second, *rest)), config, model)
     assert "ties" in _differences(replace(right, ties=()), config, model)
+    fixed = replace(first, decay=False)
+    assert "decay of" in _differences(replace(right, rows=(fixed, second, *rest)), config, model)
 
 
 def test_every_table_has_a_variant() -> None:
