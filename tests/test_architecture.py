@@ -26,7 +26,7 @@ ALLOWED = {
     "operators": ("axes", "maps", "plan", "tables", "operators", "errors"),
     "shards": ("shards", "errors", "groups"),
     "model": ("model", "errors"),
-    "data": ("data", "model.batch", "errors"),
+    "data": ("data", "model.batch", "shards.sniff", "errors"),
     "recipe": ("settings", "errors", "model.config"),
     "settings": ("errors",),
     "train": ("train", "shards", "model", "data", "recipe", "settings", "groups", "tables", "errors"),

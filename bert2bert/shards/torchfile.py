@@ -23,6 +23,7 @@ import torch
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import archive
+from bert2bert.shards.sniff import describe, sniff
 
 _NODES, _NODES_A_BYTE = 10_000, 16  # values that a structure may unfold to: it can name one many times over
 
@@ -170,27 +171,17 @@ def _check_frame(path: Path) -> None:
     try:
         if zipfile.is_zipfile(path):
             return
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(4)
+        found = sniff(path)
+        if found.kind == "zip":
+            raise InvalidCheckpoint(
+                f"{path}: truncated, its {found.size:,} bytes have a beginning but no end (a save that was killed, or "
+                "an unfinished copy). Use an older tag or copy the file again."
+            )
+        raise InvalidCheckpoint(f"{path}: not a torch file: {describe(path)}")
     except FileNotFoundError:
         raise InvalidCheckpoint(f"{path}: no such file") from None
     except OSError as error:
         raise InvalidCheckpoint(f"{path}: cannot be opened ({error.strerror})") from None
-    if not size:
-        raise InvalidCheckpoint(
-            f"{path}: empty, 0 bytes (a save that was killed, or an unfinished copy). Use an older tag or copy the "
-            "file again."
-        )
-    if start in (b"PK\x03\x04", b"PK"):
-        raise InvalidCheckpoint(
-            f"{path}: truncated, its {size:,} bytes have a beginning but no end (a save that was killed, or an "
-            "unfinished copy). Use an older tag or copy the file again."
-        )
-    raise InvalidCheckpoint(
-        f"{path}: not a torch file (it starts with {start!r}; a file of torch.save, torch 1.6 or later, starts with "
-        "b'PK\\x03\\x04'). Is this the right folder?"
-    )
 
 
 class _Budget:

@@ -157,7 +157,7 @@ def test_bad_files_each_get_their_own_message(tmp_path: Path) -> None:
     cases = {
         "cut.pt": (good[: len(good) // 2], "truncated, its [0-9,]+ bytes have a beginning but no end"),
         "empty.pt": (b"", "empty, 0 bytes"),
-        "text.pt": (b"hello, I am a text file", "not a torch file .it starts with b'hell'"),
+        "text.pt": (b"hello, I am a text file", "not a torch file: text, which begins b'hello, I am"),
         "hole.pt": (good.replace(b"data.pkl", b"data.xkl"), "not readable as a torch file"),
     }
     for name, (content, message) in cases.items():
