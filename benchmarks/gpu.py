@@ -46,6 +46,7 @@ from parity import (
     sub_model,
 )
 
+from bert2bert.arguments import Parser
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader
 from bert2bert.model.batch import IGNORE, Batch
@@ -235,7 +236,7 @@ def git_commit() -> str:
 
 def main() -> int:
     begun = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--commit", help="what the table names as commit (default: asked of git)")

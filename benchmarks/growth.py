@@ -42,6 +42,8 @@ from typing import Any
 import contestants
 from contestants import files_of
 
+from bert2bert.arguments import Parser
+
 FULL = {"110M": (12, 768, 64), "335M": (24, 1024, 64), "1.3B": (24, 2048, 64)}  # layers, width, head size
 TOY = {"110M": (2, 64, 16), "335M": (4, 128, 16), "1.3B": (4, 256, 16)}
 GOALS = {
@@ -220,7 +222,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary folder)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2, 3), default=[2, 3])

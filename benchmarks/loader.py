@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from bert2bert.arguments import Parser
 from bert2bert.data.bins import FORMAT_VERSION, TokenBins, blake, token_dtype
 from bert2bert.data.loader import MaskedLoader
 from bert2bert.data.packing import Packer
@@ -112,7 +113,7 @@ def measure(bins: TokenBins, seq_len: int, rows: int, seconds: float) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--documents", type=int, default=200_000)

@@ -1,7 +1,8 @@
 """The ``bert2bert`` command. Sub-commands import what they need when they run, so that ``--help`` imports no torch.
 
 Exit status: 0 done, 1 a check failed (verify, inspect --check), 2 the input cannot be used (the message says why and
-what would work).
+what would work). With ``--json`` standard output holds one JSON object, the result, and nothing else; with ``--quiet``
+it holds nothing (with both, the object).
 """
 
 from __future__ import annotations
@@ -10,20 +11,34 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.options import parser
 
 
-def main(argv: Sequence[str] | None = None, comm: Any = None) -> int:
-    """Run one command. comm: an MPI communicator when every rank calls this alike (``grow``, ``reshard``)."""
-    args = parser(_RUNS).parse_args(argv)
-    workers = getattr(args, "workers", None)
-    if comm is None and workers is not None and (workers != 1 or argv is None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, or print the help where none is named."""
+    args = parse(argv)
+    if args.command is None:
+        parser(_RUNS).print_help()
+        return 0
+    if argv is None and "workers" in args:
         return _watched(args)  # a growth typed at a prompt has a process that watches it, even if it is one process
-    return _run(args, comm)
+    return run(args)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The words of a command line, checked; ends the program (status 2) where they are wrong."""
+    return parser(_RUNS).parse_args(argv)
+
+
+def run(args: argparse.Namespace, comm: Any = None) -> int:
+    """Run the command that was parsed. comm: an MPI communicator when every rank calls this alike (``grow``,
+    ``reshard``)."""
+    return _run(args, comm) if comm is not None or getattr(args, "workers", 1) == 1 else _watched(args)
 
 
 def _watched(args: argparse.Namespace) -> int:
@@ -55,6 +70,32 @@ def _run(args: argparse.Namespace, comm: Any) -> int:
         if comm is None or comm.Get_rank() == 0:
             print(f"bert2bert {args.command}: interrupted; nothing was committed", file=sys.stderr)
         return 130
+
+
+# ------------------------------------------------------------------------------------------------ what is printed
+
+_WARNS = ("warning", "note")  # first words of the lines that --quiet lets through
+
+
+def _say(args: argparse.Namespace) -> Callable[[str], None]:
+    """Where a command's running account goes: standard output, or standard error if the output is for a program."""
+
+    def say(text: str) -> None:
+        if args.quiet:
+            text = "\n".join(line for line in text.splitlines() if line.startswith(_WARNS))
+        if text:
+            print(text, file=sys.stderr if args.json or args.quiet else sys.stdout, flush=True)
+
+    return say
+
+
+def _show(args: argparse.Namespace, found: dict[str, Any], text: Callable[[], str] | None = None) -> None:
+    """Print a result: as JSON if asked for (NaN and infinities, which it has no words for, as null), else its text."""
+    if args.json:
+        plain = json.dumps(found, default=str)
+        print(json.dumps(json.loads(plain, parse_constant=lambda _: None), indent=1))
+    elif text is not None and not args.quiet:
+        print(text())
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -91,15 +132,18 @@ def _prepare(args: argparse.Namespace, comm: Any) -> None:
         document=args.document,
         output=args.output,
         seed=args.seed,
+        progress=not args.quiet,
     )
+    say = _say(args)
     for name, split in meta["splits"].items():
-        print(f"{name:8} {split['tokens']:,} tokens in {split['documents']:,} documents")
+        say(f"{name:8} {split['tokens']:,} tokens in {split['documents']:,} documents")
     held = meta["splits"].get("heldout", {})
     if "unigram_entropy" in held:
-        print(
+        say(
             f"held out: unigram entropy {held['unigram_entropy']:.4f} nats a token; a model below it has learnt context"
         )
-    print(f"written  {args.output}")
+    say(f"written  {args.output}")
+    _show(args, {"output": args.output, **meta})
 
 
 def _inspect(args: argparse.Namespace, comm: Any) -> int:
@@ -107,10 +151,10 @@ def _inspect(args: argparse.Namespace, comm: Any) -> int:
 
     if args.check:
         checked = check(args.path, args.tag)
-        print(json.dumps(checked, indent=1) if args.json else render_check(checked))
+        _show(args, checked, lambda: render_check(checked))
         return 1 if checked["bad"] else 0
     found = inspect(args.path, args.tag)
-    print(json.dumps(found, indent=1, default=str) if args.json else render(found, tensors=args.tensors))
+    _show(args, found, lambda: render(found, tensors=args.tensors))
     return 0
 
 
@@ -118,7 +162,7 @@ def _operators(args: argparse.Namespace, comm: Any) -> None:
     from bert2bert.catalogue import describe, listing
 
     found = describe(args.name) if args.name else listing()
-    print(json.dumps(found, indent=1) if args.json else found["text"])
+    _show(args, found, lambda: found["text"])
 
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:
@@ -145,9 +189,8 @@ def _plan(args: argparse.Namespace, comm: Any) -> None:
     disk = bandwidth(args.disk_bandwidth)
     growth = open_growth(args.source, args.config, **_how(args))
     found = describe(growth) | {"cost": cost(growth, args.ranks, disk)}
-    if args.json:
-        print(json.dumps(found, indent=1, default=str))
-        return
+    if args.json or args.quiet:
+        return _show(args, found)
     print(summary(growth, found))
     print(cost_line(found["cost"]))
     tensors = found["tensors"]
@@ -174,7 +217,7 @@ def _grow(args: argparse.Namespace, comm: Any) -> None:
     from bert2bert.growth import grow
 
     _check_workers(args, comm)
-    grow(
+    folder = grow(
         args.source,
         args.target,
         args.config,
@@ -183,22 +226,39 @@ def _grow(args: argparse.Namespace, comm: Any) -> None:
         bins=args.bins,
         **_target(args),
         comm=comm,
+        say=_say(args),
+        bar=not args.quiet,
         **_how(args),
     )
+    if args.json and (comm is None or comm.Get_rank() == 0):
+        _show(args, _written(folder, "growth"))
 
 
 def _reshard(args: argparse.Namespace, comm: Any) -> None:
     from bert2bert.reshard import reshard
 
     _check_workers(args, comm)
-    reshard(
+    folder = reshard(
         args.source,
         args.target,
         **_target(args),
         source_config=args.source_config,
         tag=args.tag,
         comm=comm,
+        say=_say(args),
+        bar=not args.quiet,
     )
+    if args.json and (comm is None or comm.Get_rank() == 0):
+        _show(args, _written(folder, "reshard"))
+
+
+def _written(folder: Path, how: str) -> dict[str, Any]:
+    """What the manifest of a checkpoint that was written says of it, and of how it was made."""
+    from bert2bert.shards.commit import MANIFEST
+
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    kept = ("tag", "form", "stage", "world_size", "precision", "group_layout", "counters", "versions", how)
+    return {"folder": str(folder), **{key: manifest.get(key) for key in kept}}
 
 
 def _check_workers(args: argparse.Namespace, comm: Any) -> None:
@@ -209,8 +269,10 @@ def _check_workers(args: argparse.Namespace, comm: Any) -> None:
 def _learn(args: argparse.Namespace, comm: Any) -> None:
     from bert2bert.learned import learn
 
-    fitted = ("source_config", "tag", "steps", "lr", "noise", "rows", "length", "seed", "device")
-    learn(args.source, args.config, args.data, args.output, **{key: getattr(args, key) for key in fitted})
+    how = ("source_config", "tag", "steps", "lr", "noise", "rows", "length", "seed", "device")
+    given = {key: getattr(args, key) for key in how}
+    fitted = learn(args.source, args.config, args.data, args.output, **given, say=_say(args))
+    _show(args, {"output": args.output, "losses": fitted.losses, **fitted.about})
 
 
 def _verify(args: argparse.Namespace, comm: Any) -> int:
@@ -227,13 +289,12 @@ def _verify(args: argparse.Namespace, comm: Any) -> int:
         tokens=args.tokens,
         logits=not args.no_logits,
     )
-    text = json.dumps(found, indent=1)
     if args.output:
         try:
-            args.output.write_text(text + "\n", encoding="utf-8")
+            args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise InvalidConfig(f"--output {args.output}: cannot be written ({error.strerror}); name another") from None
-    print(text if args.json else render(found))
+    _show(args, found, lambda: render(found))
     return 0 if found["ok"] else 1
 
 
@@ -241,7 +302,7 @@ def _report(args: argparse.Namespace, comm: Any) -> None:
     from bert2bert.report import render, report
 
     found = report(args.runs, args.output)
-    print(json.dumps(found, indent=1, default=str) if args.json else render(found))
+    _show(args, found, lambda: render(found))
 
 
 _RUNS = {

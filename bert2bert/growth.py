@@ -110,6 +110,7 @@ def grow(
     shard_size: str | None = None,
     comm: Any = None,
     say: Callable[[str], None] = print,
+    bar: bool = True,
     **how: Any,
 ) -> Path:
     """Grow a checkpoint and commit it; the folder written. ``how``: options of `open_growth`.
@@ -167,10 +168,10 @@ def grow(
         "versions": versions(),
     }
     total = len(spec.states) * 4 * sum(prod(s) for s in spec.shapes.values())
-    with progress(total, first, "growing") as bar:
+    with progress(total, comm, "growing", bar) as done:
         folder = write_checkpoint(
             target, spec, read, form=form, stage=stage, world_size=world_size, manifest_growth=manifest, comm=comm,
-            progress=bar.update, max_file_bytes=largest, watch=watch, say=say,
+            progress=done.update, max_file_bytes=largest, watch=watch, say=say,
         )  # fmt: skip
     if first:
         say(f"written  {folder}")

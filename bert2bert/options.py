@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bert2bert import __version__
+from bert2bert.arguments import Parser
 
 Run = Callable[[argparse.Namespace, Any], int | None]
 
@@ -24,9 +25,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, width=110)
 
 
-def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
+def parser(runs: Mapping[str, Run]) -> Parser:
     """The whole command line. runs: what each command runs, by its name."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="bert2bert",
         description="Grow a small model's checkpoint, shards and optimizer state included, and pre-train the result.",
         epilog="Training: deepspeed launch/pretrain.py --help. Over MPI ranks: mpirun -n 4 python launch/grow.py …, or "
@@ -34,13 +35,15 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     top.add_argument("--version", action="version", version=__version__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=text, description=text, epilog=f"example:\n{example}", formatter_class=_Help
         )
         sub.set_defaults(run=runs[name])
+        sub.add_argument("--json", action="store_true", help="print the result as one JSON object, all else to stderr")
+        sub.add_argument("--quiet", action="store_true", help="print warnings and errors only (and what --json gives)")
         return sub
 
     p = command(
@@ -82,7 +85,6 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     p.add_argument(
         "--check", action="store_true", help="read every file, compare it with the manifest; exit status 1: one is bad"
     )
-    p.add_argument("--json", action="store_true", help="machine-readable output")
 
     def growth_options(p: argparse.ArgumentParser) -> None:
         p.add_argument("--config", type=Path, required=True, metavar="TARGET", help="the target's Hugging Face config")
@@ -148,7 +150,6 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         "  bert2bert operators\n  bert2bert operators lemon",
     )
     p.add_argument("name", nargs="?", help="one operator")
-    p.add_argument("--json", action="store_true", help="machine-readable output")
 
     p = command(
         "plan",
@@ -166,7 +167,6 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         metavar="READ,WRITE",
         help="GB/s that one rank reads and writes at, for the expected time (default: 1,1)",
     )
-    p.add_argument("--json", action="store_true", help="machine-readable output")
 
     p = command(
         "grow",
@@ -233,7 +233,6 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     read.add_argument("--tokens", type=Path, metavar="FILE", help="compare on these token ids, one row a line")
     p.add_argument("--no-logits", action="store_true", help="run no model: compare tensors and moments alone")
     p.add_argument("--output", type=Path, metavar="FILE", help="write the report there too, as JSON")
-    p.add_argument("--json", action="store_true", help="machine-readable output")
 
     p = command(
         "report",
@@ -242,5 +241,4 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first is the reference")
     p.add_argument("--output", type=Path, metavar="DIR", help="write report.md and report.png there")
-    p.add_argument("--json", action="store_true", help="machine-readable output")
     return top

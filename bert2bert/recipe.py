@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from bert2bert.errors import InvalidConfig, did_you_mean
-from bert2bert.model.config import BertConfig
+from bert2bert.model.config import BertConfig, check_architecture
 from bert2bert.settings import assign, build
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -188,6 +188,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", self.name, "a name")
+        if isinstance(self.model, dict):
+            check_architecture(self.model)  # or the keys of another would be taken for misspelt ones
         BertConfig.from_hf(build(Annotated[dict, MODEL_KEYS], self.model, "model"))
         for key in ("batch_rows", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"):
             _in_range(key, getattr(self, key), 1)

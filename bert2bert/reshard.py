@@ -48,6 +48,7 @@ def reshard(
     tag: str | None = None,
     comm: Any = None,
     say: Callable[[str], None] = print,
+    bar: bool = True,
 ) -> Path:
     """Write the checkpoint at ``source`` anew and commit it; the folder written.
 
@@ -86,10 +87,10 @@ def reshard(
         "reshard": about,
     }
     total = len(spec.states) * 4 * sum(prod(shape) for shape in spec.shapes.values())
-    with progress(total, first, "writing") as bar:
+    with progress(total, comm, "writing", bar) as done:
         folder = write_checkpoint(
             target, spec, read, form=form, stage=stage, world_size=world_size, manifest_growth=about,
-            manifest_more=more, expected=_digests(opened, spec, form), comm=comm, progress=bar.update,
+            manifest_more=more, expected=_digests(opened, spec, form), comm=comm, progress=done.update,
             max_file_bytes=largest, watch=watch, say=say,
         )  # fmt: skip
     if first:

@@ -7,6 +7,7 @@ lists and tuples of one type, and ``Annotated[dict, {key: type}]`` for a dict wi
 
 from __future__ import annotations
 
+import difflib
 import types
 import typing
 from dataclasses import fields, is_dataclass
@@ -59,10 +60,11 @@ def assign(tp: Any, tree: Any, override: str) -> None:
         raise InvalidConfig(f"override {override!r}: expected KEY=VALUE, such as phases.0.steps=10")
     node: Any = tree
     slot: Any = None
+    root = tp, tree
     for key in path.split("."):
         known = _parts(tp, tree, path)
         if key not in known:
-            raise InvalidConfig(f"unknown key {path!r}: {_near(key, known)}")
+            raise InvalidConfig(f"unknown key {path!r}: {(known and _nearest(path, *root)) or _near(key, known)}")
         node, slot, tp = tree, int(key) if isinstance(tree, list) else key, known[key]
         tree = node[slot] if isinstance(node, list) else node.get(slot)
     if parts := _parts(tp, tree, path):
@@ -79,6 +81,34 @@ def _parts(tp: Any, value: Any, where: str) -> dict[str, Any]:
     if get_origin(tp) is typing.Annotated:
         return dict(get_args(tp)[1])
     return {str(i): get_args(tp)[0] for i in range(len(value or ()))} if get_origin(tp) in (tuple, list) else {}
+
+
+def _leaves(tp: Any, value: Any, where: str = "") -> list[str]:
+    """The dotted names of all single values of a plain tree of type ``tp``."""
+    parts = _parts(tp, value, where)
+    if not parts:
+        return [where]
+    inner = {key: value[int(key)] if isinstance(value, list) else (value or {}).get(key) for key in parts}
+    return [name for key, part in parts.items() for name in _leaves(part, inner[key], _join(where, key))]
+
+
+def _nearest(path: str, tp: Any, tree: Any) -> str | None:
+    """The closing clause for a wrong dotted name: names of the whole tree that end alike, then those that have its last
+    part somewhere, then the nearest in spelling; None if there are none."""
+    names = _leaves(tp, tree)
+    last = _last(path)
+    alike = [name for name in names if f".{name}".endswith(f".{path}")]
+    alike = alike or [name for name in names if _last(name) == last]
+    alike = alike or [name for name in names if last in name.split(".") or (len(last) > 3 and last in _last(name))]
+    if not alike and (near := difflib.get_close_matches(last, {_last(n) for n in names}, n=1, cutoff=0.8)):
+        alike = [name for name in names if _last(name) == near[0]]
+    alike = alike or difflib.get_close_matches(path, names, n=3)
+    alike.sort(key=lambda name: -difflib.SequenceMatcher(None, path, name).ratio())  # else in the tree's order
+    return f"did you mean {' or '.join(map(repr, alike[:3]))}?" if alike else None
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _strip(tp: Any, value: Any, where: str) -> tuple[Any, bool]:

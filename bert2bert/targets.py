@@ -6,13 +6,13 @@ are not known, where the format keeps them, and groups that join differently tra
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.groups import LAYOUTS, Member, param_groups
+from bert2bert.progress import progress as bytes_done
 
 if TYPE_CHECKING:
     from bert2bert.shards.source import Source
@@ -189,8 +189,7 @@ def versions() -> dict[str, str]:
     return {"bert2bert": version("bert2bert"), "torch": version("torch")}
 
 
-def progress(total: int, show: bool, what: str) -> Any:
-    """A bar of bytes, on a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="B", unit_scale=True, disable=not show or not sys.stderr.isatty(), desc=what)
+def progress(total: int, comm: Any, what: str, show: bool = True) -> Any:
+    """How many bytes have been written, told by rank 0, to whose share of all it is about right."""
+    first, ranks = (True, 1) if comm is None else (comm.Get_rank() == 0, comm.Get_size())
+    return bytes_done(total // ranks, what, show=show and first)

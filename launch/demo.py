@@ -21,6 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bert2bert.arguments import Parser
+
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "demo.json"  # written first: what makes a folder a demo's own
 HELD_OUT = "persuasion"
@@ -120,7 +122,7 @@ def _free_port() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/demo.py",
         description="Run the whole path on the embedded corpus: about ten minutes on two CPU cores.",
         epilog="example:\n  make demo\n  python launch/demo.py --output /tmp/demo --clean",

@@ -15,14 +15,13 @@ import time
 import traceback
 from typing import Any
 
-GRACE_SECONDS = 5.0
+from bert2bert.train.ranks import GRACE_SECONDS, discover, first_speaks, started_as
 
 
 def join() -> Any:
     """The communicator of all the processes that were started, None for a single one; UserError otherwise."""
     from bert2bert.errors import InvalidConfig
     from bert2bert.shards.transfer import world
-    from bert2bert.train.ranks import discover
 
     comm = world()
     started = discover()
@@ -37,18 +36,21 @@ def join() -> Any:
 
 def main(argv: list[str], command_name: str = "grow") -> int:
     """Run one command of bert2bert on every rank that the launcher started."""
-    from bert2bert.cli import main as command
+    from bert2bert.cli import parse, run
     from bert2bert.errors import UserError
 
-    if {"-h", "--help"} & set(argv):
-        return command([command_name, *argv])
+    with first_speaks():
+        args = parse([command_name, *argv])
     try:
         comm = join()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if started_as() > 0:
+            time.sleep(GRACE_SECONDS)
+        else:
+            print(f"bert2bert {command_name}: {error}", file=sys.stderr)
         return 2
     try:
-        code = command([command_name, *argv], comm=comm)
+        code = run(args, comm)
     except Exception:  # a defect: say where, on the rank that has it
         traceback.print_exc()
         code = 1

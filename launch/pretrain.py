@@ -10,7 +10,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+
+from bert2bert.arguments import Parser
+from bert2bert.errors import UserError
+from bert2bert.train import ranks
 
 EXAMPLE = """\
 examples:
@@ -25,42 +28,15 @@ continue where a run stopped:       --output runs/small --resume runs/small
 start from a grown checkpoint:      --output runs/base --resume runs/grown
 """
 
-GRACE_SECONDS = 5.0
 STOPPED = 75  # EX_TEMPFAIL: the same command with --resume goes on
 
 
-class _Parser(argparse.ArgumentParser):
-    """Every rank parses the same words: only rank 0 says what is wrong with them, and all exit with status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        if _rank() > 0:
-            time.sleep(GRACE_SECONDS)  # a launcher ends all ranks with the first: let rank 0 speak
-            self.exit(2)
-        super().error(message)
-
-    def print_help(self, file: Any = None) -> None:
-        if _rank() == 0:
-            super().print_help(file)
-
-
-def _rank() -> int:
-    """This process's rank before anything is set up; 0 where the environment does not say it soundly."""
-    from bert2bert.errors import InvalidConfig
-    from bert2bert.train.ranks import discover
-
-    try:
-        return discover().rank
-    except InvalidConfig:
-        return 0
-
-
-def arguments() -> argparse.ArgumentParser:
-    parser = _Parser(
+def arguments() -> Parser:
+    parser = Parser(
         prog="launch/pretrain.py",
         description="Pre-train the model of a recipe with DeepSpeed.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--ds_config", required=True, type=Path, metavar="FILE", help="DeepSpeed JSON: precision, ZeRO")
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the experiment, see recipes/")
@@ -71,19 +47,18 @@ def arguments() -> argparse.ArgumentParser:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override values of the recipe"
     )
     # The deepspeed launcher passes it; the environment says the same.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    options = arguments().parse_args(words)
-    from bert2bert.errors import UserError
-
+    with ranks.first_speaks():
+        options = arguments().parse_args(words)
     rank = 0
     try:
         from bert2bert.recipe import load_recipe
-        from bert2bert.train import ds_config, ranks
+        from bert2bert.train import ds_config
 
         found = ranks.set_up()
         rank = found.rank
@@ -98,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if rank > 0:
             # Rank 0 has met the same mistake and said so, or else its launcher would have ended this process by now.
-            time.sleep(GRACE_SECONDS)
+            time.sleep(ranks.GRACE_SECONDS)
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     leave()

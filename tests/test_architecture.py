@@ -15,6 +15,8 @@ PACKAGE = ROOT / "bert2bert"
 # package or module (prefix) -> the project's own modules (prefixes) it may import
 ALLOWED = {
     "errors": (),
+    "progress": (),
+    "arguments": ("errors",),
     "axes": (),
     "states": (),
     "groups": (),
@@ -26,10 +28,10 @@ ALLOWED = {
     "operators": ("axes", "maps", "plan", "tables", "operators", "errors"),
     "shards": ("shards", "errors", "groups"),
     "model": ("model", "errors"),
-    "data": ("data", "model.batch", "shards.sniff", "errors"),
+    "data": ("data", "model.batch", "shards.sniff", "progress", "errors"),
     "recipe": ("settings", "errors", "model.config"),
     "settings": ("errors",),
-    "train": ("train", "shards", "model", "data", "recipe", "settings", "groups", "tables", "errors"),
+    "train": ("train", "shards", "model", "data", "recipe", "settings", "groups", "tables", "progress", "errors"),
 }
 ONLY_IN = {
     "deepspeed": ("train/engine.py",),

@@ -28,6 +28,7 @@ from bert2bert.data.bins import FORMAT_VERSION, SPLITS, SplitWriter, blake, toke
 from bert2bert.data.text import DOCUMENTS, Records, TextFile, open_dataset
 from bert2bert.data.tokenizer import load_tokenizer, special_ids, table_size, train_tokenizer
 from bert2bert.errors import InvalidConfig, InvalidData, UserError, did_you_mean
+from bert2bert.progress import progress
 
 _BATCH_CHARACTERS, _BATCH_PIECES = 1 << 20, 1 << 13  # tokenised in one call
 Source = TextFile | Records
@@ -104,18 +105,10 @@ class _Stream:
         self.key = blake2b(f"heldout {seed}".encode(), digest_size=32).digest()
 
     def read(self, what: str) -> Iterator[tuple[str, str, bool]]:
-        from tqdm import tqdm
-
         for source, side in self.sources:
             name = source.path.name if isinstance(source, TextFile) else source.label
             unit = "B" if isinstance(source, TextFile) else "rec"
-            with tqdm(
-                total=source.size,
-                desc=f"{what}: {name}",
-                unit=unit,
-                unit_scale=True,
-                disable=None if self.progress else True,
-            ) as bar:
+            with progress(source.size, f"{what}: {name}", unit, self.progress) as bar:
                 split = side
                 for piece, ends in source.documents(self.document, bar.update):
                     split = split or self._draw(piece)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -161,6 +162,8 @@ def open_dataset(name: str, config: str | None, split: str | None, column: str |
     """
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they would draw over their own lines in a file
     split = split or "train"
     path = Path(name).expanduser()
     label = f"{name}" + (f" ({config})" if config else "") + f", split '{split}'"

@@ -30,6 +30,14 @@ _TIES = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
+_FOREIGN = {  # a key that no BERT's config has: whose it is
+    **dict.fromkeys(("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling"),
+                    "the Llama family"),
+    **dict.fromkeys(("n_embd", "n_layer", "n_head", "n_positions", "n_ctx"), "GPT-2"),
+    **dict.fromkeys(("d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets"), "T5"),
+    **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), "a mixture of experts"),
+    **dict.fromkeys(("global_attn_every_n_layers", "local_attention", "norm_eps"), "ModernBERT"),
+}  # fmt: skip
 _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -110,9 +118,7 @@ class BertConfig:
         Heads follow `architectures`: BertForPreTraining has mlm and nsp, BertForMaskedLM and no entry at all mlm.
         Raises InvalidConfig for a missing size, a wrong value, or something this model core does not compute.
         """
-        kind = config.get("model_type", "bert")
-        if kind != "bert":
-            raise InvalidConfig(f"model config: model_type is {kind!r}, expected 'bert', the only one built here")
+        check_architecture(config)
         for name in _SIZES:
             if name not in config:
                 raise InvalidConfig(
@@ -133,6 +139,24 @@ class BertConfig:
         del values["heads"]
         architecture = next(name for name, heads in HEADS.items() if heads == self.heads)
         return {"architectures": [architecture], "model_type": "bert", **values}
+
+
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Refuse (InvalidConfig) another architecture's config, by whatever in it says so, before its keys are read."""
+    kind, classes = config.get("model_type"), config.get("architectures") or []
+    found = None
+    if kind is not None:
+        found = None if kind == "bert" else f"model_type is {kind!r}"
+    elif classes and not any(str(name).startswith("Bert") for name in classes):
+        found = f"architectures is {classes!r}"
+    elif foreign := [key for key in config if key in _FOREIGN]:
+        found = f"there is no model_type, and {foreign[0]!r} is a key of {_FOREIGN[foreign[0]]}"
+    if found:
+        raise InvalidConfig(
+            f"model config: {found}; this trainer trains BERT (model_type 'bert', {' or '.join(HEADS)}) and nothing "
+            "else. Checkpoints of other architectures are grown and resharded here (bert2bert grow, reshard), and "
+            "trained by their own DeepSpeed scripts"
+        )
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[str, ...]:

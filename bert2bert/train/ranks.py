@@ -7,14 +7,19 @@ and several ranks on several hosts without an address of the first. Imports no t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import socket
-from collections.abc import Mapping, MutableMapping
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from bert2bert.errors import InvalidConfig
+
+GRACE_SECONDS = 5.0
+"""How long a rank that has nothing new to say waits before it fails: a launcher ends all ranks with the first."""
 
 _PORTS = range(20000, 30000)
 
@@ -44,6 +49,29 @@ def set_up(environ: MutableMapping[str, str] = os.environ) -> Ranks:
         environ.setdefault("LOCAL_SIZE", str(ranks.local_size))
         environ.setdefault("LOCAL_WORLD_SIZE", str(ranks.local_size))
     return ranks
+
+
+def started_as(environ: Mapping[str, str] = os.environ) -> int:
+    """This process's rank before anything is set up; 0 where the environment does not say it soundly."""
+    try:
+        return discover(environ).rank
+    except InvalidConfig:
+        return 0
+
+
+@contextlib.contextmanager
+def first_speaks(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """While words are parsed that every rank was given alike: rank 0 alone prints usage, help and what is wrong."""
+    if started_as(environ) == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        try:
+            yield
+        except SystemExit as end:
+            if end.code:
+                time.sleep(GRACE_SECONDS)
+            raise
 
 
 def device_number(count: int, environ: MutableMapping[str, str] = os.environ) -> int:

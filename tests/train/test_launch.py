@@ -56,7 +56,7 @@ def test_help_shows_an_example_and_imports_nothing_heavy(name: str, word: str) -
         (["--recipe", "recipes/nowhere.py"], "error: no recipe recipes/nowhere.py"),
         (["--ds_config", "ds_configs/nowhere.json"], "error: no ds_config ds_configs/nowhere.json"),
         (["--ds_config", "README.md"], "is no JSON"),
-        (["--set", "phases.0.step=1"], "unknown key 'phases.0.step': did you mean 'steps'"),
+        (["--set", "phases.0.step=1"], "unknown key 'phases.0.step': did you mean 'phases.0.steps'"),
         (["--set", "batch_rows=96"], "train_micro_batch_size_per_gpu is 64; on 1 ranks that makes 64 rows"),
         (["--set", "optimizer.name=lamb"], "LAMB scales every layer"),
     ],
@@ -89,7 +89,7 @@ def test_only_rank_0_tells_the_usage(
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     pretrain = entry("pretrain")
-    monkeypatch.setattr(pretrain, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(pretrain.ranks, "GRACE_SECONDS", 0.0)
     with pytest.raises(SystemExit) as ended:
         pretrain.main(words)
     assert ended.value.code == (0 if words == ["--help"] else 2)
@@ -141,7 +141,7 @@ def test_growing_in_processes_that_mpi_does_not_join_is_refused(tmp_path: Path) 
     ]
     done = run(command, **slurm)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: srun started 2 processes, but MPI joins 1; start them with")
+    assert done.stderr.startswith("bert2bert grow: srun started 2 processes, but MPI joins 1; start them with")
     assert not (tmp_path / "grown").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -72,10 +73,19 @@ def test_overrides_are_judged_together(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("phases.0.step=1", "unknown key 'phases.0.step': did you mean 'steps'"),
-        ("optimiser.lr=1", "unknown key 'optimiser.lr': did you mean 'optimizer'"),
-        ("model.hiden_size=64", "unknown key 'model.hiden_size': did you mean 'hidden_size'"),
-        ("phases.2.steps=1", "unknown key 'phases.2.steps': known: 0, 1"),
+        ("phases.0.step=1", "unknown key 'phases.0.step': did you mean 'phases.0.steps'"),
+        ("optimiser.lr=1", "unknown key 'optimiser.lr': did you mean 'optimizer.lr'?"),
+        ("model.hiden_size=64", "unknown key 'model.hiden_size': did you mean 'model.hidden_size'?"),
+        ("phases.2.steps=1", "unknown key 'phases.2.steps': did you mean 'phases.0.steps' or 'phases.1.steps'?"),
+        ("steps=3", "unknown key 'steps': did you mean 'phases.0.steps' or 'phases.1.steps'?"),
+        ("train.steps=3", "did you mean 'phases.0.steps' or 'phases.1.steps'?"),
+        ("hidden_size=64", "unknown key 'hidden_size': did you mean 'model.hidden_size'?"),
+        ("lr=1", "did you mean 'optimizer.lr'?"),
+        ("sed=1", "did you mean 'seed'?"),
+        ("warmup=1", "did you mean 'phases.0.schedule.warmup_steps' or 'phases.1.schedule.warmup_steps'?"),
+        ("betas=1", "did you mean 'optimizer.betas.0' or 'optimizer.betas.1'?"),
+        ("layers_per_stage=1", "did you mean 'phases.0.program.layers_per_stage'?"),
+        ("xyzzy=1", "unknown key 'xyzzy': known: batch_rows, "),
         ("phases.0=1", "'phases.0' is no single value; its parts: name, steps, program, schedule"),
         ("seed.x=1", "unknown key 'seed.x': it has no parts"),
         ("phases.1.program.kind=sub-models", "unknown key 'phases.1.program.kind': it has no parts"),
@@ -150,6 +160,28 @@ def test_a_broken_file_is_refused_with_its_path(tmp_path: Path, text: str, messa
     with pytest.raises(InvalidConfig) as caught:
         load_recipe(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaConfig", "GPT2Config", "T5Config", "ModernBertConfig", "Qwen3MoeConfig", "RobertaConfig"]
+)
+@pytest.mark.parametrize("said", ["all", "class", "keys"])
+def test_a_recipe_of_another_architecture_says_what_is_trained_here(tmp_path: Path, name: str, said: str) -> None:
+    """Whether the config says so by its model_type, its class or, written by hand, by nothing but its keys."""
+    import transformers
+
+    config = json.loads(getattr(transformers, name)().to_json_string())
+    config["architectures"] = [name.replace("Config", "ForCausalLM")]
+    dropped = {"all": (), "class": ("model_type",), "keys": ("model_type", "architectures")}[said]
+    if (name, said) == ("RobertaConfig", "keys"):
+        pytest.skip("such a config could be a BERT's")
+    path = tmp_path / "other.py"
+    given = {key: value for key, value in config.items() if key not in dropped}
+    before, model, after = TINY.partition("model={")[0], "model=", TINY.partition("\n    },\n")[2]
+    path.write_text(f"{before}{model}{given!r},\n{after}")
+    with pytest.raises(InvalidConfig) as caught:
+        load_recipe(path)
+    assert "this trainer trains BERT" in str(caught.value) and "did you mean" not in str(caught.value)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
