@@ -7,6 +7,8 @@ before its last step (a time limit; its checkpoint is written) exits with 75, so
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -46,6 +48,8 @@ def arguments() -> Parser:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override values of the recipe"
     )
+    parser.add_argument("--json", action="store_true", help="print the run's end as one JSON object on standard output")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only (and what --json gives)")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -66,10 +70,16 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, overrides)
         config = ds_config.resolve(ds_config.read(options.ds_config), recipe, found.world)
 
-        from bert2bert.train.loop import train  # torch and DeepSpeed: only once the input is known to be sound
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log is no result
+            from bert2bert.train.loop import train  # torch and DeepSpeed: only once the input is known to be sound
 
-        command = ["launch/pretrain.py", *words]
-        result = train(recipe, config, options.output, options.resume, command=command, recipe_file=options.recipe)
+            command = ["launch/pretrain.py", *words]
+            result = train(
+                recipe, config, options.output, options.resume, command=command, recipe_file=options.recipe,
+                quiet=options.quiet,
+            )  # fmt: skip
+        if options.json and rank == 0:
+            print(json.dumps({k: None if v != v else v for k, v in result.items()}), flush=True)
     except UserError as error:
         if rank > 0:
             # Rank 0 has met the same mistake and said so, or else its launcher would have ended this process by now.

@@ -28,6 +28,7 @@ from bert2bert.model.flops import peak_flops, step_flops
 from bert2bert.recipe import Recipe
 from bert2bert.train import engine as engines
 from bert2bert.train import runfolder
+from bert2bert.train.banner import banner, ending
 from bert2bert.train.evaluate import MASK_SEED, evaluate
 from bert2bert.train.failures import explained
 from bert2bert.train.loading import Resumed
@@ -36,7 +37,7 @@ from bert2bert.train.metrics import MetricsWriter
 from bert2bert.train.position import Progress, start
 from bert2bert.train.programs import draw
 from bert2bert.train.randomness import seed_all
-from bert2bert.train.saving import save, versions
+from bert2bert.train.saving import save, tag_of, versions
 from bert2bert.train.schedules import lr_at, peak_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -49,11 +50,13 @@ def train(
     resume: Path | None = None,
     command: Sequence[str] | None = None,
     recipe_file: Path | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.train.ranks.set_up).
 
     ``resume``: a run folder (``output`` itself: the run goes on), a tag's folder, a grown checkpoint, or a Hugging Face
-    folder. ``command``: what run.json says started it (default sys.argv); ``recipe_file`` is copied into the folder.
+    folder. ``command``: what run.json says started it (default sys.argv); ``recipe_file`` is copied into the folder;
+    ``quiet``: print warnings only.
     Returns {"step", "loss" and "accuracy" (of the last evaluation on held-out text), "flops", "seconds", "tokens",
     "stopped" (the signal's name or None)}. Raises UserError for every mistake of the user.
     """
@@ -73,7 +76,7 @@ def train(
     engine = engines.build(recipe, ds_config, model)
     try:
         with _Signals() as signals:
-            run = _Run(recipe, engine, config, bins, output, signals)
+            run = _Run(recipe, engine, config, bins, output, signals, quiet)
             run.begin(ds_config, resume, continued, command, recipe_file)
             return run.go()
     finally:
@@ -115,9 +118,10 @@ class _Run:
         bins: TokenBins,
         output: Path,
         signals: _Signals,
+        quiet: bool,
     ) -> None:
         self.recipe, self.engine, self.config, self.output, self.signals = recipe, engine, config, output, signals
-        self.bins = bins
+        self.bins, self.quiet = bins, quiet
         data = recipe.data
         self.loader = MaskedLoader(
             bins, "train", data.seq_len, engine.micro_rows, engine.rank, engine.world, recipe.seed, data.mask_share
@@ -133,6 +137,7 @@ class _Run:
         self.spent = start().spent
         self.growth: dict[str, Any] | None = None
         self.saved = -1  # the step of the newest checkpoint
+        self.loss: float | None = None
         self.result: dict[str, float] = {}
 
     def begin(
@@ -154,7 +159,7 @@ class _Run:
             source = {"path": str(resume), "kind": found.kind, "growth": found.growth, "spent": spent}
             self._say(f"resumed from {found.folder} ({found.kind}) at step {self.step} of {recipe.steps}")
             for note in found.notes:
-                self._say(f"  note: {note}")
+                self._warn(f"  note: {note}")
         self.held_entropy = self.bins.meta["splits"]["heldout"].get("unigram_entropy")
         if engine.rank == 0:
             runfolder.describe(
@@ -162,6 +167,7 @@ class _Run:
                 data={**self.digests, "heldout_unigram_entropy": self.held_entropy}, command=command, source=source,
                 continued=continued, step=self.step, bins=self.bins.folder, recipe_file=recipe_file,
             )  # fmt: skip
+        self._say(banner(recipe, engine, self.config, self.bins, self.output, self.step))
         engine.barrier()
 
     def _take(self, found: Resumed) -> None:
@@ -172,6 +178,10 @@ class _Run:
             self.saved = self.step
 
     def _say(self, text: str) -> None:
+        if not self.quiet:
+            self._warn(text)
+
+    def _warn(self, text: str) -> None:
         if self.engine.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
@@ -179,7 +189,8 @@ class _Run:
         """Train to the recipe's end, or to the end of the step in which a signal came."""
         recipe = self.recipe
         stopped = None
-        with MetricsWriter(self.output, self.engine.rank, step=self.step, steps=recipe.steps) as metrics:
+        rank, show = self.engine.rank, not self.quiet
+        with MetricsWriter(self.output, rank, step=self.step, steps=recipe.steps, show=show) as metrics:
             if self.step == 0:
                 self._evaluate(metrics)
             interval = _Interval(self.spent)
@@ -197,13 +208,16 @@ class _Run:
                 if self.step % recipe.checkpoint_every == 0 or last or stopped:
                     self._save()
         if stopped:
-            self._say(
+            self._warn(
                 f"stopped by {stopped} after step {self.step} of {recipe.steps}; checkpoint written. "
                 f"Continue with --resume {self.output}"
             )
         elif self.engine.rank == 0:
             if not self.result:
                 self._say(f"the run in {self.output} is complete: step {self.step} of {recipe.steps}")
+            else:
+                at = self.output / tag_of(self.step)
+                self._say(ending(recipe, self.step, self.spent, self.loss, self.result, at))
             runfolder.finish(self.output)
         spent = {key: self.spent[key] for key in ("flops", "seconds", "tokens")}
         held = {key: self.result.get(key) for key in ("loss", "accuracy")}
@@ -240,7 +254,7 @@ class _Run:
         self.spent["steps"] += 1
         self.spent["seconds"] += time.perf_counter() - began
         self._check_finite(mean, phase.name)
-        self.step += 1
+        self.step, self.loss = self.step + 1, mean
         record = {
             "kind": "train", "step": self.step, "phase": phase.name, "phase_step": phase_step + 1, "loss": mean,
             "lr": lr, "grad_norm": engine.grad_norm, "tokens": self.spent["tokens"], "flops": self.spent["flops"],

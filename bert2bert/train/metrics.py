@@ -1,8 +1,9 @@
 """What a run measured: metrics.jsonl, TensorBoard and a progress bar, all on rank 0; the other ranks write nothing.
 
-metrics.jsonl is the record (one JSON object a line, flushed at once); TensorBoard shows the same numbers. A resumed run
-drops what a killed one had written past the checkpoint, so that no step is ever reported twice. Not-finite numbers are
-written as null, since JSON has none. TensorBoard (and with it torch) is imported only when a writer opens on rank 0.
+metrics.jsonl is the record (one JSON object a line, flushed at once); TensorBoard shows the same numbers. The bar is
+for a terminal; where standard error is a file, each record is a line there. A resumed run drops what a killed one had
+written past the checkpoint, so that no step is ever reported twice. Not-finite numbers are written as null, since JSON
+has none. TensorBoard (and with it torch) is imported only when a writer opens on rank 0.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from tqdm import tqdm
 
 KINDS = ("train", "eval")
 _NOT_PLOTTED = ("kind", "step", "phase", "phase_step")
-_SHOWN = {"loss": "{:.3f}", "accuracy": "{:.3f}", "lr": "{:.1e}", "tokens_per_s": "{:,.0f}"}
+_SHOWN = {"loss": "{:.3f}", "accuracy": "{:.3f}", "lr": "{:.1e}", "grad_norm": "{:.2f}", "tokens_per_s": "{:,.0f}"}
+_ON_BAR = ("loss", "accuracy", "lr", "tokens_per_s")  # there is less room
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -44,10 +47,11 @@ def keep_until(path: Path, step: int) -> None:
 class MetricsWriter:
     """Rank 0's record of a run in ``folder``; on any other rank every call does nothing. Also a context manager.
 
-    ``step``: the optimizer step the run starts from (0, or the resumed checkpoint's); ``steps``: the run's last.
+    ``step``: the optimizer step the run starts from (0, or the resumed checkpoint's); ``steps``: the run's last;
+    ``show``: whether anything is printed.
     """
 
-    def __init__(self, folder: Path, rank: int, *, step: int = 0, steps: int | None = None, bar: bool = True) -> None:
+    def __init__(self, folder: Path, rank: int, *, step: int = 0, steps: int | None = None, show: bool = True) -> None:
         self.active = rank == 0
         if not self.active:
             return
@@ -58,10 +62,11 @@ class MetricsWriter:
         keep_until(path, step)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-        # In a log file, a line now and then; on a terminal, smooth.
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(initial=step, total=steps, unit="step", mininterval=interval, disable=not bar)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(initial=step, total=steps, unit="step", mininterval=0.5, disable=not (show and terminal))
         self._shown: dict[str, str] = {}
+        self._lines = show and not terminal
+        self._steps, self._began = steps, (step, time.monotonic())
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record with "kind" 'train' or 'eval' and the "step" over the whole run; ValueError otherwise."""
@@ -76,10 +81,25 @@ class MetricsWriter:
         for key, value in record.items():
             if key not in _NOT_PLOTTED and isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{key}", value, record["step"])
-        for key, form in _SHOWN.items():
-            if (value := record.get(key)) is not None:
-                self._shown[key if kind == "train" else f"held-out {key}"] = form.format(value)
+        shown = {key: form.format(record[key]) for key, form in _SHOWN.items() if record.get(key) is not None}
+        if self._lines:
+            print(self._line(record, shown), file=sys.stderr, flush=True)
+        held = "" if kind == "train" else "held-out "
+        self._shown |= {held + key: shown[key] for key in _ON_BAR if key in shown}
         self._bar.set_postfix(self._shown, refresh=False)
+
+    def _line(self, record: dict[str, Any], shown: dict[str, str]) -> str:
+        """A record as a line of a log: where the run is, what was measured, and how long the rest will take."""
+        step, steps = record["step"], self._steps
+        where = f"step {step:,}" + (f"/{steps:,}" if steps else "")
+        if record["kind"] == "eval":
+            return f"{where}  held-out " + "  ".join(f"{key} {text}" for key, text in shown.items())
+        words = [where, record.get("phase", ""), *(f"{key.replace('_', ' ')} {text}" for key, text in shown.items())]
+        done, (first, began) = step, self._began
+        if steps and done > first:
+            left = (time.monotonic() - began) / (done - first) * (steps - done)
+            words.append(f"left {tqdm.format_interval(left)}")
+        return "  ".join(word for word in words if word).replace("tokens per s", "tokens/s")
 
     def advance(self, phase: str, steps: int = 1) -> None:
         """Move the progress bar by ``steps`` optimizer steps of the named phase."""

@@ -40,6 +40,11 @@ _TAG = re.compile(r"global_step(\d+)")
 _OF_RANK = re.compile(r"(?:zero_pp_rank|bert2bert_rng_rank)_(\d+)")
 
 
+def tag_of(step: int) -> str:
+    """The tag of the checkpoint after a step."""
+    return f"global_step{step}"
+
+
 def random_file(rank: int) -> str:
     """Name, inside a tag's folder, of a rank's random state."""
     return f"bert2bert_rng_rank_{rank:05d}.pt"
@@ -72,7 +77,7 @@ def save(
     ``model``: the Hugging Face config; ``data``: digests of tokens and tokenizer; ``growth``: the growth that the run
     came from, handed on; ``keep``: tags to keep. Raises UserError when the disk has no room or cannot be written.
     """
-    tag = f"global_step{progress.step}"
+    tag = tag_of(progress.step)
     folder = root / tag
     _on_first(engine, root, lambda: _make_room(engine, root, folder))
     engine.thaw()
