@@ -1,19 +1,19 @@
 """A checkpoint seen as a model: its config, its table, and its tensors by the names that transformers gives them.
 
-A run may have saved a model inside wrappers, so stored names can carry a prefix (``module.``, ``model.``), and a bare
-model lacks the outer name of the full one (``bert.``, ``transformer.``); both are found from one tensor that every
-variant has, and reported. Which heads there are shows in the tensors, or, for a head that is all tied, in the config's
-``architectures`` and the outer name. Old Hugging Face files also hold masks and copies of tied tensors, which are left;
-a head that is no copy makes the model untied.
+Stored names may be those of wrappers, of older versions, or of the base model alone: `names` finds that from one tensor
+that every variant has. Which heads there are shows in the tensors, or, for a head that is all tied, in the config's
+``architectures`` and the outer name. What no current model has (masks, positions, and what the model's class ignores on
+loading) is left, and reported; of copies of tied tensors one counts; a head that is no copy makes the model untied.
 
 Refuses (`InvalidCheckpoint`) a config that does not describe the stored tensors, naming the first tensor and axis that
-disagree, and a checkpoint with tensors that the architecture's table does not know.
+disagree, and a checkpoint with tensors that the architecture's table does not know: integer ones, adapters that are not
+merged, and other heads among them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,56 +21,77 @@ from typing import TYPE_CHECKING, Any
 
 from bert2bert import axes
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
+from bert2bert.names import Naming, is_obsolete, read_names
 from bert2bert.shards.layout import row_blocks
-from bert2bert.tables import Parameter, Table, table_for
+from bert2bert.tables import TABLES, Parameter, Table, table_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bert2bert.shards.source import Source, TensorMeta
 
-_BUFFERS = ("*.attn.bias", "*.attn.masked_bias", "*rotary_emb.inv_freq")
-"""What older versions of transformers stored beside the parameters: causal masks, rotary frequencies."""
-
 
 @dataclass(frozen=True, eq=False)
 class CheckpointModel:
-    """A source opened as a model. ``parameters``: by canonical name; ``prefix``: what stored names carry in front;
-    ``bare``: whether they lack the table's outer name."""
+    """A source opened as a model. ``parameters``: by canonical name; ``naming``: what they are called in the files;
+    ``left``: stored tensors and buffers that are not of the model, each an old one's or ignored by its class."""
 
     source: Source
     config: dict[str, Any]
     table: Table
     heads: frozenset[str]
     parameters: dict[str, Parameter]
-    prefix: str
-    bare: bool
+    naming: Naming
+    left: tuple[str, ...] = ()
 
     def stored(self, name: str) -> str:
         """The name under which the checkpoint has a canonical tensor (the same rule names a grown checkpoint's)."""
-        if self.bare:
-            name = name.removeprefix(self.table.outer)
-        return self.prefix + name
+        return self.naming.stored(name)
+
+    def aliases(self) -> dict[str, str]:
+        """Absent tied name -> kept name, both canonical."""
+        return self.table.aliases(self.config, self.heads)
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of dim 0 of a canonical tensor's state."""
         return self.source.read(self.stored(name), state, start, stop)
 
 
+def class_name(table: Table, config: Mapping[str, Any], name: str) -> str:
+    """A canonical tensor's name in the class that a config names: transformers' base models lack the outer name."""
+    cls = str((config.get("architectures") or [""])[0])
+    return name.removeprefix(table.outer) if cls.endswith("Model") and not cls.endswith("LMHeadModel") else name
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A Hugging Face config: a JSON file, or a folder that holds config.json. Raises InvalidConfig."""
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidConfig(
             f"{file}: no such file; give a Hugging Face config file or a folder with config.json"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InvalidConfig(f"{file}: not a readable JSON config ({error})") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise InvalidConfig(f"{file}: a Hugging Face config is an object with 'model_type'; this one has none")
+    except (OSError, ValueError, RecursionError) as error:
+        from bert2bert.shards.source import not_text
+
+        raise InvalidConfig(f"{file}: not a readable JSON config{not_text(file, error)}") from None
+    if not isinstance(config, dict):
+        raise InvalidConfig(f"{file}: holds a JSON {type(config).__name__}; a Hugging Face config is an object")
+    _check_type(config, str(file))
     return config
+
+
+def _check_type(config: Mapping[str, Any], where: str, names: Collection[str] = ()) -> None:
+    """Refuse a config without model_type (InvalidConfig). names: of the checkpoint's tensors, which may tell it."""
+    if isinstance(config.get("model_type"), str):
+        return
+    like = [t.model_type for t in TABLES.values() if any(("." + n).endswith("." + t.outer + t.anchor) for n in names)]
+    guess = f"; its tensors are named as those of {' or '.join(like)}" if like else f"; known: {', '.join(TABLES)}"
+    raise InvalidConfig(
+        f"{where}: the config has no 'model_type', which says what architecture it describes (configs of before 2020 "
+        f'lack it){guess}.\nAdd a line such as "model_type": "{(like or ["bert"])[0]}" to it.'
+    )
 
 
 def open_model(path: Path, source_config: Path | None = None, tag: str | None = None) -> CheckpointModel:
@@ -84,6 +105,7 @@ def open_model(path: Path, source_config: Path | None = None, tag: str | None = 
             f"{path}: the checkpoint does not say which model it holds (no bert2bert.json, no config.json).\n"
             f"Give the model's Hugging Face config with --source-config FILE."
         )
+    _check_type(config, f"{source_config or path}", source.tensors)
     try:
         if source.config and source_config:
             _check_own(source, config, source_config)
@@ -122,34 +144,40 @@ def _check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:
 
 
 def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
-    """Find the name prefix and the heads of a checkpoint, and check every shape against the config."""
+    """Find the names and the heads of a checkpoint, and check every shape against the config."""
     table = table_for(config)
-    prefix, bare = _prefix(source, table)
-    stored = {name.removeprefix(prefix): meta for name, meta in source.tensors.items() if name.startswith(prefix)}
     heads = frozenset.union(*table.classes.values())
     full = table.parameters(config, heads).keys() | table.aliases(config, heads).keys()
-    canonical = {(name if name in full else table.outer + name if bare else name): m for name, m in stored.items()}
-    heads = _heads(table, config, canonical, bare)
+    naming, strange = read_names(source.tensors, table.anchor, table.outer, full, str(source.path))
+    canonical = {name: source.tensors[stored] for name, stored in naming.known.items()}
+    left = {name for name in canonical if name not in full and is_obsolete(name)} | _ignored(table, config, canonical)
+    canonical = {name: meta for name, meta in canonical.items() if name not in left}
+    heads = _heads(table, config, canonical, bool(naming.lacks))
     parameters = table.parameters(config, heads)
     for name, parameter in parameters.items():
         if name not in canonical:
             said = {table.key(axis): config.get(table.key(axis)) for axis in table.depth}
             said["tie_word_embeddings"] = table.tied(config)
             raise InvalidCheckpoint(
-                f"{source.path}: tensor {prefix}{name} is missing, which the config asks for "
-                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\nIs this the config of this checkpoint?"
+                f"{source.path}: tensor {naming.stored(name)} is missing, which the config asks for "
+                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\n"
+                f"{_adapters(source) or 'Is this the config of this checkpoint?'}"
             )
         if canonical[name].shape != parameter.shape:
             raise InvalidCheckpoint(_shape_error(source, table, config, parameter, canonical[name].shape))
     copies = {a: k for a, k in table.aliases(config, heads).items() if a in canonical and k in parameters}
-    known = parameters.keys() | copies.keys() | {n for n in canonical if any(fnmatchcase(n, b) for b in _BUFFERS)}
-    strange = [canonical[n].name for n in canonical if n not in known]
-    strange += [n for n in source.tensors if not n.startswith(prefix)]
+    strange += [meta.name for name, meta in canonical.items() if name not in parameters and name not in copies]
+    if source.form == "hub":  # in a run's files, buffers are said to be buffers
+        strange += [name for name in source.buffers if not is_obsolete(name)]
     if strange:
         raise InvalidCheckpoint(
             f"{source.path}: {len(strange)} tensors are not part of a {table.model_type} of this config, first "
-            f"{strange[0]}.\nKnown heads: {', '.join(table.classes)}. Remove other heads before growing, or check the "
-            f"config's number of layers and tie_word_embeddings."
+            f"{strange[0]}.\n"
+            + (
+                _adapters(source)
+                or f"Known heads: {', '.join(table.classes)}. Remove other heads before growing, or check the config's "
+                "number of layers and tie_word_embeddings."
+            )
         )
     for absent, kept in copies.items():
         if not _same(source, canonical[absent], canonical[kept]):
@@ -159,7 +187,26 @@ def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
                 f"{source.path}: {canonical[absent].name} differs from {canonical[kept].name}, of which it should be a "
                 f"copy.\nIs this the config of this checkpoint, and are all files of one save?"
             )
-    return CheckpointModel(source, dict(config), table, heads, parameters, prefix, bare)
+    gone = [naming.known[name] for name in naming.known if name in left]
+    gone += [name for name in source.buffers if source.form == "hub"]
+    return CheckpointModel(source, dict(config), table, heads, parameters, naming, tuple(gone))
+
+
+def _ignored(table: Table, config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """Tensors that transformers leaves unread without a word: of any class, or of that which the config names."""
+    classes = ["", *(config.get("architectures") or ())[:1]]
+    patterns = [pattern for name in classes for pattern in table.ignores.get(name, ())]
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _adapters(source: Source) -> str:
+    """What to do with a checkpoint of an adapter on top of its base model; '' if this is none."""
+    if any("lora_" in name or ".base_layer." in name or ".modules_to_save." in name for name in source.tensors):
+        return (
+            "Its names are those of a PEFT model whose adapter is not merged: call merge_and_unload() and "
+            "save_pretrained(), then grow what that wrote."
+        )
+    return ""
 
 
 def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare: bool) -> frozenset[str]:
@@ -183,19 +230,6 @@ def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:
         source.read(copy.name, "fp32", *rows).equal(source.read(kept.name, "fp32", *rows))
         for rows in row_blocks(kept.shape)
     )
-
-
-def _prefix(source: Source, table: Table) -> tuple[str, bool]:
-    found = [name for name in source.tensors if ("." + name).endswith("." + table.anchor)]
-    if len(found) != 1:
-        some = ", ".join(list(source.tensors)[:3])
-        raise InvalidCheckpoint(
-            f"{source.path}: {len(found)} tensors are named …{table.anchor}, one is expected of a {table.model_type}; "
-            f"the checkpoint's first names are {some}.\nIs it a {table.model_type}, and is the config its own?"
-        )
-    before = found[0].removesuffix(table.anchor)
-    bare = not ("." + before).endswith("." + table.outer)
-    return (before if bare else before.removesuffix(table.outer)), bare
 
 
 def _shape_error(

@@ -12,11 +12,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bert2bert.checkpoint_model import class_name
 from bert2bert.errors import LossyGrowth, UnsupportedGrowth
 from bert2bert.expert_targets import notes, with_experts
 from bert2bert.planning import Growth, describe, exactness, open_growth, summary
 from bert2bert.tables import table_for
-from bert2bert.targets import check_form, known_layout, make_spec, progress, versions
+from bert2bert.targets import check_form, known_layout, left, make_spec, progress, rounding, versions, widest
 
 if TYPE_CHECKING:
     from bert2bert.shards.source import Source
@@ -35,21 +36,20 @@ def accept(growth: Growth, lossy: bool) -> None:
 
 
 def target_names(growth: Growth, form: str) -> dict[str, str]:
-    """Canonical name -> the target's name of every tensor and tied copy: the training script's own, as in the source;
-    in a Hugging Face folder those of transformers, whose base models lack the outer name."""
+    """Canonical name -> the target's name of every tensor and tied copy: in a Hugging Face folder, and from one whose
+    names have no prefix, those of transformers; else the training script's own, as in the source."""
     model, plan = growth.model, growth.plan
-    names = [*plan.tensors, *plan.aliases]
-    if form != "hub":
-        return {name: model.stored(name) for name in names}
-    cls = (plan.config.get("architectures") or [""])[0]
-    base = cls.endswith("Model") and not cls.endswith("LMHeadModel")
-    return {name: name.removeprefix(model.table.outer) if base else name for name in names}
+    plain = form == "hub" or (model.source.form == "hub" and not model.naming.prefix)
+    return {
+        name: class_name(model.table, plan.config, name) if plain else model.stored(name)
+        for name in (*plan.tensors, *plan.aliases)
+    }
 
 
 def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str | None) -> TargetSpec:
     """Everything about the checkpoint to write but its values. layout: optimizer groups, None = as the source has."""
     model, plan = growth.model, growth.plan
-    source, named = model.source, target_names(growth, form)
+    source, named, made = model.source, target_names(growth, form), origins(growth)
     grown = table_for(plan.config).parameters(plan.config, model.heads)
     return make_spec(
         source,
@@ -64,7 +64,17 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
         form=form,
         layout=layout,
         precision=precision or _precision(source, form),
+        dtypes={named[n]: widest(d) for n, d in made.items() if d} if source.form == "hub" and not precision else {},
     )
+
+
+def origins(growth: Growth) -> dict[str, list[str]]:
+    """Canonical name -> the dtypes, by torch's names, of the stored tensors that a target tensor is made of."""
+    models = [m for m in (growth.other, growth.model) if m is not None]
+    return {
+        name: [models[leaf].source.meta(models[leaf].stored(source)).dtype for leaf, source in growth.plan.roots(name)]
+        for name in growth.plan.tensors
+    }
 
 
 def _as_in(source: Source, names: list[str], form: str) -> list[str]:
@@ -89,7 +99,7 @@ def _as_in(source: Source, names: list[str], form: str) -> list[str]:
 
 
 def _precision(source: Any, form: str) -> str:
-    """A run goes on in its own precision; a hub folder made from fp32 masters keeps them whole."""
+    """A run goes on in its own precision; a hub folder made from its fp32 masters keeps them whole."""
     return "fp32" if form == "hub" and source.form != "hub" else source.precision
 
 
@@ -141,10 +151,13 @@ def grow(
         return growth, spec, watch
 
     growth, spec, watch = together(comm, prepare)
+    model, plan, named = growth.model, growth.plan, target_names(growth, form)
+    told = [*rounding(spec, form, {named[n]: dtypes for n, dtypes in origins(growth).items()}), *notes(spec)]
+    if form == "hub" and model.source.form == "hub":
+        told += left(model.source, spec)
     if first:
-        say("\n".join([summary(growth, describe(growth)), *(f"note     {text}" for text in notes(spec))]))
-    model, plan = growth.model, growth.plan
-    canonical = {stored: n for n, stored in target_names(growth, form).items()}
+        say("\n".join([summary(growth, describe(growth)), *(f"note     {text}" for text in told)]))
+    canonical = {stored: n for n, stored in named.items()}
     grown = values(plan, growth.reads)
 
     def read(name: str, state: str, start: int, stop: int) -> Any:
@@ -161,7 +174,7 @@ def grow(
         "source_config": model.config,
         "source_spent": _spent(model.source.manifest),
         "tokenizer_digest": _tokenizer_digest(model.source.manifest),
-        "prefix": model.prefix,
+        "prefix": model.naming.prefix,
         "exactness": exactness(plan),
         "warnings": list(plan.warnings),
         "drift": measured.as_dict() if measured else None,

@@ -121,7 +121,8 @@ def describe(growth: Growth) -> dict[str, Any]:
     per_token = [flops_per_token(c, model.heads) for c in (model.config, plan.config)] if "mlm" in model.heads else None
     return {
         "source": model.source.identity(),
-        "prefix": model.prefix,
+        "prefix": model.naming.prefix,
+        "left": list(model.left),
         "operators": plan.recipe,
         "digest": plan.digest(),
         "exactness": exactness(plan),
@@ -182,7 +183,7 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
         f"source   {model.source.path} ({model.source.form}"
         + (f", stage {model.source.stage}, world size {model.source.world_size}" if model.source.stage else "")
         + (f", step {step}" if step is not None else "")
-        + (f", name prefix {model.prefix!r}" if model.prefix else "")
+        + (f", name prefix {prefix!r}" if (prefix := model.naming.prefix) else "")
         + ")",
         *mixed,
         "operator " + ", ".join(f"{_SAID[k]} {recipe[k]}" for k in _SAID if recipe.get(k) is not None),
@@ -191,6 +192,7 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
         f"size     {d['parameters'][0]:,} -> {d['parameters'][1]:,} parameters, "
         f"{d['bytes_read'] / 1e9:.3g} GB read, {d['bytes_written'] / 1e9:.3g} GB written "
         f"({', '.join(model.source.states)})",
+        *(f"note     {text}" for text in said(model)),
     ]
     if d["forwardflops_per_token"]:
         small, large = d["forwardflops_per_token"]
@@ -202,6 +204,21 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
     if len(model.source.states) > 1:
         lines += [f"note     {text}" for text in d["notes"]] + _first_step(growth)
     return "\n".join(lines)
+
+
+def said(model: CheckpointModel) -> list[str]:
+    """What was found in the source's files that is not simply read, in sentences."""
+    told = list(model.source.notes)
+    if renamed := model.naming.renamed:
+        new, old = next(iter(renamed.items()))
+        if model.source.form == "hub":
+            told.append(
+                f"{len(renamed)} tensors have other names in the files than in transformers (first {old}: {new})"
+            )
+    if model.left:
+        some = ", ".join(model.left[:3]) + (f" and {len(model.left) - 3} more" if len(model.left) > 3 else "")
+        told.append(f"left out, for no current {model.table.model_type} has them: {some}")
+    return told
 
 
 def _first_step(growth: Growth) -> list[str]:

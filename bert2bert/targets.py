@@ -6,7 +6,7 @@ are not known, where the format keeps them, and groups that join differently tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -64,15 +64,19 @@ def make_spec(
     form: str,
     layout: str | None,
     precision: str,
+    dtypes: Mapping[str, str] | None = None,
 ) -> TargetSpec:
     """Everything about the checkpoint to write but its values. Names are those of the files, source's and target's.
 
     members: what decides a tensor's group; known: the source's `known_layout`; made_of: the source's tensors of which
     each target tensor is made; it goes on with the first's group and step; reset: tensors whose moments start anew;
     order: puts the names of the groups that the source has into the order that they are to have; layout: optimizer
-    groups (`groups.LAYOUTS`, "source"), None: as the source's are known to be.
+    groups (`groups.LAYOUTS`, "source"), None: as the source's are known to be;
+    dtypes: of tensors in a Hugging Face folder, by torch's name, where they are not of ``precision``.
     """
-    from bert2bert.shards.hub_writer import beside
+    import torch
+
+    from bert2bert.shards.beside import grown_beside
     from bert2bert.shards.moments import ADAM
     from bert2bert.shards.writing import TargetGroup, TargetSpec
 
@@ -162,11 +166,40 @@ def make_spec(
             k: v for k, v in source.client_state.items() if k not in ("bert2bert", "universal_checkpoint_info")
         },
         buffers=source.buffers,
-        extra_files=beside(config, source.folder, source.path) if form == "hub" else {},
+        extra_files=grown_beside(config, source.folder, source.path) if form == "hub" else {},
         frozen=tuple(frozen),
         fused=source.fused,
         clip_grad=source.clip_grad,
+        dtypes={name: getattr(torch, dtype) for name, dtype in (dtypes or {}).items() if form == "hub"},
     )
+
+
+def widest(dtypes: Iterable[str]) -> str:
+    """The dtype, by torch's name, that holds every number of these unchanged; float32 is the widest that is written."""
+    found = set(dtypes)
+    return found.pop() if found in ({"float16"}, {"bfloat16"}) else "float32"
+
+
+def rounding(spec: TargetSpec, form: str, dtypes: Mapping[str, Iterable[str]]) -> list[str]:
+    """What is stored in a narrower dtype than it has in the source, in a sentence. dtypes: of what a tensor is made."""
+    narrower: dict[str, list[str]] = {}
+    for name, origins in dtypes.items():
+        low = spec.stored_dtype(name) if form == "hub" else spec.dtype  # of a run, only what is frozen has no more
+        stored = str(low).removeprefix("torch.") if form == "hub" or name in spec.frozen else "float32"
+        if any(origin not in (stored, "float16", "bfloat16") or (origin != stored != "float32") for origin in origins):
+            narrower.setdefault(stored, []).append(name)
+    return [
+        f"rounded to {stored}: {len(names)} tensors that are wider in the source, first {names[0]}"
+        for stored, names in narrower.items()
+    ]
+
+
+def left(source: Source, spec: TargetSpec) -> list[str]:
+    """What lies beside the weights of a Hugging Face folder and is not carried into another, in a sentence."""
+    from bert2bert.shards.beside import left_beside
+
+    found = left_beside(source.folder, spec.extra_files, source.files)
+    return [f"left behind in {source.folder}: {', '.join(found)}"] if found else []
 
 
 def known_layout(source: Source, members: Mapping[str, Member]) -> str | None:

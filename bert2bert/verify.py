@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bert2bert import reshard
+from bert2bert import reshard_check
 from bert2bert.checkpoint_model import CheckpointModel, open_model
 from bert2bert.drift import Drift, compare, gradient_error, size, streams, whole
 from bert2bert.errors import InvalidConfig
@@ -107,10 +107,10 @@ def _anew(source: Path, written: Path, tag: str | None, written_tag: str | None)
     if not (target.manifest or {}).get("reshard"):
         return None
     whole_source = open_source(source, tag)
-    if not reshard.is_reshard(whole_source, target):
+    if not reshard_check.is_reshard(whole_source, target):
         return None
     checks: list[dict[str, Any]] = []
-    reshard.compare(whole_source, target, lambda name, ok, detail: checks.append(_entry(name, ok, detail)))
+    reshard_check.compare(whole_source, target, lambda name, ok, detail: checks.append(_entry(name, ok, detail)))
     return {"ok": all(c["ok"] for c in checks), "checks": checks, "drift": None}
 
 

@@ -214,7 +214,7 @@ def test_wrapped_names_are_found_and_kept(folder: Path, tmp_path: Path) -> None:
         state = {n: p.detach().clone() for n, p in model.named_parameters() if not strip or n.startswith("bert.")}
         save_file({prefix + n.removeprefix(strip): t for n, t in state.items()}, source / "model.safetensors")
         opened = open_model(source, folder / "small.json")
-        assert opened.prefix == prefix and opened.bare == bool(strip)
+        assert opened.naming.prefix == prefix and bool(opened.naming.lacks) == bool(strip)
         lines: list[str] = []
         grow(source, source / "grown", **{**options(folder), "say": lines.append})
         assert not prefix or any(repr(prefix) in line for line in lines)

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from bert2bert.checkpoint_model import open_model
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.growth import grow
-from bert2bert.shards.hub_writer import BESIDE, file_bytes
+from bert2bert.shards.beside import TOKENIZER
+from bert2bert.shards.hub_writer import file_bytes
 from bert2bert.verify import render, verify
 from tests import tiny
 from tests.test_verify_families import GROWN, save, silent, target
+
+FILES = [name.replace("*", "x") for name in TOKENIZER]
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def test_base_models_have_no_outer_name(cls: str, name: str, tmp_path: Path, wor
     tiny.scramble(model)
     model.save_pretrained(tmp_path / "small")
     opened = open_model(tmp_path / "small")
-    assert opened.bare and opened.table.classes[cls] == opened.heads
+    assert opened.naming.lacks and opened.table.classes[cls] == opened.heads
     goal = target(tmp_path / "big.json", name)
     grow(tmp_path / "small", tmp_path / "big", goal, form="hub", say=silent)
     words.clear()
@@ -99,7 +102,7 @@ def test_a_tied_head_is_told_by_the_class_or_the_outer_name(tmp_path: Path) -> N
     short |= {"h.0.attn.bias": torch.ones(1, 1, 10, 10), "lm_head.weight": short["wte.weight"].clone()}
     save_file(short, old / "model.safetensors")
     (old / "config.json").write_text(json.dumps(config))
-    assert open_model(old).heads == {"mlm"} and open_model(old).bare
+    assert open_model(old).heads == {"mlm"} and open_model(old).naming.lacks
     (old / "config.json").write_text(json.dumps(config | {"architectures": None}))
     assert open_model(old).heads == {"mlm"}  # by the copy
     save_file({n: t for n, t in short.items() if n != "lm_head.weight"}, old / "model.safetensors")
@@ -145,11 +148,12 @@ def test_an_untied_t5(tmp_path: Path, words: list[str]) -> None:
 
 def test_what_lies_beside_the_weights_is_kept(tmp_path: Path) -> None:
     save(tmp_path / "small", "llama", torch.bfloat16)
-    for name in BESIDE:
+    (tmp_path / "small" / "additional_chat_templates").mkdir()
+    for name in FILES:
         (tmp_path / "small" / name).write_bytes(f"{name} of the source\n".encode())
     goal = target(tmp_path / "big.json", "llama")
     grow(tmp_path / "small", tmp_path / "big", goal, form="hub", measure=False, say=silent)
-    for name in (*BESIDE, "generation_config.json"):
+    for name in (*FILES, "generation_config.json"):
         assert (tmp_path / "big" / name).read_bytes() == (tmp_path / "small" / name).read_bytes()
     config = json.loads((tmp_path / "big" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "torch_dtype" not in config

@@ -59,9 +59,10 @@ def replace(path: Path, text: str, scratch: Path | None = None) -> None:
     fsync_folder(path.parent)
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str, links: bool = False) -> Path:
     """The file that a description lying in ``folder`` calls ``name``. InvalidCheckpoint for a name that is absolute,
     climbs up, or is a link to somewhere else (the blobs of a Hugging Face cache, where every file is a link, are not).
+    links: whether a link may lead anywhere, as where a user has put large files on another disk and only reads them.
     """
     pure = PurePosixPath(name)
     path = folder / name
@@ -72,10 +73,11 @@ def inside(folder: Path, name: str) -> Path:
         )
     within = accumulate((str(folder), *pure.parts), os.path.join)
     next(within)
-    if not any(map(os.path.islink, within)):
+    if links or not any(map(os.path.islink, within)):
         return path
     home = folder.resolve()
-    homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    blobs = [(above.parent / "blobs").resolve() for above in home.parents if above.name == "snapshots"]
+    homes = (home, *blobs)
     try:
         led = path.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13

@@ -1,89 +1,78 @@
 """Read Hugging Face folders: ``config.json`` and safetensors, in one file or several with an index.
 
-Weights only, in the dtype stored. Integer tensors (old checkpoints keep ``position_ids``) are buffers, not parameters.
-Refuses, as InvalidCheckpoint: pickled weights (``pytorch_model.bin``), missing, truncated and foreign files, an index
-that does not describe its files.
+Weights only, each in the dtype stored. Integer tensors (old checkpoints keep ``position_ids``) are buffers, not
+parameters. Refuses, as InvalidCheckpoint: missing, truncated and foreign files, tensors without elements, and what
+`hub_files` refuses.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import experts
-from bert2bert.shards.disk import inside
+from bert2bert.shards.hub_files import INDEX, open_file, refuse_empty, refuse_quantised, weight_files
 from bert2bert.shards.source import Source, TensorMeta, read_json
 
-INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PRECISION = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 class HubSource(Source):
-    """A Hugging Face folder."""
+    """A Hugging Face folder. ``precision``: that in which most of the weights are stored."""
 
     form = "hub"
 
     def __init__(self, path: Path, folder: Path, manifest: dict[str, Any] | None) -> None:
         super().__init__(path, folder, manifest)
-        index = read_json(folder / INDEX).get("weight_map") if (folder / INDEX).is_file() else None
-        files = self._files(index)
-        self._handles = {file: self._open(folder / file) for file in files}
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+        files, index, self.notes = weight_files(folder, config)
+        self._handles = {file: open_file(folder / file) for file in files}
         self._file_of: dict[str, str] = {}
         self._names: dict[str, experts.Parts] = {}  # where a tensor has another name in the files, or several
+        stored: dict[str, str] = {}
         for file, handle in self._handles.items():
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                self._add(name, file, handle)
-        for name, file in (index or {}).items():
-            if name not in self._handles[file].keys():  # noqa: SIM118
+                stored[name] = self._add(name, file, handle)
+        for name, file in index.items():
+            if self._file_of.get(name) != file:
                 raise InvalidCheckpoint(f"{folder / INDEX}: says that {file} holds '{name}', which it does not")
+        refuse_quantised(folder, config, stored)
+        refuse_empty(folder, [name for name, meta in self.tensors.items() if meta.shape == (0,)], len(self.tensors))
+        for name in (manifest or {}).get("buffers", ()):  # the files do not tell
+            if name in self.tensors:
+                del self.tensors[name]
+                self.buffers[name] = self._stored(name)
         self._fuse()
         if not self.tensors:
             raise InvalidCheckpoint(f"{folder}: its safetensors hold no floating-point tensor")
-        self.precision = _PRECISION.get(next(iter(self.tensors.values())).dtype, "fp32")
-        self.files = [folder / name for name in [*files, INDEX, "config.json"] if (folder / name).is_file()]
+        self.precision = self._main_precision()
+        self.files = [folder / name for name in (*files, *([INDEX] if index else []), "config.json")]
+        self.files = [file for file in self.files if file.is_file()]
 
-    def _files(self, index: Any) -> list[str]:
-        if index is not None:
-            if not isinstance(index, dict) or not index:
-                raise InvalidCheckpoint(f"{self.folder / INDEX}: has no 'weight_map' of names to files")
-            return [name for name in sorted({str(file) for file in index.values()}) if inside(self.folder, name)]
-        found = sorted(p.name for p in self.folder.glob("*.safetensors"))
-        if not found:
-            raise InvalidCheckpoint(
-                f"{self.folder}: its weights are pickled (pytorch_model.bin). Convert them to safetensors: "
-                "AutoModel.from_pretrained(...).save_pretrained(...), with the class that fits."
-            )
-        if "model.safetensors" in found:
-            return ["model.safetensors"]
-        if len(found) > 1:
-            raise InvalidCheckpoint(f"{self.folder}: {len(found)} safetensors files without {INDEX}. Copy it too.")
-        return found
+    def _main_precision(self) -> str:
+        elements: Counter[str] = Counter()
+        for meta in self.tensors.values():
+            elements[_PRECISION.get(meta.dtype, "fp32")] += meta.numel
+        return elements.most_common(1)[0][0]
 
-    def _open(self, path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt", device="cpu").__enter__()
-        except FileNotFoundError:
-            raise InvalidCheckpoint(f"{path}: no such file, though {INDEX} names it. Copy all shards.") from None
-        except (SafetensorError, OSError) as error:
-            raise InvalidCheckpoint(
-                f"{path}: not readable as safetensors ({error}): truncated or another format. Copy it again."
-            ) from None
-
-    def _add(self, name: str, file: str, handle: Any) -> None:
+    def _add(self, name: str, file: str, handle: Any) -> str:
+        """Enter a tensor; its dtype in the file's words."""
         if name in self._file_of:
             raise InvalidCheckpoint(f"{self.folder}: '{name}' is in both {self._file_of[name]} and {file}")
         self._file_of[name] = file
         stored = handle.get_slice(name)
-        if dtype := _DTYPES.get(stored.get_dtype()):
+        kind = str(stored.get_dtype())
+        if dtype := _DTYPES.get(kind):
             self.tensors[name] = TensorMeta(name, tuple(stored.get_shape()), dtype, None, True)
-        else:
+        elif kind.startswith(("I", "U", "B", "C")):  # integers, bool, complex
             self.buffers[name] = handle.get_tensor(name)
+        return kind
 
     def _fuse(self) -> None:
         """Give experts, stored one by one, the names and shapes of transformers' models."""

@@ -1,9 +1,11 @@
 """Hugging Face folders: `config.json`, safetensors (split with an index above a size), and what lies beside them.
 
-Weights only: transformers makes a model's buffers anew. A safetensors file is a length, a JSON header and the
-tensors' bytes; the header is known from the shapes, so the tensors are streamed after it and never held. Tied tensors
-are stored once under the kept name, as `save_pretrained` does. `spec.precision` is the dtype of the file; digests are
-of the elements as stored.
+A safetensors file is a length, a JSON header and the tensors' bytes; the header is known from the shapes, so the
+tensors are streamed after it and never held. Tied tensors are stored once under the kept name, as `save_pretrained`
+does. A tensor has its own dtype by ``spec.dtypes``, else that of ``spec.precision``; digests are of the elements as
+stored. Buffers are stored as they are.
+
+Refuses (UnsupportedGrowth) buffers of a dtype that safetensors lacks.
 """
 
 from __future__ import annotations
@@ -12,30 +14,26 @@ import importlib.metadata
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bert2bert.errors import InvalidConfig
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.shards import experts
+from bert2bert.shards.beside import json_bytes
 from bert2bert.shards.frames import Blank, stream
 from bert2bert.shards.sink import Sink
 from bert2bert.shards.writing import FilePlan, Job, TargetSpec, flat_values, write_bytes
 
 MAX_FILE_BYTES = 5 * 10**9
-BESIDE = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "chat_template.json",
-)  # fmt: skip
-"""Files of a tokenizer, which a grown model keeps."""
-_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32",
+    torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
+}  # fmt: skip
 
 
 def hub_files(job: Job, max_file_bytes: int = MAX_FILE_BYTES) -> list[FilePlan]:
@@ -82,23 +80,6 @@ def _dtype_key() -> str:
     return "dtype" if tuple(int(number) for number in release) >= (4, 56) else "torch_dtype"
 
 
-def beside(config: Mapping[str, Any], *folders: Path) -> dict[str, bytes]:
-    """What a Hugging Face folder of a grown model holds beside its weights and config: the tokenizer's files and the
-    generation config of the source, which lie in ``folders`` (an earlier one counts more). A model that generates and
-    whose source has no generation config gets one of the config's special tokens."""
-    generates = any(str(name).endswith(_GENERATES) for name in config.get("architectures") or ())
-    generation = "generation_config.json"
-    found = {
-        name: next(folder / name for folder in folders if (folder / name).is_file()).read_bytes()
-        for name in (*BESIDE, *((generation,) if generates else ()))
-        if any((folder / name).is_file() for folder in folders)
-    }
-    known = {key: config[key] for key in _GENERATION if config.get(key) is not None}
-    if generates and known and generation not in found:
-        found[generation] = json_bytes({"_from_model_config": True, **known})
-    return found
-
-
 def file_bytes(text: str) -> int:
     """A size such as 5GB, 200MB or 1000000 in bytes. Raises InvalidConfig."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", text.strip().upper())
@@ -108,17 +89,19 @@ def file_bytes(text: str) -> int:
     return size
 
 
-def json_bytes(tree: Any) -> bytes:
-    """JSON as this project stores it."""
-    return (json.dumps(tree, indent=2) + "\n").encode()
-
-
 def _blanks(job: Job) -> dict[str, Blank]:
     spec, found = job.spec, {}
     for name, shape in spec.shapes.items():
         for stored, (part, start) in experts.stored(name, shape, spec.config).items():
             values = partial(_values, job, name, start, start + math.prod(part))
-            found[stored] = Blank(part, spec.dtype, values)
+            found[stored] = Blank(part, spec.stored_dtype(name), values)
+    for name, buffer in spec.buffers.items():
+        if buffer.dtype not in _NAMES or buffer.layout != torch.strided:
+            raise UnsupportedGrowth(
+                f"the buffer {name} is {buffer.layout} {buffer.dtype}, which a safetensors file cannot hold. Leave it "
+                "out of the checkpoint, or choose another format."
+            )
+        found[name] = Blank(tuple(buffer.shape), buffer.dtype, partial(tuple, [buffer]))
     return found
 
 
@@ -140,7 +123,7 @@ def _weights(job: Job, blanks: dict[str, Blank], file: Sink) -> int:
 def _values(job: Job, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
     """Elements [start, stop) of a model's tensor, as stored."""
     for piece in flat_values(job.values, job.spec, name, "fp32", start, stop):
-        stored = piece.to(job.spec.dtype)
+        stored = piece.to(job.spec.stored_dtype(name))
         job.tally.digest(name, "fp32", stored, start)
         start += piece.numel()
         yield stored

@@ -10,6 +10,7 @@ unfinished output, and whatever the format's own reader refuses.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST, listed
 from bert2bert.shards.disk import inside
 from bert2bert.shards.expert_parallel import ExpertParallel
 from bert2bert.shards.manifest import check as check_manifest
+from bert2bert.shards.sniff import describe, sniff
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _MALFORMED = (
@@ -61,7 +63,8 @@ class Source:
     "names"; ``moments``: for each group, state -> its name in the files (Adam's are `moments.ADAM`; a state that is
     not there reads as zeros); ``fused``: trained with DeepSpeed's FusedAdam; ``clip_grad``: the run's gradient
     clipping, None where it is not known; ``expert_parallel``: of a run whose experts are split over ranks;
-    ``unread``: names the model has whose values the checkpoint does not hold.
+    ``unread``: names the model has whose values the checkpoint does not hold; ``notes``: what else a user should know
+    of how it was read, in sentences.
     """
 
     form: str = ""
@@ -88,6 +91,7 @@ class Source:
         self.client_state: dict[str, Any] = {}
         self.buffers: dict[str, torch.Tensor] = {}
         self.unread: tuple[str, ...] = ()
+        self.notes: list[str] = []
         self.files: list[Path] = []  # all files that make up the checkpoint, for `identity` and `inspect`
         self._steps: dict[str, int] = {}
 
@@ -162,10 +166,18 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{path}: not readable as JSON ({error})") from None
+        raise InvalidCheckpoint(f"{path}: not readable as JSON{not_text(path, error)}") from None
     if not isinstance(found, dict):
         raise InvalidCheckpoint(f"{path}: holds a JSON {type(found).__name__}, expected an object")
     return found
+
+
+def not_text(path: Path, error: Exception) -> str:
+    """Why a text file cannot be used, to follow the words that say so: what the file is instead, or the error."""
+    with contextlib.suppress(OSError):
+        if sniff(path).kind != "text":
+            return f": it is {describe(path)}"
+    return f" ({error})"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -196,10 +208,6 @@ def _is_tag(folder: Path) -> bool:
     return (folder / "zero").is_dir() or any(folder.glob("*_states.pt"))
 
 
-def _is_hub(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-
-
 def tags(folder: Path) -> list[str]:
     """The checkpoint tags in a run folder, oldest first."""
     found = [p for p in folder.iterdir() if p.is_dir() and not p.name.endswith(".partial") and _is_tag(p)]
@@ -213,6 +221,8 @@ def _listed(folder: Path) -> str:
 
 def locate(path: Path, tag: str | None) -> tuple[Path, str | None]:
     """The folder that holds the files, and its tag (None for a Hugging Face folder)."""
+    from bert2bert.shards.hub_files import in_cache, is_hub
+
     if not path.exists():
         raise InvalidCheckpoint(f"{path}: no checkpoint there, the folder does not exist")
     if not path.is_dir():
@@ -228,13 +238,15 @@ def locate(path: Path, tag: str | None) -> tuple[Path, str | None]:
     for name in ("latest", "latest_universal"):
         if (path / name).is_file():
             latest = (path / name).read_text(encoding="utf-8", errors="replace").strip()
-            if not latest or not inside(path, latest).is_dir():
+            if not latest or not inside(path, latest, links=True).is_dir():
                 raise InvalidCheckpoint(f"{path / name}: names the tag '{latest}', which is missing. {_listed(path)}")
             return path / latest, latest
     if _is_tag(path):
         return path, path.name
-    if _is_hub(path):
+    if is_hub(path):
         return path, None
+    if (snapshot := in_cache(path)) != path:
+        return snapshot, None
     if tags(path):
         raise InvalidCheckpoint(f"{path}: no file 'latest' says which tag to use; name one. {_listed(path)}")
     raise InvalidCheckpoint(

@@ -148,7 +148,7 @@ def _manifest(
     return {
         "format_version": FORMAT_VERSION, "kind": "growth", "tag": spec.tag, "form": form, "stage": stage,
         "world_size": world_size, "precision": spec.precision, "group_layout": spec.group_layout, "model": spec.config,
-        "aliases": spec.aliases, "groups": groups,
+        "aliases": spec.aliases, "groups": groups, "buffers": sorted(spec.buffers),
         "tensors": tensor_entries(spec, (entry.tensors for entry in entries.values())),
         "files": {name: entry.size for name, entry in entries.items()},
         "digests": {

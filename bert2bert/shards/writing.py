@@ -53,7 +53,8 @@ class TargetSpec:
     """Everything about the checkpoint to write except its values.
 
     ``shapes``: every parameter in model order, tied copies absent; ``aliases``: absent tied name -> kept name;
-    ``precision``: "fp32", "bf16" or "fp16" of the engine that will load it (of the file for hub); ``states``: those
+    ``precision``: "fp32", "bf16" or "fp16" of the engine that will load it (of the file for hub, but for tensors that
+    ``dtypes`` names); ``states``: those
     that ``values`` can give, ("fp32",) or all of `STATES` (missing moments are written as zeros: a fresh optimizer);
     ``loss_scaler``: attributes of DeepSpeed's loss scaler, used with fp16 only; ``client_state``: extra top-level
     entries of the model states; ``extra_files``: name -> content, put beside the weights (tokenizer files);
@@ -79,6 +80,7 @@ class TargetSpec:
     fused: bool = False
     clip_grad: float | None = None
     expert_parallel: ExpertParallel | None = None
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         grouped = [*(name for group in self.groups for name in group.names), *self.frozen]
@@ -99,6 +101,10 @@ class TargetSpec:
     def dtype(self) -> torch.dtype:
         """The low (module) precision."""
         return DTYPES[self.precision]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Of a tensor in a Hugging Face folder."""
+        return self.dtypes.get(name, self.dtype)
 
     def numel(self, name: str) -> int:
         """Elements of a parameter."""

@@ -117,6 +117,7 @@ class Table:
     and its default, of the period with which full attention comes where that list is absent, 0 = all layers are alike.
     dense: for experts, pattern -> the patterns of the dense model's tensors that make one expert, in storage order;
     dense_types: the dense model types that can be upcycled.
+    ignores: transformers class, '' for all -> patterns of stored tensors that it does not have and leaves unread.
     """
 
     model_type: str
@@ -148,6 +149,7 @@ class Table:
     every: tuple[str, int] = ("", 0)
     dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dense_types: tuple[str, ...] = ()
+    ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def key(self, axis: str) -> str:
         """The config key to change for another size of an axis."""

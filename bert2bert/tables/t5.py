@@ -60,6 +60,8 @@ T5 = Table(
         Row(_LAST, "(rho normed)", "decoder mlm", tied=False, when=f"!{_SCALED}"),
         Row("lm_head.weight", "vocab <- normed", "mlm", tied=False),
     ),
+    ignores={"": (f"{_D.replace('{decoder_layers}', '*')}.1.EncDecAttention.{_BIAS}",),  # of T5s before transformers 4
+             "T5EncoderModel": ("decoder.*", "lm_head.*")},
     ties=(
         Tie("encoder.embed_tokens.weight", "shared.weight", tied=None),
         Tie("decoder.embed_tokens.weight", "shared.weight", "decoder", tied=None),
