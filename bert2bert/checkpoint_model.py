@@ -73,7 +73,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file}: no such file; give a Hugging Face config file or a folder with config.json"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        from bert2bert.shards.source import not_text
+        from bert2bert.shards.texts import not_text
 
         raise InvalidConfig(f"{file}: not a readable JSON config{not_text(file, error)}") from None
     if not isinstance(config, dict):

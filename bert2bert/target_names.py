@@ -2,7 +2,9 @@
 
 A run keeps its script's names. A Hugging Face folder may have older names, and an order of its own: its tensors go into
 a run's files by the names and in the order of transformers' model, and those of a run into a folder by these names,
-where the architecture has a table. Refuses (UnsupportedGrowth) native shards of a folder whose model's order is not known.
+where the architecture has a table.
+
+Refuses (UnsupportedGrowth) native shards of a folder whose model's order is not known.
 """
 
 from __future__ import annotations

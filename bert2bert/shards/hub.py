@@ -17,7 +17,8 @@ import torch
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import experts
 from bert2bert.shards.hub_files import INDEX, open_file, refuse_empty, refuse_quantised, weight_files
-from bert2bert.shards.source import Source, TensorMeta, read_json
+from bert2bert.shards.source import Source, TensorMeta
+from bert2bert.shards.texts import read_json
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PRECISION = {"float16": "fp16", "bfloat16": "bf16"}

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards.disk import inside
 from bert2bert.shards.sniff import describe, sniff
-from bert2bert.shards.source import read_json
+from bert2bert.shards.texts import read_json
 
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"

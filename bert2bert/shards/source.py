@@ -10,7 +10,6 @@ unfinished output, and whatever the format's own reader refuses.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -26,7 +25,7 @@ from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST, listed
 from bert2bert.shards.disk import inside
 from bert2bert.shards.expert_parallel import ExpertParallel
 from bert2bert.shards.manifest import check as check_manifest
-from bert2bert.shards.sniff import describe, sniff
+from bert2bert.shards.texts import read_json
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _MALFORMED = (
@@ -159,25 +158,6 @@ class Source:
             "world_size": self.world_size,
             "sha256": total.hexdigest(),
         }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InvalidCheckpoint if it is anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{path}: not readable as JSON{not_text(path, error)}") from None
-    if not isinstance(found, dict):
-        raise InvalidCheckpoint(f"{path}: holds a JSON {type(found).__name__}, expected an object")
-    return found
-
-
-def not_text(path: Path, error: Exception) -> str:
-    """Why a text file cannot be used, to follow the words that say so: what the file is instead, or the error."""
-    with contextlib.suppress(OSError):
-        if sniff(path).kind != "text":
-            return f": it is {describe(path)}"
-    return f" ({error})"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
