@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.expert_targets import notes as expert_notes
 from bert2bert.expert_targets import with_experts
+from bert2bert.shards.commit import check_contents
 from bert2bert.target_names import Names
 from bert2bert.targets import check_form, known_layout, left, make_spec, progress, rounding, versions
 
@@ -170,7 +171,9 @@ def identity_spec(
     if form == "hub" and source.form == "hub":
         spec = replace(spec, extra_files={**spec.extra_files, **all_beside(source.folder)})
     if form != "hub":  # however the target is cut: a run goes on with them on as many ranks as it had
-        random = {file.name: file.read_bytes() for file in _random_states(source)}
+        found = _random_states(source)
+        check_contents(source.folder, [file.name for file in found])
+        random = {file.name: file.read_bytes() for file in found}
         spec = replace(spec, extra_files={**spec.extra_files, **random})
     return spec
 

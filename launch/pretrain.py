@@ -1,10 +1,17 @@
 """Pre-train as a recipe says: the entry for deepspeed, torchrun, mpirun and srun alike, or one plain process.
 
-A user's mistake is printed once, without a traceback, and every rank exits with status 2. A run that a signal ended
-before its last step (a time limit; its checkpoint is written) exits with 75, so that no job that waits for it starts.
+A user's mistake is printed once, without a traceback, and every rank exits with status 2. A signal to any rank (Ctrl-C,
+SIGTERM, SIGHUP, SIGUSR1, SIGUSR2: a time limit, a preemption) ends the run after the step under way: its checkpoint is
+written, one line says so, and every rank exits with 75, so that no job that waits for it starts. A signal that comes
+before the first step does the same without a checkpoint.
 """
 
 from __future__ import annotations
+
+from bert2bert.train import stopping
+
+if __name__ == "__main__":
+    stopping.hold()  # whoever started this may end it at any moment, while Python still imports, too
 
 import argparse
 import contextlib
@@ -27,10 +34,9 @@ examples:
   srun --ntasks 2 python launch/pretrain.py ...       (see launch/pretrain.sbatch)
 
 continue where a run stopped:       --output runs/small --resume runs/small
+                                    (starts it if there is no checkpoint yet: one command for start and restart)
 start from a grown checkpoint:      --output runs/base --resume runs/grown
 """
-
-STOPPED = 75  # EX_TEMPFAIL: the same command with --resume goes on
 
 
 def arguments() -> Parser:
@@ -87,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     leave()
-    return STOPPED if result["stopped"] else 0
+    return stopping.STOPPED if result["stopped"] else 0
 
 
 def leave() -> None:
@@ -100,4 +106,6 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    stopping.ignore()
+    sys.exit(status)

@@ -1,15 +1,15 @@
 """How a checkpoint becomes visible: written below `NAME.partial`, synced and checked, manifest last, one rename, and
 only then `latest`.
 
-    NAME.partial/lock                 held by every rank that writes
+    NAME.partial/lock                 held by every rank that writes, see `lock`
                  job.json             what decides every byte of the output
                  finished.RANK.jsonl  see `journal`
                  files.partial/       becomes NAME
 
 A process killed at any moment leaves nothing that looks complete, and running it again finishes the job with what was
-finished before, if the job is the same; else that is thrown away. A folder that a living process writes is refused (a
-lock tells, so two machines on a file system without locks are not protected from each other). The trainer's own saving
-uses the small functions.
+finished before, if the job is the same; else that is thrown away. A folder that a living process writes is refused.
+Nothing is written or deleted through a link: a target may be a link to a folder, but what stands below it may not. The
+trainer's own saving uses the small functions.
 
 Refuses a target that already holds a checkpoint, is no folder, has no parent or cannot be written (InvalidConfig), a
 folder whose files are not those its manifest lists (InvalidCheckpoint), and a disk without room (UserError).
@@ -18,22 +18,23 @@ folder whose files are not those its manifest lists (InvalidCheckpoint), and a d
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shutil
-import socket
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
+from bert2bert.shards.digest import FILE_DIGEST, file_digest
 from bert2bert.shards.disk import disk_errors, fsync_folder, inside, replace
+from bert2bert.shards.lock import Lock
 
 MANIFEST = "bert2bert.json"
 FORMAT_VERSION = 1
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
+_SEAL = "digest"
 _LOCK, _JOB, _FILES, _REPLACED = "lock", "job.json", "files.partial", "replaced.partial"
 
 
@@ -54,7 +55,13 @@ def _sizes(folder: str, above: str) -> Iterator[tuple[str, int]]:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write ``folder/bert2bert.json`` atomically: the mark that everything else in the folder is there."""
-    replace(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    replace(folder / MANIFEST, json.dumps({**manifest, _SEAL: _seal(manifest)}, indent=1) + "\n")
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """Digest of all that a manifest says."""
+    plain = json.loads(json.dumps({key: value for key, value in manifest.items() if key != _SEAL}))
+    return xxhash.xxh3_128(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def set_latest(root: Path, tag: str, name: str = "latest", scratch: Path | None = None) -> None:
@@ -94,6 +101,35 @@ def check_complete(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def sealed(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest says what it said when it was written, as far as it can tell: older ones have no digest."""
+    return bool(manifest.get(_SEAL, seal := _seal(manifest)) == seal)
+
+
+def check_contents(folder: Path, names: Iterable[str]) -> None:
+    """Read files of a checkpoint and compare them with the digests in its manifest, where it has them; the manifest
+    itself with its own. Raises InvalidCheckpoint for the first that differs or cannot be read.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    digests = manifest.get("digests") or {}
+    told = digests.get("files", {}) if digests.get("kind") == FILE_DIGEST else {}
+    for name in names:
+        try:
+            if name == MANIFEST:
+                whole = sealed(manifest)
+            else:
+                whole = name not in told or file_digest(folder / name) == told[name]
+        except OSError as error:
+            raise InvalidCheckpoint(f"{folder / name}: cannot be read: {error.strerror}. Use another tag.") from error
+        if not whole:
+            raise InvalidCheckpoint(
+                f"{folder / name}: its content does not have the digest that was noted when it was written: it is "
+                "damaged or was changed. Use another tag, or restore the file."
+            )
+
+
 def _whole(folder: Path) -> bool:
     """A growth, or a checkpoint written anew, with all its files. If nothing points at it, its process died after the
     rename."""
@@ -106,14 +142,14 @@ def _whole(folder: Path) -> bool:
 
 def _occupied(target: Path, final: Path) -> str | None:
     """What makes ``target`` a folder that already holds a checkpoint, if anything."""
-    for pattern in ("latest", MANIFEST, "*.safetensors", "pytorch_model*.bin", "*_states.pt"):
+    for pattern in ("latest", MANIFEST, "run.json", "run.lock", "*.safetensors", "pytorch_model*.bin", "*_states.pt"):
         if found := sorted(target.glob(pattern)):
             return found[0].name
     for states in sorted(target.glob("*/*_states.pt")):
         folder = states.parent
         if folder.suffix != ".partial" and not (folder == final and _whole(folder)):
             return folder.name
-    if final != target and final.exists() and not _whole(final):
+    if final != target and os.path.lexists(final) and (final.is_symlink() or not _whole(final)):
         return final.name
     if final == target and target.exists() and any(target.iterdir()):
         return sorted(path.name for path in target.iterdir())[0]
@@ -128,72 +164,42 @@ class Pending:
     """
 
     def __init__(self, target: Path, tag: str | None) -> None:
-        self.target = target
+        self.target = target = target.resolve() if target.is_dir() and target.is_symlink() else target
         self.final = target if tag is None else target / tag
         self.partial = self.final.with_name(self.final.name + ".partial")
         self.files = self.partial / _FILES
-        self._lock: int | None = None
+        self._lock = Lock(self.partial / _LOCK)
         self._made_target = False
         self._resumable = False
-
-    # --- the lock ----------------------------------------------------------------------------------------------
-
-    def _acquire(self, alone: bool) -> None:
-        """Take the lock for this rank. alone: only if nobody holds it, not even a rank whose rank 0 was killed."""
-        lock = self.partial / _LOCK
-        while True:
-            self.partial.mkdir(exist_ok=True)
-            try:
-                fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            except FileNotFoundError:  # its owner finished and removed the folder
-                continue
-            try:
-                if alone:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which a second begin cannot get past
-            except BlockingIOError:
-                holder = os.read(fd, 200).decode(errors="replace") or "another process"
-                os.close(fd)
-                raise InvalidConfig(
-                    f"{holder} is writing {self.partial} now. Wait for it, or choose another target."
-                ) from None
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    os.close(fd)
-                    raise
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(lock)):
-                    self._lock = fd
-                    break
-            os.close(fd)  # its owner removed it while we waited: look again
-        if alone:
-            os.ftruncate(self._lock, 0)
-            os.write(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def join(self) -> None:
         """Hold the lock on a rank other than 0, so that nobody takes over while any rank of a broken run writes on."""
         with disk_errors(self.target):
-            self._acquire(alone=False)
+            self._lock.join()
 
     def close(self) -> None:
         """Give the lock back."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
     # --- before writing ----------------------------------------------------------------------------------------
 
     def _left_over(self) -> bool:
         """The work is done, but for the last steps of its process, which died."""
-        return (self.partial / _JOB).is_file() and not self.files.exists() and _whole(self.final)
+        gone = not os.path.lexists(self.files) and not self.final.is_symlink()
+        return (self.partial / _JOB).is_file() and gone and _whole(self.final)
 
     def refuse(self) -> None:
         """Raise InvalidConfig if the target is not a place for a new checkpoint. Changes nothing."""
         parent = self.target.parent
         if not parent.is_dir():
             raise InvalidConfig(f"{parent}, the parent of the target {self.target.name}, is no folder. Make it first.")
-        if self.target.exists() and not self.target.is_dir():
-            raise InvalidConfig(f"the target {self.target} is not a folder. Name a new folder.")
+        if os.path.lexists(self.target) and not self.target.is_dir():
+            kind = "a link that leads nowhere" if self.target.is_symlink() else "not a folder"
+            raise InvalidConfig(f"the target {self.target} is {kind}. Name a new folder.")
+        if self.partial.is_symlink():
+            raise InvalidConfig(
+                f"{self.partial} is a link, and nothing is written through one. Remove the link, or name a new folder."
+            )
         if not self._left_over():
             self._refuse_occupied()
 
@@ -212,7 +218,7 @@ class Pending:
             if self.final != self.target and not self.target.exists():
                 self.target.mkdir()
                 self._made_target = True
-            self._acquire(alone=True)
+            self._lock.acquire(say)
             before = self._job()
             same, self._resumable = job is not None and before == job, job is not None
             if same and self._left_over():
@@ -222,6 +228,9 @@ class Pending:
                     return True
                 os.rename(self.final, self.files)  # nothing names it yet: look at it file by file as at any other
             self._refuse_occupied()  # somebody may have finished while we took the lock
+            for path in self.partial.iterdir():
+                if path.is_symlink():
+                    path.unlink()
             old = [path for path in self.partial.iterdir() if path.name != _LOCK]
             if old and not same:
                 changed = [key for key in job if (before or {}).get(key) != job[key]] if job and before else []
@@ -251,11 +260,11 @@ class Pending:
         return found if isinstance(found, dict) else None
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Remove every file under way but these: half-written ones, foreign ones, links."""
-        for parent, _, files in os.walk(self.files):
-            for file in files:
-                path = Path(parent, file)
-                if path.relative_to(self.files).as_posix() not in names:
+        """Remove every file under way but these: half-written ones, foreign ones, links to files and folders."""
+        for parent, folders, files in os.walk(self.files):
+            for path in (Path(parent, name) for name in (*files, *folders)):
+                known = path.relative_to(self.files).as_posix() in names
+                if path.is_symlink() or not (known or path.is_dir()):
                     path.unlink()
 
     # --- after writing -----------------------------------------------------------------------------------------
@@ -267,6 +276,7 @@ class Pending:
                 fsync_folder(Path(folder))
             write_manifest(self.files, manifest)
             check_complete(self.files)
+            self._lock.check()
             self._refuse_occupied()
             if self.final != self.target and self.final.exists():
                 os.rename(self.final, self.partial / _REPLACED)  # an abandoned growth, else refused above
@@ -280,7 +290,7 @@ class Pending:
     def abort(self, say: Callable[[str], None]) -> None:
         """After an error: leave what is finished to the next run of the same command; if that is nothing, leave nothing
         behind: no partial folder, no empty target folder that was made here."""
-        if self._lock is None:  # the partial folder is another's
+        if not self._lock.held:  # the partial folder is another's
             pass
         elif self._resumable and any(path.stat().st_size for path in self.partial.glob("finished.*.jsonl")):
             say(f"kept     {self.partial}: the same command goes on from there; delete it to give up")
@@ -293,8 +303,11 @@ class Pending:
     def _clear(self) -> None:
         """Remove what is left of the partial folder; the job last, for it tells what the rest is."""
         with contextlib.suppress(OSError):  # nothing that matters is in it any more
-            for path in sorted(self.partial.iterdir(), key=lambda path: (path.name == _JOB, path.name == _LOCK)):
-                _remove(path)
+            for path in self.partial.iterdir():
+                if path.name not in (_JOB, _LOCK):
+                    _remove(path)
+            _remove(self.partial / _JOB)
+            self._lock.close()
             self.partial.rmdir()
 
 

@@ -44,13 +44,15 @@ def fsync_tree(folder: Path) -> None:
         fsync_folder(Path(parent))
 
 
-def replace(path: Path, text: str, scratch: Path | None = None) -> None:
-    """Write a small file so that a reader sees the old content or the new, never a part. scratch: the folder, on the
-    same disk, that a killed process may leave a part in (default: the file's own)."""
+def replace(path: Path, content: str | bytes, scratch: Path | None = None) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part; a link of its name is replaced
+    and what it leads to stays. scratch: the folder, on the same disk, that a killed process may leave a part in
+    (default: the file's own)."""
     fresh = (scratch or path.parent) / f".{path.name}.{os.getpid()}"
+    fresh.unlink(missing_ok=True)  # left by a killed process of this number, or a link to somewhere else
     try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(fresh, "xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)

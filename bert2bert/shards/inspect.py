@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bert2bert.errors import InvalidCheckpoint
-from bert2bert.shards.commit import MANIFEST, file_sizes, listed
+from bert2bert.shards.commit import MANIFEST, file_sizes, listed, sealed
 from bert2bert.shards.digest import FILE_DIGEST, file_digest
 from bert2bert.shards.source import Source, locate, open_source
 from bert2bert.shards.texts import read_json
@@ -94,6 +94,8 @@ def check(path: str | Path, tag: str | None = None) -> dict[str, Any]:
     if digests.get("kind") != FILE_DIGEST:
         raise InvalidCheckpoint(f"{folder / MANIFEST}: digests of kind {digests.get('kind')!r}; known: {FILE_DIGEST}")
     bad, sizes, count = {}, listed(folder, manifest), 0
+    if not sealed(manifest):
+        bad[MANIFEST] = "content differs"
     for name, size in sizes.items():
         if problem := _problem(folder / name, size, digests["files"].get(name)):
             bad[name] = problem

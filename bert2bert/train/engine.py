@@ -32,6 +32,7 @@ from bert2bert.model.program import LayerProgram
 from bert2bert.tables import table_for
 from bert2bert.train.ds_config import resolve
 from bert2bert.train.ranks import device_number
+from bert2bert.train.together import total
 
 if TYPE_CHECKING:
     from bert2bert.recipe import Recipe
@@ -220,15 +221,13 @@ class Engine:
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over the ranks, exact for counts below 2**53."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return [float(v) for v in total.tolist()]
+        return total(values, self.device)
 
     def sum_ints(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of int64 tensors over the ranks, modulo 2**64."""
-        total = values.to(self.device)
-        dist.all_reduce(total)
-        return total.cpu()
+        summed = values.to(self.device)
+        dist.all_reduce(summed)
+        return summed.cpu()
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value (any picklable object) on every rank."""

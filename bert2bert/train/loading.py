@@ -5,7 +5,8 @@ DeepSpeed's own loaders are not used. They unpickle blindly, take learning rate,
 neither names nor order nor sizes, forget frozen parameters and buffers, and share one step counter between all ZeRO-3
 sub-groups. Here every rank reads the elements that it holds, by name, through the safe memory-mapped readers of
 bert2bert.shards; hyper-parameters stay the recipe's; and afterwards the live engine is compared with the manifest:
-groups, names, order, shapes, steps, and the digest of every tensor's weight and moments.
+groups, names, order, shapes, steps, and the digest of every tensor's weight and moments; and every file's content with
+its digest there, for what is no tensor: random states, counters, loss scale, the position in the data.
 
 Refuses: another model, tokenizer, data, seed or row length than the checkpoint's run had (InvalidConfig); a checkpoint
 of anyone's DeepSpeed run that has no manifest, and any that fails a comparison (InvalidCheckpoint).
@@ -25,6 +26,7 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.model.config import BertConfig
 from bert2bert.recipe import Recipe
 from bert2bert.shards import torchfile
+from bert2bert.shards.commit import MANIFEST, check_contents, file_sizes
 from bert2bert.shards.moments import ADAM
 from bert2bert.shards.source import Source, open_source
 from bert2bert.train import partitions
@@ -67,6 +69,8 @@ def resume(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) 
     source, resumed = found
     partitions.publish(engine)
     _compare(engine, source)
+    files = [MANIFEST, *file_sizes(source.folder)][engine.rank :: engine.world]
+    engine.agree(lambda: check_contents(source.folder, files))
     return resumed
 
 
@@ -95,6 +99,8 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
     _restore_rest(engine, source, kind, recipe, progress, notes)
     if kind == "growth":
         notes += _other_hyper(engine, source.manifest or {})
+    if kind == "train" and not manifest.get("digests"):
+        notes.append("its manifest has no digests of files, so only tensors are compared with it")
     if kind == "weights":
         notes.append("a Hugging Face folder holds weights only: Adam's moments start at zero")
     return source, Resumed(source.folder, kind, progress, manifest.get("growth"), tuple(notes))
@@ -277,6 +283,8 @@ def _restore_rest(
     engine.counters = source.counters
     path, ranks = source.folder / random_file(engine.rank), random_ranks(source.folder)
     same = ranks == engine.world and path.is_file()
+    if same:
+        check_contents(source.folder, [path.name])
     if same and set_random_state(torchfile.load(path), engine.device):
         return
     seed_all(recipe.seed + 7_368_787 * (progress.step + 1), engine.rank)

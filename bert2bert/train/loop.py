@@ -1,15 +1,14 @@
 """Pre-train: phases of optimizer steps, each under the layer program drawn for it, with evaluations and checkpoints.
 
 Everything that decides a step (program, learning rate, rows, masks) is a pure function of the recipe and the step, so
-a run continued from a checkpoint is the run that was never stopped. A SIGTERM or SIGUSR1 (a cluster's time limit) ends
-the run after the step under way, with a checkpoint. Refuses a loss or a gradient that is not finite: it stops, and no
+a run continued from a checkpoint is the run that was never stopped. A signal (`stopping.SIGNALS`) to any rank ends the
+run after the step under way, with a checkpoint. Refuses a loss or a gradient that is not finite: it stops, and no
 checkpoint is written of it.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,8 +25,9 @@ from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import peak_flops, step_flops
 from bert2bert.recipe import Recipe
+from bert2bert.shards.lock import Lock
 from bert2bert.train import engine as engines
-from bert2bert.train import runfolder
+from bert2bert.train import runfolder, stopping, together
 from bert2bert.train.banner import banner, ending
 from bert2bert.train.evaluate import MASK_SEED, evaluate
 from bert2bert.train.failures import explained
@@ -39,8 +39,6 @@ from bert2bert.train.programs import draw
 from bert2bert.train.randomness import seed_all
 from bert2bert.train.saving import save, tag_of, versions
 from bert2bert.train.schedules import lr_at, peak_of
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def train(
@@ -54,9 +52,9 @@ def train(
 ) -> dict[str, Any]:
     """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.train.ranks.set_up).
 
-    ``resume``: a run folder (``output`` itself: the run goes on), a tag's folder, a grown checkpoint, or a Hugging Face
-    folder. ``command``: what run.json says started it (default sys.argv); ``recipe_file`` is copied into the folder;
-    ``quiet``: print warnings only.
+    ``resume``: a run folder (``output`` itself: the run goes on, or starts if no checkpoint is there yet), a tag's
+    folder, a grown checkpoint, or a Hugging Face folder. ``command``: what run.json says started it (default sys.argv);
+    ``recipe_file`` is copied into the folder; ``quiet``: print warnings only.
     Returns {"step", "loss" and "accuracy" (of the last evaluation on held-out text), "flops", "seconds", "tokens",
     "stopped" (the signal's name or None)}. Raises UserError for every mistake of the user.
     """
@@ -69,42 +67,35 @@ def train(
             f"the tokenizer of {bins.folder} has {bins.vocab_size} ids, the model's vocab_size is {config.vocab_size}; "
             f"set model.vocab_size to at least {bins.vocab_size}"
         )
-    continued = runfolder.check_free(output, resume)
-    device = engines.start()
-    torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
-    model = Bert(config, compile_layers=device.type == "cuda" and _stage(ds_config) < 3)
-    engine = engines.build(recipe, ds_config, model)
-    try:
-        with _Signals() as signals:
-            run = _Run(recipe, engine, config, bins, output, signals, quiet)
-            run.begin(ds_config, resume, continued, command, recipe_file)
-            return run.go()
-    finally:
-        engine.destroy()
+    runfolder.check_folder(output)
+    with stopping.held() as stop:
+        device = engines.start()
+        if name := together.answer(together.total(together.asked(stop), device)):
+            return _not_begun(name)
+        with runfolder.locked(output) as lock:
+            continued, source = together.on_first(output, lambda: runfolder.claim(output, resume))
+            torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
+            model = Bert(config, compile_layers=device.type == "cuda" and _stage(ds_config) < 3)
+            engine = engines.build(recipe, ds_config, model)
+            try:
+                run = _Run(recipe, engine, config, bins, output, stop, lock, quiet)
+                if resume is not None and source is None:
+                    run.say(f"no checkpoint in {output} yet: the run starts")
+                run.begin(ds_config, source, continued, command, recipe_file)
+                return run.go()
+            finally:
+                engine.destroy()
 
 
 def _stage(ds_config: Mapping[str, Any]) -> int:
     return int((ds_config.get("zero_optimization") or {}).get("stage", 0))
 
 
-class _Signals:
-    """Remembers the first of `SIGNALS` that this process gets, instead of dying from it."""
-
-    def __init__(self) -> None:
-        self.caught: signal.Signals | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        self.caught = self.caught or signal.Signals(number)
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def _not_begun(signal: str) -> dict[str, Any]:
+    """Said, and returned by `train`, if a signal came before anything was done."""
+    if together.first():
+        print(f"stopped by {signal} before the first step. Run the same command again", file=sys.stderr, flush=True)
+    return {"step": 0, "loss": None, "accuracy": None, "flops": 0.0, "seconds": 0.0, "tokens": 0, "stopped": signal}
 
 
 class _Run:
@@ -117,11 +108,12 @@ class _Run:
         config: BertConfig,
         bins: TokenBins,
         output: Path,
-        signals: _Signals,
+        stop: stopping.Stop,
+        lock: Lock,
         quiet: bool,
     ) -> None:
-        self.recipe, self.engine, self.config, self.output, self.signals = recipe, engine, config, output, signals
-        self.bins, self.quiet = bins, quiet
+        self.recipe, self.engine, self.config, self.bins = recipe, engine, config, bins
+        self.output, self.stop, self.lock, self.quiet = output, stop, lock, quiet
         data = recipe.data
         self.loader = MaskedLoader(
             bins, "train", data.seq_len, engine.micro_rows, engine.rank, engine.world, recipe.seed, data.mask_share
@@ -157,9 +149,9 @@ class _Run:
             self._take(found)
             spent = (found.growth or {}).get("source_spent") if found.kind != "train" else found.progress.spent
             source = {"path": str(resume), "kind": found.kind, "growth": found.growth, "spent": spent}
-            self._say(f"resumed from {found.folder} ({found.kind}) at step {self.step} of {recipe.steps}")
+            self.say(f"resumed from {found.folder} ({found.kind}) at step {self.step} of {recipe.steps}")
             for note in found.notes:
-                self._warn(f"  note: {note}")
+                self.warn(f"  note: {note}")
         self.held_entropy = self.bins.meta["splits"]["heldout"].get("unigram_entropy")
         if engine.rank == 0:
             runfolder.describe(
@@ -167,7 +159,7 @@ class _Run:
                 data={**self.digests, "heldout_unigram_entropy": self.held_entropy}, command=command, source=source,
                 continued=continued, step=self.step, bins=self.bins.folder, recipe_file=recipe_file,
             )  # fmt: skip
-        self._say(banner(recipe, engine, self.config, self.bins, self.output, self.step))
+        self.say(banner(recipe, engine, self.config, self.bins, self.output, self.step))
         engine.barrier()
 
     def _take(self, found: Resumed) -> None:
@@ -177,24 +169,27 @@ class _Run:
         if found.kind == "train" and found.folder.resolve().parent == self.output.resolve():
             self.saved = self.step
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Tell the user, on rank 0, unless there is to be quiet."""
         if not self.quiet:
-            self._warn(text)
+            self.warn(text)
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Tell the user, on rank 0."""
         if self.engine.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
     def go(self) -> dict[str, Any]:
         """Train to the recipe's end, or to the end of the step in which a signal came."""
         recipe = self.recipe
-        stopped = None
         rank, show = self.engine.rank, not self.quiet
         with MetricsWriter(self.output, rank, step=self.step, steps=recipe.steps, show=show) as metrics:
-            if self.step == 0:
+            stopped = self._asked()
+            if self.step == 0 and not stopped:
                 self._evaluate(metrics)
+                stopped = self._asked()
             interval = _Interval(self.spent)
-            while self.step < recipe.steps and stopped is None:
+            while self.step < recipe.steps and not stopped:
                 record, stopped = self._optimizer_step()
                 phase, phase_step = record["phase"], record["phase_step"]
                 steps = next(p.steps for p in recipe.phases if p.name == phase)
@@ -207,18 +202,22 @@ class _Run:
                     self._evaluate(metrics)
                 if self.step % recipe.checkpoint_every == 0 or last or stopped:
                     self._save()
-        if stopped:
-            self._warn(
+        if self.step == recipe.steps:
+            stopped = None  # it came too late: the run is complete
+            if not self.result:
+                self.say(f"the run in {self.output} is complete: step {self.step} of {recipe.steps}")
+            else:
+                at = self.output / tag_of(self.step)
+                self.say(ending(recipe, self.step, self.spent, self.loss, self.result, at))
+            if rank == 0:
+                runfolder.finish(self.output)
+        elif self.saved == self.step:
+            self.warn(
                 f"stopped by {stopped} after step {self.step} of {recipe.steps}; checkpoint written. "
                 f"Continue with --resume {self.output}"
             )
-        elif self.engine.rank == 0:
-            if not self.result:
-                self._say(f"the run in {self.output} is complete: step {self.step} of {recipe.steps}")
-            else:
-                at = self.output / tag_of(self.step)
-                self._say(ending(recipe, self.step, self.spent, self.loss, self.result, at))
-            runfolder.finish(self.output)
+        else:
+            self.warn(f"stopped by {stopped} before the first step. Run the same command again")
         spent = {key: self.spent[key] for key in ("flops", "seconds", "tokens")}
         held = {key: self.result.get(key) for key in ("loss", "accuracy")}
         return {"step": self.step, **held, **spent, "stopped": stopped}
@@ -245,10 +244,11 @@ class _Run:
                 engine.backward(micro_loss)
                 loss += micro_loss.detach().float()
         local = [float(loss) / engine.accumulation / engine.world, tokens, attended, predicted]
-        caught = [float(self.signals.caught is number) for number in SIGNALS]
-        mean, *totals = engine.sum([*local, *caught])
+        mean, *totals = engine.sum([*local, float(self.lock.lost), *together.asked(self.stop)])
         tokens, attended, predicted = (int(total) for total in totals[:3])
-        stopped = next((number.name for number, ranks in zip(SIGNALS, totals[3:], strict=True) if ranks), None)
+        if totals[3]:
+            together.on_first(self.output, self.lock.check)
+        stopped = together.answer(totals[4:])
         self.spent["flops"] += step_flops(self.config, tokens, attended, predicted, program)
         self.spent["tokens"] += tokens
         self.spent["steps"] += 1
@@ -262,6 +262,10 @@ class _Run:
             "loss_scale": engine.loss_scale, "skipped_steps": engine.counters["skipped_steps"],
         }  # fmt: skip
         return record, stopped
+
+    def _asked(self) -> str | None:
+        """The signal that any rank got, if any. Collective."""
+        return together.answer(self.engine.sum(together.asked(self.stop)))
 
     def _check_finite(self, loss: float, phase: str) -> None:
         """fp16 has its loss scale to recover with; in fp32 and bf16 what is not finite stays so."""
@@ -296,6 +300,7 @@ class _Run:
         save(
             self.engine, self.output, progress, model=self.config.to_hf(), aliases=self.config.aliases,
             recipe=recipe.to_dict(), data=self.digests, growth=self.growth, keep=recipe.keep_checkpoints,
+            check=self.lock.check,
         )  # fmt: skip
         self.saved = self.step
 

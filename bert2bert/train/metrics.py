@@ -18,6 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bert2bert.shards.disk import replace
+
 KINDS = ("train", "eval")
 _NOT_PLOTTED = ("kind", "step", "phase", "phase_step")
 _SHOWN = {"loss": "{:.3f}", "accuracy": "{:.3f}", "lr": "{:.1e}", "grad_norm": "{:.2f}", "tokens_per_s": "{:,.0f}"}
@@ -27,21 +29,19 @@ _ON_BAR = ("loss", "accuracy", "lr", "tokens_per_s")  # there is less room
 def keep_until(path: Path, step: int) -> None:
     """Drop the records of metrics.jsonl past ``step``, and a last line that a kill cut short; atomically.
 
-    Step 0 drops everything: a run that starts again measures its starting point again.
+    Step 0 drops everything: a run that starts again measures its starting point again. A link becomes a file.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except ValueError:  # cut short: nothing after it can be older
             break
         if step > 0 and record["step"] <= step:
             kept.append(line + "\n")
-    fresh = path.with_name(path.name + ".partial")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    os.replace(fresh, path)
+    replace(path, "".join(kept))
 
 
 class MetricsWriter:
@@ -61,7 +61,9 @@ class MetricsWriter:
         path = folder / "metrics.jsonl"
         keep_until(path, step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        if (board := folder / "tensorboard").is_symlink():
+            board.unlink()
+        self._board = SummaryWriter(str(board), purge_step=step + 1 if step else None)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(initial=step, total=steps, unit="step", mininterval=0.5, disable=not (show and terminal))
         self._shown: dict[str, str] = {}

@@ -1,52 +1,93 @@
-"""The run folder: what a run is (run.json, recipe, configs, tokenizer), and whether a folder may be written to.
+"""The run folder: what a run is (run.json, recipe, configs, tokenizer), whether a run may have it, and its lock.
 
-Refuses a new run in a folder that holds another one, or anything else's checkpoint.
+Nothing is written through a link: one of a file's name is replaced by the file, and what it leads to stays as it is.
+Refuses (InvalidConfig) a new run in a folder that holds another one, anything else's checkpoint or an unfinished
+growth, and a folder that another process uses.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.recipe import Recipe
+from bert2bert.shards.commit import MANIFEST
+from bert2bert.shards.disk import replace
+from bert2bert.shards.lock import Lock
+from bert2bert.train.saving import whole
+from bert2bert.train.together import first, on_first
 
-RUN = "run.json"
+RUN, LOCK = "run.json", "run.lock"
 
 
-def check_free(output: Path, resume: Path | None) -> bool:
-    """Whether the run continues in its own folder. Raises InvalidConfig when ``output`` belongs to something else.
+def check_folder(output: Path) -> None:
+    """Raise InvalidConfig if ``output`` is no folder and cannot become one. A link to a folder is one."""
+    if os.path.lexists(output) and not output.is_dir():
+        what = "a link that leads nowhere" if output.is_symlink() else "a file"
+        raise InvalidConfig(f"--output {output} is {what}; expected a folder for the run")
 
-    A run that was stopped before its first checkpoint leaves nothing to continue, so its folder may be taken again.
+
+def claim(output: Path, resume: Path | None) -> tuple[bool, Path | None]:
+    """(whether the run goes on in its own folder, what it really resumes from); writes nothing.
+
+    ``resume`` may be ``output`` itself without a checkpoint there yet: then the run starts, so that one command line
+    serves start and restart. Raises InvalidConfig when ``output`` belongs to something else. A run that was stopped
+    before its first checkpoint leaves nothing to continue, so its folder may be taken again.
     """
-    if output.exists() and not output.is_dir():
-        raise InvalidConfig(f"--output {output} is a file; expected a folder for the run")
-    latest, run = output / "latest", output / RUN
-    if resume is not None and run.is_file() and output.resolve() in (resume.resolve(), resume.resolve().parent):
-        return True  # the run's folder, or one of its tags
-    if latest.exists() or (output / "bert2bert.json").exists():
-        if run.is_file():
+    run, home = (output / RUN).is_file(), output.resolve()
+    newest = whole(output)
+    if os.path.lexists(output / "latest") or (output / MANIFEST).exists() or newest:
+        if run and resume is not None and home in (resume.resolve(), resume.resolve().parent):
+            lost = resume.resolve() == home and not os.path.lexists(output / "latest")  # killed before it was written
+            return True, newest if lost else resume
+        if run:
             remedy = f"continue it with --resume {output}, or name a new folder"
         else:
             remedy = "name a new folder (--resume takes the checkpoint, --output the run's own folder)"
-        raise InvalidConfig(f"--output {output} already holds a {'run' if run.is_file() else 'checkpoint'}; {remedy}")
-    if resume is not None and resume.resolve().is_relative_to(output.resolve()) and output.exists():
+        raise InvalidConfig(f"--output {output} already holds a {'run' if run else 'checkpoint'}; {remedy}")
+    if growth := next(output.glob("*.partial/job.json"), None):
+        raise InvalidConfig(
+            f"--output {output} holds an unfinished growth ({growth.parent.name}); finish it by running its command "
+            "again, delete it, or name a new folder"
+        )
+    if resume is not None and resume.resolve() == home:
+        return False, None
+    if resume is not None and resume.resolve().is_relative_to(home):
         raise InvalidConfig(f"--resume {resume} lies inside --output {output}; give a new output folder")
-    return False
+    return False, resume
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[Lock]:
+    """Hold the run's folder for as long as the statement lasts. Every rank calls it; raises InvalidConfig on all when
+    another process has the folder."""
+    lock = Lock(output / LOCK)
+    on_first(output, lambda: lock.acquire(lambda text: print(text, file=sys.stderr, flush=True)))
+    try:
+        if not first():
+            lock.join()
+        yield lock
+    finally:
+        lock.close()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one."""
-    fresh = path.with_name(path.name + ".partial")
-    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    replace(path, json.dumps(value, indent=1) + "\n")
+
+
+def _copy(source: Path, path: Path) -> None:
+    """Copy a file over one of any kind, so that a reader sees the old or the new."""
+    if path.is_symlink() or not (path.exists() and path.samefile(source)):
+        replace(path, source.read_bytes())
 
 
 def git_commit() -> str | None:
@@ -112,9 +153,9 @@ def describe(
     write_json(output / RUN, about)
     write_json(output / "ds_config.json", dict(ds_config))
     write_json(output / "config.json", dict(model))
-    shutil.copyfile(bins / "tokenizer.json", output / "tokenizer.json")
-    if recipe_file is not None and recipe_file.resolve() != (output / "recipe.py").resolve():
-        shutil.copyfile(recipe_file, output / "recipe.py")
+    _copy(bins / "tokenizer.json", output / "tokenizer.json")
+    if recipe_file is not None:
+        _copy(recipe_file, output / "recipe.py")
 
 
 def finish(output: Path) -> None:

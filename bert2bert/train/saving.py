@@ -6,13 +6,14 @@ writes `latest` before the last rank has finished, so a killed rank would leave 
 kill at any moment leaves the older checkpoint in force.
 
 Refuses a disk without room for the checkpoint before anything is written, and a folder that not all ranks see. Deletes
-only complete and abandoned tags of this run folder, never the newest complete one.
+only complete and abandoned tags of this run folder, never the newest complete one, and nothing behind a link.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -26,11 +27,12 @@ from bert2bert import __version__
 from bert2bert.errors import UserError
 from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST, file_sizes, set_latest, write_manifest
 from bert2bert.shards.digest import FILE_DIGEST, TENSOR_DIGEST, file_digest
-from bert2bert.shards.disk import disk_errors, fsync_file, fsync_tree
+from bert2bert.shards.disk import disk_errors, fsync_file, fsync_tree, replace
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
 from bert2bert.train.position import Progress
 from bert2bert.train.randomness import random_state
+from bert2bert.train.together import on_first
 
 UNFINISHED = "bert2bert.unfinished"
 """A file that lies in a tag's folder while it is written or deleted."""
@@ -71,15 +73,17 @@ def save(
     data: Mapping[str, Any],
     growth: Mapping[str, Any] | None,
     keep: int,
+    check: Callable[[], None],
 ) -> Path:
     """Write ``root/global_step<step>`` and make it the latest; returns its folder. Collective.
 
     ``model``: the Hugging Face config; ``data``: digests of tokens and tokenizer; ``growth``: the growth that the run
-    came from, handed on; ``keep``: tags to keep. Raises UserError when the disk has no room or cannot be written.
+    came from, handed on; ``keep``: tags to keep; ``check``: raises, on rank 0, if the folder is no longer this run's.
+    Raises UserError when the disk has no room or cannot be written.
     """
     tag = tag_of(progress.step)
     folder = root / tag
-    _on_first(engine, root, lambda: _make_room(engine, root, folder))
+    on_first(root, check, lambda: _make_room(engine, root, folder))
     engine.thaw()
     with disk_errors(folder), _stream_errors(folder):
         engine.save(root, tag)
@@ -128,29 +132,16 @@ def save(
             "data": {**data, "rows": progress.rows},
         },
     }
-    _on_first(engine, root, lambda: _commit(root, folder, manifest, keep))
+    on_first(root, check, lambda: _commit(root, folder, manifest, keep))
     return folder
-
-
-def _on_first(engine: Engine, root: Path, act: Callable[[], None]) -> None:
-    """Do something on rank 0 while the others wait; a refusal there is raised on every rank."""
-    refusal = None
-    if engine.rank == 0:
-        try:
-            with disk_errors(root):
-                act()
-        except UserError as error:
-            refusal = str(error)
-        except OSError as error:
-            refusal = f"{root} cannot be written: {error}"
-    refusal = engine.broadcast(refusal)
-    if refusal is not None:
-        raise UserError(refusal)
 
 
 def _make_room(engine: Engine, root: Path, folder: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    if folder.exists():  # a save that was killed, or a timeline that was abandoned: nothing of it may survive
+    if folder.is_symlink():  # what it leads to is not this run's to delete
+        _withdraw(root, folder)
+        folder.unlink()
+    elif folder.exists():  # a save that was killed, or a timeline that was abandoned: nothing of it may survive
         if _kind(folder) not in (None, "train"):
             raise UserError(
                 f"{folder} exists and is no checkpoint of this run. Move it away, or choose another --output"
@@ -172,14 +163,23 @@ def _make_room(engine: Engine, root: Path, folder: Path) -> None:
 def _withdraw(root: Path, folder: Path) -> None:
     """Before a tag is written anew: if `latest` names it, let it name the newest whole one below instead."""
     latest = root / "latest"
-    if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != folder.name:
+    if latest.is_symlink() and latest.is_dir():
+        named = os.path.basename(os.readlink(latest))
+    else:
+        named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    if named != folder.name:
         return
-    limit, below = _step_of(folder.name) or 0, {_step_of(path.name): path for path in root.iterdir()}
-    steps = [step for step, path in below.items() if step is not None and step < limit and _kind(path) == "train"]
-    if steps:
-        set_latest(root, below[max(steps)].name)
+    if newest := whole(root, _step_of(folder.name)):
+        set_latest(root, newest.name)
     else:
         latest.unlink()
+
+
+def whole(root: Path, below: int | None = None) -> Path | None:
+    """The newest whole training checkpoint of a run folder, if any (``below``: of a smaller step)."""
+    steps = {step: path for path in root.iterdir() if (step := _step_of(path.name)) is not None}
+    found = [step for step, path in steps.items() if (below is None or step < below) and _kind(path) == "train"]
+    return steps[max(found)] if found else None
 
 
 @contextlib.contextmanager
@@ -235,13 +235,13 @@ def _commit(root: Path, folder: Path, manifest: dict[str, Any], keep: int) -> No
 def prune(root: Path, newest: str, keep: int) -> None:
     """Delete this run's training checkpoints older than the last ``keep`` up to ``newest``, and older unfinished ones.
 
-    Tags past ``newest`` (of a run that was resumed from an older tag by hand), growths and foreign folders stay.
+    Tags past ``newest`` (of a run that was resumed from an older tag by hand), growths, foreign folders and links stay.
     """
     limit = _step_of(newest)
     older = []
     for folder in root.iterdir():
         step = _step_of(folder.name)
-        if step is None or limit is None or step >= limit or not folder.is_dir():
+        if step is None or limit is None or step >= limit or folder.is_symlink() or not folder.is_dir():
             continue
         kind = _kind(folder)
         if kind is None:
@@ -253,7 +253,7 @@ def prune(root: Path, newest: str, keep: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-    (folder / UNFINISHED).touch()
+    replace(folder / UNFINISHED, "")
     (folder / MANIFEST).unlink(missing_ok=True)  # first: a kill in between must not leave something that looks whole
     shutil.rmtree(folder)
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -19,8 +20,8 @@ import pytest
 import torch
 
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
-from bert2bert.shards import commit, journal
-from bert2bert.shards.commit import Pending, check_complete, file_sizes, set_latest, write_manifest
+from bert2bert.shards import commit, journal, lock
+from bert2bert.shards.commit import Pending, check_complete, file_sizes, sealed, set_latest, write_manifest
 from bert2bert.shards.hub import HubSource
 from bert2bert.shards.inspect import check
 from bert2bert.shards.sink import Sink
@@ -83,7 +84,7 @@ def test_a_killed_writer_leaves_nothing_complete_and_a_rerun_finishes(
     half_way: tuple[Path, dict[str, Any], int], tmp_path: Path
 ) -> None:
     target, how, child = half_way
-    with pytest.raises(InvalidConfig, match=f"process {child} on .* is writing"):  # it still lives
+    with pytest.raises(InvalidConfig, match=f"in use: process {child} on "):  # it still lives
         write(target, how)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -165,7 +166,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: 
     def refuse(fd: int, how: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # Lustre without -o flock
 
-    monkeypatch.setattr(commit.fcntl, "flock", refuse)
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
     check_complete(write(tmp_path / "d", FORMS[0]))
 
 
@@ -247,7 +248,9 @@ def test_check_complete_finds_what_is_missing(tmp_path: Path) -> None:
         check_complete(tmp_path)
     manifest = {"kind": "train", "files": file_sizes(tmp_path)}
     write_manifest(tmp_path, manifest)
-    assert check_complete(tmp_path) == manifest == {"kind": "train", "files": {"a/b.pt": 5}}
+    found = check_complete(tmp_path)
+    assert sealed(found) and not sealed({**found, "kind": "growth"})
+    assert found == {**manifest, "digest": found["digest"]} == {"kind": "train", "files": {"a/b.pt": 5}} | found
     (tmp_path / "a" / "b.pt").write_bytes(b"1234")
     with pytest.raises(InvalidCheckpoint, match=r"has 4 bytes; bert2bert\.json says 5"):
         check_complete(tmp_path)
@@ -269,26 +272,29 @@ def test_latest_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert tree(tmp_path) == {"latest": b"global_step1", "latest_universal": b"global_step1"}
 
 
-def test_a_lock_left_by_a_dead_process_does_not_block(tmp_path: Path) -> None:
-    (tmp_path / "d.partial").mkdir()
-    (tmp_path / "d.partial" / "lock").write_text("process 1 on elsewhere")
-    check_complete(write(tmp_path / "d", FORMS[2]))
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
-
-
 def test_a_rank_that_outlives_rank_zero_keeps_others_out(tmp_path: Path) -> None:
     def pending() -> Pending:
         return Pending(tmp_path / "d", "global_step7")
 
+    def begin(told: Any) -> None:
+        first.begin({"plan": "1"}, 0, said.append)
+        told.send(True)
+        time.sleep(60)
+
     first, second, third, said = pending(), pending(), pending(), list[str]()
-    assert not first.begin({"plan": "1"}, 0, said.append)
+    near, far = multiprocessing.get_context("fork").Pipe()
+    rank_zero = multiprocessing.get_context("fork").Process(target=begin, args=(far,), daemon=True)
+    rank_zero.start()
+    assert near.recv()
     second.join()
-    first.close()  # as if killed
-    with pytest.raises(InvalidConfig, match=f"process {os.getpid()} on .* is writing"):
+    rank_zero.kill()
+    rank_zero.join()
+    with pytest.raises(InvalidConfig, match=f"in use: process {rank_zero.pid} on "):
         third.begin({"plan": "1"}, 0, said.append)
     (first.files / "a").write_text("kept")
     second.close()
-    assert not third.begin({"plan": "1"}, 0, said.append) and (third.files / "a").exists() and not said
+    assert not third.begin({"plan": "1"}, 0, said.append) and (third.files / "a").exists()
+    assert len(said) == 1 and f"taken over from process {rank_zero.pid}" in said.pop()
     third.close()
     fourth = pending()
     assert not fourth.begin({"plan": "2"}, 0, said.append) and not (third.files / "a").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.recipe import AdamW, Phase, Recipe
-from bert2bert.shards.source import MANIFEST
+from bert2bert.shards.commit import MANIFEST, write_manifest
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
 
@@ -64,6 +66,37 @@ def in_shard(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[[P
         in_manifest(lambda m: m["files"].update({name: (folder / name).stat().st_size}))(folder)
 
     return act
+
+
+def noted(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A change that the manifest agrees with in every digest: the checkpoint of some other program, say."""
+
+    def act(folder: Path) -> None:
+        change(folder)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["digests"]["files"]
+        files.update({name: xxhash.xxh3_128((folder / name).read_bytes()).hexdigest() for name in files})
+        write_manifest(folder, manifest)
+
+    return act
+
+
+def flip(name: str, at: float) -> Callable[[Path], None]:
+    """Change one bit of a file, ``at`` of the way through its largest record: a bad disk."""
+
+    def act(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        with zipfile.ZipFile(folder / name) as archive:
+            record = max(archive.infolist(), key=lambda found: found.file_size)
+            held = archive.read(record)
+        content[content.index(held) + int(at * len(held))] ^= 1
+        (folder / name).write_bytes(content)
+
+    return act
+
+
+def change_counter(shard: dict[str, Any]) -> None:
+    shard["global_samples"] += 8
 
 
 def state_of(shard: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +183,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a shard cut short": (cut, "bytes long, the manifest says"),
     "a missing shard": (lambda folder: (folder / OPTIM).unlink(), "missing"),
     "no manifest": (drop_manifest, "bert2bert reshard "),
+    "a random state": (flip("bert2bert_rng_rank_00001.pt", 0.4), "bert2bert_rng_rank_00001.pt: its content does not"),
+    "a counter": (in_shard(MODEL, change_counter), f"{MODEL}: its content does not"),
+    "lr in one copy": (change_hyper("lr", 123.0), "optim_states.pt: its content does not"),
+    "the position": (in_manifest(lambda m: m["training"]["data"].update(rows=8)), f"{MANIFEST}: its content does not"),
+    "the time spent": (in_manifest(lambda m: m["training"]["spent"].update(tokens=1)), f"{MANIFEST}: its content"),
     "code in a pickle": (in_shard(OPTIM, plant), "which is no class of a ZeRO checkpoint"),
 }
 
@@ -220,7 +258,7 @@ def test_every_corruption_is_named_and_nothing_foreign_runs(
             in_shard(name, no_clip)(folder)
 
     corruptions = {name: act for name, (act, _) in REFUSED.items()}
-    corruptions |= {"lr in the files": change_hyper("lr", 123.0), "clip in the files": clip_off}
+    corruptions |= {"lr in the files": noted(change_hyper("lr", 123.0)), "clip in the files": noted(clip_off)}
     copies = {}
     for i, (name, act) in enumerate(corruptions.items()):
         copies[name] = tmp_path / f"copy{i}"
