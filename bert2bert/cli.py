@@ -288,6 +288,7 @@ def _verify(args: argparse.Namespace, comm: Any) -> int:
         bins=args.bins,
         tokens=args.tokens,
         logits=not args.no_logits,
+        say=lambda line: print(f"note     {line}", file=sys.stderr, flush=True),
     )
     if args.output:
         try:

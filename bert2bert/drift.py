@@ -1,14 +1,14 @@
 """How far a grown model is from its source on the same tokens: logits, loss, and the gradients by which it would learn.
 
-A BERT runs one layer at a time in float64, so that no whole model is in memory; other families, and gradients, run on
-transformers' models, in float64 where that fits and else in float32.
+Logits come from this project's BERT or from transformers' models, in float64 where that fits and else in float32, with
+the weights read as they are needed: no model is in memory, nor are its logits, which are compared block by block of
+the vocabulary. Only gradients need both models whole. On random tokens there is no loss to speak of: it is None.
 
 Refuses what `sample` and `reference` refuse, and models with fewer positions than the source (`InvalidConfig`).
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -20,30 +20,33 @@ from torch import Tensor
 from bert2bert import reference
 from bert2bert.checkpoint_model import CheckpointModel
 from bert2bert.errors import InvalidConfig
-from bert2bert.model.batch import IGNORE
+from bert2bert.model.batch import IGNORE, Batch
 from bert2bert.model.config import ACTIVATIONS, BertConfig
-from bert2bert.model.streaming import streamed_forward
+from bert2bert.model.streaming import BLOCK, Rows, Weights, streamed_bert
 from bert2bert.plan import GrowthPlan
 from bert2bert.realise import Read, values
-from bert2bert.reference import Fetch
+from bert2bert.reference import Fetch, Passed
 from bert2bert.sample import Tokens, draw, draw_batch, positions
-from bert2bert.tables import table_for
+from bert2bert.tables import Parameter, table_for
 
 if TYPE_CHECKING:
     from bert2bert.planning import Growth
 
+_DECODER, _BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
+
 
 @dataclass(frozen=True)
 class Drift:
-    """How far two models are apart on the same tokens. loss: nats a prediction, source and grown;
-    logits_relative: |grown - source| / |source| in the Euclidean norm; agreement: share of equal best guesses.
-    Logits are those of the tokens that the source knows; a loss is over all tokens. dtype: that both ran in."""
+    """How far two models are apart on the same tokens. loss: nats a prediction, source and grown, None on random
+    tokens; logits_relative: |grown - source| / |source| in the Euclidean norm; agreement: share of equal best guesses.
+    Logits are those of the tokens that the source knows, and a next-sentence head's; a loss is a language model's over
+    all tokens. dtype: that both ran in."""
 
     tokens: int
     predictions: int
     text: str
-    loss_source: float
-    loss_grown: float
+    loss_source: float | None
+    loss_grown: float | None
     logits_max: float
     logits_relative: float
     agreement: float
@@ -55,27 +58,28 @@ class Drift:
 
     def render(self) -> str:
         """One line for a terminal."""
+        loss = "" if self.loss_source is None else f"loss {self.loss_source:.6g} -> {self.loss_grown:.6g} nats; "
         return (
-            f"drift    loss {self.loss_source:.6g} -> {self.loss_grown:.6g} nats on {self.predictions} predictions "
-            f"({self.text}); logits differ by {self.logits_relative:.3g} relative, {self.logits_max:.3g} at most; "
-            f"{100 * self.agreement:.4g} % equal best guesses"
+            f"drift    {loss}logits differ by {self.logits_relative:.3g} relative, {self.logits_max:.3g} at most; "
+            f"{100 * self.agreement:.4g} % equal best guesses ({self.predictions} predictions, {self.text})"
         )
 
 
-def drift(growth: Growth, tokens: Tokens) -> Drift:
-    """The change of function that a growth will make, before anything is written."""
-    return compare(growth.model, planned(growth.plan, growth.reads, torch.float32), growth.plan.config, tokens)
-
-
-def report_drift(growth: Growth, tokens: Tokens, say: Callable[[str], None]) -> Drift | None:
-    """`drift` in one line for a terminal; where there is no reference to run, the reason, and None."""
+def report_drift(growth: Growth, grown: Rows, tokens: Tokens, say: Callable[[str], None]) -> Drift | None:
+    """The change of function that a growth will make, said in one line before anything is written; where there is no
+    reference to run, the reason, and None. grown: reads the weights that will be written."""
     try:
-        found = drift(growth, tokens)
+        found = compare(growth.model, grown, growth.plan.config, tokens)
     except reference.NoReference as error:
         say(f"drift    not measured: {error}")
         return None
     say(found.render())
     return found
+
+
+def weights(model: CheckpointModel) -> Rows:
+    """The weights of a checkpoint by canonical name."""
+    return lambda name, start, stop: model.read(name, "fp32", start, stop)
 
 
 def planned(plan: GrowthPlan, reads: Sequence[Read], dtype: torch.dtype, state: str = "fp32") -> Fetch:
@@ -89,58 +93,115 @@ def whole(model: CheckpointModel, state: str = "fp32") -> Fetch:
     return lambda name: model.read(name, state, 0, model.parameters[name].shape[0])
 
 
-def compare(model: CheckpointModel, grown: Fetch, config: Mapping[str, Any], tokens: Tokens) -> Drift:
-    """A source against the model that ``grown`` fills, which has the source's heads."""
+def compare(model: CheckpointModel, grown: Rows, config: Mapping[str, Any], tokens: Tokens) -> Drift:
+    """A source against the model whose weights ``grown`` reads, which has the source's heads."""
     rows, table = positions(model), table_for(config)
     if "pos" in table.sizes and (theirs := table.axis_sizes(config)["pos"] - table.first_position) < rows:
         raise InvalidConfig(
             f"a {table.model_type} of {theirs} positions cannot read what the source, a {model.table.model_type} of "
             f"{rows}, reads: no growth of this source made it; give a checkpoint that was grown from it"
         )
-    sizes, vocab = [size(model, c) for c in (model.config, config)], _vocab(model.config, config)
-    if streams(model) and streams(model, config):
-        dtype, sample = torch.float64, draw_batch(model, vocab, tokens, max(sizes))
-        runs = []
-        for c, fetch in ((model.config, whole(model)), (config, grown)):
-            out = streamed_forward(BertConfig.from_hf(c), fetch, sample, dtype)
-            keep = sample.labels != IGNORE
-            if out.logits is None:
-                raise ValueError("a streamed run gives logits")
-            runs.append((out.logits[keep][:, :vocab], float(out.loss)))
-        count = sample.real_tokens
+    numel, vocab = max(size(model, c) for c in (model.config, config)), _vocab(model.config, config)
+    if own := streams(model) and streams(model, config):
+        batch = draw_batch(model, vocab, tokens, numel)
+        count = batch.real_tokens
     else:
-        dtype = reference.precision(max(sizes), "running the larger of the two models")
-        given = draw(model, vocab, tokens, max(sizes))
-        what, runs = reference.kind(model.config, model.table), []
-        for c, fetch in ((model.config, whole(model)), (config, grown)):
-            built = reference.build(table_for(c), c, model.heads, fetch, dtype)
-            with torch.no_grad():
-                logits, loss = reference.run(built, given, what, vocab)
-            runs.append((logits, float(loss)))
-            del built
-            gc.collect()  # modules refer to each other
+        given = draw(model, vocab, tokens, numel)
         count = given.ids.numel()
-    (x, loss_source), (y, loss_grown) = runs
+    dtype = reference.precision(max(_held(model, c, own, count) for c in (model.config, config)), "comparing logits")
+    source, other = (
+        _run_bert(model, c, read, batch, dtype)
+        if own
+        else reference.passed(table_for(c), c, model.heads, read, given, dtype)
+        for c, read in ((model.config, weights(model)), (config, grown))
+    )
+    far = _distance(source, other, vocab)
+    losses = far.losses if tokens.told else (None, None)
     return Drift(
         tokens=count,
-        predictions=len(x),
+        predictions=len(source.labels),
         text=tokens.text,
-        loss_source=loss_source,
-        loss_grown=loss_grown,
-        logits_max=float((x - y).abs().max()),
-        logits_relative=float((x - y).norm() / x.norm()),
-        agreement=float((x.argmax(1) == y.argmax(1)).double().mean()),
+        loss_source=losses[0],
+        loss_grown=losses[1],
+        logits_max=far.largest,
+        logits_relative=far.relative,
+        agreement=far.agreement,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def _run_bert(
+    model: CheckpointModel, config: Mapping[str, Any], rows: Rows, batch: Batch, dtype: torch.dtype
+) -> Passed:
+    bert, shapes = BertConfig.from_hf(config), {n: p.shape for n, p in _parameters(model, config).items()}
+    read = Weights(rows, shapes, dtype)
+    hidden, pairs = streamed_bert(bert, read, batch)
+    keep = batch.labels != IGNORE
+    decoder, bias = (bert.aliases.get(name, name) for name in (_DECODER, _BIAS))
+    return Passed(hidden[keep], batch.labels[keep], pairs, read, decoder, bias)
+
+
+@dataclass(frozen=True)
+class _Far:
+    losses: tuple[float, float]
+    largest: float
+    relative: float
+    agreement: float
+
+
+@torch.no_grad()
+def _distance(source: Passed, grown: Passed, vocab: int) -> _Far:
+    """How far the logits of the first ``vocab`` tokens are apart, and each model's cross entropy over all its tokens;
+    by blocks of the vocabulary."""
+    both, count = (source, grown), len(source.labels)
+    square = norm = 0.0
+    largest = torch.zeros((), dtype=torch.float64)
+
+    def differ(x: Tensor, y: Tensor) -> None:
+        nonlocal square, norm, largest
+        x, y = x.double(), y.double()
+        norm += float(x.square().sum())
+        y = y.sub_(x)
+        square += float(y.square().sum())
+        largest = torch.maximum(largest, y.abs_().max())
+
+    sums = [torch.full((count,), -torch.inf, dtype=torch.float64) for _ in both]
+    right = [torch.zeros(count, dtype=torch.float64) for _ in both]
+    best = [
+        (torch.full((count,), -torch.inf, dtype=p.hidden.dtype), torch.zeros(count, dtype=torch.int64)) for p in both
+    ]
+    step = max(1, BLOCK // max(count, source.hidden.shape[1], grown.hidden.shape[1]))
+    for start in range(0, max(p.vocab for p in both), step):
+        known = []
+        for i, run in enumerate(both):
+            stop = min(start + step, run.vocab)
+            if stop <= start:
+                continue
+            logits = run.logits(start, stop)
+            sums[i] = torch.logaddexp(sums[i], logits.double().logsumexp(1))
+            at = ((run.labels >= start) & (run.labels < stop)).nonzero()[:, 0]
+            right[i][at] = logits[at, run.labels[at] - start].double()
+            if start < vocab:
+                known.append(logits[:, : vocab - start])
+                high, where = known[-1].max(1)
+                better = high > best[i][0]
+                best[i] = (torch.where(better, high, best[i][0]), torch.where(better, where + start, best[i][1]))
+        if known:
+            differ(*known)
+    if source.pairs is not None and grown.pairs is not None:
+        differ(source.pairs, grown.pairs)
+    losses = [float((s - r).mean()) for s, r in zip(sums, right, strict=True)]
+    equal = (best[0][1] == best[1][1]).double().mean()
+    relative = (square / norm) ** 0.5 if norm else float("inf") if square else 0.0
+    return _Far((losses[0], losses[1]), float(largest), relative, float(equal))
 
 
 def gradient_error(model: CheckpointModel, plan: GrowthPlan, tokens: Tokens) -> tuple[float, str, torch.dtype]:
     """The gradient rule on a sample: the largest difference of the grown model's gradient from the one that the plan
     makes of the source's, relative to the tensor's largest entry; the tensor; the dtype of both models."""
-    small, large = size(model, model.config), size(model, plan.config)
-    dtype = reference.precision(small + 2 * large, "the gradients of both models")
+    dtype = reference.precision(gradients_memory(model, plan.config), "the gradients of both models")
     vocab = _vocab(model.config, plan.config)
-    sample = draw(model, vocab, tokens, max(small, large))
+    sample = draw(model, vocab, tokens, max(size(model, c) for c in (model.config, plan.config)))
     what = reference.kind(model.config, model.table)
 
     def of(config: Mapping[str, Any], fetch: Fetch) -> dict[str, Tensor]:
@@ -162,9 +223,31 @@ def gradient_error(model: CheckpointModel, plan: GrowthPlan, tokens: Tokens) -> 
     return worst, where, dtype
 
 
+def gradients_memory(model: CheckpointModel, config: Mapping[str, Any]) -> int:
+    """Numbers that `gradient_error` holds at a time: the source's gradients, the grown model and its."""
+    return size(model, model.config) + 2 * size(model, config)
+
+
 def size(model: CheckpointModel, config: Mapping[str, Any]) -> int:
     """Parameters of a model of a config with the checkpoint's heads."""
-    return sum(prod(p.shape) for p in table_for(config).parameters(config, model.heads).values())
+    return sum(prod(p.shape) for p in _parameters(model, config).values())
+
+
+def _parameters(model: CheckpointModel, config: Mapping[str, Any]) -> dict[str, Parameter]:
+    return table_for(config).parameters(config, model.heads)
+
+
+def _held(model: CheckpointModel, config: Mapping[str, Any], own: bool, tokens: int) -> int:
+    """Numbers in memory at a time, or a few more, when a model is run: a layer of this project's BERT or a parameter
+    (an expert, of fused ones) of another, blocks, and what a layer makes of the tokens."""
+    layers: dict[int | None, list[int]] = {}
+    widest = 1
+    for p in _parameters(model, config).values():
+        if p.layer is not None:
+            layers.setdefault(p.layer, []).append(prod(p.shape[1:] if len(p.shape) > 2 else p.shape))
+            widest = max(widest, *p.shape[-2:])
+    most = max(sum(s) if own else max(s) for s in layers.values())
+    return most + 8 * (BLOCK + tokens * widest)
 
 
 def _vocab(*configs: Mapping[str, Any]) -> int:

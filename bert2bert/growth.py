@@ -125,8 +125,8 @@ def grow(
 ) -> Path:
     """Grow a checkpoint and commit it; the folder written. ``how``: options of `open_growth`.
 
-    Every rank of ``comm`` calls this alike; rank 0 reports, measures the change of the function (streamed, one layer in
-    memory) and commits. Raises UserError of all kinds; what is finished then, the same call uses again.
+    Every rank of ``comm`` calls this alike; rank 0 reports, measures the change of the function (streamed, no
+    model in memory) and commits. Raises UserError of all kinds; what is finished then, the same call uses again.
     """
     from bert2bert.drift import report_drift
     from bert2bert.realise import values
@@ -163,9 +163,15 @@ def grow(
     def read(name: str, state: str, start: int, stop: int) -> Any:
         return grown(canonical[name], state, start, stop)
 
-    measured = together(
-        comm, lambda: report_drift(growth, Tokens(bins), say) if measure and first and "mlm" in model.heads else None
-    )
+    def written(name: str, start: int, stop: int) -> Any:
+        """Weights as the target will have them: rounded where it stores no wider copy."""
+        found, stored = grown(name, "fp32", start, stop), named[name]
+        if form == "hub":
+            return found.to(spec.stored_dtype(stored))
+        return found.to(spec.dtype) if stored in spec.frozen else found
+
+    measure = measure and first and "mlm" in model.heads
+    measured = together(comm, lambda: report_drift(growth, written, Tokens(bins), say) if measure else None)
     manifest = {
         "operators": plan.recipe,
         "plan_digest": plan.digest(),

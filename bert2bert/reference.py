@@ -1,7 +1,8 @@
 """Models of transformers as a reference: the logits, losses and gradients of a checkpoint of any family.
 
 The only place that imports transformers, and only when it is asked for. A model is made from its config without
-initialisation and filled by name from a callable. In float64, the casts to float32 that transformers makes inside
+initialisation and filled by name from a callable; or, for logits alone, it is run with no parameter in memory but the
+one at work (`passed`). In float64, the casts to float32 that transformers makes inside
 norms, softmaxes and rotary angles are lifted, so that two equal functions agree to about 1e-12.
 
 Refuses (`NoReference`): to run without transformers, an architecture that the installed version lacks, and a model that
@@ -23,9 +24,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bert2bert.errors import InvalidCheckpoint, UserError
+from bert2bert.model.streaming import Rows, Weights
+from bert2bert.streamed import Passed, Streamed
 from bert2bert.tables import Table
 
 IGNORE = -100
+_TOKENS = 512  # run at a time
 _SHARE = 0.8  # of the free memory that a reference may take
 _MEMORY = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 
@@ -85,6 +89,20 @@ def build(
     Raises NoReference without transformers or the class in it, InvalidCheckpoint for tensors that do not fill it.
     """
     transformers = _transformers()
+    name, cls, hf = _class(table, config, heads, transformers)
+    state = {n: fetch(n).to(dtype) for n in table.parameters(config, table.classes[name])}
+    with _quiet(transformers):
+        model, info = cls.from_pretrained(
+            None, config=hf, state_dict=state, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+    if wrong := {what: sorted(map(str, names)) for what, names in info.items() if names}:
+        raise InvalidCheckpoint(f"the checkpoint does not fill a {name} of transformers: {wrong}")
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _class(table: Table, config: Mapping[str, Any], heads: frozenset[str], transformers: Any) -> tuple[str, Any, Any]:
+    """The transformers class of a checkpoint: its name, it, and its config. Raises NoReference."""
     name = class_of(table, config, heads)
     cls = getattr(transformers, name, None)
     if cls is None or config["model_type"] not in transformers.CONFIG_MAPPING:
@@ -100,29 +118,79 @@ def build(
             f"Correct the config, or leave the comparison out: --no-logits (verify), --no-measure (grow)."
         ) from None
     hf._experts_implementation = "eager"  # grouped matrix products know no float64
-    state = {n: fetch(n).to(dtype) for n in table.parameters(config, table.classes[name])}
-    with _quiet(transformers):
-        model, info = cls.from_pretrained(
-            None, config=hf, state_dict=state, dtype=dtype, attn_implementation="eager", output_loading_info=True
-        )
-    if wrong := {what: sorted(map(str, names)) for what, names in info.items() if names}:
-        raise InvalidCheckpoint(f"the checkpoint does not fill a {name} of transformers: {wrong}")
-    model.eval().requires_grad_(False)
-    return model
+    return name, cls, hf
+
+
+class _Outline(TorchFunctionMode):
+    """What is made without values, as parameters are, is made on the meta device; buffers have values and are real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
+
+
+def outline(
+    table: Table, config: Mapping[str, Any], heads: frozenset[str], dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, str]]:
+    """The transformers model of a config in eval mode, all its parameters on the meta device and none tied; and the
+    canonical name of each by its path. Raises NoReference, and InvalidCheckpoint where table and class disagree."""
+    transformers = _transformers()
+    name, cls, hf = _class(table, config, heads, transformers)
+    hf._attn_implementation = "eager"
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _quiet(transformers), _Outline():
+            model = cls(hf)
+    finally:
+        torch.set_default_dtype(usual)
+    known, ties = table.parameters(config, table.classes[name]), table.aliases(config, table.classes[name])
+    names: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for own, p in list(module.named_parameters(recurse=False)):
+            path = f"{prefix}.{own}" if prefix else own
+            canonical = ties.get(path, path)
+            if canonical not in known or known[canonical].shape != p.shape:
+                raise InvalidCheckpoint(f"the checkpoint does not fill a {name} of transformers: {path} {(*p.shape,)}")
+            names[path] = canonical
+            setattr(module, own, nn.Parameter(torch.empty(p.shape, dtype=dtype, device="meta"), requires_grad=False))
+    if missing := sorted(known.keys() - names.values()):
+        raise InvalidCheckpoint(f"the checkpoint does not fill a {name} of transformers: it has no {missing[0]}")
+    return model.eval(), names
+
+
+def passed(
+    table: Table, config: Mapping[str, Any], heads: frozenset[str], rows: Rows, sample: Sample, dtype: torch.dtype
+) -> Passed:
+    """What the transformers model of a config, with the parameters that ``rows`` reads, computes below its decoder, few
+    rows in memory at a time. Raises what `outline` and `Weights` raise."""
+    model, names = outline(table, config, heads, dtype)
+    decoder = model.get_output_embeddings()  # type: ignore[operator]
+    path = next(prefix for prefix, module in model.named_modules() if module is decoder)
+    shapes = {n: p.shape for n, p in table.parameters(config, heads).items()}
+    streamed = Streamed(model, names, Weights(rows, shapes, dtype), f"{path}.weight")
+    hidden, pairs, what = [], [], kind(config, table)
+    step = max(1, _TOKENS // sample.ids.shape[1])
+    for rows_of in zip(sample.ids.split(step), sample.labels.split(step), strict=True):
+        part = Sample(*rows_of)
+        lifted = Double() if dtype == torch.float64 else nullcontext()  # within: what streamed reads is left as it is
+        with torch.no_grad(), streamed, lifted:
+            out = model(**_inputs(model, part, what))
+        if (found := streamed.take()) is None:
+            raise NoReference(f"a {type(model).__name__} of transformers does not end in its decoder {path}")
+        hidden.append(found[part.labels != IGNORE])
+        pairs += [out.seq_relationship_logits] if "seq_relationship_logits" in out else []
+    return Passed(
+        torch.cat(hidden), sample.labels[sample.labels != IGNORE], torch.cat(pairs) if pairs else None,
+        streamed.weights, names[f"{path}.weight"], names.get(f"{path}.bias"),
+    )  # fmt: skip
 
 
 def run(model: nn.Module, sample: Sample, what: str, vocab: int) -> tuple[Tensor, Tensor]:
     """Logits [predictions, vocab] of the first ``vocab`` tokens, and the mean cross entropy over all tokens in nats (a
     next-sentence head's added, for random labels). what: see `kind`."""
-    inputs = {"input_ids": sample.ids}
-    if what == "seq2seq":
-        config: Any = model.config
-        starts = (getattr(config, key, None) for key in ("decoder_start_token_id", "pad_token_id"))
-        start = next((token for token in starts if token is not None), 0)
-        inputs["decoder_input_ids"] = F.pad(sample.labels[:, :-1], (1, 0), value=start)
     double = next(model.parameters()).dtype == torch.float64
     with Double() if double else nullcontext():
-        out = model(**inputs)
+        out = model(**_inputs(model, sample, what))
     keep = sample.labels != IGNORE
     scores = out.prediction_logits if "prediction_logits" in out else out.logits
     logits = scores[keep]
@@ -131,6 +199,16 @@ def run(model: nn.Module, sample: Sample, what: str, vocab: int) -> tuple[Tensor
         pairs = out.seq_relationship_logits
         loss = loss + F.cross_entropy(pairs, torch.arange(len(pairs)) % 2)
     return logits[:, :vocab], loss
+
+
+def _inputs(model: nn.Module, sample: Sample, what: str) -> dict[str, Tensor]:
+    inputs = {"input_ids": sample.ids}
+    if what == "seq2seq":
+        config: Any = model.config
+        starts = (getattr(config, key, None) for key in ("decoder_start_token_id", "pad_token_id"))
+        start = next((token for token in starts if token is not None), 0)
+        inputs["decoder_input_ids"] = F.pad(sample.labels[:, :-1], (1, 0), value=start)
+    return inputs
 
 
 def gradients(model: nn.Module, sample: Sample, what: str, vocab: int) -> dict[str, Tensor]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
+from bert2bert.rounding import Blocks, Comparison, bits, some
 from bert2bert.target_names import Names
 
 if TYPE_CHECKING:
-    import torch
-
     from bert2bert.shards.source import Source
 
 
@@ -36,13 +37,18 @@ def compare(source: Source, target: Source, check: Callable[[str, bool, str], No
     want = {name: source.tensors[old] for name, old in names.stored.items()}
     have = {name: meta for name, meta in target.tensors.items() if name not in source.buffers}
     lost = [n for n in {**want, **have} if n not in have or n not in want or have[n].shape != want[n].shape]
-    check("names", not lost, f"{len(lost)} differ, first {lost[0]}" if lost else f"{len(want)} tensors")
+    counted = f"{len(want)} on both sides" + (
+        f"; not in the source's files: {some(source.unread)}" if source.unread else ""
+    )
+    check("tensors", not lost, f"{len(lost)} differ, first {lost[0]}" if lost else counted)
     both = [name for name in want if name not in lost]
     for state in target.states:
-        wrong = [name for name in both if not _same(source, names.stored[name], target, name, state)]
-        what = "weights" if state == "fp32" else state
-        check(what, not wrong, f"{len(wrong)} differ, first {wrong[0]}" if wrong else f"{len(both)}, bit for bit")
+        compared = Comparison()
+        for name in both:
+            compared.add(name, _blocks(source, names.stored[name], target, name, state))
+        compared.report("weights" if state == "fp32" else state, check)
     changed = [n for n, buffer in source.buffers.items() if n not in names.left and not _kept(buffer, target, n)]
+    changed += [n for n in target.buffers if n not in source.buffers]
     kept = len(source.buffers.keys() - set(names.left))
     check("buffers", not changed, f"{len(changed)} differ, first {changed[0]}" if changed else f"{kept}, bit for bit")
     if names.left:
@@ -67,24 +73,12 @@ def _kept(buffer: torch.Tensor, target: Source, name: str) -> bool:
     found = target.buffers.get(name)
     if found is None and name in target.tensors:
         found = target.read(name, "fp32", 0, buffer.shape[0] if buffer.dim() else 1)
-    return _bits(buffer, found)
+    return bits(buffer, found)
 
 
-def _same(source: Source, old: str, target: Source, name: str, state: str) -> bool:
+def _blocks(source: Source, old: str, target: Source, name: str, state: str) -> Blocks:
     from bert2bert.shards.layout import row_blocks
 
     for start, stop in row_blocks(target.tensors[name].shape):
         found = target.read(name, state, start, stop)
-        expected = source.read(old, state, start, stop) if state in source.states else found.new_zeros(found.shape)
-        if not _bits(expected.to(found.dtype), found):
-            return False
-    return True
-
-
-def _bits(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Equal shapes, dtypes and bits: NaN is NaN, and -0 is not 0."""
-    import torch
-
-    if other is None or one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+        yield (source.read(old, state, start, stop) if state in source.states else torch.zeros_like(found)), found

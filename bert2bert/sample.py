@@ -23,7 +23,7 @@ from bert2bert.errors import InvalidConfig, InvalidData
 from bert2bert.model.batch import IGNORE, Batch
 from bert2bert.reference import Sample
 
-_TOKENS, _LENGTH, _PREDICTED = 2048, 64, 0.15
+_TOKENS, _RANDOM, _LENGTH, _PREDICTED = 2048, 512, 64, 0.15  # random tokens show a distance, which takes fewer
 _WORK = 1 << 40  # multiply-adds
 _SCORES = 1 << 26  # logits held at a time
 
@@ -34,6 +34,11 @@ class Tokens:
 
     bins: Path | None = None
     file: Path | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether they are text, on which a loss says something."""
+        return self.bins is not None or self.file is not None
 
     @property
     def text(self) -> str:
@@ -50,7 +55,7 @@ def draw(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Samp
         ids = _given(tokens.file, vocab, positions(model))
     else:
         length = min(_LENGTH, trained_length(model), positions(model))
-        rows = max(1, min(_TOKENS, _SCORES // vocab, _WORK // (2 * numel)) // length)
+        rows = max(1, min(_TOKENS if tokens.bins else _RANDOM, _SCORES // vocab, _WORK // (2 * numel)) // length)
         if tokens.bins:
             bins = open_bins(tokens.bins, vocab)
             text = bins.split("heldout")[0]

@@ -1,13 +1,14 @@
 """Check a grown checkpoint: every tensor and moment against the plan, its function and gradients against the source.
 
-The plan is rebuilt from the growth manifest and must have the stored digest; then every row of every state of every
-tensor is compared bit for bit. Logits and loss of the files' models are compared on the same tokens, and the gradients
-of a sample with those that the plan makes of the source's, as its moments were made, see `drift`.
+The plan is rebuilt from the growth manifest and must have the stored digest. Every tensor and buffer of both sides is
+accounted for, and every row of every state of every tensor compared bit for bit; what a narrower dtype rounded is
+counted. Logits and loss of the files' models are compared on the same tokens, and the gradients of a sample with those
+that the plan makes of the source's, as its moments were made, see `drift`: these need both models in memory.
 
 A checkpoint that `reshard` wrote is compared with its source bit for bit, and no model is run.
 
-Refuses a grown checkpoint that is not a model of its own config (`InvalidCheckpoint`), and models that do not fit into
-memory (`NoReference`). A check that fails is a result, not an error: it is in the report and in the exit code.
+Refuses a grown checkpoint that is not a model of its own config (`InvalidCheckpoint`), and models that cannot be run
+(`NoReference`). A check that fails is a result, not an error: it is in the report and in the exit code.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import torch
 
 from bert2bert import reshard_check
 from bert2bert.checkpoint_model import CheckpointModel, open_model
-from bert2bert.drift import Drift, compare, gradient_error, size, streams, whole
+from bert2bert.drift import Drift, compare, gradient_error, gradients_memory, weights
 from bert2bert.errors import InvalidConfig
 from bert2bert.operators.steps import replan
 from bert2bert.plan import Exactness, GrowthPlan
 from bert2bert.planning import Growth, between
 from bert2bert.realise import values
 from bert2bert.reference import NoReference, precision
+from bert2bert.rounding import Blocks, Comparison, some
 from bert2bert.sample import Tokens
 from bert2bert.shards.layout import row_blocks
 from bert2bert.shards.source import open_source
@@ -54,12 +56,13 @@ def verify(
     tokens: Path | None = None,
     logits: bool = True,
     other: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compare a grown checkpoint with its source. Returns {"ok", "checks": [{"name", "ok", "detail"}], "drift"}.
 
     bins, tokens: compare functions on held-out text, or on the token ids of a file, in place of random tokens.
     logits: whether to compare functions and gradients at all; without, no model is run. other: the checkpoint that the
-    grown one was interpolated with.
+    grown one was interpolated with. say: told what takes long or much memory before it begins.
     """
     if (anew := _anew(source, grown, tag, grown_tag)) is not None:
         return anew
@@ -73,8 +76,6 @@ def verify(
         checks.append(_entry(name, ok, detail))
 
     runs = logits and "mlm" in model.heads and "mlm" in target.heads
-    if runs and not streams(model):  # before the hours that reading everything may take
-        precision(max(size(m, m.config) for m in (model, target)), "running the larger of the two models")
     plan = None
     if manifest is None:
         detail = "no growth manifest: only the function is compared, and it is expected to be equal"
@@ -88,10 +89,14 @@ def verify(
         plan = growth.plan
         same = plan.digest() == manifest["plan_digest"]
         check("plan", same, plan.digest()[:16] if same else "rebuilt from the manifest, it has another digest")
+        gradients = runs and not _unpromised(plan)
+        if gradients and (taken := _gradients_take(model, plan)):  # before the hours that reading everything may take
+            say(f"gradients will be compared on both models whole, which takes {taken}; --no-logits leaves them out")
+        _check_accounted(growth, target, check)
         _check_tensors(growth, target, check)
     found = None
     if runs:
-        found = compare(model, whole(target), target.config, given)
+        found = compare(model, weights(target), target.config, given)
         _check_function(target, found, plan.exactness if plan else Exactness(), check)
         if plan is not None:
             _check_gradients(model, plan, given, check)
@@ -158,12 +163,15 @@ def _check_function(target: CheckpointModel, found: Drift, kept: Exactness, chec
     where the plan promises it."""
     stored = {meta.dtype for meta in target.source.tensors.values()} if target.source.form == "hub" else {"float32"}
     limit = max(_RUN[found.dtype], *(TOLERANCE[dtype] for dtype in stored))
+    losses = f"{found.loss_source:.6g} -> {found.loss_grown:.6g}" if found.loss_source is not None else ""
     if not kept.logits:
-        detail = f"not promised: {found.logits_relative:.3g} relative, loss {found.loss_source:.6g} -> "
-        check("logits", True, detail + f"{found.loss_grown:.6g}")
+        detail = f"not promised: {found.logits_relative:.3g} relative on {found.text}"
+        check("logits", True, detail + (f", loss {losses}" if losses else ""))
         return
-    check("logits", found.logits_relative <= limit, f"{found.logits_relative:.3g} relative, at most {limit:g}")
-    losses = f"{found.loss_source:.6g} -> {found.loss_grown:.6g}"
+    detail = f"{found.logits_relative:.3g} relative, at most {limit:g}, on {found.text}"
+    check("logits", found.logits_relative <= limit, detail)
+    if found.loss_source is None or found.loss_grown is None:
+        return  # random tokens
     if kept.softmax:
         check("loss", True, f"not promised, for new tokens enter the softmax: {losses}")
         return
@@ -171,9 +179,24 @@ def _check_function(target: CheckpointModel, found: Drift, kept: Exactness, chec
     check("loss", gap <= limit * max(1.0, found.loss_source), losses)
 
 
+def _unpromised(plan: GrowthPlan) -> tuple[str, ...]:
+    """Why the grown model's gradients are not those that the plan makes."""
+    return plan.exactness.moments or plan.exactness.function
+
+
+def _gradients_take(model: CheckpointModel, plan: GrowthPlan) -> str:
+    """The memory that the comparison of gradients takes, in words; '' where there is not enough."""
+    numel = gradients_memory(model, plan.config)
+    try:
+        dtype = precision(numel, "the gradients of both models")
+    except NoReference:
+        return ""
+    return f"{numel * dtype.itemsize / 1e9:.2g} GB of memory"
+
+
 def _check_gradients(model: CheckpointModel, plan: GrowthPlan, tokens: Tokens, check: Check) -> None:
     """The rule by which the moments were made, where the plan promises that it is the gradient's."""
-    if reasons := plan.exactness.moments or plan.exactness.function:
+    if reasons := _unpromised(plan):
         check("gradients", True, f"not promised: {reasons[0]}")
         return
     try:
@@ -185,14 +208,40 @@ def _check_gradients(model: CheckpointModel, plan: GrowthPlan, tokens: Tokens, c
     check("gradients", worst <= limit, f"{worst:.3g} of the largest entry at most, allowed {limit:g} (worst {name})")
 
 
+def _check_accounted(growth: Growth, target: CheckpointModel, check: Check) -> None:
+    """Every tensor and buffer of the source takes part or is named, and every tensor of the target is the plan's."""
+    model, plan, held = growth.model, growth.plan, target.source.tensors
+    wanted = {target.stored(name): tensor.shape for name, tensor in plan.tensors.items()}
+    odd = [n for n, shape in wanted.items() if n not in held or held[n].shape != shape]
+    odd += [
+        n
+        for n in held
+        if n not in wanted and n not in {target.stored(alias) for alias in plan.aliases} | {*target.left}
+    ]
+    took = {model.stored(root) for name in plan.tensors for root in growth.roots(name)}
+    copies, old = {model.stored(alias) for alias in model.aliases()}, set(model.left)
+    rest = [n for n in model.source.tensors if n not in took]
+    gone = [n for n in model.source.buffers if n not in target.source.buffers]
+    left = {
+        "copies of tied tensors": [n for n in rest if n in copies],
+        "what no current model has": list(model.left),
+        "not part of the grown model": [n for n in rest if n not in copies | old],
+        "buffers that it does not hold": [n for n in gone if n not in old],
+        "not in the source's files": list(model.source.unread),
+    }
+    said = f"{len(took)} of the source's {len(model.source.tensors)} make the target's {len(wanted)}"
+    said += "".join(f"; {what}: {some(names)}" for what, names in left.items() if names)
+    check("tensors", not odd, f"{len(odd)} are missing or not the plan's, first {odd[0]}" if odd else said)
+
+
 def _check_tensors(growth: Growth, target: CheckpointModel, check: Check) -> None:
     """Every state of every tensor against the plan, and the step counts against the source's."""
     model, plan = growth.model, growth.plan
     for state in target.source.states:
-        wrong = [name for name in plan.tensors if not _equal(growth, target, name, state)]
-        what = "weights" if state == "fp32" else state
-        detail = f"{len(wrong)} differ, first {wrong[0]}" if wrong else f"{len(plan.tensors)} tensors, bit for bit"
-        check(what, not wrong, detail)
+        compared = Comparison()
+        for name in plan.tensors:
+            compared.add(name, _blocks(growth, target, name, state))
+        compared.report("weights" if state == "fp32" else state, check)
     if all(m in target.source.states and m in model.source.states for m in MOMENTS):
         steps = _steps(growth, target)
         off = [f"{n}: {a} in the source, {b} grown" for n, (a, b) in steps.items() if a != b]
@@ -212,16 +261,13 @@ def _steps(growth: Growth, target: CheckpointModel) -> dict[str, tuple[int, int]
     return {name: (expected[name], target.source.step(name)) for name in origin}
 
 
-def _equal(growth: Growth, target: CheckpointModel, name: str, state: str) -> bool:
+def _blocks(growth: Growth, target: CheckpointModel, name: str, state: str) -> Blocks:
     expect = values(growth.plan, growth.reads)
+    # a source of weights only gives an optimizer that has not stepped
+    known = state in growth.model.source.states
     for start, stop in row_blocks(growth.plan.tensors[name].shape):
         found = target.read(name, state, start, stop)
-        # a source of weights only gives an optimizer that has not stepped
-        known = state in growth.model.source.states
-        expected = expect(name, state, start, stop) if known else torch.zeros_like(found)
-        if not torch.equal(found, expected.to(found.dtype)):
-            return False
-    return True
+        yield expect(name, state, start, stop) if known else torch.zeros_like(found), found
 
 
 def render(report: dict[str, Any]) -> str:

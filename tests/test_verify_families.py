@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bert2bert import cli, reference
 from bert2bert.checkpoint_model import open_model
@@ -64,14 +64,16 @@ def test_an_exact_growth_passes_everything(name: str, tmp_path: Path) -> None:
     save(tmp_path / "small", name)
     lines: list[str] = []
     grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", name), say=lines.append)
-    assert any(line.startswith("drift    loss") for line in lines)
+    (drift,) = (line for line in lines if line.startswith("drift"))
+    assert drift.startswith("drift    logits differ by") and "loss" not in drift and "random tokens" in drift
     report = verify(tmp_path / "small", tmp_path / "big")
     assert report["ok"], render(report)
     assert [c["name"] for c in report["checks"]] == [
-        "source", "plan", "weights", "exp_avg", "exp_avg_sq", "logits", "loss", "gradients",
+        "source", "plan", "tensors", "weights", "exp_avg", "exp_avg_sq", "logits", "gradients",
     ]  # fmt: skip
     assert "of the largest entry" in result(report, "gradients")[1]
     assert report["drift"]["logits_relative"] < 1e-6 and report["drift"]["dtype"] == "float64"
+    assert report["drift"]["loss_source"] is report["drift"]["loss_grown"] is None  # of random tokens
 
 
 def test_a_changed_weight_and_a_changed_function_fail(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_a_changed_weight_and_a_changed_function_fail(tmp_path: Path) -> None:
     content[at : at + tensor.nbytes] = tensor.numpy().tobytes()
     file.write_bytes(content)
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert [c["name"] for c in report["checks"] if not c["ok"]] == ["weights", "logits", "loss"]
+    assert [c["name"] for c in report["checks"] if not c["ok"]] == ["weights", "logits"]
     assert "transformer.h.1.mlp.c_fc.weight" in result(report, "weights")[1]
     assert cli.main(["verify", str(tmp_path / "small"), str(tmp_path / "big")]) == 1
 
@@ -116,7 +118,9 @@ def test_old_logits_are_judged_where_the_vocabulary_grows(name: str, tmp_path: P
     save(tmp_path / "small", name)
     config = target(tmp_path / "big.json", name, vocab_size=34)
     grow(tmp_path / "small", tmp_path / "big", config, vocab="mean", form="hub", say=silent)
-    report = verify(tmp_path / "small", tmp_path / "big")
+    ids = tmp_path / "ids.txt"
+    ids.write_text("5 6 7 8 9 10")
+    report = verify(tmp_path / "small", tmp_path / "big", tokens=ids)
     assert report["ok"] and "at most" in result(report, "logits")[1], render(report)
     assert "new tokens enter the softmax" in result(report, "loss")[1]
     assert abs(report["drift"]["loss_source"] - report["drift"]["loss_grown"]) > 1e-3
@@ -138,7 +142,54 @@ def test_sixteen_bit_files_are_compared_at_their_precision(tmp_path: Path) -> No
     grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "t5"), form="hub", say=silent)
     assert {m.dtype for m in open_model(tmp_path / "big").source.tensors.values()} == {"bfloat16"}
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert report["ok"] and result(report, "logits")[1].endswith("at most 0.15"), render(report)
+    assert report["ok"] and "at most 0.15" in result(report, "logits")[1], render(report)
+
+
+def test_drift_and_verify_look_at_what_was_written(tmp_path: Path) -> None:
+    """A growth that stores bfloat16 changes the function; transformers, on the files, says by how much."""
+    save(tmp_path / "small", "llama")
+    big, ids = tmp_path / "big", tmp_path / "ids.txt"
+    grow(
+        tmp_path / "small", big, target(tmp_path / "big.json", "llama"), form="hub", precision="bf16", say=silent
+    )  # fmt: skip
+    manifest = open_model(big).source.manifest
+    assert manifest
+    report = verify(tmp_path / "small", big)
+    assert report["ok"] and report["drift"] == manifest["growth"]["drift"]
+    many = sum(1 for _ in load_file(big / "model.safetensors"))
+    assert f"{many} tensors, bit for bit, " in result(report, "weights")[1]
+    assert "of them rounded to bfloat16" in result(report, "weights")[1]
+    ids.write_text("5 6 7 8 9\n10 11 12 13 14")
+    found = verify(tmp_path / "small", big, tokens=ids)["drift"]
+    given = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
+    x, y = (
+        tiny.build(tiny.config_of("llama", **changes))
+        for changes in ({}, GROWN["llama"])
+    )  # fmt: skip
+    for model, folder in ((x, tmp_path / "small"), (y, big)):
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.no_grad():
+        a, b = (model(input_ids=given).logits[:, :-1].flatten(0, 1) for model in (x, y))
+    assert found["logits_relative"] > 1e-4
+    assert found["logits_relative"] == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-9)
+    assert found["logits_max"] == pytest.approx(float((a - b).abs().max()), rel=1e-9)
+    assert found["agreement"] == float((a.argmax(1) == b.argmax(1)).double().mean())
+    for logits, loss in ((a, "loss_source"), (b, "loss_grown")):
+        expected = torch.nn.functional.cross_entropy(logits, given[:, 1:].flatten())
+        assert found[loss] == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
+    """What takes no part is named, as the masks of an old model."""
+    save(tmp_path / "small", "gpt2")
+    held = load_file(tmp_path / "small" / "model.safetensors")
+    mask = torch.ones(10, 10).tril()[None, None]
+    save_file({**held, "transformer.h.1.attn.bias": mask}, tmp_path / "small" / "model.safetensors", {"format": "pt"})
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), form="hub", say=silent)
+    report = verify(tmp_path / "small", tmp_path / "big", logits=False)
+    assert report["ok"]
+    counted = f"{len(held)} of the source's {len(held) + 1} make the target's {len(held)}"
+    assert result(report, "tensors")[1] == f"{counted}; what no current model has: transformer.h.1.attn.bias"
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
@@ -171,19 +222,25 @@ def test_a_model_too_large_for_memory_is_refused_and_can_be_left_out(
     config, small, big = target(tmp_path / "big.json", "gpt2"), tmp_path / "small", tmp_path / "big"
     monkeypatch.setattr(reference, "free_memory", lambda: 10_000)
     assert cli.main(["grow", str(small), str(big), "--config", str(config)]) == 0
-    assert "drift    not measured: running the larger" in capsys.readouterr().out
+    assert "drift    not measured: comparing logits takes" in capsys.readouterr().out
     assert cli.main(["verify", str(small), str(big)]) == 2
     assert "GB are free; leave it out with --no-logits" in capsys.readouterr().err
     file = tmp_path / "report.json"
     assert cli.main(["verify", str(small), str(big), "--no-logits", "--output", str(file)]) == 0
     assert "left out as asked" in capsys.readouterr().out
     assert json.loads(file.read_text())["drift"] is None
-    # enough for float32 logits, not for both models' gradients
-    size = sum(m.numel for m in open_model(big).source.tensors.values())
-    monkeypatch.setattr(reference, "free_memory", lambda: size * 6)
-    report = verify(small, big)
-    assert report["ok"] and report["drift"]["dtype"] == "float32"
+    # enough for logits, which need a layer, in float32 alone; not for both models' gradients
+    monkeypatch.setattr(reference, "free_memory", lambda: 50_000_000)
+    for module in ("drift", "verify"):
+        monkeypatch.setattr(f"bert2bert.{module}.gradients_memory", lambda *of: 20_000_000)
+    assert cli.main(["verify", str(small), str(big), "--json"]) == 0
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    assert report["ok"] and report["drift"]["dtype"] == "float32" and "gradients will" not in shown.err
     assert "not compared: the gradients of both models takes" in result(report, "gradients")[1]
+    monkeypatch.setattr(reference, "free_memory", lambda: 200_000_000)
+    assert cli.main(["verify", str(small), str(big), "--json"]) == 0
+    assert "both models whole, which takes 0.16 GB of memory; --no-logits" in capsys.readouterr().err
 
 
 def test_a_model_that_no_growth_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +260,7 @@ def test_without_transformers_only_a_bert_is_run(tmp_path: Path, monkeypatch: py
         config.write_text(json.dumps({**json.loads((tmp_path / name / "config.json").read_text()), **GROWN[name]}))
         grow(tmp_path / name, tmp_path / f"{name}-big", config, say=lines.append)
     drifts = [line for line in lines if line.startswith("drift")]
-    assert "loss" in drifts[0] and "pip install transformers" in drifts[1]
+    assert "logits differ by" in drifts[0] and "pip install transformers" in drifts[1]
     report = verify(tmp_path / "bert", tmp_path / "bert-big")
     assert report["ok"] and "not compared" in result(report, "gradients")[1]
     with pytest.raises(reference.NoReference, match="--no-logits"):

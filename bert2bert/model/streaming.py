@@ -1,13 +1,16 @@
-"""BERT's forward pass with one layer's weights in memory at a time, fetched by name from wherever they lie.
+"""A model's forward with its weights read from wherever they lie, a few rows at a time, and dropped after use.
 
-For checking a checkpoint of any size against another. The same modules and the same arithmetic as `bert.Bert` in eval
-mode, so the results are equal bit for bit. Holds no more than the largest of embeddings, one layer and head (in the
-dtype asked for), plus the activations of the batch. Computes no gradients and runs every layer.
+For checking a checkpoint of any size against another. `Weights` reads; `streamed_bert` is BERT's forward up to the
+decoder, one layer in memory at a time: the same modules and the same arithmetic as `bert.Bert` in eval mode, so the
+results are equal bit for bit. Nothing holds a vocabulary: an embedding reads the rows of the batch's tokens, and the
+decoder is left to the caller, who can go through it in blocks. Computes no gradients and runs every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -16,45 +19,83 @@ from torch.func import functional_call
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.model.attention import padding_for
 from bert2bert.model.batch import Batch
-from bert2bert.model.bert import Output, first_tokens, outcome
-from bert2bert.model.blocks import Embeddings, Layer, Pooler, Predictions
+from bert2bert.model.bert import first_tokens
+from bert2bert.model.blocks import Embeddings, Layer, Pooler, Transform
 from bert2bert.model.config import BertConfig
 
-Fetch = Callable[[str], Tensor]
+Rows = Callable[[str, int, int], Tensor]
+"""(name, first row, one past the last) -> those rows of dim 0 of a parameter."""
+
+BLOCK = 1 << 20  # elements read at a time
+_WORDS, _TOKENS = "word_embeddings.weight", "bert.embeddings.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's parameters by name, read when they are asked for and given in one dtype. shapes: of all of them.
+
+    Raises InvalidCheckpoint for rows of another shape; whatever ``rows`` raises goes through.
+    """
+
+    rows: Rows
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of dim 0."""
+        found, expected = self.rows(name, start, stop), (stop - start, *self.shapes[name][1:])
+        if found.shape != expected:
+            raise InvalidCheckpoint(
+                f"weights for the model: rows {start} to {stop} of {name} have shape {tuple(found.shape)}, expected "
+                f"{expected}; does the config describe these weights?"
+            )
+        return found.to(self.dtype)
+
+    def blocks(self, name: str, across: int = 1) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the rows of a block; across: how many numbers are made of each row, if more than it has."""
+        count, width = self.shapes[name][0], max(prod(self.shapes[name][1:]), across)
+        for start in range(0, count, step := max(1, BLOCK // width)):
+            yield start, min(count, start + step)
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter."""
+        out = torch.empty(self.shapes[name], dtype=self.dtype)
+        for start, stop in self.blocks(name):
+            out[start:stop] = self.read(name, start, stop)
+        return out
+
+    def pick(self, name: str, index: Tensor) -> Tensor:
+        """Those rows of dim 0, in that order (an embedding's)."""
+        flat = index.flatten()
+        out = torch.empty((len(flat), *self.shapes[name][1:]), dtype=self.dtype)
+        for start, stop in self.blocks(name):
+            at = ((flat >= start) & (flat < stop)).nonzero()[:, 0]
+            if len(at):
+                out[at] = self.read(name, start, stop)[flat[at] - start]
+        return out.view(*index.shape, *out.shape[1:])
 
 
 @torch.no_grad()
-def streamed_forward(config: BertConfig, fetch: Fetch, batch: Batch, dtype: torch.dtype = torch.float32) -> Output:
-    """The output, logits included, of the model whose weights `fetch` gives.
+def streamed_bert(config: BertConfig, weights: Weights, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """What the decoder reads, [masked, hidden], and the next-sentence logits, [sequences, 2], where there is that head.
 
-    fetch(name) -> the parameter of that Hugging Face name; tied copies are never asked for, the word embedding is asked
-    for once for the embeddings and once for a tied head. Tensors go to `dtype` and the batch's device, and are dropped
-    before the next module's are fetched. Raises InvalidCheckpoint for a shape that the config does not have; whatever
-    fetch raises goes through.
+    weights: by Hugging Face name; tied copies are never asked for.
     """
 
-    def run(module: nn.Module, prefix: str, *inputs: object) -> Tensor:
-        weights = {}
-        for name, parameter in module.named_parameters():
-            source = config.aliases.get(prefix + name, prefix + name)
-            tensor = fetch(source)
-            if tensor.shape != parameter.shape:
-                raise InvalidCheckpoint(
-                    f"weights for the model: {source} has shape {tuple(tensor.shape)}, expected "
-                    f"{tuple(parameter.shape)}; does the config describe these weights?"
-                )
-            weights[name] = tensor.to(batch.tokens.device, dtype)
-        return functional_call(module, weights, inputs)
+    def run(module: nn.Module, prefix: str, *inputs: object, **given: Tensor) -> Tensor:
+        needed = {name: prefix + name for name, _ in module.named_parameters() if name not in given}
+        return functional_call(module, {n: weights.whole(full) for n, full in needed.items()} | given, inputs)
 
     with torch.device("meta"):
-        embeddings, layer, predictions = (kind(config).eval() for kind in (Embeddings, Layer, Predictions))
+        embeddings, layer, transform = (kind(config).eval() for kind in (Embeddings, Layer, Transform))
         pooler, pair = Pooler(config), nn.Linear(config.hidden_size, 2)
-    x = run(embeddings, "bert.embeddings.", batch.tokens, batch.types, batch.positions)
+    used, tokens = batch.tokens.unique(return_inverse=True)
+    read = tokens, batch.types, batch.positions
+    x = run(embeddings, "bert.embeddings.", *read, **{_WORDS: weights.pick(_TOKENS, used)})
     padding = padding_for(x, batch.cu_seqlens, batch.max_seqlen, config, training=False)
     for number in range(config.num_hidden_layers):
         x = run(layer, f"bert.encoder.layer.{number}.", x, batch.cu_seqlens, batch.max_seqlen, padding)
-    nsp_logits = None
+    pairs = None
     if "nsp" in config.heads:
-        nsp_logits = run(pair, "cls.seq_relationship.", run(pooler, "bert.pooler.", first_tokens(x, batch)))
-    logits = run(predictions, "cls.predictions.", x.index_select(0, batch.masked))
-    return outcome(batch, logits, nsp_logits, keep=True)
+        pairs = run(pair, "cls.seq_relationship.", run(pooler, "bert.pooler.", first_tokens(x, batch)))
+    return run(transform, "cls.predictions.transform.", x.index_select(0, batch.masked)), pairs

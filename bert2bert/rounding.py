@@ -1,0 +1,54 @@
+"""Whether stored values are the expected ones, to the bit, and which of them a narrower dtype rounded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Blocks = Iterable[tuple[Tensor, Tensor]]
+"""(expected, found) values, block by block."""
+
+
+def bits(one: Tensor, other: Tensor | None) -> bool:
+    """Equal shapes, dtypes and bits: NaN is NaN, and -0 is not 0."""
+    if other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class Comparison:
+    """Tensors compared one by one. ``wrong``: those that differ; ``rounded``: dtype -> how many hold the expected
+    values rounded to it."""
+
+    def __init__(self) -> None:
+        self.count, self.wrong, self.rounded = 0, list[str](), Counter[str]()
+
+    def add(self, name: str, blocks: Blocks) -> None:
+        """Compare one tensor."""
+        self.count += 1
+        rounded = ""
+        for expected, found in blocks:
+            stored = expected.to(found.dtype)
+            if not bits(stored, found):
+                self.wrong.append(name)
+                return
+            if not bits(stored.to(expected.dtype), expected):
+                rounded = str(found.dtype).removeprefix("torch.")
+        if rounded:
+            self.rounded[rounded] += 1
+
+    def report(self, what: str, check: Callable[[str, bool, str], None]) -> None:
+        """As a check: what differs, or how many tensors are equal and how many are rounded."""
+        if self.wrong:
+            check(what, False, f"{len(self.wrong)} differ, first {self.wrong[0]}")
+            return
+        said = [f", {n} of them rounded to {dtype}, which is all that is stored" for dtype, n in self.rounded.items()]
+        check(what, True, f"{self.count} tensors, bit for bit" + "".join(said))
