@@ -58,9 +58,8 @@ class CheckpointModel:
 
 
 def class_name(table: Table, config: Mapping[str, Any], name: str) -> str:
-    """A canonical tensor's name in the class that a config names: transformers' base models lack the outer name."""
-    cls = str((config.get("architectures") or [""])[0])
-    return name.removeprefix(table.outer) if cls.endswith("Model") and not cls.endswith("LMHeadModel") else name
+    """A canonical tensor's name in the class that a config names."""
+    return table.in_class(name, str((config.get("architectures") or [""])[0]))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -210,18 +209,28 @@ def _adapters(source: Source) -> str:
 
 
 def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare: bool) -> frozenset[str]:
-    """The heads whose tensors are there, and those without own tensors that the class or the outer name tells of."""
+    """The heads whose tensors are there, and those without own tensors that the class or the outer name tells of.
 
-    def names(*of: str) -> set[str]:
-        return {*table.parameters(config, frozenset(of)), *table.aliases(config, frozenset(of))}
+    They are those of the class that explains the stored tensors best, of the config's own where several do, and what
+    there is besides.
+    """
+    none = frozenset[str]()
+    plain = {*table.parameters(config, none), *table.aliases(config, none)}
 
-    stored, every = set(stored), frozenset.union(*table.classes.values())
-    told = frozenset(head for head in every if (names(head) - names()) & stored)
-    # a head that is all tied has no tensor of its own, at most a copy
-    silent = {head for head in every if names(head) - names() <= table.aliases(config, every).keys()}
-    possible = {name: has for name, has in table.classes.items() if told <= has <= told | silent}
-    named = [possible[name] for name in config.get("architectures") or () if name in possible]
-    return (named or sorted(possible.values(), key=len, reverse=not bare) or [told])[0]
+    def own(heads: frozenset[str]) -> tuple[set[str], set[str]]:
+        """The names of the heads' tensors, and with those of their tied copies, which need not be stored."""
+        tensors = table.parameters(config, heads).keys() - plain
+        return tensors, tensors | (table.aliases(config, heads).keys() - plain)
+
+    every = frozenset.union(*table.classes.values())
+    there = own(every)[1] & set(stored)
+    names = {heads: own(heads) for heads in {*table.classes.values(), none}}
+    wrong = {heads: len(tensors - there) + len(there - all_) for heads, (tensors, all_) in names.items()}
+    best = [(name, has) for name, has in {**table.classes, "": none}.items() if wrong[has] == min(wrong.values())]
+    named = [has for cls in config.get("architectures") or () for name, has in best if name == cls]
+    heads = (named or sorted((has for _, has in best), key=len, reverse=not bare))[0]
+    besides = there - names[heads][1]
+    return heads | {head for head in every if own(frozenset({head}))[1] & besides}
 
 
 def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:

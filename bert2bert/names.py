@@ -2,8 +2,9 @@
 
 Stored names may carry a prefix (``model.``, ``base_model.model.``), the name of a wrapper anywhere in between
 (``_orig_mod.`` of torch.compile, ``module.`` of data parallelism, …), a norm's gain and bias in the words of the first
-BERT (``LayerNorm.gamma``, ``LayerNorm.beta``), and may lack the outer name of the full model (``bert.``). transformers
-renames the last two kinds on loading; a `Naming` says what was found, and gives new tensors names of the same kind.
+BERT (``LayerNorm.gamma``, ``LayerNorm.beta``), and may lack the outer name of the full model (``bert.``), or have another
+(``transformer.``, in the classes that answer questions). transformers renames norms and adds outer names on loading; a
+`Naming` says what was found, and gives new tensors names of the same kind.
 
 Refuses (InvalidCheckpoint) a checkpoint of no such model or of several, and two stored names of one tensor.
 """
@@ -44,7 +45,8 @@ class Naming:
     """How stored names differ from canonical ones, which are transformers'.
 
     known: canonical -> stored name of what is stored; prefix: in front of all stored names; lacks: the outer name that
-    they do not have ('' where they have it); wrappers: path of modules (as stored, less the prefix; numbers also as
+    they do not have ('' where they have it); instead: the
+    one that tensors of the base model have; wrappers: path of modules (as stored, less the prefix; numbers also as
     '#') -> the names of wrappers that follow it; legacy: norms have gamma and beta.
     """
 
@@ -53,12 +55,13 @@ class Naming:
     lacks: str
     wrappers: Mapping[Path, Path]
     legacy: bool
+    instead: str = ""
 
     def stored(self, name: str) -> str:
         """The name under which the checkpoint has a canonical tensor, or would have it."""
         if name in self.known:
             return self.known[name]
-        parts = name.removeprefix(self.lacks).split(".")
+        parts = (self.instead + name.removeprefix(self.lacks)).split(".")
         found: list[str] = []
         for end, part in enumerate(parts, 1):
             path = tuple(parts[:end])
@@ -72,8 +75,9 @@ class Naming:
 
     @property
     def renamed(self) -> dict[str, str]:
-        """Canonical -> stored name where they are not the same; a missing outer name does not count."""
-        return {name: stored for name, stored in self.known.items() if stored != name.removeprefix(self.lacks)}
+        """Canonical -> stored name where they are not the same; a missing or another outer name does not count."""
+        own = (self.instead, "") if self.instead else ("",)
+        return {n: s for n, s in self.known.items() if s not in [front + n.removeprefix(self.lacks) for front in own]}
 
 
 def read_names(
@@ -95,6 +99,8 @@ def read_names(
     front = clean[found[0]].removesuffix(anchor)
     bare = not ("." + front).endswith("." + outer)
     front = front if bare else front.removesuffix(outer)
+    instead = _other_outer(clean.values(), front, full) if bare or not outer else ""
+    front = front.removesuffix(instead)
     prefix, _ = _split(found[0], front.count("."))
     known: dict[str, str] = {}
     wrappers: dict[Path, Path] = {}
@@ -105,7 +111,9 @@ def read_names(
             strange.append(name)
             continue
         canonical = clean[name].removeprefix(front)
-        if bare and canonical not in full:
+        if instead and canonical.startswith(instead):
+            canonical = outer + canonical.removeprefix(instead)
+        elif bare and canonical not in full:
             canonical = outer + canonical
         if canonical in known:
             raise InvalidCheckpoint(
@@ -117,7 +125,16 @@ def read_names(
             wrappers.setdefault(path, added)
             wrappers.setdefault(_numbered(path), added)
     legacy = any(name.endswith(tuple(_LEGACY)) for name in stored)
-    return Naming(known, prefix, outer if bare else "", wrappers, legacy), strange
+    return Naming(known, prefix, outer if bare else "", wrappers, legacy, instead), strange
+
+
+def _other_outer(names: Collection[str], front: str, full: Collection[str]) -> str:
+    """The last module of ``front`` where tensors of the full model, its heads, stand beside that module: it is the base
+    model under another outer name. Else ''."""
+    parent, _, last = front.removesuffix(".").rpartition(".")
+    parent += "." * bool(parent)
+    beside = (name.removeprefix(parent) for name in names if name.startswith(parent) and not name.startswith(front))
+    return f"{last}." if last and any(name in full for name in beside) else ""
 
 
 def _numbered(path: Path) -> Path:

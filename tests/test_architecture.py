@@ -88,8 +88,8 @@ def test_shards_and_algebra_name_the_states_alike() -> None:
 
 
 def test_the_algebra_stays_small() -> None:
-    """The budget that keeps it honest: 700 lines for the five modules, about 300 for any file, 60 for a table."""
+    """The budget that keeps it honest: 700 lines for the five modules, about 300 for any file, 80 for a table."""
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules()}
     assert sum(lines[f"{m}.py"] for m in ("axes", "maps", "plan", "states", "realise")) <= 700
     assert not {name: n for name, n in lines.items() if n > 330}
-    assert lines["tables/bert.py"] <= 70
+    assert lines["tables/bert.py"] <= 80

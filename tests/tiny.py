@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from bert2bert.reference import Double
-from bert2bert.tables import table_for
+from bert2bert.tables import TABLES, table_for
 
 TOKENS = range(2, 23)  # below every vocabulary, so that a grown or shrunk model reads the same ids; 0 and 1 may pad
 
@@ -86,9 +86,30 @@ VARIANTS = {
 }
 
 
+def _others() -> dict[str, Variant]:
+    """Every class of every table that has no language-model head, named by it: bare models whose config says that word
+    embeddings are tied, and models with a fine-tuned head."""
+    bases: dict[str, dict[str, Any]] = {}
+    for variant in VARIANTS.values():
+        bases.setdefault(variant.base["model_type"], variant.base)
+    found = {}
+    for kind, table in TABLES.items():
+        for cls, heads in table.classes.items():
+            labels = {"num_labels": 3} if cls.endswith(("SequenceClassification", "TokenClassification")) else {}
+            pads = {} if kind in ("roberta", "t5", "bert") else {"pad_token_id": 0}
+            starts = {"decoder_start_token_id": 0} if kind == "t5" else {}
+            if "mlm" not in heads:
+                more = {"tie_word_embeddings": True, **labels, **pads, **starts}
+                found[cls] = Variant(cls, cls, bases[kind] | more)
+    return found
+
+
+OTHERS = _others()
+
+
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
     """The full Hugging Face config of a variant without dropout; changes by config key."""
-    variant = VARIANTS[name]
+    variant = VARIANTS.get(name) or OTHERS[name]
     asked = variant.base | {"architectures": [variant.cls]} | changes
     config = transformers.AutoConfig.for_model(**asked).to_dict()
     if "tie_word_embeddings" in asked:
@@ -160,6 +181,21 @@ def _forward(model: torch.nn.Module, config: dict[str, Any], seed: int) -> tuple
     return scores[real], labels[real], output
 
 
+def outputs(model: torch.nn.Module, config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Everything that a model without a language-model head says: logits of classes, hidden states."""
+    (cls,) = config["architectures"]
+    given = inputs(config, seed)
+    del given["labels"]
+    if cls != "T5Model":  # the others make the decoder's input themselves
+        given.pop("decoder_input_ids", None)
+    if cls == "T5ForSequenceClassification":  # which reads the state at the end of the text
+        given["input_ids"][:, 4] = config["eos_token_id"]
+    if cls.endswith("MultipleChoice"):
+        given = {key: value[None] for key, value in given.items()}
+    found = model(**given)
+    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
+
+
 @torch.no_grad()
 def logits(model: torch.nn.Module, config: dict[str, Any], seed: int = 0) -> torch.Tensor:
     """What the language-model head says at every real position: [positions, vocab]."""
@@ -176,24 +212,26 @@ def loss(model: torch.nn.Module, config: dict[str, Any], seed: int = 0) -> torch
     return total
 
 
-def _outer(model: torch.nn.Module, config: dict[str, Any]) -> str:
-    outer = table_for(config).outer
-    return "" if any(name.startswith(outer) for name, _ in model.named_parameters()) else outer
+def canonical(config: dict[str, Any]) -> dict[str, str]:
+    """Name in the config's class, and in the full model, of every parameter and tied copy."""
+    table, cls = table_for(config), config["architectures"][0]
+    names = (*table.parameters(config, table.classes[cls]), *table.aliases(config, table.classes[cls]))
+    return {table.in_class(name, cls): name for name in names}
 
 
 def parameters(model: torch.nn.Module, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Parameters by the names that they have in the full model; ties once."""
-    outer = _outer(model, config)
-    return {outer + name: p for name, p in model.named_parameters()}
+    names = canonical(config)
+    return {names[name]: p for name, p in model.named_parameters()}
 
 
 def load(config: dict[str, Any], state: dict[str, torch.Tensor]) -> transformers.PreTrainedModel:
     """A model with this state, which must be all of its parameters, ties apart, and nothing else."""
     model = build(config)
-    outer = _outer(model, config)
-    names = {outer + name for name, _ in model.named_parameters()}
-    assert set(state) == names, f"missing {names - set(state)}, unexpected {set(state) - names}"
-    model.load_state_dict({name.removeprefix(outer): value for name, value in state.items()}, strict=False)
+    names = {full: own for own, full in canonical(config).items()}
+    found = parameters(model, config).keys()
+    assert set(state) == found, f"missing {found - set(state)}, unexpected {set(state) - found}"
+    model.load_state_dict({names[name]: value for name, value in state.items()}, strict=False)
     return model
 
 

@@ -17,6 +17,9 @@ ZEROED = (
 )
 
 
+_HEADLESS = frozenset({"decoder", "pooler"})  # what a model without a head for a task may have
+
+
 def zeroed(tensors: Iterable[TensorPlan]) -> bool:
     """Whether some entries' moments start at zero while others carry theirs, and the step count, on: the first update
     of the former is large. A tensor of fresh entries alone counts, for it may share an optimizer group."""
@@ -164,4 +167,9 @@ def notes(pair: Pair, width: Width, build: Builder, moments: str) -> tuple[str, 
         )
     if width.eps != 1.0:
         found.append(f"the target config's {pair.table.eps[0]} is multiplied by {width.eps:.6g}, to keep the function")
+    if "embed" in pair.grown and pair.heads <= _HEADLESS and width.copy:
+        found.append(
+            f"no head reads the hidden state, so it is what the model says: of its {pair.large['embed']} features each "
+            f"is a copy of one of the source's {pair.small['embed']}, or new"
+        )
     return (*found, *width.notes)

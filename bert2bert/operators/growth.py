@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from bert2bert.axes import axes_of
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.operators.builder import Builder
 from bert2bert.operators.exactness import exactness, notes, warnings
@@ -70,7 +71,7 @@ def plan_growth(
             breaker=breaker, moments=moments if moments != "exact" else None, heads=heads,
         )  # fmt: skip
         return upcycled(first, ready, shards, str(experts), moments)
-    pair = replace(pair_of(table, source, target, operator, extra, seed), heads=heads)
+    pair = pair_of(table, source, target, operator, extra, seed, heads)
     made: Width = operator.make(pair, **options)
     if made.kept and moments == "carried":
         made = replace(made, kept=False, moments=())
@@ -227,9 +228,12 @@ def pair_of(
     operator: Operator,
     extra: Mapping[str, str | None],
     seed: int,
+    heads: frozenset[str] = frozenset(),
 ) -> Pair:
     """The two models of a growth by this operator. Raises UnsupportedGrowth, InvalidConfig."""
     small, large = table.axis_sizes(source), table.axis_sizes(target)
+    if not any("labels" in axes_of(p.spec) for p in table.parameters(source, heads).values()):
+        large["labels"] = small["labels"]  # of a head that is not there
     for whose, config, layers in (("source", source, small["layers"]), ("target", target, large["layers"])):
         kinds = config.get(table.kinds) if table.kinds else None
         many = len(kinds) if isinstance(kinds, list) else 0
@@ -248,7 +252,7 @@ def pair_of(
                 f"{large[axis]}, the source's are of {small[axis]}; a growth cannot shrink them: set {keys[0]} to at "
                 f"least {small[axis] * large['kv']}, or {keys[1]} lower"
             )
-        if large[axis] < small[axis] and axis not in derived:
+        if large[axis] < small[axis] and axis not in {*derived, "labels"}:
             raise UnsupportedGrowth(
                 f"target {key}={target.get(key, large[axis])} is smaller than the source's "
                 f"{source.get(key, small[axis])} (axis {axis}: {large[axis]} of {small[axis]}); a growth "
@@ -267,11 +271,11 @@ def pair_of(
                 f"target {table.key(axis)}={large[axis]}, source {small[axis]}: choose how it grows with --{kind} "
                 f"{known}, or set it to {small[axis]} in the target config"
             )
-    for axis in ("types", "classes"):
+    for axis in ("types", "labels"):
         if axis in table.sizes and large[axis] != small[axis]:
             raise UnsupportedGrowth(
-                f"target {table.key(axis)}={large[axis]}, source {small[axis]}: no operator grows it; "
-                f"set it to {small[axis]} in the target config"
+                f"the target's {table.key(axis)} makes {large[axis]} {axis}, the source's {small[axis]}: no operator "
+                f"grows them; give the target config the source's {table.key(axis)}"
             )
     smaller = large["qk"] < small["qk"] and operator.name != "random"
     if large["qk"] != small["qk"] and (smaller or not operator.head_size):
@@ -283,8 +287,8 @@ def pair_of(
             + ("" if large["embed"] % small["qk"] == 0 else f" and a width that {small['qk']} divides")
             + ("." if smaller else ", or use --width hyperclone or gesmundo, which grow heads.")
         )
-    theirs = table.settled(target)
-    for key, a in table.settled(source).items():
+    theirs = table.settled(target, heads)
+    for key, a in table.settled(source, heads).items():
         if extra["experts"] and key == "num_experts_per_tok":
             continue  # which copies may change: the operator says what that does
         if a != (b := theirs.get(key, a)) and not (key in _UNSAID and None in (a, b)):
@@ -292,4 +296,4 @@ def pair_of(
                 f"{key} is {a!r} in the source and {b!r} in the target config; a growth cannot change it: "
                 f"set {key} to {a!r} in the target config"
             )
-    return Pair(table, source, target, small, large, seed)
+    return Pair(table, source, target, small, large, seed, heads)

@@ -157,7 +157,8 @@ def _inverted(source: Mapping[str, Any], target: Mapping[str, Any], texts: Mappi
     """The growths to invert. Refuses axes that would grow, or change without an operator that shrinks them."""
     table = table_for(source)
     large, small = table.axis_sizes(source), table_for(target).axis_sizes(target)
-    changed = [axis for axis in table.sizes if small.get(axis, large[axis]) != large[axis]]
+    sizes = (axis for axis in table.sizes if axis != "labels")  # the growth that is inverted looks at those
+    changed = [axis for axis in sizes if small.get(axis, large[axis]) != large[axis]]
     inside = [a for a in changed if a not in (*TOKENS, "experts", *table.depth)]
     found = {}
     for kind, axes in (("width", inside), ("depth", [a for a in changed if a in table.depth])):

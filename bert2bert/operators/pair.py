@@ -17,7 +17,7 @@ from bert2bert.maps import Gather
 from bert2bert.plan import Term
 from bert2bert.tables import Parameter, Table
 
-TOKENS = ("vocab", "pos", "types", "classes")  # axes that index tokens or classes: no width grows them
+TOKENS = ("vocab", "pos", "types", "classes", "labels")  # axes that index tokens or classes: no width grows them
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def sparse_pair(
     large = table.axis_sizes(target)
     ready = Pair(table, source, target, {**large, "experts": 0}, large, seed, heads)
     shards: Shards = operator.make(ready, **options)
-    wanted = {axis: large[axis] for axis in dense.sizes} | {"ffn": large["ffn"] * shards.count}
+    wanted = {axis: large[axis] for axis in dense.sizes if axis != "labels"} | {"ffn": large["ffn"] * shards.count}
     theirs, mine = table.settled(target), dense.settled(source)
     if (a := mine.get("sliding_window")) != (b := theirs.get("sliding_window")):
         raise UnsupportedGrowth(

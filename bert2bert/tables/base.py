@@ -29,10 +29,11 @@ _DEPTH = re.compile(r"\{(\w+)\}")
 class Row:
     """One line of a table: name pattern, spec, and when the tensor exists.
 
-    needs: heads that the model must have, or with '!' not have ('decoder !mlm'). tied: only with tied (True) or untied
-    (False) word embeddings. when: a condition on the config, 'key', '!key' or 'key=glob'. only: the range [first, end)
-    of the layers that have it, None = all above. untrained: whether pre-training with a language-model head leaves it
-    alone. decay: whether weight decay applies to a tensor of more than one dimension (to others it never does).
+    needs: heads that the model must have, or with '!' not have ('decoder !mlm'), or one of which it must have
+    ('mlm|qa'). tied: only with (True) or without (False) a language-model head that is the word embedding. when: a
+    condition on the config, 'key', '!key' or 'key=glob'. only: the range [first, end) of the layers that have it, None
+    = all above. untrained: whether pre-training with a language-model head leaves it alone. decay: whether weight decay
+    applies to a tensor of more than one dimension (to others it never does).
     """
 
     name: str
@@ -91,8 +92,9 @@ class Tie:
 class Table:
     """One architecture.
 
-    outer: the name prefix of the base model inside the full one ('' if none); anchor: a tensor that every variant has,
-    less outer. classes: transformers class -> heads, the usual one first.
+    outer: the name prefix of the base model inside the full one ('' if none); outers: of the transformers classes that
+    have another one; anchor: a tensor that every variant has, less outer. classes: transformers class -> heads, the
+    usual one first.
     sizes: axis -> an expression over config keys, axes named before it and whole numbers: ``a/b`` (must divide),
     ``a*b``, alternatives ``a|b`` (the first that the config has). constants: axes of a fixed size.
     follows: axis -> the axis whose size and map it has (the coordinates after a norm follow the residual stream's).
@@ -106,7 +108,7 @@ class Table:
     ``aligned``, which one tensor outside the layers ties together.
     fixed: axis -> why its size cannot change. must_agree: config keys that a growth cannot change -> their defaults,
     '=KEY' for another key's value; agree_when: those of them that matter only when one of these conditions on the
-    config holds (as in `Row`).
+    config holds (as in `Row`; 'heads' is a key, too: the model's, sorted).
     requires: config key -> the only value that the rows describe (also its default). multiples: model type -> a config
     key and the one whose multiple transformers wants it to be.
     ties: tensors that are others; tie_default: transformers' default of tie_word_embeddings.
@@ -130,6 +132,7 @@ class Table:
     prenorm: bool
     eps: tuple[str, float]
     units: tuple[str, ...]
+    outers: Mapping[str, str] = field(default_factory=dict)
     normalised: frozenset[str] = frozenset({"embed"})
     constants: Mapping[str, int] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
@@ -197,7 +200,7 @@ class Table:
         resized = dict(config)
         for axis, expression in self.sizes.items():
             first, *rest = re.findall(r"[\w.]+", expression.split("|")[0])
-            if first in self.sizes or (axis in ("qk", "v") and rest and axis not in changes):
+            if first in self.sizes or axis == "labels" or (axis in ("qk", "v") and rest and axis not in changes):
                 continue
             resized[first] = new[axis] * (new[rest[0]] if rest else 1)
         made = self.axis_sizes(resized)
@@ -209,6 +212,19 @@ class Table:
                     + f": it would be {made.get(axis)}"
                 )
         return resized
+
+    def in_class(self, name: str, cls: str) -> str:
+        """A tensor's name in a transformers class: base models lack the outer name, some classes have another."""
+        base = cls.endswith("Model") and not cls.endswith("LMHeadModel")
+        outer = "" if base else self.outers.get(cls, self.outer)
+        return outer + name.removeprefix(self.outer) if self._inner(name) else name
+
+    def _inner(self, name: str) -> bool:
+        """Whether a canonical tensor, or tied copy, is of the base model, and of no head."""
+        if self.outer:
+            return name.startswith(self.outer)
+        inner = {row.name.split(".")[0] for row in self.rows if row.depth} | {self.anchor.split(".")[0]}
+        return name.split(".")[0] in inner
 
     def tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the decoder is the word embedding."""
@@ -227,9 +243,9 @@ class Table:
                 return scale / math.sqrt(math.prod(factors))
         return base
 
-    def settled(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What a growth from or to this config cannot change: config key -> its value, or its default."""
-        full = {**self.must_agree, "tie_word_embeddings": self.tie_default, **config}
+    def settled(self, config: Mapping[str, Any], heads: frozenset[str] = frozenset()) -> dict[str, Any]:
+        """What a growth from or to this config, with these heads, cannot change: key -> its value, or its default."""
+        full = {"heads": " ".join(sorted(heads)), **self.must_agree, "tie_word_embeddings": self.tie_default, **config}
         if "rope_parameters" in self.must_agree:
             full["rope_parameters"] = rotary(config, self.must_agree["rope_parameters"])
         full |= {k: full[v[1:]] for k, v in full.items() if k in self.must_agree and str(v).startswith("=")}
@@ -260,7 +276,7 @@ class Table:
         Outside the layers, rows before them are of the embeddings, rows after them of the head; a word embedding that
         is the head's decoder, too, is of the head.
         """
-        sizes, tied = self.axis_sizes(config), self.tied(config)
+        sizes, tied = self.axis_sizes(config), self.tied(config) and _LM in heads
         rows = [
             row
             for row in self.rows

@@ -1,4 +1,4 @@
-"""BERT's tensors by axis: the encoder, the pooler, the masked-LM head (tied or not) and the next-sentence head.
+"""BERT's tensors by axis: the encoder, the pooler, the masked-LM head (tied or not), the next-sentence head, others.
 
 Post-LayerNorm: the norms renormalise the residual stream ``embed`` itself, so a width is exact only when every hidden
 feature has equally many copies. The tied decoder is the word embedding, so the last norm before it writes ``~embed``.
@@ -7,6 +7,7 @@ feature has equally many copies. The tied decoder is the word embedding, so the 
 from __future__ import annotations
 
 from bert2bert.tables.base import Row, Table, Tie
+from bert2bert.tables.heads import BERT_ROWS, LABELS, bert_classes
 
 BERT = Table(
     model_type="bert",
@@ -17,6 +18,7 @@ BERT = Table(
         "BertForMaskedLM": frozenset({"mlm"}),
         "BertForNextSentencePrediction": frozenset({"pooler", "nsp"}),
         "BertModel": frozenset({"pooler"}),
+        **bert_classes("Bert", frozenset({"pooler", "labels"})),
     },
     sizes={
         "vocab": "vocab_size",
@@ -27,9 +29,10 @@ BERT = Table(
         "qk": "hidden_size/heads",
         "v": "qk",
         "ffn": "intermediate_size",
+        **LABELS,
         "layers": "num_hidden_layers",
     },
-    constants={"tau": 1, "rho": 1, "classes": 2},
+    constants={"tau": 1, "rho": 1, "classes": 2, "one": 1},
     norm="layer",
     prenorm=False,
     eps=("layer_norm_eps", 1e-12),
@@ -62,6 +65,7 @@ BERT = Table(
         Row("cls.predictions.transform.LayerNorm.bias", "embed", needs="mlm", tied=False),
         Row("cls.predictions.decoder.{weight,bias}", "vocab <- embed", needs="mlm", tied=False),
         Row("cls.seq_relationship.{weight,bias}", "classes <- embed", needs="nsp", untrained=True),
+        *BERT_ROWS,
     ),
     ties=(
         Tie("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight", needs="mlm"),

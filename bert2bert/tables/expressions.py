@@ -22,6 +22,7 @@ def evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, int
         for sign, name in re.findall(r"([/*]?)([\w.]+)", alternative):
             first = first or name
             value = int(name) if name.isdigit() else sizes.get(name) if name in sizes else config.get(name)
+            value = len(value) if isinstance(value, Mapping) else value  # labels by their numbers
             if value is None:
                 total = None
                 break
@@ -41,8 +42,12 @@ def evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, int
 
 
 def present(needs: str, heads: frozenset[str]) -> bool:
-    """Whether a model with these heads has what a row needs: every head named, none of those after a '!'."""
-    return all((head.removeprefix("!") in heads) != head.startswith("!") for head in needs.split())
+    """Whether a model with these heads has what a row needs: every head named ('a|b': one of them), none of those
+    after a '!'."""
+    return all(
+        any((head.removeprefix("!") in heads) != head.startswith("!") for head in need.split("|"))
+        for need in needs.split()
+    )
 
 
 def holds(when: str, config: Mapping[str, Any]) -> bool:

@@ -7,12 +7,19 @@ final norm before it writes ``~embed``. Refuses cross-attention, and scores that
 from __future__ import annotations
 
 from bert2bert.tables.base import Row, Table, Tie
+from bert2bert.tables.heads import LABELS
 
 GPT2 = Table(
     model_type="gpt2",
     outer="transformer.",
     anchor="wte.weight",
-    classes={"GPT2LMHeadModel": frozenset({"mlm"}), "GPT2Model": frozenset()},
+    classes={
+        "GPT2LMHeadModel": frozenset({"mlm"}),
+        "GPT2Model": frozenset(),
+        "GPT2ForSequenceClassification": frozenset({"score"}),
+        "GPT2ForTokenClassification": frozenset({"labels"}),
+        "GPT2ForQuestionAnswering": frozenset({"qa"}),
+    },
     sizes={
         "vocab": "vocab_size",
         "pos": "n_positions",
@@ -21,16 +28,23 @@ GPT2 = Table(
         "qk": "n_embd/heads",
         "v": "qk",
         "ffn": "n_inner|n_embd*4",
+        **LABELS,
         "layers": "n_layer",
     },
-    constants={"tau": 1, "rho": 1},
+    constants={"tau": 1, "rho": 1, "classes": 2},
     follows={"normed": "embed"},
     norm="layer",
     prenorm=True,
     eps=("layer_norm_epsilon", 1e-5),
     scales={"tau": "qk"},
     units=("heads", "ffn"),
-    must_agree={"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    must_agree={
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "pad_token_id": None,
+    },
+    agree_when={"pad_token_id": ("heads=*score*",)},
     requires={"add_cross_attention": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     rows=(
         Row("transformer.wte.weight", "vocab -> embed"),
@@ -48,6 +62,9 @@ GPT2 = Table(
         Row("transformer.ln_f.weight", "(rho normed)", tied=False),
         Row("transformer.ln_f.bias", "normed", tied=False),
         Row("lm_head.weight", "vocab <- normed", needs="mlm", tied=False),
+        Row("score.weight", "labels <- normed", needs="score"),
+        Row("classifier.{weight,bias}", "labels <- normed", needs="labels"),
+        Row("qa_outputs.{weight,bias}", "classes <- normed", needs="qa"),
     ),
     stds={"c_proj.weight": "range 2 layers"},
     ties=(Tie("lm_head.weight", "transformer.wte.weight", needs="mlm"),),

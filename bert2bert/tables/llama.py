@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bert2bert.tables.base import Row, Table, Tie
+from bert2bert.tables.heads import LABELS, LLAMA_ROWS, llama_classes
 
 _ROTARY = (
     "rotary positions pair a head's features at frequencies that follow from its size; keep head_dim, grow the heads"
@@ -18,13 +19,13 @@ LLAMA = Table(
     model_type="llama",
     outer="model.",
     anchor="embed_tokens.weight",
-    classes={"LlamaForCausalLM": frozenset({"mlm"}), "LlamaModel": frozenset()},
+    classes=llama_classes("Llama"), outers={"LlamaForQuestionAnswering": "transformer."},
     sizes={
         "vocab": "vocab_size", "embed": "hidden_size", "kv": "num_key_value_heads|num_attention_heads",
         "group": "num_attention_heads/kv", "qk": "head_dim|hidden_size/num_attention_heads", "v": "qk",
-        "ffn": "intermediate_size", "layers": "num_hidden_layers",
+        "ffn": "intermediate_size", **LABELS, "layers": "num_hidden_layers",
     },
-    constants={"tau": 1, "rho": 1},
+    constants={"tau": 1, "rho": 1, "classes": 2},
     follows={"normed": "embed"},
     norm="rms", prenorm=True, eps=("rms_norm_eps", 1e-6),
     scales={"tau": "qk"},
@@ -59,12 +60,13 @@ LLAMA = Table(
         Row("model.norm.weight", "(rho ~embed)", tied=True),
         Row("model.norm.weight", "(rho normed)", tied=False),
         Row("lm_head.weight", "vocab <- normed", needs="mlm", tied=False),
+        *LLAMA_ROWS,
     ),
     ties=(Tie("lm_head.weight", "model.embed_tokens.weight", needs="mlm"),),
 )  # fmt: skip
 
 MISTRAL = replace(
-    LLAMA, model_type="mistral", classes={"MistralForCausalLM": frozenset({"mlm"}), "MistralModel": frozenset()},
+    LLAMA, model_type="mistral", classes=llama_classes("Mistral"), outers={},
     sizes={**LLAMA.sizes, "kv": "num_key_value_heads|8"}, must_agree={**LLAMA.must_agree, "sliding_window": 4096},
     requires={"attention_bias": False, "mlp_bias": False},
 )  # fmt: skip

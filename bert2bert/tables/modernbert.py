@@ -9,9 +9,11 @@ layer 0 has no norm before its attention, which reads ``embed``. A layer is glob
 from __future__ import annotations
 
 from bert2bert.tables.base import Row, Table, Tie
+from bert2bert.tables.heads import LABELS, bert_classes
 
 _L = "model.layers.{layers}."
 _QKV, _LATER = "(tau heads qk | heads ~qk | heads v)", (1, None)
+_ANY = "mlm|labels|choice"
 _ROTARY = "rotary positions pair a head's features at frequencies that follow from its size; grow the heads"
 _ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -19,21 +21,26 @@ _ROPE = {
 }
 MODERNBERT = Table(
     model_type="modernbert", outer="model.", anchor="embeddings.tok_embeddings.weight",
-    classes={"ModernBertForMaskedLM": frozenset({"mlm"}), "ModernBertModel": frozenset()},
+    classes={
+        "ModernBertForMaskedLM": frozenset({"mlm"}), "ModernBertModel": frozenset(),
+        **bert_classes("ModernBert", frozenset({"labels"})), "ModernBertForQuestionAnswering": frozenset({"labels"}),
+        "ModernBertForMultipleChoice": frozenset({"choice"}),
+    },
     sizes={
         "vocab": "vocab_size", "embed": "hidden_size", "heads": "num_attention_heads", "qk": "hidden_size/heads",
-        "v": "qk", "ffn": "intermediate_size", "layers": "num_hidden_layers",
+        "v": "qk", "ffn": "intermediate_size", "layers": "num_hidden_layers", **LABELS,
     },
-    constants={"tau": 1, "rho": 1}, follows={"normed": "embed"}, norm="layer", prenorm=True, eps=("norm_eps", 1e-5),
-    scales={"tau": "qk"}, units=("heads", "ffn"), fixed={"qk": _ROTARY, "v": _ROTARY},
+    constants={"tau": 1, "rho": 1, "one": 1}, follows={"normed": "embed"}, norm="layer", prenorm=True,
+    eps=("norm_eps", 1e-5), scales={"tau": "qk"}, units=("heads", "ffn"), fixed={"qk": _ROTARY, "v": _ROTARY},
     kinds="layer_types", every=("global_attn_every_n_layers", 3),
     must_agree={
         "hidden_activation": "gelu", "classifier_activation": "gelu", "norm_eps": 1e-5, "norm_bias": False,
         "attention_bias": False, "mlp_bias": False, "classifier_bias": False, "decoder_bias": True,
         "tie_word_embeddings": True, "local_attention": 128, "rope_parameters": _ROPE,
-        "max_position_embeddings": None, "pad_token_id": 50283,
+        "max_position_embeddings": None, "pad_token_id": 50283, "classifier_pooling": "cls",
     },
-    agree_when={"max_position_embeddings": ("rope_parameters=*'rope_type': '[!d]*", "rope_parameters=*'dynamic'*")},
+    agree_when={"classifier_pooling": ("heads=*labels*", "heads=*choice*"),
+                "max_position_embeddings": ("rope_parameters=*'rope_type': '[!d]*", "rope_parameters=*'dynamic'*")},
     stds={"attn.Wo.weight": "range 2 layers", "mlp.Wo.weight": "range 2 layers", "head.dense.weight": "range 2 layers",
           "decoder.weight": "range 2 layers"},
     rows=(
@@ -55,14 +62,16 @@ MODERNBERT = Table(
         Row(f"{_L}mlp.Wo.bias", "embed", when="mlp_bias"),
         Row("model.final_norm.weight", "(rho normed)"),
         Row("model.final_norm.bias", "normed", when="norm_bias"),
-        Row("head.dense.weight", "embed <- normed", needs="mlm"),
-        Row("head.dense.bias", "embed", needs="mlm", when="classifier_bias"),
+        Row("head.dense.weight", "embed <- normed", needs=_ANY),
+        Row("head.dense.bias", "embed", needs=_ANY, when="classifier_bias"),
         Row("head.norm.weight", "(rho ~embed)", needs="mlm", tied=True),
         Row("head.norm.bias", "~embed", needs="mlm", tied=True, when="norm_bias"),
-        Row("head.norm.weight", "(rho normed)", needs="mlm", tied=False),
-        Row("head.norm.bias", "normed", needs="mlm", tied=False, when="norm_bias"),
+        Row("head.norm.weight", "(rho normed)", needs=_ANY, tied=False),
+        Row("head.norm.bias", "normed", needs=_ANY, tied=False, when="norm_bias"),
         Row("decoder.weight", "vocab <- normed", needs="mlm", tied=False),
         Row("decoder.bias", "vocab", needs="mlm", when="!decoder_bias=False"),
+        Row("classifier.{weight,bias}", "labels <- normed", needs="labels"),
+        Row("classifier.{weight,bias}", "one <- normed", needs="choice"),
     ),
     ties=(Tie("decoder.weight", "model.embeddings.tok_embeddings.weight", needs="mlm"),),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bert2bert.tables.base import Row
+from bert2bert.tables.heads import llama_classes
 from bert2bert.tables.llama import LLAMA
 from bert2bert.tables.qwen import head_norms
 
@@ -34,7 +35,7 @@ def _rows(attention: tuple[Row, ...], *mlp: Row) -> tuple[Row, ...]:
 
 
 MIXTRAL = replace(
-    LLAMA, model_type="mixtral", classes={"MixtralForCausalLM": frozenset({"mlm"}), "MixtralModel": frozenset()},
+    LLAMA, model_type="mixtral", classes=llama_classes("Mixtral"), outers={},
     sizes={**LLAMA.sizes, "kv": "num_key_value_heads|8", "experts": "num_local_experts|num_experts|8"},
     eps=("rms_norm_eps", 1e-5), rows=_rows(_ATTENTION, _GATE, *_EXPERTS), dense=_DENSE,
     dense_types=("llama", "mistral"), requires={"attention_bias": False, "mlp_bias": False},
@@ -45,7 +46,8 @@ MIXTRAL = replace(
 )  # fmt: skip
 
 QWEN3_MOE = replace(
-    LLAMA, model_type="qwen3_moe", classes={"Qwen3MoeForCausalLM": frozenset({"mlm"}), "Qwen3MoeModel": frozenset()},
+    LLAMA, model_type="qwen3_moe", classes=llama_classes("Qwen3Moe"),
+    outers={"Qwen3MoeForQuestionAnswering": "transformer."},
     sizes={**LLAMA.sizes, "ffn": "moe_intermediate_size", "experts": "num_local_experts|num_experts|128"},
     must_agree={**LLAMA.must_agree, "norm_topk_prob": False, "num_experts_per_tok": 8},
     requires=_ALL_SPARSE, dense=_DENSE, dense_types=("qwen3",), constants={**LLAMA.constants, "iota": 1},
@@ -53,7 +55,7 @@ QWEN3_MOE = replace(
 )  # fmt: skip
 
 QWEN2_MOE = replace(
-    LLAMA, model_type="qwen2_moe", classes={"Qwen2MoeForCausalLM": frozenset({"mlm"}), "Qwen2MoeModel": frozenset()},
+    LLAMA, model_type="qwen2_moe", classes=llama_classes("Qwen2Moe"), outers={},
     sizes={**LLAMA.sizes, "ffn": "moe_intermediate_size", "shared": "shared_expert_intermediate_size",
            "experts": "num_experts|60"},
     constants={**LLAMA.constants, "one": 1}, units=(*LLAMA.units, "shared"), requires=_ALL_SPARSE, kinds="layer_types",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bert2bert.tables.base import Row
+from bert2bert.tables.heads import llama_classes
 from bert2bert.tables.llama import LLAMA
 
 _SHARED = tuple(row for row in LLAMA.rows if row.when != "mlp_bias")
@@ -27,7 +28,8 @@ def head_norms(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
-    classes={"Qwen2ForCausalLM": frozenset({"mlm"}), "Qwen2Model": frozenset()},
+    classes=llama_classes("Qwen2"),
+    outers={"Qwen2ForQuestionAnswering": "transformer."},
     sizes={**LLAMA.sizes, "kv": "num_key_value_heads|32"},
     requires={"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
     kinds="layer_types",
@@ -37,7 +39,8 @@ QWEN2 = replace(
 QWEN3 = replace(
     LLAMA,
     model_type="qwen3",
-    classes={"Qwen3ForCausalLM": frozenset({"mlm"}), "Qwen3Model": frozenset()},
+    classes=llama_classes("Qwen3"),
+    outers={"Qwen3ForQuestionAnswering": "transformer."},
     sizes={**LLAMA.sizes, "kv": "num_key_value_heads|32", "qk": "head_dim|128"},
     requires={"mlp_bias": False, "use_sliding_window": False},
     kinds="layer_types",

@@ -1,4 +1,4 @@
-"""RoBERTa's tensors by axis: BERT's encoder and pooler under other names, and its own masked-LM head, tied or not.
+"""RoBERTa's tensors by axis: BERT's encoder and pooler under other names, its own masked-LM head and classifiers.
 
 Positions count from 2, after the padding id 1, so the first two rows of the position embedding are no token's.
 """
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from bert2bert.tables.base import Row, Tie
 from bert2bert.tables.bert import BERT
+from bert2bert.tables.heads import BERT_ROWS, bert_classes
 
 _LAYERS = tuple(replace(row, name=f"roberta.{row.name.removeprefix('bert.')}") for row in BERT.rows if row.depth)
 
@@ -16,8 +17,12 @@ ROBERTA = replace(
     BERT,
     model_type="roberta",
     outer="roberta.",
-    classes={"RobertaForMaskedLM": frozenset({"mlm"}), "RobertaModel": frozenset({"pooler"})},
-    constants={"tau": 1, "rho": 1},
+    classes={
+        "RobertaForMaskedLM": frozenset({"mlm"}),
+        "RobertaModel": frozenset({"pooler"}),
+        **bert_classes("Roberta", frozenset({"sequence"})),
+    },
+    constants={"tau": 1, "rho": 1, "one": 1},
     must_agree={"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True},
     requires={"is_decoder": False, "add_cross_attention": False, "pad_token_id": 1},
     first_position=2,
@@ -36,6 +41,9 @@ ROBERTA = replace(
         Row("lm_head.layer_norm.weight", "(rho embed)", needs="mlm", tied=False),
         Row("lm_head.layer_norm.bias", "embed", needs="mlm", tied=False),
         Row("lm_head.decoder.{weight,bias}", "vocab <- embed", needs="mlm", tied=False),
+        Row("classifier.dense.{weight,bias}", "embed <- embed", needs="sequence"),
+        Row("classifier.out_proj.{weight,bias}", "labels <- embed", needs="sequence"),
+        *BERT_ROWS,
     ),
     ties=(
         Tie("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight", needs="mlm"),

@@ -64,6 +64,7 @@ LAW_AXES = {
     # no operator grows these: the gradients of the tensors that have them are compared, which reach every entry
     **dict.fromkeys(("types", "classes", "buckets", "one"), "test_families.test_the_gradient_rule"),
     **dict.fromkeys(("layers", "decoder_layers"), "test_depth.test_identities_change_no_bit"),
+    "labels": "test_heads.test_what_a_model_says_is_kept",
     "vocab": "test_vocab.test_old_logits_stay",
     "pos": "test_vocab.test_positions",
     "experts": "test_experts.test_duplicates_that_are_chosen_together",
@@ -84,7 +85,8 @@ def _cases() -> list[Any]:
 
 def _config(name: str, cls: str, changes: dict[str, Any] | None) -> dict[str, Any]:
     if changes is not None:
-        return tiny.config_of(name, architectures=[cls], **changes)
+        labels = {"num_labels": 3} if cls.endswith(("SequenceClassification", "TokenClassification")) else {}
+        return tiny.config_of(name, architectures=[cls], **labels, **changes)
     kind = tiny.VARIANTS[name].base["model_type"]
     return transformers.AutoConfig.for_model(kind, architectures=[cls]).to_dict()
 
@@ -99,24 +101,25 @@ def _model(config: dict[str, Any]) -> torch.nn.Module:
 
 def _differences(table: Table, config: dict[str, Any], model: torch.nn.Module) -> str:
     """What the table says otherwise than the model, '' if nothing."""
-    outer = "" if any(name.startswith(table.outer) for name, _ in model.named_parameters()) else table.outer
-    heads = table.classes[config["architectures"][0]]
-    have = [(outer + name, tuple(p.shape)) for name, p in model.named_parameters()]
-    said = [(name, p.shape) for name, p in table.parameters(config, heads).items()]
+    (cls,) = config["architectures"]
+    heads = table.classes[cls]
+    have = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    said = [(table.in_class(name, cls), p.shape) for name, p in table.parameters(config, heads).items()]
     wrong = [f"{a} in the model, {b} in the table" for a, b in zip(have, said, strict=False) if a != b]
     if have[len(said) :] or said[len(have) :]:
         wrong.append(f"beyond: {have[len(said) :]} in the model, {said[len(have) :]} in the table")
     kept: dict[int, str] = {}
     ties = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        if kept.setdefault(id(p), outer + name) != outer + name:
-            ties[outer + name] = kept[id(p)]
-    decaying = {outer + name for name in transformers.Trainer.get_decay_parameter_names(None, model)}
-    for name, p in table.parameters(config, heads).items():
-        if p.decay != (name in decaying):
+        if kept.setdefault(id(p), name) != name:
+            ties[name] = kept[id(p)]
+    decaying = transformers.Trainer.get_decay_parameter_names(None, model)
+    for full, p in table.parameters(config, heads).items():
+        if p.decay != ((name := table.in_class(full, cls)) in decaying):
             wrong.append(f"decay of {name}: {name in decaying} by transformers' Trainer, {p.decay} in the table")
-    if ties != table.aliases(config, heads):
-        wrong.append(f"ties: {ties} in the model, {table.aliases(config, heads)} in the table")
+    told = {table.in_class(a, cls): table.in_class(k, cls) for a, k in table.aliases(config, heads).items()}
+    if ties != told:
+        wrong.append(f"ties: {ties} in the model, {told} in the table")
     return "\n".join(wrong)
 
 
@@ -187,9 +190,9 @@ def test_specs(table: Table) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_table_is_small(path: Path) -> None:
     text = path.read_text("utf-8")
-    assert text.count("\n") <= 70
+    assert text.count("\n") <= 80
     data = [node for node in ast.parse(text).body if isinstance(node, ast.Assign | ast.AnnAssign)]
-    assert data and sum((node.end_lineno or 0) - node.lineno + 1 for node in data) <= 60
+    assert data and sum((node.end_lineno or 0) - node.lineno + 1 for node in data) <= 68
 
 
 def test_every_axis_has_a_law() -> None:
