@@ -2,9 +2,9 @@
 
 Stored names may carry a prefix (``model.``, ``base_model.model.``), the name of a wrapper anywhere in between
 (``_orig_mod.`` of torch.compile, ``module.`` of data parallelism, …), a norm's gain and bias in the words of the first
-BERT (``LayerNorm.gamma``, ``LayerNorm.beta``), and may lack the outer name of the full model (``bert.``), or have another
-(``transformer.``, in the classes that answer questions). transformers renames norms and adds outer names on loading; a
-`Naming` says what was found, and gives new tensors names of the same kind.
+BERT (``LayerNorm.gamma``, ``LayerNorm.beta``), and may lack the outer name of the full model (``bert.``), or have
+another one, as some of transformers' classes with a head do (``transformer.``). transformers renames norms, and adds
+outer names, on loading; a `Naming` says what was found, and gives new tensors names of the same kind.
 
 Refuses (InvalidCheckpoint) a checkpoint of no such model or of several, and two stored names of one tensor.
 """

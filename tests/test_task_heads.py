@@ -1,0 +1,140 @@
+"""Fine-tuned heads and bare models as Hugging Face folders and as DeepSpeed files, against transformers' classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from bert2bert.checkpoint_model import open_model
+from bert2bert.errors import InvalidCheckpoint, UnsupportedGrowth
+from bert2bert.growth import grow
+from bert2bert.shards.source import open_source
+from bert2bert.tables import table_for
+from bert2bert.verify import render, verify
+from tests import tiny
+
+CLASSES = (
+    "BertForSequenceClassification", "BertForMultipleChoice", "BertModel", "RobertaForSequenceClassification",
+    "RobertaForTokenClassification", "RobertaForQuestionAnswering", "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification", "GPT2Model", "LlamaForSequenceClassification", "LlamaForTokenClassification",
+    "LlamaForQuestionAnswering", "MistralForQuestionAnswering", "Qwen3ForQuestionAnswering", "Qwen2Model",
+    "T5ForSequenceClassification", "T5ForTokenClassification", "T5ForQuestionAnswering", "T5EncoderModel",
+    "ModernBertForSequenceClassification", "ModernBertForMultipleChoice", "MixtralForTokenClassification",
+)  # fmt: skip
+
+
+def save(folder: Path, cls: str) -> dict[str, Any]:
+    """A scrambled model of the class as transformers saves it; its config."""
+    config = tiny.config_of(cls)
+    model = getattr(transformers, cls)._from_config(transformers.AutoConfig.for_model(**config))
+    tiny.scramble(model)
+    model.save_pretrained(folder)
+    return config
+
+
+def goal(path: Path, config: dict[str, Any]) -> Path:
+    """The config file of a model twice as wide."""
+    table = table_for(config)
+    path.write_text(json.dumps(table.resize(config, {"embed": 2 * table.axis_sizes(config)["embed"]})))
+    return path
+
+
+def quiet(_: str) -> None:
+    """For growths whose words do not matter."""
+
+
+def said(folder: Path, cls: str) -> dict[str, torch.Tensor]:
+    model, info = getattr(transformers, cls).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    model.config._experts_implementation = "eager"
+    with torch.no_grad():
+        return tiny.outputs(model.eval(), tiny.config_of(cls))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_folder_grows_and_says_the_same(cls: str, tmp_path: Path) -> None:
+    config = save(tmp_path / "small", cls)
+    model = open_model(tmp_path / "small")
+    assert model.heads == model.table.classes[cls] and not model.left and not model.naming.renamed
+    target = goal(tmp_path / "big.json", config)
+    grow(tmp_path / "small", tmp_path / "big", target, form="hub", width="fpi:choice=left", say=quiet)
+    assert json.loads((tmp_path / "big" / "config.json").read_text())["architectures"] == [cls]
+    old, new = said(tmp_path / "small", cls), said(tmp_path / "big", cls)
+    assert old.keys() == new.keys()
+    for name, before in old.items():
+        wider = new[name].shape[-1] // before.shape[-1]
+        wanted = before if "logits" in name else before.repeat(*[1] * (before.dim() - 1), wider)
+        assert torch.allclose(new[name], wanted, rtol=1e-3, atol=1e-3 * before.abs().max().item()), name
+    report = verify(tmp_path / "small", tmp_path / "big")
+    assert report["ok"] and "no language-model head" in render(report)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "net._orig_mod."])
+@pytest.mark.parametrize("cls", ["T5ForSequenceClassification", "Qwen2ForQuestionAnswering"])
+def test_classes_with_an_outer_name_of_their_own(cls: str, prefix: str, tmp_path: Path) -> None:
+    """Native shards keep the script's names, a Hugging Face folder those of the class."""
+    config = save(tmp_path / "small", cls)
+    file = tmp_path / "small" / "model.safetensors"
+    plain = load_file(file)
+    assert any(name.startswith("transformer.") for name in plain)
+    save_file({prefix + name: value for name, value in plain.items()}, file)
+    target = goal(tmp_path / "big.json", config)
+    grow(tmp_path / "small", tmp_path / "big", target, form="hub", say=quiet)
+    assert load_file(tmp_path / "big" / "model.safetensors").keys() == plain.keys()
+    grow(tmp_path / "small", tmp_path / "run", target, form="zero", stage=2, world_size=1, say=quiet)
+    run = open_source(tmp_path / "run")
+    assert set(run.tensors) - {prefix + name for name in plain} == set()
+    assert open_model(tmp_path / "run").heads == table_for(config).classes[cls]
+
+
+def test_heads_that_are_not_known_are_refused_by_those_that_are(tmp_path: Path) -> None:
+    config = tiny.config_of("gpt2", architectures=["GPT2DoubleHeadsModel"])
+    transformers.GPT2DoubleHeadsModel(transformers.GPT2Config(**config)).save_pretrained(tmp_path / "two")
+    with pytest.raises(InvalidCheckpoint, match=r"multiple_choice_head.*\n.*GPT2ForSequenceClassification"):
+        open_model(tmp_path / "two")
+    save(tmp_path / "deep", "BertForTokenClassification")
+    file = tmp_path / "deep" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["classifier.1.weight"] = tensors.pop("classifier.weight")
+    save_file(tensors, file)
+    with pytest.raises(InvalidCheckpoint, match="classifier"):
+        open_model(tmp_path / "deep")
+
+
+def test_labels_are_those_of_the_source(tmp_path: Path) -> None:
+    config = save(tmp_path / "small", "LlamaForSequenceClassification")
+    other = {k: v for k, v in config.items() if k not in ("id2label", "label2id", "num_labels")}
+    with pytest.raises(UnsupportedGrowth, match="the target's id2label makes 2 labels, the source's 3"):
+        grow(tmp_path / "small", tmp_path / "big", goal(tmp_path / "big.json", other), form="hub", say=quiet)
+    # of a model without such a head they say nothing
+    lm = tiny.config_of("llama", num_labels=3)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**lm)).save_pretrained(tmp_path / "lm")
+    without = {k: v for k, v in lm.items() if k not in ("id2label", "label2id", "num_labels")}
+    grow(
+        tmp_path / "lm", tmp_path / "lm-big", goal(tmp_path / "lm.json", without), form="hub", measure=False, say=quiet
+    )
+
+
+def test_which_of_two_heads_of_the_same_names(tmp_path: Path) -> None:
+    """A choice's classifier has one row, by the config's class alone told from a classifier of one label."""
+    save(tmp_path, "BertForMultipleChoice")
+    assert open_model(tmp_path).heads == {"pooler", "choice"}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": None}))
+    with pytest.raises(InvalidCheckpoint, match="axis 'labels': 1 features, expected 2"):
+        open_model(tmp_path)
+
+
+def test_what_pools_must_agree_where_something_is_pooled(tmp_path: Path) -> None:
+    config = save(tmp_path / "small", "ModernBertForSequenceClassification")
+    target = goal(tmp_path / "big.json", config | {"classifier_pooling": "mean"})
+    with pytest.raises(UnsupportedGrowth, match="classifier_pooling is 'cls' in the source and 'mean'"):
+        grow(tmp_path / "small", tmp_path / "big", target, form="hub", say=quiet)
+    save(tmp_path / "bare", "ModernBertModel")
+    grow(tmp_path / "bare", tmp_path / "bare-big", target, form="hub", say=quiet)
