@@ -146,8 +146,9 @@ def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     """Find the names and the heads of a checkpoint, and check every shape against the config."""
     table = table_for(config)
     heads = frozenset.union(*table.classes.values())
-    full = table.parameters(config, heads).keys() | table.aliases(config, heads).keys()
-    naming, strange = read_names(source.tensors, table.anchor, table.outer, full, str(source.path))
+    ties = table.aliases(config, heads)
+    full = table.parameters(config, heads).keys() | ties.keys()
+    naming, strange = read_names(source.tensors, table.anchor, table.outer, full, ties, str(source.path))
     canonical = {name: source.tensors[stored] for name, stored in naming.known.items()}
     left = {name for name in canonical if name not in full and is_obsolete(name)} | _ignored(table, config, canonical)
     canonical = {name: meta for name, meta in canonical.items() if name not in left}

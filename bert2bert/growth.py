@@ -8,6 +8,7 @@ an optimizer whose states are not known to grow, where the target format keeps t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
     model, plan = growth.model, growth.plan
     source, named, made = model.source, target_names(growth, form), origins(growth)
     grown = table_for(plan.config).parameters(plan.config, model.heads)
-    return make_spec(
+    spec = make_spec(
         source,
         shapes={named[n]: t.shape for n, t in plan.tensors.items()},
         members={named[n]: p for n, p in grown.items()},
@@ -66,6 +67,8 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
         precision=precision or _precision(source, form),
         dtypes={named[n]: widest(d) for n, d in made.items() if d} if source.form == "hub" and not precision else {},
     )
+    # transformers makes a model's buffers anew; those of a folder are old ones
+    return replace(spec, buffers={}) if "hub" in (form, source.form) else spec
 
 
 def origins(growth: Growth) -> dict[str, list[str]]:
@@ -153,8 +156,10 @@ def grow(
     growth, spec, watch = together(comm, prepare)
     model, plan, named = growth.model, growth.plan, target_names(growth, form)
     told = [*rounding(spec, form, {named[n]: dtypes for n, dtypes in origins(growth).items()}), *notes(spec)]
-    if form == "hub" and model.source.form == "hub":
+    if form == "hub" == model.source.form:
         told += left(model.source, spec)
+    elif form == "hub" and model.source.buffers:
+        told.append(f"left out, for transformers makes buffers anew: {', '.join(model.source.buffers)}")
     if first:
         say("\n".join([summary(growth, describe(growth)), *(f"note     {text}" for text in told)]))
     canonical = {stored: n for n, stored in named.items()}

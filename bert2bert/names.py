@@ -81,27 +81,21 @@ class Naming:
 
 
 def read_names(
-    stored: Iterable[str], anchor: str, outer: str, full: Collection[str], where: str
+    stored: Iterable[str], anchor: str, outer: str, full: Collection[str], ties: Mapping[str, str], where: str
 ) -> tuple[Naming, list[str]]:
     """The naming of a checkpoint, and the stored names that do not have its prefix.
 
     anchor: a tensor that every variant of the model has, less ``outer``, the name of the base model inside the full one
-    ('' if none); full: canonical names of the full model; where: the checkpoint, for messages.
+    ('' if none); full: canonical names of the full model; ties: absent tied name -> kept name, for a file may hold the
+    one in place of the other; where: the checkpoint, for messages.
     """
     stored = list(stored)
     clean = {name: _clean(name) for name in stored}
-    found = [name for name in stored if ("." + clean[name]).endswith("." + anchor)]
-    if len(found) != 1:
-        raise InvalidCheckpoint(
-            f"{where}: {len(found)} tensors are named …{anchor}, one is expected; the checkpoint's first names are "
-            f"{', '.join(stored[:3])}."
-        )
-    front = clean[found[0]].removesuffix(anchor)
-    bare = not ("." + front).endswith("." + outer)
-    front = front if bare else front.removesuffix(outer)
+    copies = [absent for absent, kept in ties.items() if kept == outer + anchor]
+    first, front, bare = _front(clean, anchor, outer, copies, where)
     instead = _other_outer(clean.values(), front, full) if bare or not outer else ""
     front = front.removesuffix(instead)
-    prefix, _ = _split(found[0], front.count("."))
+    prefix, _ = _split(first, front.count("."))
     known: dict[str, str] = {}
     wrappers: dict[Path, Path] = {}
     strange = []
@@ -124,6 +118,9 @@ def read_names(
         for path, added in _wrapped(rest).items():
             wrappers.setdefault(path, added)
             wrappers.setdefault(_numbered(path), added)
+    for absent, kept in ties.items():
+        if kept not in known and absent in known:
+            known[kept] = known.pop(absent)
     legacy = any(name.endswith(tuple(_LEGACY)) for name in stored)
     return Naming(known, prefix, outer if bare else "", wrappers, legacy, instead), strange
 
@@ -135,6 +132,26 @@ def _other_outer(names: Collection[str], front: str, full: Collection[str]) -> s
     parent += "." * bool(parent)
     beside = (name.removeprefix(parent) for name in names if name.startswith(parent) and not name.startswith(front))
     return f"{last}." if last and any(name in full for name in beside) else ""
+
+
+def _front(
+    clean: Mapping[str, str], anchor: str, outer: str, copies: Iterable[str], where: str
+) -> tuple[str, str, bool]:
+    """A tensor that tells the prefix, the prefix less wrappers, and whether the names lack the outer name."""
+    found = [name for name, text in clean.items() if ("." + text).endswith("." + anchor)]
+    if len(found) == 1:
+        front = clean[found[0]].removesuffix(anchor)
+        bare = not ("." + front).endswith("." + outer)
+        return found[0], front if bare else front.removesuffix(outer), bare
+    for copy in () if found else copies:
+        for name, text in clean.items():
+            if ("." + text).endswith("." + copy):
+                front = text.removesuffix(copy)
+                return name, front, not any(other.startswith(front + outer) for other in clean.values())
+    raise InvalidCheckpoint(
+        f"{where}: {len(found)} tensors are named …{anchor}, one is expected; the checkpoint's first names are "
+        f"{', '.join(list(clean)[:3])}."
+    )
 
 
 def _numbered(path: Path) -> Path:

@@ -2,6 +2,8 @@
 
 A grown model keeps the tokenizer and the generation config. The same model written anew keeps every small file: its
 code, its card, preprocessors, too. What is not carried is listed.
+
+Refuses (InvalidCheckpoint) git-lfs pointers, and files that cannot be read.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards.commit import MANIFEST
+from bert2bert.shards.sniff import describe, sniff
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
@@ -44,7 +48,7 @@ def grown_beside(config: Mapping[str, Any], *folders: Path) -> dict[str, bytes]:
         for folder in folders:
             for file in sorted(folder.glob(pattern)):
                 if file.is_file():
-                    found.setdefault(file.relative_to(folder).as_posix(), file.read_bytes())
+                    found.setdefault(file.relative_to(folder).as_posix(), _read(file))
     known = {key: config[key] for key in _SPECIAL if config.get(key) is not None}
     if generates and known and GENERATION not in found:
         found[GENERATION] = json_bytes({"_from_model_config": True, **known})
@@ -58,7 +62,7 @@ def all_beside(folder: Path) -> dict[str, bytes]:
     for path in _visible(folder):
         inner = [path] if path.is_file() else sorted(path.rglob("*"))
         if len(inner) <= _MOST and not any(map(_not_carried, inner)):
-            found |= {f.relative_to(folder).as_posix(): f.read_bytes() for f in inner if f.is_file()}
+            found |= {f.relative_to(folder).as_posix(): _read(f) for f in inner if f.is_file()}
     return {name: content for name, content in found.items() if name != "config.json"}
 
 
@@ -71,6 +75,16 @@ def left_beside(folder: Path, kept: Iterable[str], read: Iterable[Path]) -> list
 def json_bytes(tree: Any) -> bytes:
     """JSON as this project stores it."""
     return (json.dumps(tree, indent=2) + "\n").encode()
+
+
+def _read(file: Path) -> bytes:
+    """Raises InvalidCheckpoint for a pointer in place of the file, and for one that cannot be read."""
+    try:
+        if sniff(file).kind in ("git-lfs", "git-annex"):
+            raise InvalidCheckpoint(f"{file}: {describe(file)}")
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidCheckpoint(f"{file}: cannot be read ({error.strerror}). Copy it again, or remove it.") from None
 
 
 def _not_carried(file: Path) -> bool:

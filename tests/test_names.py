@@ -1,0 +1,237 @@
+"""Names as files have them: every family's oldest and newest layout on the hub, wrappers anywhere, ties by either name.
+
+The truth is what transformers makes of the same folder, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from bert2bert.checkpoint_model import open_model
+from bert2bert.errors import InvalidCheckpoint
+from bert2bert.growth import grow
+from bert2bert.names import WRAPPERS
+from bert2bert.planning import said
+from bert2bert.reshard import reshard
+from bert2bert.shards.source import open_source
+from bert2bert.verify import verify
+from tests import tiny
+from tests.shards.engines import hf_model
+
+Tensors = dict[str, torch.Tensor]
+FAMILIES = ("bert", "roberta", "gpt2", "llama", "mistral", "qwen2", "qwen3", "t5", "modernbert", "mixtral", "qwen3_moe",
+            "qwen2_moe")  # fmt: skip
+
+
+def silent(_: str) -> None: ...
+
+
+def old_bert(t: Tensors) -> Tensors:
+    """bert-base-uncased: norms in the words of TensorFlow, positions, a copy of the tied decoder."""
+    t = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+         for n, v in t.items()}  # fmt: skip
+    copy = {"cls.predictions.decoder.weight": t["bert.embeddings.word_embeddings.weight"].clone()}
+    return t | copy | {"bert.embeddings.position_ids": torch.arange(10)[None]}
+
+
+def old_roberta(t: Tensors) -> Tensors:
+    copies = {"lm_head.decoder.weight": t["roberta.embeddings.word_embeddings.weight"].clone(),
+              "lm_head.decoder.bias": t["lm_head.bias"].clone()}  # fmt: skip
+    return t | copies | {"roberta.embeddings.position_ids": torch.arange(12)[None]}
+
+
+def old_gpt2(t: Tensors) -> Tensors:
+    """gpt2: of the base model alone, with masks as bytes and as floats."""
+    t = {n.removeprefix("transformer."): v for n, v in t.items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 10, 10).to(torch.uint8 if i else torch.float32) for i in range(3)}
+    return t | masks | {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+
+
+def old_llama(t: Tensors) -> Tensors:
+    return t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(2) for i in range(3)}
+
+
+def old_t5(t: Tensors) -> Tensors:
+    """t5-small: a relative bias in the cross-attention, the tied embedding under all its names."""
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+    bias = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    return t | {name: t["shared.weight"].clone() for name in names} | {bias: torch.randn(6, 2)}
+
+
+OLD: dict[str, Callable[[Tensors], Tensors]] = {
+    "bert": old_bert, "roberta": old_roberta, "gpt2": old_gpt2, "t5": old_t5,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "qwen2_moe"), old_llama),
+}  # fmt: skip
+
+
+def save(folder: Path, name: str, change: Callable[[Tensors], Tensors] = dict, **config: Any) -> Any:
+    """A variant's folder with other tensors in its file; transformers' own model of the unchanged one."""
+    model = hf_model(tiny.config_of(name, **config))
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return model
+
+
+def loaded(folder: Path, cls: str) -> Tensors:
+    """What transformers makes of a folder, which must leave it nothing to ask for."""
+    model, info = getattr(transformers, cls).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    return dict(model.named_parameters())
+
+
+def read(folder: Path) -> Tensors:
+    """Every parameter of a folder as this project reads it, by transformers' names."""
+    model = open_model(folder)
+    return {n: model.read(n, "fp32", 0, p.shape[0]) for n, p in model.parameters.items()}
+
+
+def same(ours: Tensors, theirs: Tensors) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def deeper(folder: Path, file: Path) -> Path:
+    """The folder's config with one layer more."""
+    config = json.loads((folder / "config.json").read_text())
+    key = next(k for k in ("num_hidden_layers", "n_layer", "num_layers") if k in config)
+    if config.get("layer_types"):
+        config["layer_types"] = [*config["layer_types"], config["layer_types"][-1]]
+    file.write_text(json.dumps(config | {key: config[key] + 1}))
+    return file
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("age", ["newest", "oldest"])
+def test_layouts_of_the_hub_read_as_transformers_reads_them(name: str, age: str, tmp_path: Path) -> None:
+    if age == "oldest" and name not in OLD:
+        pytest.skip("has had one layout only")
+    save(tmp_path / "s", name, OLD[name] if age == "oldest" else dict)
+    cls = tiny.VARIANTS[name].cls
+    same(read(tmp_path / "s"), loaded(tmp_path / "s", cls))
+    # grown by a layer, and written anew into shards, the names are those of transformers
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), depth="stack", form="hub",
+         measure=False, say=silent)  # fmt: skip
+    grown = loaded(tmp_path / "g", cls)
+    lines: list[str] = []
+    reshard(tmp_path / "s", tmp_path / "z", form="zero", stage=2, world_size=2, say=lines.append)
+    assert set(open_source(tmp_path / "z").tensors) == set(loaded(tmp_path / "s", cls))
+    assert verify(tmp_path / "s", tmp_path / "z")["ok"] and verify(tmp_path / "s", tmp_path / "g", logits=False)["ok"]
+    assert len(grown) > len(open_model(tmp_path / "s").parameters)
+    # what no model has is left with a word
+    model = open_model(tmp_path / "s")
+    assert not open_source(tmp_path / "z").buffers
+    for left in model.left[:3]:
+        assert any(left in line for line in said(model)) and any(left in line for line in lines), left
+
+
+@pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
+@pytest.mark.parametrize("place", ["front", "layers", "inside", "base"])
+def test_wrappers_anywhere_in_a_name(wrapper: str, place: str, tmp_path: Path) -> None:
+    at = {
+        "front": lambda n: f"{wrapper}.{n}",
+        "layers": lambda n: n.replace(".layers.", f".layers.{wrapper}.") if wrapper == "module" else
+        ".".join(p if not p.isdigit() else f"{p}.{wrapper}" for p in n.split(".")),
+        "inside": lambda n: n.replace(".self_attn.", f".self_attn.{wrapper}._orig_mod."),
+        "base": lambda n: n.replace("model.", f"model.{wrapper}.", 1),
+    }[place]  # fmt: skip
+    model = save(tmp_path / "s", "llama", lambda t: {at(n): v for n, v in t.items()})
+    want = dict(model.named_parameters())
+    same(read(tmp_path / "s"), want)
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), depth="stack", form="hub",
+         measure=False, say=silent)  # fmt: skip
+    grown = loaded(tmp_path / "g", "LlamaForCausalLM")
+    assert all(torch.equal(value, grown[name]) for name, value in want.items() if "norm.weight" not in name)
+
+
+def test_new_layers_are_wrapped_as_the_old_ones(tmp_path: Path) -> None:
+    """A run's own names stay: those of a grown model's new layers, too."""
+    checkpointed = {"model.layers.2": "model.layers.2._checkpoint_wrapped_module"}
+
+    def wrap(t: Tensors) -> Tensors:
+        return {"net." + next((n.replace(a, b) for a, b in checkpointed.items() if n.startswith(a)), n): v
+                for n, v in t.items()}  # fmt: skip
+
+    save(tmp_path / "s", "llama", wrap)
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), depth="stack", measure=False,
+         say=silent)  # fmt: skip
+    names = open_source(tmp_path / "g").tensors
+    assert "net.model.layers.0.mlp.up_proj.weight" in names and "net.lm_head.weight" in names
+    assert "net.model.layers.2._checkpoint_wrapped_module.mlp.up_proj.weight" in names
+    assert "net.model.layers.3._checkpoint_wrapped_module.mlp.up_proj.weight" in names
+
+
+def test_merged_adapters_are_read_and_others_lead_to_merging(tmp_path: Path) -> None:
+    model = save(tmp_path / "merged", "llama", lambda t: {f"base_model.model.{n}": v for n, v in t.items()})
+    same(read(tmp_path / "merged"), dict(model.named_parameters()))
+
+    def lora(t: Tensors) -> Tensors:
+        t = {f"base_model.model.{n}": v for n, v in t.items()}
+        key = "base_model.model.model.layers.0.self_attn.q_proj."
+        t[key + "base_layer.weight"] = t.pop(key + "weight")
+        return t | {
+            key + "lora_A.default.weight": torch.zeros(2, 12),
+            key + "lora_B.default.weight": torch.zeros(24, 2),
+        }
+
+    save(tmp_path / "lora", "llama", lora)
+    with pytest.raises(InvalidCheckpoint, match=r"merge_and_unload\(\) and\s+save_pretrained"):
+        open_model(tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    "name,kept,held",
+    [
+        ("gpt2", "transformer.wte.weight", "lm_head.weight"),
+        ("llama-tied", "model.embed_tokens.weight", "lm_head.weight"),
+        ("t5", "shared.weight", "decoder.embed_tokens.weight"),
+        ("t5", "shared.weight", "encoder.embed_tokens.weight"),
+        ("bert", "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    ],
+)
+def test_a_tied_tensor_under_its_other_name(name: str, kept: str, held: str, tmp_path: Path) -> None:
+    """Which name of a shared tensor a file holds is chance."""
+    save(tmp_path / "s", name, lambda t: {held if n == kept else n: v for n, v in t.items()})
+    same(read(tmp_path / "s"), loaded(tmp_path / "s", tiny.VARIANTS[name].cls))
+
+
+def test_an_encoder_of_a_whole_t5(tmp_path: Path) -> None:
+    """transformers' encoder class leaves a decoder unread; so does a growth, and says it."""
+    save(tmp_path / "s", "t5", architectures=["T5EncoderModel"])
+    save(tmp_path / "whole", "t5")
+    (tmp_path / "s" / "model.safetensors").write_bytes((tmp_path / "whole" / "model.safetensors").read_bytes())
+    theirs = loaded(tmp_path / "s", "T5EncoderModel")
+    same(read(tmp_path / "s"), theirs)
+    left = open_model(tmp_path / "s").left
+    assert left and all(name.startswith("decoder.") for name in left)
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    def twice(t: Tensors) -> Tensors:
+        name = "bert.encoder.layer.1.output.LayerNorm."
+        return t | {name + "gamma": t[name + "weight"] + 1}
+
+    save(tmp_path / "s", "bert", twice)
+    with pytest.raises(InvalidCheckpoint, match=r"LayerNorm\.\w+ and \S+LayerNorm\.\w+ are both bert\.encoder"):
+        open_model(tmp_path / "s")
+
+
+def test_unknown_integers_are_refused_and_not_lost(tmp_path: Path) -> None:
+    save(tmp_path / "s", "llama", lambda t: t | {"model.layers.0.mlp.table": torch.arange(5)})
+    with pytest.raises(
+        InvalidCheckpoint, match=r"1 tensors are not part of a llama.* first model\.layers\.0\.mlp\.table"
+    ):
+        open_model(tmp_path / "s")
+    # written anew as a folder, all is kept bit for bit
+    reshard(tmp_path / "s", tmp_path / "again", form="hub", say=silent)
+    one, other = (load_file(tmp_path / d / "model.safetensors") for d in ("s", "again"))
+    same(one, other)
+    assert verify(tmp_path / "s", tmp_path / "again")["ok"]
