@@ -15,8 +15,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bert2bert.checkpoint_model import open_model
-from bert2bert.errors import InvalidCheckpoint
+from bert2bert.checkpoint_model import open_model, read_config
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.growth import grow
 from bert2bert.names import WRAPPERS
 from bert2bert.planning import said
@@ -227,7 +227,7 @@ def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
 def test_unknown_integers_are_refused_and_not_lost(tmp_path: Path) -> None:
     save(tmp_path / "s", "llama", lambda t: t | {"model.layers.0.mlp.table": torch.arange(5)})
     with pytest.raises(
-        InvalidCheckpoint, match=r"1 tensors are not part of a llama.* first model\.layers\.0\.mlp\.table"
+        InvalidCheckpoint, match=r"1 tensors are not part of a llama.* first model\.layers\.0\.mlp\.tab"
     ):
         open_model(tmp_path / "s")
     # written anew as a folder, all is kept bit for bit
@@ -235,3 +235,16 @@ def test_unknown_integers_are_refused_and_not_lost(tmp_path: Path) -> None:
     one, other = (load_file(tmp_path / d / "model.safetensors") for d in ("s", "again"))
     same(one, other)
     assert verify(tmp_path / "s", tmp_path / "again")["ok"]
+
+
+def test_a_config_from_before_model_type(tmp_path: Path) -> None:
+    """The message tells what the tensors look like, whichever config lacks the key."""
+    save(tmp_path / "s", "roberta")
+    file = tmp_path / "s" / "config.json"
+    config = json.loads(file.read_text())
+    del config["model_type"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(InvalidConfig, match=r"no 'model_type'.* those of roberta\.\nAdd a line such as \"model_type\""):
+        open_model(tmp_path / "s")
+    with pytest.raises(InvalidConfig, match=r"no 'model_type'.*; known: bert"):
+        read_config(tmp_path / "s")
