@@ -95,7 +95,7 @@ def test_an_epoch_holds_every_token_once(bins: TokenBins) -> None:
         batches = list(islice(data, data.rows_per_epoch))
         tokens = torch.cat([original(batch) for batch in batches])
         assert sorted(tokens[tokens > 4].tolist()) == ids.tolist()  # the ids are 5, 6, 7, …
-        assert sum(batch.real_tokens for batch in batches) / len(tokens) == pytest.approx(data.fill, abs=1e-12)
+        assert sum(batch.real_tokens for batch in batches) / len(tokens) == pytest.approx(data.fill, rel=1e-12)
 
 
 def test_layout_of_a_batch(bins: TokenBins) -> None:

@@ -50,7 +50,7 @@ def test_every_token_exactly_once_in_full_rows(mix: str) -> None:
         assert start[order][0] == 0 and stop[order][-1] == ends[-1]
         assert (start[order][1:] == stop[order][:-1]).all()
         assert (np.bincount(rows[:, 0], weights=rows[:, 2], minlength=packed.rows) == seq_len).all()
-        assert real[:, 2].sum() / (packed.rows * seq_len) == pytest.approx(packed.fill, abs=1e-12)
+        assert real[:, 2].sum() / (packed.rows * seq_len) == pytest.approx(packed.fill, rel=1e-12)
     assert packed.fill >= 0.99
 
 

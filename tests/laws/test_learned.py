@@ -28,7 +28,8 @@ from bert2bert.reference import IGNORE, Sample
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.data.fixtures import write_bins
-from tests.laws.harness import EXACT, STATES, assert_slices, detached, reader, realised, scrambled
+from tests.laws.harness import STATES, assert_slices, detached, reader, realised, scrambled
+from tests.rounding import ROUNDING, WRONG, allowed, gap, largest
 
 FAMILIES = sorted(tiny.VARIANTS)
 # an indivisible width, another head size, another number of query heads a group
@@ -81,7 +82,7 @@ def assert_frozen(fit: Fit, found: Fitted, weights: dict[str, torch.Tensor], fil
     state = realised(plan, reader({"fp32": weights}))
     maps = {name: torch.from_numpy(m) for name, m in found.maps.items()}
     for name, value in fit.blend(maps).items():
-        assert (state[name] - value).abs().max() <= EXACT, name
+        assert gap(state[name], value) <= ROUNDING, name
     assert_slices(plan, weights)
     return plan
 
@@ -90,14 +91,18 @@ def assert_frozen(fit: Fit, found: Fitted, weights: dict[str, torch.Tensor], fil
 def test_a_fit_reaches_every_map_and_its_plan_is_what_was_fitted(name: str, tmp_path: Path) -> None:
     config = tiny.config_of(name)
     fit, weights = fit_of(config, deep(wide(config)))
-    maps = {n: m.clone().requires_grad_() for n, m in fit.maps.items()}
     given = next(noise_samples(config))
-    fit.loss(maps, given).backward()
-    for n, m in maps.items():
-        assert m.grad is not None and m.grad.abs().max() > 1e-9, f"the loss does not reach {n}"
+
+    def slopes() -> dict[str, torch.Tensor]:
+        maps = {n: m.clone().requires_grad_() for n, m in fit.maps.items()}
+        return dict(zip(maps, torch.autograd.grad(fit.loss(maps, given), list(maps.values())), strict=True))
+
+    limits = allowed(slopes)
+    for n, slope in slopes().items():
+        assert largest(slope) > WRONG * limits[n], f"the loss does not reach {n}"
     found = fit.run(noise_samples(config), steps=2, lr=0.1)
     assert all((m - fit.maps[n].numpy()).any() for n, m in found.maps.items()) and len(found.losses) == 2
-    assert found.losses[0] == pytest.approx(float(fit.loss(fit.maps, given)), abs=EXACT)
+    assert found.losses[0] == float(fit.loss(fit.maps, given))
     found.save(tmp_path / "maps.safetensors")
     plan = assert_frozen(fit, found, weights, tmp_path / "maps.safetensors")
     assert plan.moments == "reset" and plan.exactness.function and not plan.exactness.lossy
@@ -107,7 +112,7 @@ def test_a_fit_reaches_every_map_and_its_plan_is_what_was_fitted(name: str, tmp_
     model = reference.build(table_for(config), plan.config, fit.used, state.__getitem__, torch.float64)
     after = {n: torch.from_numpy(m) for n, m in found.maps.items()}
     loss = reference.run(model, given, fit.what, 29)[1]
-    assert float(loss) == pytest.approx(float(fit.loss(after, given)), abs=1e-10)
+    assert gap(loss, fit.loss(after, given), allowed(lambda: fit.loss(after, given))) <= ROUNDING
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -117,7 +122,7 @@ def test_a_fit_starts_as_tiles_and_stacks(name: str) -> None:
     fit, weights = fit_of(config, large, noise=0.0)
     state = realised(plan_growth(config, large, width="fpi:choice=left"), reader({"fp32": weights}))
     for n, value in fit.blend(fit.maps).items():
-        assert (value - state[n]).abs().max() <= EXACT, n
+        assert gap(value, state[n]) <= ROUNDING, n
     noisy = fit_of(config, large)[0]
     assert 0 < max((noisy.maps[n] - m).abs().max().item() for n, m in fit.maps.items()) < 0.1
 
@@ -219,7 +224,7 @@ def test_a_fit_beats_its_start_on_held_out_text(tmp_path: Path) -> None:
     with torch.no_grad():
         after = np.array([float(reference.run(model, given, "causal", bins.vocab_size)[1]) for given in held])
     maps = {n: torch.from_numpy(m) for n, m in found.maps.items()}
-    assert fit.measure(maps, held) == pytest.approx(after.mean(), abs=1e-5)
+    assert gap(torch.tensor(fit.measure(maps, held)), torch.tensor(after.mean())) <= ROUNDING
     gain = before - after
     assert gain.mean() > 6 * gain.std(ddof=1) / len(gain) ** 0.5 and gain.mean() > 0.1, (before.mean(), after.mean())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from bert2bert.operators.growth import plan_growth
 from bert2bert.realise import realise
 from bert2bert.tables import table_for
 from tests import tiny
-from tests.laws.harness import EXACT, Grown, assert_gradient_rule, assert_slices, grow, reader, realised
+from tests.laws.harness import Grown, assert_gradient_rule, assert_slices, grow, reader, realised
+from tests.rounding import ROUNDING, WRONG, allowed, elementary, gap
 
 FAMILIES = sorted(tiny.VARIANTS)
 TABLES_OF_POSITIONS = [name for name in FAMILIES if "pos" in table_for(tiny.config_of(name)).sizes]
@@ -40,13 +42,11 @@ def rows_of(grown: Grown) -> dict[str, torch.Tensor]:
 def test_old_logits_stay(name: str, vocab: str, how: dict[str, Any]) -> None:
     sizes = wider(name) if how.get("wider") else {"vocab": NEW}
     grown = grow(name, sizes, vocab=vocab, breaker=how.get("breaker"))
-    assert grown.drift() <= EXACT
+    assert grown.drift() <= ROUNDING
     assert any("enter the softmax" in reason for reason in grown.plan.exactness.function)
     assert grown.plan.moments != "exact"
-    before, after = (
-        tiny.loss(m, c).item() for m, c in ((grown.source, grown.config), (grown.target, grown.plan.config))
-    )
-    assert abs(before - after) > 1e-6  # that is why it is said
+    before, after = (tiny.loss(m, c) for m, c in ((grown.source, grown.config), (grown.target, grown.plan.config)))
+    assert gap(after, before) > WRONG  # that is why it is said
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -56,7 +56,7 @@ def test_new_rows(name: str) -> None:
     assert made["mean"]
     for n, mean in made["mean"].items():
         old = mean[:OLD]
-        assert torch.allclose(mean[OLD:], old.mean(0).expand_as(mean[OLD:]), rtol=0, atol=1e-14)
+        assert gap(mean[OLD:], old.mean(0).expand_as(mean[OLD:]), elementary(old)) <= ROUNDING
         copied, zeros = made["copy:of=3+17"][n], made["zeros"][n]
         assert torch.equal(copied[OLD:], old[[3, 17, 3, 17, 3]])
         assert torch.equal(zeros[:OLD], old) and not zeros[OLD:].any()
@@ -114,7 +114,8 @@ def test_mean_is_what_transformers_draws_around(name: str) -> None:
     found = tiny.parameters(theirs, grown.config)
     for n, rows in rows_of(grown).items():
         if rows.ndim == 2:
-            assert torch.allclose(found[n].detach().double(), rows, rtol=0, atol=1e-3), n
+            spread = sqrt(1e-9) * rows.std()  # theirs draws around the mean with a billionth of the rows' covariance
+            assert (found[n].detach() - rows).abs().max() < 100 * spread, n
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "gpt2-untied", "llama"])
@@ -135,15 +136,15 @@ def test_given_rows(name: str, form: str, tmp_path: Path) -> None:
     grown = grow(name, {"vocab": NEW}, vocab=f"given:file={path}")
     for n, found in rows_of(grown).items():
         expected = torch.from_numpy(rows) if n in held else found[:OLD].mean(0).expand_as(found[OLD:])
-        assert torch.allclose(found[OLD:], expected, rtol=0, atol=1e-14)
+        assert gap(found[OLD:], expected, elementary(found)) <= ROUNDING
     wide = grow(name, wider(name), vocab=f"given:file={path}", width="fpi:choice=left")
-    assert wide.drift() <= EXACT
+    assert wide.drift() <= ROUNDING
     assert_slices(wide.plan, wide.weights)
     embedding = wide.state[held[0]][OLD:]
     assert torch.equal(embedding, torch.from_numpy(np.tile(rows, 2)))
     new = torch.full((1, 1), NEW - 1)
     a, b = (tiny_logits(g, new) for g in (grown, wide))
-    assert (a - b).abs().max() <= EXACT
+    assert gap(a, b, allowed(lambda: tiny_logits(wide, new))) <= ROUNDING
     said = wide.plan.recipe["vocab"]
     assert said == f"given:file={path},sha256={said[-64:]}"
     again = plan_growth(wide.config, wide.plan.config, vocab=said, width="fpi:choice=left", seed=1)
@@ -217,7 +218,7 @@ def test_positions(name: str, sizes: dict[str, int]) -> None:
     first, old = table.first_position, table.axis_sizes(tiny.config_of(name))["pos"]
     tiled, drawn = (grow(name, {"pos": 27, **sizes}, positions=p) for p in ("tile", "normal"))
     for grown in (tiled, drawn):
-        assert grown.plan.exactness.function == () and grown.drift() <= EXACT
+        assert grown.plan.exactness.function == () and grown.drift() <= ROUNDING
         assert any(f"longer than {old - first} tokens" in note for note in grown.plan.notes)
     n = next(n for n, p in tiled.plan.tensors.items() if p.spec == "pos -> embed")
     rows, tokens = tiled.state[n], tiled.state[n][first:old]
@@ -239,8 +240,8 @@ def test_interpolated_positions(name: str) -> None:
     theirs = torch.nn.functional.interpolate(
         old[first:].T[None], size=len(new) - first, mode="linear", align_corners=True
     )[0].T
-    assert torch.allclose(new[first:], theirs, rtol=0, atol=1e-12)
-    assert grown.drift() > 1e-3 and any("interpolated" in reason for reason in grown.plan.exactness.function)
+    assert gap(new[first:], theirs) <= ROUNDING
+    assert grown.drift() > WRONG and any("interpolated" in reason for reason in grown.plan.exactness.function)
     assert_slices(grown.plan, grown.weights)
 
 

@@ -15,6 +15,7 @@ from bert2bert.shards.source import STATES, Source, open_source
 from bert2bert.shards.transfer import write_checkpoint
 from bert2bert.shards.writing import TargetGroup
 from tests.distributed import run_ranks
+from tests.rounding import ROUNDING, gap, unit
 from tests.shards.engines import Case, ds_config, release, tiny_bert, train
 from tests.shards.targets import make_spec
 
@@ -125,7 +126,9 @@ def test_momentum_goes_on_at_any_stage(tmp_path: Path, kind: str, origins: list[
                 want = source.read(tensor, "exp_avg", 0, meta.shape[0])
                 assert torch.equal(again.read(tensor, "exp_avg", 0, meta.shape[0]), want), tensor
         for found in run_ranks(go_on, 2, str(tmp_path / f"from{origin}"), kind, targets, timeout=120)[0]:
-            assert found == pytest.approx(losses, rel=2e-4), (origin, found, losses)
+            # Muon makes its updates orthogonal in bfloat16, and a loss feels some of that rounding
+            limit = unit(torch.bfloat16) / 8 * max(losses) if kind == "muon" else None
+            assert gap(found, losses, limit) <= ROUNDING, (origin, found, losses)
     with pytest.raises(InvalidConfig, match=r"universal holds Adam's two moments, and the optimizer of .* keeps"):
         rewrite(source, tmp_path / "universal", form="universal")
 

@@ -17,6 +17,7 @@ import torch
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards.layout import zero12_layout
 from bert2bert.shards.source import STATES, Source, open_source, tags
+from tests.rounding import ROUNDING, WRONG, elementary, gap
 from tests.shards.engines import Case, load_truth, save_cases
 from tests.shards.test_torchfile import Evil
 
@@ -116,11 +117,14 @@ def test_round_robin_gradients_are_undone(saved: Callable[[int], Path], case: Ca
     live, source = load_truth(folder, GRID[0]), open_source(folder / case.name)
     assert source.states == STATES and list(source.tensors) == list(live["tensors"])
     wrong = load_truth(folder, case)["tensors"]
+    # a key bias has a gradient of rounding alone: the measure is the largest entry of any tensor
+    limits = {state: elementary(*(s[state] for s in live["tensors"].values() if state in s)) for state in STATES}
     for name, states in live["tensors"].items():
         for state, want in states.items():
             found = source.read(name, state, 0, len(want))
-            torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-9 if state == "exp_avg_sq" else 1e-6)
-    assert any(not torch.allclose(wrong[n]["exp_avg"], s["exp_avg"], atol=1e-6) for n, s in live["tensors"].items())
+            assert gap(found, want, limits[state]) <= ROUNDING, (name, state)
+    moments = {n: s["exp_avg"] for n, s in live["tensors"].items() if "exp_avg" in s}
+    assert any(gap(wrong[n]["exp_avg"], m, limits["exp_avg"]) > WRONG for n, m in moments.items())
     assert [g["names"] for g in source.groups] == [g["names"] for g in live["groups"]]
 
 

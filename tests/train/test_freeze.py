@@ -12,6 +12,7 @@ from bert2bert.model.program import LayerProgram, full
 from bert2bert.tables import Parameter, table_for
 from bert2bert.train import partitions
 from tests.distributed import run_ranks
+from tests.rounding import ROUNDING, gap, unit
 from tests.train import tiny
 
 CLIP, LR, DECAY = 0.5, 1e-3, 0.1
@@ -118,13 +119,14 @@ def reference() -> tuple[dict[str, torch.Tensor], list[float]]:
 def test_resting_layers_are_untouched_and_the_others_learn_as_in_torch(precision: str) -> None:
     expected, norms = reference()
     assert max(norms) > CLIP  # or clipping would not be tested
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     ranks = run_ranks(train_all, 2, (0, 1, 2, 3), precision, timeout=100)
     for stage in (0, 1, 2, 3):
         for result in (rank[stage] for rank in ranks):
             assert result["coasted"] == []
             assert result["idle"] == []
             assert result["skipped"] == 0
-            assert result["norms"] == pytest.approx(norms, rel=1e-4 if precision == "fp32" else 0.1)
+            assert gap(result["norms"], norms, 64 * unit(dtype) * max(norms)) <= ROUNDING
             assert result["steps"]["embeddings", True] == 3
             assert result["steps"]["layer.0", False] == 4
             assert result["steps"]["layer.2", True] == 5
@@ -133,5 +135,10 @@ def test_resting_layers_are_untouched_and_the_others_learn_as_in_torch(precision
             for name, start, values in result["pieces"]:
                 wanted = expected[name].flatten()[start : start + len(values)]
                 away = (torch.from_numpy(values) - wanted).abs()
-                # 16 bit: Adam moves an element by a whole lr where rounding turns a gradient's sign; the mean must hold
-                assert (away.max() <= 1e-6) if precision == "fp32" else (away.mean() <= LR), (name, stage, away.max())
+                # Adam divides a step by its gradient's size, so what is near is said in steps. 16 bit: an element moves
+                # by a whole one where rounding turns a gradient's sign, and a key bias has no other gradient
+                if precision == "fp32":
+                    assert gap(away, 0 * away, 4e-3 * LR) <= ROUNDING, (name, stage)
+                else:
+                    limit = LR * (len(PROGRAMS) if "key.bias" in name else 2)
+                    assert gap(away.mean(), 0.0, limit) <= ROUNDING, (name, stage)
