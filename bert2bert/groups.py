@@ -61,10 +61,11 @@ def by_name(shapes: Mapping[str, Collection[int]], aliases: Mapping[str, str] | 
     Weights of more than one dimension decay, unless the name is one that transformers' Trainer excludes. A name with a
     number in it is of a layer: 'layer.<number>' in the first stack of layers, '<the stack's name>.<number>' in others.
     Of the rest, what comes before the layers is 'embeddings', what comes after them 'head'. An embedding that is tied
-    to an output (aliases: absent tied name -> kept name) learns with the head; poolers and next-sentence heads are
-    'unused'.
+    to an output (aliases: absent tied name -> kept name) learns with the head; beside a language-model head,
+    poolers and next-sentence heads are 'unused'.
     """
     outputs = {kept for absent, kept in (aliases or {}).items() if "embed" not in absent}
+    lm = bool(outputs) or any(word in name for name in shapes for word in ("lm_head", "predictions"))
     stacks: list[str] = []
     found: dict[str, Place] = {}
     for name, shape in shapes.items():
@@ -72,7 +73,7 @@ def by_name(shapes: Mapping[str, Collection[int]], aliases: Mapping[str, str] | 
             stack, number = numbered.groups()
             stacks += [stack] if stack not in stacks else []
             part = f"{'layer' if stack == stacks[0] else stack}.{number}"
-        elif "seq_relationship" in name or "pooler" in name:
+        elif lm and ("seq_relationship" in name or "pooler" in name):
             part = "unused"
         else:
             part = "head" if stacks or name in outputs else "embeddings"

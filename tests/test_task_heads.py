@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from bert2bert.checkpoint_model import open_model
 from bert2bert.errors import InvalidCheckpoint, UnsupportedGrowth
 from bert2bert.growth import grow
+from bert2bert.operators.growth import plan_growth
 from bert2bert.shards.source import open_source
 from bert2bert.tables import table_for
 from bert2bert.verify import render, verify
@@ -114,6 +115,9 @@ def test_labels_are_those_of_the_source(tmp_path: Path) -> None:
     other = {k: v for k, v in config.items() if k not in ("id2label", "label2id", "num_labels")}
     with pytest.raises(UnsupportedGrowth, match="the target's id2label makes 2 labels, the source's 3"):
         grow(tmp_path / "small", tmp_path / "big", goal(tmp_path / "big.json", other), form="hub", say=quiet)
+    moe = tiny.config_of("mixtral", tie_word_embeddings=True, rms_norm_eps=1e-6, architectures=None)
+    with pytest.raises(UnsupportedGrowth, match="the target's id2label makes 2 labels, the source's 3"):
+        plan_growth(config, moe, experts="upcycle", heads=frozenset({"score"}))
     # of a model without such a head they say nothing
     lm = tiny.config_of("llama", num_labels=3)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**lm)).save_pretrained(tmp_path / "lm")

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from bert2bert.axes import axes_of
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.operators.builder import Builder
 from bert2bert.operators.exactness import exactness, notes, warnings
 from bert2bert.operators.levels import plan_shrink, shrinks
-from bert2bert.operators.pair import Layer, Pair, Width
+from bert2bert.operators.pair import Layer, Pair, Width, check_labels
 from bert2bert.operators.registry import OPERATORS, Operator, parse_operator
 from bert2bert.operators.upcycling import sparse_pair, upcycled
 from bert2bert.plan import Exactness, GrowthPlan
@@ -232,8 +231,8 @@ def pair_of(
 ) -> Pair:
     """The two models of a growth by this operator. Raises UnsupportedGrowth, InvalidConfig."""
     small, large = table.axis_sizes(source), table.axis_sizes(target)
-    if not any("labels" in axes_of(p.spec) for p in table.parameters(source, heads).values()):
-        large["labels"] = small["labels"]  # of a head that is not there
+    check_labels(table, source, target, heads)
+    large["labels"] = small["labels"]  # the same, or no head's
     for whose, config, layers in (("source", source, small["layers"]), ("target", target, large["layers"])):
         kinds = config.get(table.kinds) if table.kinds else None
         many = len(kinds) if isinstance(kinds, list) else 0
@@ -252,7 +251,7 @@ def pair_of(
                 f"{large[axis]}, the source's are of {small[axis]}; a growth cannot shrink them: set {keys[0]} to at "
                 f"least {small[axis] * large['kv']}, or {keys[1]} lower"
             )
-        if large[axis] < small[axis] and axis not in {*derived, "labels"}:
+        if large[axis] < small[axis] and axis not in derived:
             raise UnsupportedGrowth(
                 f"target {key}={target.get(key, large[axis])} is smaller than the source's "
                 f"{source.get(key, small[axis])} (axis {axis}: {large[axis]} of {small[axis]}); a growth "
@@ -271,12 +270,11 @@ def pair_of(
                 f"target {table.key(axis)}={large[axis]}, source {small[axis]}: choose how it grows with --{kind} "
                 f"{known}, or set it to {small[axis]} in the target config"
             )
-    for axis in ("types", "labels"):
-        if axis in table.sizes and large[axis] != small[axis]:
-            raise UnsupportedGrowth(
-                f"the target's {table.key(axis)} makes {large[axis]} {axis}, the source's {small[axis]}: no operator "
-                f"grows them; give the target config the source's {table.key(axis)}"
-            )
+    if "types" in table.sizes and large["types"] != small["types"]:
+        raise UnsupportedGrowth(
+            f"target {table.key('types')}={large['types']}, source {small['types']}: no operator grows it; "
+            f"set it to {small['types']} in the target config"
+        )
     smaller = large["qk"] < small["qk"] and operator.name != "random"
     if large["qk"] != small["qk"] and (smaller or not operator.head_size):
         raise UnsupportedGrowth(

@@ -1,6 +1,6 @@
 """What the operators see and decide: the two models of a growth, a width (maps on axes) and a depth (layers).
 
-Holds data only; knows no operator.
+Holds data only; knows no operator. Refuses (`UnsupportedGrowth`) other labels in the target than in the source.
 """
 
 from __future__ import annotations
@@ -13,11 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bert2bert.axes import axes_of, read_axes
+from bert2bert.errors import UnsupportedGrowth
 from bert2bert.maps import Gather
 from bert2bert.plan import Term
-from bert2bert.tables import Parameter, Table
+from bert2bert.tables import Parameter, Table, table_for
 
 TOKENS = ("vocab", "pos", "types", "classes", "labels")  # axes that index tokens or classes: no width grows them
+
+
+def check_labels(table: Table, source: Mapping[str, Any], target: Mapping[str, Any], heads: frozenset[str]) -> None:
+    """Refuse (UnsupportedGrowth) other labels in the target, where a head has them. table: the source's."""
+    have, want = (table_for(config).axis_sizes(config)["labels"] for config in (source, target))
+    if have != want and any("labels" in axes_of(p.spec) for p in table.parameters(source, heads).values()):
+        raise UnsupportedGrowth(
+            f"the target's {table.key('labels')} makes {want} labels, the source's {have}: no operator grows them; "
+            f"give the target config the source's {table.key('labels')}"
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from bert2bert import axes
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.operators.exactness import ZEROED
 from bert2bert.operators.experts import Shards
-from bert2bert.operators.pair import Pair
+from bert2bert.operators.pair import Pair, check_labels
 from bert2bert.operators.registry import parse_operator
 from bert2bert.plan import Dim, Exactness, Fill, GrowthPlan, TensorPlan, Term
 from bert2bert.tables import TABLES, Parameter, table_for
@@ -50,6 +50,7 @@ def sparse_pair(
             + (f", not {experts}" if experts else "")
         )
     operator, options = parse_operator(experts, "experts")
+    check_labels(table_for(source), source, target, heads)
     table, dense = table_for(target), table_for(source)
     large = table.axis_sizes(target)
     ready = Pair(table, source, target, {**large, "experts": 0}, large, seed, heads)

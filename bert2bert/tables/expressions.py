@@ -22,7 +22,7 @@ def evaluate(expression: str, config: Mapping[str, Any], sizes: Mapping[str, int
         for sign, name in re.findall(r"([/*]?)([\w.]+)", alternative):
             first = first or name
             value = int(name) if name.isdigit() else sizes.get(name) if name in sizes else config.get(name)
-            value = len(value) if isinstance(value, Mapping) else value  # labels by their numbers
+            value = (len(value) or None) if isinstance(value, Mapping) else value  # labels by their numbers
             if value is None:
                 total = None
                 break
