@@ -54,6 +54,10 @@ def arguments() -> Parser:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override values of the recipe"
     )
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS",
+        help="how long a rank waits for another, at the start and in a collective (default: 600)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the run's end as one JSON object on standard output")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only (and what --json gives)")
     # The deepspeed launcher passes it; the environment says the same.
@@ -70,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         from bert2bert.recipe import load_recipe
         from bert2bert.train import ds_config
 
+        timeout = ranks.timeout(options.timeout)
         found = ranks.set_up()
         rank = found.rank
         overrides = [*options.set, *([f"data.bins={options.bins}"] if options.bins else [])]
@@ -82,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             command = ["launch/pretrain.py", *words]
             result = train(
                 recipe, config, options.output, options.resume, command=command, recipe_file=options.recipe,
-                quiet=options.quiet,
+                quiet=options.quiet, timeout=timeout,
             )  # fmt: skip
         if options.json and rank == 0:
             print(json.dumps({k: None if v != v else v for k, v in result.items()}), flush=True)
@@ -101,7 +106,8 @@ def leave() -> None:
     from torch import distributed
 
     if distributed.is_initialized():
-        distributed.barrier()
+        with contextlib.suppress(RuntimeError):  # a rank that is lost now takes nothing of the run with it
+            distributed.barrier()
         distributed.destroy_process_group()
 
 

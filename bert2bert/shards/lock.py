@@ -32,6 +32,7 @@ from bert2bert.errors import InvalidConfig, UserError
 BEAT, SILENT = 10.0, 120.0  # seconds; a network file system may show another host's change a minute late
 POLL, PATIENCE = 1.0, 10.0  # seconds between looks, and of waiting without a word
 SETTLE = 2.0  # seconds in which another that takes over at the same moment shows itself
+_TRIES = 100
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 _JOBS = {"SLURM_JOB_ID": "Slurm", "PBS_JOBID": "PBS", "LSB_JOBID": "LSF"}
 Holder = dict[str, Any]
@@ -151,9 +152,9 @@ class Lock:
     def _open(self) -> tuple[int, bool]:
         """The file, and whether it was made here; never one that a link leads to."""
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        while True:
+        for again in reversed(range(_TRIES)):
             missing = [folder for folder in self.path.parents if not folder.exists()]
-            with contextlib.suppress(FileNotFoundError):  # a finishing holder removes the folder, too
+            try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._made = self._made or missing
                 try:
@@ -166,6 +167,10 @@ class Lock:
                     if error.errno != errno.ELOOP:
                         raise
                     self.path.unlink(missing_ok=True)
+            except FileNotFoundError:  # a finishing holder removes the folder, too
+                if not again:
+                    raise  # or the folder is such that nothing can be made in it
+        raise FileNotFoundError(errno.ENOENT, "it comes and goes", str(self.path))
 
     @staticmethod
     def _flock(fd: int, kind: int) -> bool | None:

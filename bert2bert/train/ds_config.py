@@ -52,6 +52,7 @@ REFUSED = {
     "zero_force_ds_cpu_optimizer": "DeepSpeed's CPU Adam cannot leave a resting layer alone; remove it",
     "steps_per_print": "progress is reported by the run itself (recipe.log_every); remove it",
     "checkpoint": "how a checkpoint is loaded is found from the checkpoint; remove it",
+    "timeout": "how long ranks wait for each other is given by --timeout SECONDS; remove it",
     "elasticity": "it changes the batch size behind the recipe's back; remove it",
     "autotuning": "it runs other settings than the file says; tune apart, then write the result here",
     "amp": "apex mixed precision keeps no fp32 master weights to grow; use bf16 or fp16",

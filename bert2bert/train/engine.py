@@ -32,10 +32,15 @@ from bert2bert.model.program import LayerProgram
 from bert2bert.tables import table_for
 from bert2bert.train.ds_config import resolve
 from bert2bert.train.ranks import device_number
+from bert2bert.train.rendezvous import INIT, meet
+from bert2bert.train.stopping import Stop
 from bert2bert.train.together import total
 
 if TYPE_CHECKING:
     from bert2bert.recipe import Recipe
+
+TIMEOUT = 600.0
+"""Seconds that a rank waits for another, if nothing else is asked for."""
 
 GROUP_LAYOUT = "layers"
 """Parameter groups of every run of this project (see bert2bert.groups): one pair a layer, so that a layer can rest."""
@@ -55,11 +60,11 @@ class FreezableAdamW(torch.optim.AdamW):
             self.param_groups = groups
 
 
-def start(timeout: float = 1800.0) -> torch.device:
+def start(timeout: float = TIMEOUT, stop: Stop | None = None) -> torch.device:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; this rank's device.
 
-    ``timeout``: seconds after which a collective that a rank never joined is an error. Does nothing but return the
-    device when the group exists already.
+    ``timeout``: seconds after which a rank that never came, or a collective that one never joined, is an error. Does
+    nothing but return the device when the group exists already. Raises what `rendezvous.meet` raises.
     """
     # Else DeepSpeed compiles a shared-memory all-reduce with g++ (23 s) that training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -70,8 +75,13 @@ def start(timeout: float = 1800.0) -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(device_number(accelerator.device_count()))
     if not dist.is_initialized():
+        meet(timeout, stop)
+        # DeepSpeed makes more groups, all with torch's default
+        c10d = torch.distributed.distributed_c10d
+        c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timedelta(seconds=timeout)
         deepspeed.init_distributed(
             dist_backend=accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
+            init_method=INIT,
             auto_mpi_discovery=False,
             verbose=False,
             timeout=timedelta(seconds=timeout),

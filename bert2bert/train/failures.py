@@ -1,20 +1,32 @@
-"""What a step can die of that the user can mend, said with its remedy. Anything else passes through as it is."""
+"""What a run can die of that the user can mend, said with its remedy. Anything else passes through as it is."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed
 
 from bert2bert.errors import UserError
 
+# gloo raises plain RuntimeErrors; NCCL's and the store's have classes of their own
+_LOST = re.compile(r"gloo/|Connection (closed|reset) by peer|Socket closed|Broken pipe|NCCL error|Timed out waiting")
+_SLOW = re.compile(r"[Tt]imed? ?out")
+
 
 @contextlib.contextmanager
-def explained(where: str) -> Iterator[None]:
-    """Turn what DeepSpeed, Triton and the device give up on into what the user can do."""
+def explained(where: str, newest: Callable[[], str] = str) -> Iterator[None]:
+    """Turn what DeepSpeed, Triton, the device and the network give up on into what the user can do.
+
+    ``newest``: a sentence on the newest checkpoint and what to do, for a run that another rank's end ends.
+    """
     try:
         yield
+    except UserError:
+        raise
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
             f"the GPU is out of memory {where}. Lower train_micro_batch_size_per_gpu in the ds_config, use a higher "
@@ -30,5 +42,15 @@ def explained(where: str) -> Iterator[None]:
             raise UserError(
                 "the layers are compiled for the GPU, and for that Triton needs a C compiler, of which there is none. "
                 "Install gcc (or name one in CC), or run without compiling: TORCHDYNAMO_DISABLE=1"
+            ) from error
+        lost = isinstance(error, RuntimeError) and _LOST.search(str(error))
+        if lost or isinstance(error, torch.distributed.DistError):
+            first = re.sub(r"^\[\S+:\d+\] |\. This is typically caused by .*", "", str(error).strip().splitlines()[0])
+            what = "lost the connection to another rank"
+            if _SLOW.search(first):
+                what = "waited for another rank for longer than --timeout allows"
+            raise UserError(
+                f"rank {os.environ.get('RANK', '0')} {what} {where} ({first}). That rank was killed, failed or hangs: "
+                f"its own last words, or its host's log, say why. {newest()}"
             ) from error
         raise

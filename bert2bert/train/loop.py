@@ -9,9 +9,11 @@ checkpoint is written of it.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import peak_flops, step_flops
 from bert2bert.recipe import Recipe
+from bert2bert.shards.disk import disk_errors
 from bert2bert.shards.lock import Lock
 from bert2bert.train import engine as engines
 from bert2bert.train import runfolder, stopping, together
@@ -37,6 +40,7 @@ from bert2bert.train.metrics import MetricsWriter
 from bert2bert.train.position import Progress, start
 from bert2bert.train.programs import draw
 from bert2bert.train.randomness import seed_all
+from bert2bert.train.rendezvous import Stopped
 from bert2bert.train.saving import save, tag_of, versions
 from bert2bert.train.schedules import lr_at, peak_of
 
@@ -49,12 +53,14 @@ def train(
     command: Sequence[str] | None = None,
     recipe_file: Path | None = None,
     quiet: bool = False,
+    timeout: float = engines.TIMEOUT,
 ) -> dict[str, Any]:
     """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.train.ranks.set_up).
 
     ``resume``: a run folder (``output`` itself: the run goes on, or starts if no checkpoint is there yet), a tag's
     folder, a grown checkpoint, or a Hugging Face folder. ``command``: what run.json says started it (default sys.argv);
-    ``recipe_file`` is copied into the folder; ``quiet``: print warnings only.
+    ``recipe_file`` is copied into the folder; ``quiet``: print warnings only; ``timeout``: seconds that a rank waits
+    for another, at the start and in a collective.
     Returns {"step", "loss" and "accuracy" (of the last evaluation on held-out text), "flops", "seconds", "tokens",
     "stopped" (the signal's name or None)}. Raises UserError for every mistake of the user.
     """
@@ -68,8 +74,12 @@ def train(
             f"set model.vocab_size to at least {bins.vocab_size}"
         )
     runfolder.check_folder(output)
-    with stopping.held() as stop:
-        device = engines.start()
+    begun = "No step was made; run the same command again"
+    with stopping.held() as stop, disk_errors(output), explained("before the first step", lambda: begun):
+        try:
+            device = engines.start(timeout, stop)
+        except Stopped as stopped:
+            return _not_begun(str(stopped))
         if name := together.answer(together.total(together.asked(stop), device)):
             return _not_begun(name)
         with runfolder.locked(output) as lock:
@@ -82,7 +92,8 @@ def train(
                 if resume is not None and source is None:
                     run.say(f"no checkpoint in {output} yet: the run starts")
                 run.begin(ds_config, source, continued, command, recipe_file)
-                return run.go()
+                with explained("between two steps", run.newest):
+                    return run.go()
             finally:
                 engine.destroy()
 
@@ -93,7 +104,7 @@ def _stage(ds_config: Mapping[str, Any]) -> int:
 
 def _not_begun(signal: str) -> dict[str, Any]:
     """Said, and returned by `train`, if a signal came before anything was done."""
-    if together.first():
+    if os.environ["RANK"] == "0":
         print(f"stopped by {signal} before the first step. Run the same command again", file=sys.stderr, flush=True)
     return {"step": 0, "loss": None, "accuracy": None, "flops": 0.0, "seconds": 0.0, "tokens": 0, "stopped": signal}
 
@@ -153,14 +164,13 @@ class _Run:
             for note in found.notes:
                 self.warn(f"  note: {note}")
         self.held_entropy = self.bins.meta["splits"]["heldout"].get("unigram_entropy")
-        if engine.rank == 0:
-            runfolder.describe(
-                self.output, recipe, ds_config, model=self.config.to_hf(), world=engine.world, versions=versions(),
-                data={**self.digests, "heldout_unigram_entropy": self.held_entropy}, command=command, source=source,
-                continued=continued, step=self.step, bins=self.bins.folder, recipe_file=recipe_file,
-            )  # fmt: skip
+        describe = partial(
+            runfolder.describe, self.output, recipe, ds_config, model=self.config.to_hf(), world=engine.world,
+            versions=versions(), data={**self.digests, "heldout_unigram_entropy": self.held_entropy}, command=command,
+            source=source, continued=continued, step=self.step, bins=self.bins.folder, recipe_file=recipe_file,
+        )  # fmt: skip
+        together.on_first(self.output, describe)
         self.say(banner(recipe, engine, self.config, self.bins, self.output, self.step))
-        engine.barrier()
 
     def _take(self, found: Resumed) -> None:
         self.step, self.growth = found.progress.step, found.growth
@@ -209,8 +219,7 @@ class _Run:
             else:
                 at = self.output / tag_of(self.step)
                 self.say(ending(recipe, self.step, self.spent, self.loss, self.result, at))
-            if rank == 0:
-                runfolder.finish(self.output)
+            together.on_first(self.output, lambda: runfolder.finish(self.output))
         elif self.saved == self.step:
             self.warn(
                 f"stopped by {stopped} after step {self.step} of {recipe.steps}; checkpoint written. "
@@ -234,7 +243,7 @@ class _Run:
         engine.set_lr(lr)
         loss = torch.zeros((), device=engine.device)
         tokens = attended = predicted = 0
-        with explained(f"in step {self.step + 1} (phase {phase.name!r})"):
+        with explained(f"in step {self.step + 1} (phase {phase.name!r})", self.newest):
             for _ in range(engine.accumulation):
                 batch = next(self.loader)
                 tokens += batch.real_tokens
@@ -274,16 +283,19 @@ class _Run:
         if sound or self.engine.precision == "fp16":
             return
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm} (loss {loss:.4g})"
-        newest = (
-            f"The newest checkpoint is of step {self.saved}" if self.saved >= 0 else "No checkpoint was written yet"
-        )
         raise UserError(
-            f"{what} in step {self.step + 1} (phase {phase!r}): training diverged. {newest}; lower the learning rate, "
-            "lengthen the warm-up, or set clip"
+            f"{what} in step {self.step + 1} (phase {phase!r}): training diverged. Lower the learning rate, lengthen "
+            f"the warm-up, or set clip. {self.newest()}"
         )
 
+    def newest(self) -> str:
+        """What an end in between leaves to go on from."""
+        if self.saved < 0:
+            return "No checkpoint was written yet; the same command starts again"
+        return f"The newest checkpoint is of step {self.saved}; continue with --resume {self.output}"
+
     def _evaluate(self, metrics: MetricsWriter) -> None:
-        with explained(f"in the evaluation after step {self.step}"):
+        with explained(f"in the evaluation after step {self.step}", self.newest):
             self.result = evaluate(self.engine, self.held_out)
         done = max(self.step - 1, 0)
         phase = self.recipe.phases[self.recipe.locate(done)[0]].name

@@ -8,10 +8,12 @@ has none. TensorBoard (and with it torch) is imported only when a writer opens o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,10 @@ def keep_until(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            record = json.loads(line)
-        except ValueError:  # cut short: nothing after it can be older
+            at = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):  # cut short: nothing after it can be older
             break
-        if step > 0 and record["step"] <= step:
+        if 0 < step >= at:
             kept.append(line + "\n")
     replace(path, "".join(kept))
 
@@ -63,6 +65,8 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
         if (board := folder / "tensorboard").is_symlink():
             board.unlink()
+        self._hook = threading.excepthook
+        threading.excepthook = self._failed
         self._board = SummaryWriter(str(board), purge_step=step + 1 if step else None)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(initial=step, total=steps, unit="step", mininterval=0.5, disable=not (show and terminal))
@@ -109,15 +113,24 @@ class MetricsWriter:
             self._bar.set_description(phase, refresh=False)
             self._bar.update(steps)
 
+    def _failed(self, args: Any) -> None:
+        """A disk that TensorBoard's thread cannot write to is an error of the next call, and so no news here."""
+        if not isinstance(args.exc_value, OSError) or "_AsyncWriter" not in type(args.thread).__name__:
+            self._hook(args)
+
     def close(self) -> None:
         """Flush and close the files and the bar; closing twice does no harm."""
         if self.active:
             self._bar.close()
-            self._board.close()
-            self._file.close()
+            try:
+                self._board.close()
+            finally:
+                threading.excepthook = self._hook
+                self._file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        with contextlib.suppress(*([OSError] if kind else [])):  # one error is enough
+            self.close()

@@ -21,6 +21,10 @@ from bert2bert.errors import InvalidConfig
 GRACE_SECONDS = 5.0
 """How long a rank that has nothing new to say waits before it fails: a launcher ends all ranks with the first."""
 
+LAUNCHED = "deepspeed or torchrun"
+_OUTER = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+_LOCAL = " (the rank's number on its host: 0 where every rank has a host or container of its own)"
+_LONGEST = 30 * 24 * 3600.0
 _PORTS = range(20000, 30000)
 
 
@@ -41,7 +45,10 @@ def set_up(environ: MutableMapping[str, str] = os.environ) -> Ranks:
 
     MASTER_ADDR and MASTER_PORT are kept when set. Raises InvalidConfig, naming the variable to set.
     """
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its traces of what is retried
     ranks = discover(environ)
+    if port := environ.get("MASTER_PORT"):
+        _check_port(port)
     environ["MASTER_ADDR"] = environ.get("MASTER_ADDR") or _address(ranks, environ)
     environ["MASTER_PORT"] = environ.get("MASTER_PORT") or str(_port(ranks, environ))
     environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local), WORLD_SIZE=str(ranks.world))
@@ -49,6 +56,24 @@ def set_up(environ: MutableMapping[str, str] = os.environ) -> Ranks:
         environ.setdefault("LOCAL_SIZE", str(ranks.local_size))
         environ.setdefault("LOCAL_WORLD_SIZE", str(ranks.local_size))
     return ranks
+
+
+def timeout(seconds: float | None, environ: Mapping[str, str] = os.environ) -> float:
+    """How long a rank waits for another: ``seconds``, or DeepSpeed's own DEEPSPEED_TIMEOUT (minutes), or 10 minutes."""
+    minutes = environ.get("DEEPSPEED_TIMEOUT", "10")
+    if not minutes.isdecimal() or int(minutes) == 0:
+        raise InvalidConfig(f"the environment variable DEEPSPEED_TIMEOUT is {minutes!r}; expected whole minutes")
+    if seconds is not None and not 0 < seconds <= _LONGEST:
+        raise InvalidConfig(f"--timeout is {seconds:g}; expected seconds, more than 0 and at most {_LONGEST:.0f}")
+    return min(60.0 * int(minutes), _LONGEST) if seconds is None else seconds
+
+
+def _check_port(text: str) -> None:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise InvalidConfig(
+            f"MASTER_PORT is {text!r}; expected a port's number, 1 to 65535, the same for every rank (deepspeed and "
+            "torchrun: --master_port N)"
+        )
 
 
 def started_as(environ: Mapping[str, str] = os.environ) -> int:
@@ -97,19 +122,46 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
     ranks = _find(environ)
     if not (ranks.rank < ranks.world and ranks.local < ranks.world):
         raise InvalidConfig(
-            f"{ranks.launcher} says rank {ranks.rank} (local {ranks.local}) of {ranks.world}; expected ranks below "
-            f"{ranks.world}"
+            f"{ranks.launcher} says rank {ranks.rank} (local {ranks.local}) of {ranks.world}; expected "
+            + (f"ranks below {ranks.world}" if ranks.world else "at least one rank")
         )
+    if ranks.local_size is not None and not ranks.local < ranks.local_size <= ranks.world:
+        raise InvalidConfig(
+            f"{ranks.launcher} says local rank {ranks.local} of {ranks.local_size} on this host and {ranks.world} "
+            "ranks in all; expected local ranks below their number, and no more of them than ranks"
+        )
+    _check_outer(ranks, environ)
     return ranks
 
 
+def _check_outer(ranks: Ranks, environ: Mapping[str, str]) -> None:
+    """Refuse RANK and WORLD_SIZE that mpirun contradicts: exported by hand, they make one rank of many processes.
+
+    An mpirun that starts launchers starts fewer than there will be ranks, and torchrun leaves a mark of its own.
+    (Slurm's variables reach an interactive shell and all that is launched there, so they contradict nothing.)
+    """
+    if ranks.launcher != LAUNCHED or "TORCHELASTIC_RUN_ID" in environ:
+        return
+    for rank_name, world_name in _OUTER:
+        rank, world = environ.get(rank_name, ""), environ.get(world_name, "")
+        if not (rank.isdecimal() and world.isdecimal()):
+            continue
+        if int(world) > ranks.world or (int(world) == ranks.world and int(rank) != ranks.rank):
+            raise InvalidConfig(
+                f"RANK is {ranks.rank} and WORLD_SIZE {ranks.world}, but mpirun started this process as rank {rank} "
+                f"of {world} ({rank_name}, {world_name}); unset RANK, LOCAL_RANK and WORLD_SIZE, or set them as mpirun "
+                "does"
+            )
+
+
 def _find(environ: Mapping[str, str]) -> Ranks:
-    def number(name: str) -> int:
+    def number(name: str, more: str = "") -> int:
         text = environ.get(name)
         if text is None or not text.isdecimal():
             raise InvalidConfig(
-                f"the environment variable {name} is {text!r}; expected a whole number, as {launcher} sets it. "
-                "Start with deepspeed, torchrun, mpirun, srun, or plainly as one process"
+                f"the environment variable {name} is {'not set' if text is None else repr(text)}; expected a whole "
+                f"number, as {launcher} sets it{more}. Start with deepspeed, torchrun, mpirun, srun, or plainly as one "
+                "process (without RANK and WORLD_SIZE)"
             )
         return int(text)
 
@@ -117,9 +169,12 @@ def _find(environ: Mapping[str, str]) -> Ranks:
         return number(name) if name in environ else None
 
     if "RANK" in environ or "WORLD_SIZE" in environ:
-        launcher = "deepspeed or torchrun"
+        launcher = LAUNCHED
         here = optional("LOCAL_WORLD_SIZE") or optional("LOCAL_SIZE")
-        return Ranks(launcher, number("RANK"), number("LOCAL_RANK"), number("WORLD_SIZE"), here)
+        rank, world = number("RANK"), number("WORLD_SIZE")
+        if "LOCAL_RANK" not in environ and world == 1:
+            return Ranks(launcher, rank, 0, world, here)
+        return Ranks(launcher, rank, number("LOCAL_RANK", _LOCAL), world, here)
     if "OMPI_COMM_WORLD_RANK" in environ:
         launcher = "mpirun"
         names = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")
@@ -134,7 +189,8 @@ def _find(environ: Mapping[str, str]) -> Ranks:
         world = number("SLURM_STEP_NUM_TASKS")
         here = world if environ.get("SLURM_STEP_NUM_NODES") == "1" else None
         return Ranks(launcher, number("SLURM_PROCID"), number("SLURM_LOCALID"), world, here)
-    if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_JOB_ID" in environ and "SLURM_PROCID" in environ:
+    launcher = "sbatch"
+    if "SLURM_JOB_ID" in environ and "SLURM_PROCID" in environ and (optional("SLURM_NTASKS") or 1) > 1:
         raise InvalidConfig(
             f"this Slurm job has {environ['SLURM_NTASKS']} tasks, but the process was started outside srun and would "
             "train alone; write `srun` before the command, as launch/pretrain.sbatch does"

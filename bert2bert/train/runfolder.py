@@ -46,6 +46,7 @@ def claim(output: Path, resume: Path | None) -> tuple[bool, Path | None]:
     newest = whole(output)
     if os.path.lexists(output / "latest") or (output / MANIFEST).exists() or newest:
         if run and resume is not None and home in (resume.resolve(), resume.resolve().parent):
+            _read(output)
             lost = resume.resolve() == home and not os.path.lexists(output / "latest")  # killed before it was written
             return True, newest if lost else resume
         if run:
@@ -77,6 +78,20 @@ def locked(output: Path) -> Iterator[Lock]:
         yield lock
     finally:
         lock.close()
+
+
+def _read(output: Path) -> dict[str, Any]:
+    """What run.json says; InvalidConfig where it is torn."""
+    try:
+        about = json.loads((output / RUN).read_text(encoding="utf-8"))
+        if not isinstance(about, dict) or not isinstance(about.get("continued", []), list):
+            raise ValueError("not the object that a run writes")
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(
+            f"{output / RUN} is damaged ({error}), and with it what the run there is. Put back a copy of it, or go on "
+            f"from its checkpoint in a new folder: --resume {output} --output NEW"
+        ) from None
+    return about
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -143,7 +158,7 @@ def describe(
         "continued": [],
     }
     if continued:
-        before = json.loads((output / RUN).read_text(encoding="utf-8"))
+        before = _read(output)
         again = {key: about[key] for key in ("command", "versions", "git_commit", "world_size")}
         again |= {"step": step, "started": about["started"]}
         about |= {
@@ -160,5 +175,4 @@ def describe(
 
 def finish(output: Path) -> None:
     """Note in run.json that the run reached its end."""
-    about = json.loads((output / RUN).read_text(encoding="utf-8"))
-    write_json(output / RUN, about | {"finished": now()})
+    write_json(output / RUN, _read(output) | {"finished": now()})

@@ -153,7 +153,7 @@ def _make_room(engine: Engine, root: Path, folder: Path) -> None:
     free = shutil.disk_usage(root).free
     if free < need:
         raise UserError(
-            f"checkpoint {folder} needs about {need / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free. "
+            f"checkpoint {folder} needs about {need / 1e9:.3g} GB, its disk has {free / 1e9:.3g} GB free. "
             "The checkpoints written before are whole; free some space and resume"
         )
     folder.mkdir()

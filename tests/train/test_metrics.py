@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -109,7 +110,11 @@ def test_on_a_terminal_a_bar_shows_phase_loss_and_held_out_loss(
         monkeypatch.setattr(sys, "stderr", terminal)
         written(tmp_path)
         monkeypatch.undo()
-        shown = os.read(near, 1 << 16).decode()
+        content = b""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                content += os.read(near, 1 << 16)
+        shown = content.decode()
     os.close(near)
     assert "sub-models" in shown and "4/4" in shown and "loss=1.250" in shown and "held-out loss=2.500" in shown
     assert "\r" in shown and "step 4" not in shown

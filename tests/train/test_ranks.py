@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from bert2bert.errors import InvalidConfig
-from bert2bert.train.ranks import Ranks, device_number, first_host, set_up
+from bert2bert.train.ranks import Ranks, device_number, first_host, set_up, timeout
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1",
             "MASTER_PORT": "29501"}  # fmt: skip
 DEEPSPEED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "29500"}  # fmt: skip
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
             "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-vm-9999@1"}  # fmt: skip
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
@@ -32,6 +33,10 @@ SRUN = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_
         (SRUN | OPEN_MPI, (1, 1, 2), "127.0.0.1"),
         (SRUN | MPICH, (1, 1, 2), "127.0.0.1"),
         (SRUN | TORCHRUN, (3, 1, 4), "n1"),
+        # an mpirun that starts a launcher on each of two hosts, and one that starts a torchrun for one process each
+        (OPEN_MPI | TORCHRUN, (3, 1, 4), "n1"),
+        (OPEN_MPI | ALONE | {"TORCHELASTIC_RUN_ID": "x"}, (0, 0, 1), "127.0.0.1"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 0, 1), "127.0.0.1"),
     ],
 )
 def test_every_launcher_is_understood(environ: dict, expected: tuple, address: str) -> None:
@@ -72,15 +77,35 @@ def test_ranks_of_one_job_agree_on_a_port_and_jobs_differ() -> None:
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is None; expected a whole number"),
-        ({"WORLD_SIZE": "2"}, "RANK is None"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set; expected a whole number"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
         (TORCHRUN | {"RANK": "one"}, "RANK is 'one'; expected a whole number, as deepspeed or torchrun sets it"),
         (TORCHRUN | {"RANK": "4"}, "says rank 4 (local 1) of 4; expected ranks below 4"),
-        ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_LOCAL_RANK is None"),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "-x MASTER_ADDR=HOST"),
-        (MPICH | {"MPI_LOCALNRANKS": "1"}, "MASTER_ADDR is not set"),
-        ({"SLURM_STEP_ID": "0"}, "SLURM_STEP_NUM_TASKS is None"),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_LOCAL_RANK is not set"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "-x MASTER_ADDR=HOST"),
+        (MPICH | {"MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0"}, "MASTER_ADDR is not set"),
+        ({"SLURM_STEP_ID": "0"}, "SLURM_STEP_NUM_TASKS is not set"),
         ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, "outside srun"),
+        ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "4(x2)"}, "SLURM_NTASKS is '4(x2)'"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is 'many'"),
+        (TORCHRUN | {"MASTER_PORT": "tcp"}, "MASTER_PORT is 'tcp'; expected a port's number, 1 to 65535"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT is '0'"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        (TORCHRUN | {"MASTER_PORT": "-1"}, "MASTER_PORT is '-1'"),
+        (SRUN | {"MASTER_PORT": "29500 "}, "MASTER_PORT is '29500 '"),
+        ({"MASTER_PORT": "29500,29501"}, "MASTER_PORT is '29500,29501'"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE is not set"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n1"},
+            "0 where every rank has a host or container of its own",
+        ),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"}, "of 0; expected at least one rank"),
+        ({"RANK": "", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "RANK is ''"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "says local rank 2 of 2 on this host and 4 ranks in all"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, "says local rank 1 of 8 on this host and 4 ranks in all"),
+        (OPEN_MPI | ALONE, "but mpirun started this process as rank 1 of 2"),
+        (OPEN_MPI | ALONE | {"WORLD_SIZE": "2"}, "unset RANK, LOCAL_RANK and WORLD_SIZE"),
+        (MPICH | ALONE, "(PMI_RANK, PMI_SIZE)"),
     ],
 )
 def test_a_broken_environment_is_refused_with_the_variable(environ: dict, message: str) -> None:
@@ -110,6 +135,18 @@ def test_a_node_list_without_a_host_is_refused() -> None:
 
 def test_one_process_is_rank_0_of_1() -> None:
     assert set_up({}) == Ranks("one process", 0, 0, 1, 1)
+
+
+def test_the_time_to_wait() -> None:
+    assert timeout(None, {}) == 600.0
+    assert timeout(None, {"DEEPSPEED_TIMEOUT": "30"}) == 1800.0
+    assert timeout(2.5, {"DEEPSPEED_TIMEOUT": "30"}) == 2.5
+    for wrong in (0.0, -1.0, float("nan"), float("inf"), 1e12):
+        with pytest.raises(InvalidConfig, match="--timeout is"):
+            timeout(wrong, {})
+    for minutes in ("ten", "0", "1.5", ""):
+        with pytest.raises(InvalidConfig, match="DEEPSPEED_TIMEOUT is"):
+            timeout(None, {"DEEPSPEED_TIMEOUT": minutes})
 
 
 def test_the_device_is_numbered_by_the_local_rank_or_is_the_only_one_seen() -> None:
