@@ -127,7 +127,10 @@ def parser(runs: Mapping[str, Run]) -> Parser:
             help="ranks that share a mixture's experts; of --format zero, stage 1 or 2 (DeepSpeed's autoep_size)",
         )
         p.add_argument(
-            "--precision", choices=("fp32", "bf16", "fp16"), help="of the target run (default: the source's)"
+            "--precision",
+            choices=("fp32", "bf16", "fp16"),
+            help="of the target (default: the source's; in a Hugging Face folder each tensor's own, and made of a run "
+            "fp32, that of its master weights)",
         )
         p.add_argument(
             "--groups",
