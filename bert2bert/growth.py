@@ -13,12 +13,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bert2bert import buffers
 from bert2bert.checkpoint_model import class_name
 from bert2bert.errors import LossyGrowth, UnsupportedGrowth
 from bert2bert.expert_targets import notes, with_experts
 from bert2bert.planning import Growth, describe, exactness, open_growth, summary
 from bert2bert.tables import table_for
-from bert2bert.targets import check_form, known_layout, left, make_spec, progress, rounding, versions, widest
+from bert2bert.targets import check_form, known_layout, left, make_spec, progress, rounding, unopened, versions, widest
 
 if TYPE_CHECKING:
     from bert2bert.shards.source import Source
@@ -67,8 +68,8 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
         precision=precision or _precision(source, form),
         dtypes={named[n]: widest(d) for n, d in made.items() if d} if source.form == "hub" and not precision else {},
     )
-    # transformers makes a model's buffers anew; those of a folder are old ones
-    return replace(spec, buffers={}) if "hub" in (form, source.form) else spec
+    carried = buffers.grown(growth) if form != "hub" else buffers.Carried({}, {})
+    return replace(spec, buffers=carried.buffers, extras=carried.extras)
 
 
 def origins(growth: Growth) -> dict[str, list[str]]:
@@ -158,8 +159,7 @@ def grow(
     told = [*rounding(spec, form, {named[n]: dtypes for n, dtypes in origins(growth).items()}), *notes(spec)]
     if form == "hub" == model.source.form:
         told += left(model.source, spec)
-    elif form == "hub" and model.source.buffers:
-        told.append(f"left out, for transformers makes buffers anew: {', '.join(model.source.buffers)}")
+    told += [*buffers.left_out(model.source, form), *unopened(model.source, form)]
     if first:
         say("\n".join([summary(growth, describe(growth)), *(f"note     {text}" for text in told)]))
     canonical = {stored: n for n, stored in named.items()}

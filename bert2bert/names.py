@@ -73,6 +73,10 @@ class Naming:
                     text = text.removesuffix(new) + old
         return self.prefix + text
 
+    def canonical(self, stored: str) -> str:
+        """What transformers would call a stored tensor that is no parameter, a buffer; `stored` undoes it."""
+        return self.lacks + _clean(stored.removeprefix(self.prefix))
+
     @property
     def renamed(self) -> dict[str, str]:
         """Canonical -> stored name where they are not the same; a missing or another outer name does not count."""

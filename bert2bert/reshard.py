@@ -21,7 +21,7 @@ from bert2bert.expert_targets import notes as expert_notes
 from bert2bert.expert_targets import with_experts
 from bert2bert.shards.commit import check_contents
 from bert2bert.target_names import Names
-from bert2bert.targets import check_form, known_layout, left, make_spec, progress, rounding, versions
+from bert2bert.targets import check_form, known_layout, left, make_spec, progress, rounding, unopened, versions
 
 if TYPE_CHECKING:
     import torch
@@ -194,6 +194,7 @@ def notes(source: Source, names: Names, spec: TargetSpec, form: str) -> list[str
         held = [*source.states[1:], *(["groups"] if source.groups else [])]
         held += ["learning-rate scheduler"] if source.lr_scheduler else []
         held += ["client state"] if spec.client_state else []
+        held += [*source.extras]
         held += ["random states"] if _random_states(source) else []
         held += ["which parameters are frozen"] if not all(m.trainable for m in source.tensors.values()) else []
         told.append(f"a Hugging Face folder holds weights only; left out: {', '.join([*held, 'counters'])}")
@@ -203,6 +204,7 @@ def notes(source: Source, names: Names, spec: TargetSpec, form: str) -> list[str
         told.append(f"tied tensors are stored once: {', '.join(f'{a} = {k}' for a, k in spec.aliases.items())}")
     if source.form == "hub" and form != "hub":
         told.append("the source holds weights only: moments of zero, step 0, hyper-parameters of a fresh AdamW")
+    told += unopened(source, form)
     if source.unread:
         told.append(f"not in the source, so not in the target: {', '.join(source.unread)}")
     told += source.notes

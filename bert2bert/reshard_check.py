@@ -6,12 +6,13 @@ A check that fails is a result, not an error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bert2bert.rounding import Blocks, Comparison, bits, some
 from bert2bert.target_names import Names
+from bert2bert.targets import OWN_STATE
 
 if TYPE_CHECKING:
     from bert2bert.shards.source import Source
@@ -28,6 +29,8 @@ def is_reshard(source: Source, target: Source) -> bool:
 
 def compare(source: Source, target: Source, check: Callable[[str, bool, str], None]) -> None:
     """Check the target against the source: every bit of every state that it holds, names, steps and groups."""
+    from bert2bert.shards.frames import equal
+
     recorded = target.manifest["reshard"]["source"] if target.manifest else {}
     mine = source.identity()
     odd = [key for key in recorded if key != "path" and mine.get(key) != recorded[key]]
@@ -62,15 +65,21 @@ def compare(source: Source, target: Source, check: Callable[[str, bool, str], No
         check("step", not off, off[0] if off else f"kept ({', '.join(sorted({str(s) for s in most.values()}))})")
     moved = [name for name in both if want[name].trainable != have[name].trainable]
     check("frozen", not moved, f"{moved[0]} differs" if moved else "frozen parameters are the same")
-    for what in ("counters", "lr_scheduler"):
+    for what in ("counters", "lr_scheduler", "client_state", "extras"):
         one, other = getattr(source, what), getattr(target, what)
-        if one:
-            check(what.replace("_", " "), one == other, "kept" if one == other else f"{one} -> {other}")
+        wanted = [key for key in one or () if key not in OWN_STATE]
+        lost = [key for key in wanted if key not in (other or {}) or not equal(one[key], other[key])]
+        if wanted:
+            check(what.replace("_", " "), not lost, f"{lost[0]} differs" if lost else "kept")
 
 
-def _kept(buffer: torch.Tensor, target: Source, name: str) -> bool:
+def _kept(buffer: Any, target: Source, name: str) -> bool:
     """Whether the target holds a buffer; a Hugging Face folder does not say which of its tensors are buffers."""
+    from bert2bert.shards.frames import equal
+
     found = target.buffers.get(name)
+    if name in target.buffers and not hasattr(buffer, "shape"):
+        return equal(buffer, found)
     if found is None and name in target.tensors:
         found = target.read(name, "fp32", 0, buffer.shape[0] if buffer.dim() else 1)
     return bits(buffer, found)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bert2bert.shards.source import Source
     from bert2bert.shards.writing import TargetSpec
 
+OWN_STATE = ("bert2bert", "universal_checkpoint_info")  # client state that belongs to the form it is written in
 _NO_HYPER = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
@@ -162,10 +163,9 @@ def make_spec(
         counters={k: int(source.counters.get(k) or 0) for k in ("global_steps", "global_samples", "skipped_steps")},
         lr_scheduler=source.lr_scheduler,
         loss_scaler=source.loss_scaler if source.precision == "fp16" else None,  # bf16's is a fixed scale of 1
-        client_state={
-            k: v for k, v in source.client_state.items() if k not in ("bert2bert", "universal_checkpoint_info")
-        },
+        client_state={key: value for key, value in source.client_state.items() if key not in OWN_STATE},
         buffers=source.buffers,
+        extras=source.extras,
         extra_files=grown_beside(config, source.folder, source.path) if form == "hub" else {},
         frozen=tuple(frozen),
         fused=source.fused,
@@ -200,6 +200,13 @@ def left(source: Source, spec: TargetSpec) -> list[str]:
 
     found = left_beside(source.folder, spec.extra_files, source.files)
     return [f"left behind in {source.folder}: {', '.join(found)}"] if found else []
+
+
+def unopened(source: Source, form: str) -> list[str]:
+    """A sentence about what a target keeps and nobody here has looked into."""
+    names = source.unopened() if form != "hub" else []
+    some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return [f"carried as it is, unopened: what the run saved of classes not known here ({some})"] if names else []
 
 
 def known_layout(source: Source, members: Mapping[str, Member]) -> str | None:

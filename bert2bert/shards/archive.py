@@ -14,13 +14,14 @@ import hashlib
 import os
 import re
 import struct
+import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from bert2bert.errors import InvalidCheckpoint
 
-_TENSOR = re.compile(r"[^/]+/data/\d+")
+_TENSOR = re.compile(r"[^/]+/data/(\d+)")
 _HEAD = struct.Struct("<4sHHHHHIIIHH")
 _DESCRIPTORS = (0, 12, 16, 20, 24)  # bytes between records: sizes and checksum, repeated, in any form that zip has
 _BAD = (zipfile.BadZipFile, ValueError, EOFError, struct.error, RuntimeError, OSError)  # what zipfile may raise
@@ -28,10 +29,11 @@ _MOST = 1 << 30  # bytes of a structure
 
 
 class Checked(NamedTuple):
-    """``structure``: bytes of data.pkl; ``content``: equal where two files hold the same, "" where checksums that would
-    tell were left out."""
+    """``structure``: data.pkl; ``tensors``: number of a tensor's record -> where its bytes begin and end; ``content``:
+    equal where two files hold the same, "" where checksums that would tell were left out."""
 
-    structure: int
+    structure: bytes
+    tensors: dict[str, tuple[int, int]]
     content: str
 
 
@@ -52,7 +54,8 @@ def _check(fd: int, archive: zipfile.ZipFile) -> Checked:
     if len({info.filename for info in infos}) != len(infos):
         raise ValueError("two of its records have one name")
     ends = [info.header_offset for info in infos[1:]] + [archive.start_dir]
-    structure, content, checksums = None, hashlib.blake2b(digest_size=16), True
+    structure, tensors = None, {}
+    content, checksums = hashlib.blake2b(digest_size=16), True
     for info, end in zip(infos, ends, strict=True):
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise ValueError(f"its record {info.filename!r} is compressed, which torch does not do")
@@ -62,20 +65,25 @@ def _check(fd: int, archive: zipfile.ZipFile) -> Checked:
         wanted = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
         if magic != b"PK\x03\x04" or told != wanted:
             raise ValueError(f"its record {info.filename!r} is headed {told[:80]!r}")
-        if end - (info.header_offset + _HEAD.size + name + extra + info.file_size) not in _DESCRIPTORS:
+        start = info.header_offset + _HEAD.size + name + extra
+        if end - (start + info.file_size) not in _DESCRIPTORS:
             raise ValueError(f"its record {info.filename!r} does not end where the next one begins")
         _, _, kind = info.filename.partition("/")
         if kind != ".data/serialization_id":  # a digest of the others
             content.update(f"{kind} {info.file_size} {info.CRC}\n".encode())
             checksums = checksums and (info.CRC != 0 or info.file_size == 0)
-        if _TENSOR.fullmatch(info.filename):
+        if found := _TENSOR.fullmatch(info.filename):
+            tensors[found[1]] = start, start + info.file_size
             continue
         if info.file_size > _MOST:
             raise ValueError(f"its record {info.filename!r} has {info.file_size:,} bytes, which is no structure")
-        if info.CRC:  # 0: torch was told to leave it out
-            content.update(archive.read(info))
-        if info.filename.endswith("/data.pkl"):
-            structure = info.file_size
+        record = os.pread(fd, info.file_size, start) if not info.CRC else archive.read(info)  # 0: it was left out
+        if info.CRC:
+            content.update(record)
+        if kind == "data.pkl":
+            structure = record
+        if kind == "byteorder" and record != sys.byteorder.encode():
+            raise ValueError(f"its numbers are {record[:20]!r}-endian, those of this machine {sys.byteorder}")
     if structure is None:
         raise ValueError("it has no record data.pkl, so torch.save did not write it")
-    return Checked(structure, content.hexdigest() if checksums else "")
+    return Checked(structure, tensors, content.hexdigest() if checksums else "")

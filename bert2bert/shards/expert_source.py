@@ -66,7 +66,8 @@ class ExpertStates(ModelStates):
         found["module"] = {self._rename(name): value for name, value in module.items() if name not in twice}
         found["param_shapes"] = [self._keys(shapes) for shapes in found["param_shapes"]]
         for key in ("frozen_param_shapes", "frozen_param_fragments"):
-            found[key] = self._keys(found.get(key) or {})
+            if found.get(key) is not None:
+                found[key] = self._keys(found[key])
         pairs = (found.get("shared_params") or {}).items()
         found["shared_params"] = {self._rename(a): self._rename(b) for a, b in pairs if a not in twice}
         found["buffer_names"] = [self._rename(name) for name in found.get("buffer_names") or ()]

@@ -9,9 +9,10 @@ input gives equal bytes. The result loads with any torch that reads the zip form
 `weights_only`.
 
 DeepSpeed pickles a few of its own objects into its files; a `Foreign` stands for one, written by class name, so that an
-unmodified DeepSpeed restores the real object while this project need not import DeepSpeed.
+unmodified DeepSpeed restores the real object while this project need not import DeepSpeed. What `unpickle` left
+unopened is written back as it was made.
 
-Refuses tensors of dtypes it does not know (TypeError) and streams of the wrong length (RuntimeError).
+Refuses streams of the wrong length (RuntimeError).
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from typing import Any
 
 import torch
 
+from bert2bert.shards.unpickle import STORAGES, Bare, Name, Object, Storage
 from bert2bert.shards.zipped import File, Zipped
 
 _STORAGES: dict[torch.dtype, type] = {
     torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
     torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
+    torch.bool: torch.BoolStorage, torch.complex64: torch.ComplexFloatStorage,
+    torch.complex128: torch.ComplexDoubleStorage,
 }  # fmt: skip
+"""The class by which torch calls the storage of a tensor; of other dtypes, an UntypedStorage."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,27 +76,33 @@ class _Tensors:
     storages: list[tuple[Blank, bool]]  # and whether it was given as a Blank
 
     def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, Storage):  # of a tensor that was not opened
+            content = torch.empty(0, dtype=torch.uint8).set_(obj.untyped)
+            self.storages.append((Blank(tuple(content.shape), torch.uint8, lambda: (content,)), False))
+            count = len(content) // STORAGES[obj.kind.name].itemsize
+            return "storage", obj.kind, str(len(self.storages) - 1), "cpu", count
         if not isinstance(obj, _Storage):
             return None
-        blank = obj.blank
-        return "storage", _STORAGES[blank.dtype], str(obj.key), "cpu", math.prod(blank.shape)
+        blank, kind = obj.blank, _STORAGES.get(obj.blank.dtype, torch.UntypedStorage)
+        count = blank.nbytes if kind is torch.UntypedStorage else math.prod(blank.shape)
+        return "storage", kind, str(obj.key), "cpu", count
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor):
-            flat = obj.detach().cpu().contiguous().reshape(-1)
+            flat = obj.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
             blank = Blank(tuple(obj.shape), obj.dtype, lambda: (flat,))
         elif isinstance(obj, Blank):
             blank = obj
-        elif isinstance(obj, Foreign):
+        elif isinstance(obj, Foreign | Object | Name):
             raise _IsForeign
         else:
             return NotImplemented
-        if blank.dtype not in _STORAGES:
-            raise TypeError(f"cannot write a tensor of dtype {blank.dtype}")
         self.storages.append((blank, blank is obj))
         stride = torch.empty(blank.shape, device="meta").stride()
         hooks: dict[Any, Any] = OrderedDict()
         args = (_Storage(len(self.storages) - 1, blank), 0, blank.shape, stride, False, hooks)
+        if blank.dtype not in _STORAGES:
+            return torch._utils._rebuild_tensor_v3, (*args, blank.dtype)
         return torch._utils._rebuild_tensor_v2, args
 
 
@@ -105,14 +115,43 @@ class _CPickler(_Tensors, pickle.Pickler):
 
 
 class _PyPickler(_Tensors, pickle._Pickler):
+    write: Callable[[bytes], Any]
+
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        if not isinstance(obj, Foreign):
+        if isinstance(obj, Foreign):
+            self.write(_global(obj) + pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+            super().save(obj.state)  # type: ignore[misc]
+            self.write(pickle.BUILD)
+        elif not isinstance(obj, Object | Name):
             super().save(obj, save_persistent_id)  # type: ignore[misc]
-            return
-        write = self.write  # type: ignore[attr-defined]
-        write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode() + pickle.EMPTY_TUPLE + pickle.NEWOBJ)
-        super().save(obj.state)  # type: ignore[misc]
-        write(pickle.BUILD)
+        elif known := self.memo.get(id(obj)):  # type: ignore[attr-defined]
+            self.write(self.get(known[0]))  # type: ignore[attr-defined]
+        elif isinstance(obj, Name):
+            module, _, inner = obj.name.rpartition(".")
+            if module:  # a class inside a class, which has a name of its own in later protocols alone
+                self.save(Object(Name("builtins", "getattr"), (Name(obj.module, module), inner)))
+            else:
+                self.write(_global(obj))
+                self.memoize(obj)  # type: ignore[attr-defined]
+        else:
+            self._save_object(obj)
+
+    def _save_object(self, obj: Object) -> None:
+        self.save(obj.made_by)
+        self.save(obj.args)
+        if isinstance(obj.new, dict):
+            self.save(obj.new)
+        self.write(pickle.NEWOBJ_EX if isinstance(obj.new, dict) else pickle.NEWOBJ if obj.new else pickle.REDUCE)
+        self.memoize(obj)  # type: ignore[attr-defined]
+        self._batch_appends(iter(obj.items))  # type: ignore[attr-defined]
+        self._batch_setitems(iter(obj.pairs))  # type: ignore[attr-defined]
+        if obj.state is not Bare:
+            self.save(obj.state)
+            self.write(pickle.BUILD)
+
+
+def _global(named: Foreign | Name) -> bytes:
+    return pickle.GLOBAL + f"{named.module}\n{named.name}\n".encode()
 
 
 def structure(tree: Any) -> tuple[bytes, list[tuple[Blank, bool]]]:
@@ -125,6 +164,13 @@ def structure(tree: Any) -> tuple[bytes, list[tuple[Blank, bool]]]:
             pickler.dump(tree)
             return text.getvalue(), pickler.storages
     raise RuntimeError("a foreign object where no pickler looks for one")
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two trees would be written alike: the same structure, and tensors of the same bits."""
+    mine, theirs = structure(one), structure(other)
+    pairs = zip(mine[1], theirs[1], strict=False)
+    return mine[0] == theirs[0] and all(b"".join(stream(a)) == b"".join(stream(b)) for (a, _), (b, _) in pairs)
 
 
 def stream(blank: Blank, wrote: Callable[[int], None] | None = None) -> Iterator[memoryview]:

@@ -96,10 +96,11 @@ def _blanks(job: Job) -> dict[str, Blank]:
             values = partial(_values, job, name, start, start + math.prod(part))
             found[stored] = Blank(part, spec.stored_dtype(name), values)
     for name, buffer in spec.buffers.items():
-        if buffer.dtype not in _NAMES or buffer.layout != torch.strided:
+        kind = f"{buffer.layout} {buffer.dtype}" if isinstance(buffer, torch.Tensor) else "no plain tensor"
+        if not isinstance(buffer, torch.Tensor) or buffer.dtype not in _NAMES or buffer.layout != torch.strided:
             raise UnsupportedGrowth(
-                f"the buffer {name} is {buffer.layout} {buffer.dtype}, which a safetensors file cannot hold. Leave it "
-                "out of the checkpoint, or choose another format."
+                f"the buffer {name} is {kind}, which a safetensors file cannot hold. Leave it out of the checkpoint, "
+                "or choose another format."
             )
         found[name] = Blank(tuple(buffer.shape), buffer.dtype, partial(tuple, [buffer]))
     return found

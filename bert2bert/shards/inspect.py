@@ -53,10 +53,12 @@ def inspect(path: str | Path, tag: str | None = None) -> dict[str, Any]:
         "groups": [_group(source, i) for i in range(len(source.groups))],
         "lr_scheduler": _plain(source.lr_scheduler),
         "loss_scale": (source.loss_scaler or {}).get("cur_scale") if source.precision == "fp16" else None,
-        "client_state": sorted(source.client_state),
+        "client_state": sorted(map(str, source.client_state)),
         "tied": source.aliases,
         "frozen": [m.name for m in tensors if not m.trainable],
         "buffers": sorted(source.buffers),
+        "extras": sorted(source.extras),
+        "unopened": source.unopened(),
         "unread": list(source.unread),
         "kind": manifest.get("kind"),
         "growth": manifest.get("growth"),
@@ -200,9 +202,11 @@ def render(found: dict[str, Any], tensors: bool = False) -> str:
         lines.append(("loss scale", f"{found['loss_scale']:g}"))
     if found["tied"]:
         lines.append(("tied", _some([f"{absent} = {kept}" for absent, kept in found["tied"].items()])))
-    for key in ("frozen", "buffers", "client_state"):
+    for key in ("frozen", "buffers", "extras", "client_state"):
         if found[key]:
             lines.append((key.replace("_", " "), _some(found[key])))
+    if found["unopened"]:
+        lines.append(("not opened", f"{_some(found['unopened'])}: classes that this program does not know"))
     if found["unread"]:
         lines.append(("not stored", f"{_some(found['unread'])}: the model has them, the checkpoint does not"))
     lines += _render_history(found)

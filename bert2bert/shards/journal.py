@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bert2bert import __version__
-from bert2bert.shards.digest import TENSOR_DIGEST, digest, file_digest, hex16
+from bert2bert.shards.digest import TENSOR_DIGEST, file_digest, hex16
 from bert2bert.shards.disk import disk_errors, fsync_file
 
 Tensors = dict[tuple[str, str], int]
@@ -78,22 +78,27 @@ def _hash(tree: Any) -> str:
     return total.hexdigest()
 
 
-def _feed(tree: Any, total: Any) -> None:
+def _feed(tree: Any, total: Any, seen: dict[int, Any] | None = None) -> None:
     """Enter a value of any kind that checkpoints hold into a hash, type and structure included."""
+    seen = {} if seen is None else seen
     total.update(f"<{type(tree).__name__}".encode())
-    if isinstance(tree, torch.Tensor):
-        total.update(f"{tuple(tree.shape)}{tree.dtype}{digest(tree.contiguous()) if tree.numel() else 0}".encode())
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            _feed(key, total)
-            _feed(value, total)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            _feed(value, total)
-    elif isinstance(tree, bytes):
+    known = seen.get(id(tree))
+    if known is not None and known[1] is tree:  # once is enough; it may contain itself
+        total.update(str(known[0]).encode())
+    elif isinstance(tree, torch.Tensor):
+        total.update(f"{tuple(tree.shape)}{tree.dtype}".encode())
+        total.update(tree.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(tree, torch.UntypedStorage):
+        total.update(torch.empty(0, dtype=torch.uint8).set_(tree).numpy().data)
+    elif isinstance(tree, bytes | bytearray):
         total.update(len(tree).to_bytes(8, "little") + tree)
-    elif hasattr(tree, "__dict__") and not isinstance(tree, type):
-        _feed(vars(tree), total)
+    elif isinstance(tree, set | frozenset):  # whose order is of no run but this
+        total.update("".join(sorted(map(repr, tree))).encode())
+    elif isinstance(tree, Mapping | list | tuple) or (hasattr(tree, "__dict__") and not isinstance(tree, type)):
+        seen[id(tree)] = len(seen), tree
+        table = {} if isinstance(tree, list | tuple) else tree if isinstance(tree, Mapping) else vars(tree)
+        for part in tree if isinstance(tree, list | tuple) else (item for pair in table.items() for item in pair):
+            _feed(part, total, seen)
     else:
         total.update(repr(tree).encode())
     total.update(b">")

@@ -32,6 +32,9 @@ _OWN_KEYS = {
     "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info", *COUNTERS,
     "num_experts", "ds_autoep_layers", "autoep_layers", "folding",
 }  # fmt: skip
+_RAW = {"module", "lr_scheduler", "data_sampler", "random_ltd", "ds_config"}
+"""What may hold objects of any class; so may a user's client state, all that is not of `_OWN_KEYS`."""
+EXTRA = "_extra_state"  # how the name ends of what a module keeps beside parameters and buffers
 _SAME_ON_ALL_RANKS = ("ds_version", "dp_world_size", "mp_world_size", *COUNTERS)
 
 
@@ -136,13 +139,15 @@ class ModelStates:
     """The merged content of the model-states files of all ranks, in rank order.
 
     ``shapes``: parameters of each flat group (stage 3: sub-group), in flat order; ``frozen``: parameters that the
-    optimizer does not own, with shapes; ``order``: all names of the model's state dict; ``optimizer``: the torch
+    optimizer does not own, with shapes; ``buffers``: persistent ones; ``extras``: what else the model's state dict
+    holds (extra states of modules), of any type; ``order``: all names of that dict; ``optimizer``: the torch
     optimizer's state of ZeRO 0 (``whole``), where every parameter counts as frozen until `own` says whose it is.
     """
 
     def __init__(self, paths: list[Path], sharded: bool, whole: bool = False) -> None:
         self.paths, self.sharded, self.whole = paths, sharded, whole
-        self.ranks = [self._checked(path, found) for path, found in zip(paths, torchfile.load_all(paths), strict=True)]
+        loaded = torchfile.load_all(paths, _OWN_KEYS - _RAW)
+        self.ranks = [self._checked(path, found) for path, found in zip(paths, loaded, strict=True)]
         for key in _SAME_ON_ALL_RANKS:
             alike(paths, [rank.get(key) for rank in self.ranks], key)
         alike(paths, [len(rank["param_shapes"]) for rank in self.ranks], "number of flat groups")
@@ -159,8 +164,10 @@ class ModelStates:
         self.counters = {key: int(first.get(key) or 0) for key in COUNTERS}
         self.lr_scheduler = first.get("lr_scheduler")
         self.client_state = {key: value for key, value in first.items() if key not in _OWN_KEYS}
+        self.client_state |= {key: first[key] for key in ("data_sampler", "random_ltd") if first.get(key) is not None}
         held = [name for name in first.get("buffer_names") or () if name in self.module]
-        self.buffers: dict[str, torch.Tensor] = {name: self.module[name] for name in held}
+        self.buffers: dict[str, Any] = {name: self.module[name] for name in held}
+        self.extras: dict[str, Any] = {}
         self.flat_names = {name for group in self.shapes for name in group}
         self.aliases: dict[str, str] = {}
         self.frozen: dict[str, tuple[int, ...]] = {}
@@ -191,27 +198,46 @@ class ModelStates:
         return found
 
     def _sort_out_the_rest(self) -> None:
-        """Which names of the state dict are tied, which frozen, and which lack values."""
-        fragments = self.ranks[0].get("frozen_param_shapes") or {}
+        """Which names of the state dict are tied, which frozen, which neither, and which lack values."""
+        told = self.ranks[0].get("frozen_param_shapes")
+        fragments = {name: tuple(shape) for name, shape in (told or {}).items() if name not in self.flat_names}
         shared = dict(self.ranks[0].get("shared_params") or {})
-        rest = [n for n in self.order if n not in self.flat_names and n not in self.buffers and n not in shared]
+        known = self.flat_names | self.buffers.keys() | shared.keys()
+        rest = [name for name in self.order if name not in known]
+        # Where the file lists the frozen ones, or leaves them out on purpose (exclude_frozen_parameters), the rest is
+        # of no parameter. Stages 0 and 1 do not list them.
+        listed = told is not None or ("frozen_param_shapes" in self.ranks[0] and self._config_stage() >= 2)
         if self.sharded:
-            self.frozen = {n: tuple(s) for n, s in fragments.items() if n not in self.flat_names}
-            self.unread = tuple(n for n in rest if n not in self.frozen)
+            self.frozen = fragments
+            rest = [name for name in rest if name not in fragments]
+            self.extras = {name: self.module[name] for name in rest if self._is_extra(name, listed=False)}
+            self.unread = tuple(name for name in rest if name not in self.extras)
         else:  # the values are here; two names of one memory are tied (DeepSpeed misses those of shared modules)
             at = {self._memory(n): n for n in reversed(self.order) if n in self.flat_names or n in rest}
             for name in rest:
-                tensor = self.module[name]
-                if not isinstance(tensor, torch.Tensor):
-                    self.unread += (name,)
-                elif tensor.numel() and (kept := at[self._memory(name)]) != name:
+                if (kept := at[self._memory(name)]) != name and not name.endswith(EXTRA):
                     shared[name] = kept
+                elif self._is_extra(name, listed and name not in fragments):
+                    self.extras[name] = self.module[name]
                 else:
-                    self.frozen[name] = tuple(tensor.shape)
+                    self.frozen[name] = tuple(self.module[name].shape)
         have = self.flat_names | self.frozen.keys()
         for absent, kept in shared.items():
             if (absent in have) != (kept in have):
                 self.aliases.update({absent: kept} if kept in have else {kept: absent})
+
+    def _is_extra(self, name: str, listed: bool) -> bool:
+        """Whether a name of the state dict that is no trained parameter and no buffer is no frozen parameter either.
+        ``listed``: by the file's own list of these."""
+        value = self.module[name]
+        if not isinstance(value, torch.Tensor) or name.endswith(EXTRA):
+            return True
+        return value.numel() > 0 if self.sharded else listed  # stage 3 leaves parameters without elements in the dict
+
+    def _config_stage(self) -> int:
+        zero = self.ds_config.get("zero_optimization")
+        stage = zero.get("stage") if isinstance(zero, dict) else None
+        return stage if isinstance(stage, int) else 0
 
     def own(self, groups: list[list[str]]) -> None:
         """ZeRO 0: these parameters (of ``frozen``) are the optimizer's, group by group."""
@@ -245,14 +271,16 @@ class ModelStates:
         return float(found) if isinstance(found, int | float) else None
 
     def precision(self) -> str:
-        """ "fp32", "bf16" or "fp16" of the engine that wrote this: from its ds_config, else from the stored weights."""
+        """ "fp32", "bf16" or "fp16" of the engine that wrote this: from its ds_config; where the file has none (older
+        DeepSpeeds), from the trained weights."""
         for key in ("bf16", "fp16", "bfloat16"):
             section = self.ds_config.get(key)
-            if isinstance(section, dict) and section.get("enabled") is True:
+            if isinstance(section, dict) and str(section.get("enabled")).lower() in ("true", "1"):
                 return "bf16" if key.startswith("b") else "fp16"
         kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-        values = (v for v in self.module.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
-        return kinds.get(next(values, torch.empty(0)).dtype, "fp32")
+        values = [self.module.get(name) for name in self.flat_names or self.frozen] if not self.ds_config else []
+        found = {kinds.get(value.dtype, "fp32") for value in values if isinstance(value, torch.Tensor)}
+        return found.pop() if len(found) == 1 else "fp32"
 
     def describe(
         self, groups: list[dict[str, Any]], dtype: Callable[[str], torch.dtype]

@@ -26,6 +26,8 @@ from bert2bert.shards.disk import inside
 from bert2bert.shards.expert_parallel import ExpertParallel
 from bert2bert.shards.manifest import check as check_manifest
 from bert2bert.shards.texts import read_json
+from bert2bert.shards.torchfile import USUAL
+from bert2bert.shards.unpickle import foreign
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _MALFORMED = (
@@ -62,8 +64,9 @@ class Source:
     "names"; ``moments``: for each group, state -> its name in the files (Adam's are `moments.ADAM`; a state that is
     not there reads as zeros); ``fused``: trained with DeepSpeed's FusedAdam; ``clip_grad``: the run's gradient
     clipping, None where it is not known; ``expert_parallel``: of a run whose experts are split over ranks;
-    ``unread``: names the model has whose values the checkpoint does not hold; ``notes``: what else a user should know
-    of how it was read, in sentences.
+    ``extras``: of the model's state dict what is neither parameter nor buffer (these, buffers, client state and
+    scheduler may hold objects that were not opened); ``unread``: names the model has whose values the checkpoint does
+    not hold; ``notes``: what else a user should know of how it was read, in sentences.
     """
 
     form: str = ""
@@ -88,7 +91,8 @@ class Source:
         self.expert_parallel: ExpertParallel | None = None
         self.loss_scaler: dict[str, Any] | None = None
         self.client_state: dict[str, Any] = {}
-        self.buffers: dict[str, torch.Tensor] = {}
+        self.buffers: dict[str, Any] = {}
+        self.extras: dict[str, Any] = {}
         self.unread: tuple[str, ...] = ()
         self.notes: list[str] = []
         self.files: list[Path] = []  # all files that make up the checkpoint, for `identity` and `inspect`
@@ -97,6 +101,11 @@ class Source:
     def _rows(self, meta: TensorMeta, state: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of dimension 0; any shape of the right number of elements."""
         raise NotImplementedError
+
+    def unopened(self) -> list[str]:
+        """Classes and functions that are named in what the checkpoint holds beside tensors, and were not opened."""
+        names = map(str, foreign([self.client_state, self.buffers, self.extras, self.lr_scheduler]))
+        return sorted(name for name in names if name not in USUAL and not name.startswith("torch."))
 
     def meta(self, name: str) -> TensorMeta:
         """The tensor's description; tied names lead to the kept one. InvalidCheckpoint if there is none."""

@@ -40,7 +40,7 @@ def is_stage0(folder: Path) -> bool:
     """Whether a tag's folder holds a checkpoint of ZeRO stage 0."""
     if any(folder.glob("*_optim_states.pt")) or not (folder / MODEL).is_file():
         return False
-    found = torchfile.load(folder / MODEL)
+    found = torchfile.load(folder / MODEL, ("param_shapes",))
     return isinstance(found, dict) and "param_shapes" in found and found["param_shapes"] is None
 
 
@@ -55,7 +55,7 @@ class Stage0Source(Source):
         model = self._model = ModelStates(self.files, sharded=False, whole=True)
         self.stage, self.world_size, self.precision = 0, model.world_size, model.precision()
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
-        self.client_state, self.buffers = model.client_state, model.buffers
+        self.client_state, self.buffers, self.extras = model.client_state, model.buffers, model.extras
         self.aliases, self.unread = model.aliases, model.unread
         self.clip_grad = model.clip_grad()
         self._values: dict[str, dict[str, torch.Tensor]] = {}  # flat

@@ -1,20 +1,20 @@
-"""Open a torch file safely and without reading its tensors: memory-mapped, through an allow-list.
+"""Open a torch file safely and without reading its tensors: memory-mapped, and nothing that it names is run.
 
-A pickle can run code when it is opened. `load` uses torch's restricted unpickler; the few DeepSpeed classes that ZeRO
-files name become inert stand-ins (this package never imports DeepSpeed), then plain dicts. Python paths, namespaces and
-numpy scalars and arrays, which users keep in their client state, become plain values too.
+A pickle can run code when it is opened. `unpickle` builds tensors and plain containers alone; here the few classes that
+ZeRO files need become plain values: DeepSpeed's (this package never imports it), paths, namespaces, numpy's scalars and
+arrays. Where the caller allows it, as in a user's client state, anything else stays an inert `unpickle.Object`, which
+`frames` can write back.
 
-Refuses, as InvalidCheckpoint: files that are missing, truncated, not torch files, or of torch's format before 1.6, and
-files that name any other class (its code does not run).
+Refuses, as InvalidCheckpoint: files that are missing, truncated, not torch files, or of torch's format before 1.6, what
+runs code by its very name, and other classes where none are allowed.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,95 +24,66 @@ import torch
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import archive
 from bert2bert.shards.sniff import describe, sniff
+from bert2bert.shards.unpickle import STORAGES, Bare, Name, Object, Storage, Unpickler, Unsafe
 
 _NODES, _NODES_A_BYTE = 10_000, 16  # values that a structure may unfold to: it can name one many times over
 
 
-class _Inert:
-    """Stands for an object of a foreign class: keeps the attributes, has no behaviour."""
-
-    def __new__(cls, *args: Any) -> _Inert:
-        return object.__new__(cls)
-
-
-class _Dtype:
-    """A numpy dtype of plain numbers, as pickled: a code, then a state with the byte order."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        if not re.fullmatch(r"[biufc]\d{1,2}", code):
-            raise pickle.UnpicklingError(f"numpy dtype {code!r} is not a plain number")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
+def _dtype(code: Any, *_: Any, state: Any) -> np.dtype[Any]:
+    if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}", code):
+        raise pickle.UnpicklingError(f"numpy dtype {code!r} is not a plain number")
+    return np.dtype(code).newbyteorder(state[1])
 
 
-class _Array:
-    """A numpy array, as pickled: created empty, then given its state."""
-
-    def __init__(self, *_: Any) -> None:
-        self.value = np.empty(0)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, data = state
-        self.value = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C").copy()
+def _array(*_: Any, state: Any) -> np.ndarray[Any, Any]:
+    _, shape, dtype, fortran, data = state
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
 
 
-def _scalar(dtype: _Dtype, data: bytes) -> Any:
-    return np.frombuffer(data, dtype.dtype)[0].item()
+def _scalar(dtype: Any, data: bytes, state: Any) -> Any:
+    return np.frombuffer(data, dtype)[0].item()
 
 
-def _path(*parts: str) -> str:
-    return str(Path(*parts))
+_MEMBERS: dict[str, dict[str, Any]] = {  # DeepSpeed's enumerations: member -> value
+    "deepspeed.runtime.zero.config.ZeroStageEnum":
+        {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3},
+    "deepspeed.runtime.fp16.loss_scaler.LossScaleProfile": {"FUSED": "fused", "UNFUSED": "unfused"},
+}  # fmt: skip
 
 
-class _Stage(int):
-    """DeepSpeed's ZeroStageEnum, pickled by value."""
-
-
-class _Profile(str):
-    """DeepSpeed's LossScaleProfile, pickled by value."""
-
-
-_MEMBERS: dict[type, dict[str, Any]] = {
-    _Stage: {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3},
-    _Profile: {"FUSED": "fused", "UNFUSED": "unfused"},
-}
-
-
-def _member(kind: Any, name: Any) -> Any:
+def _member(kind: Any, name: Any, state: Any) -> Any:
     """In place of getattr, by which Python 3.11.0 to 3.11.3 pickle a member of an enumeration: of these two alone."""
-    known = _MEMBERS.get(kind, {}) if isinstance(kind, type) else {}
+    known = _MEMBERS.get(str(kind), {})
     if name not in known:
         raise pickle.UnpicklingError(f"it asks for the attribute {name!r} of what is no enumeration of DeepSpeed")
     return known[name]
 
 
-_DS = "deepspeed."
-_ALLOWED: list[Any] = [
-    (_Stage, _DS + "runtime.zero.config.ZeroStageEnum"),
-    (_Profile, _DS + "runtime.fp16.loss_scaler.LossScaleProfile"),
-    (_member, "builtins.getattr"),
-    *((type(name.rpartition(".")[2], (_Inert,), {}), name) for name in (
-        _DS + "runtime.fp16.loss_scaler.LossScaler",
-        _DS + "runtime.fp16.loss_scaler.DynamicLossScaler",
-        _DS + "runtime.fp16.loss_scaler.LossScaleConfig",
-        _DS + "utils.tensor_fragment.fragment_address",
-        _DS + "checkpoint.universal_checkpoint.SubparamShape",
-        "argparse.Namespace",
-    )),
-    *((_path, f"{module}.{kind}") for module in ("pathlib", "pathlib._local") for kind in (
-        "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath",
-    )),
-    (_Dtype, "numpy.dtype"),
-    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    (np.ndarray, "numpy.ndarray"),
-]  # fmt: skip
-_LOCK = threading.RLock()  # torch keeps its allow-list in a global
+_INERT = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaleConfig",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
+    "argparse.Namespace",
+)  # what becomes {"class": name, **attributes}
+_VALUES: dict[str, Callable[..., Any]] = {
+    "deepspeed.runtime.zero.config.ZeroStageEnum": lambda value, state: int(value),
+    "deepspeed.runtime.fp16.loss_scaler.LossScaleProfile": lambda value, state: str(value),
+    "getattr": _member,
+    **{f"{module}.{kind}": lambda *parts, state: str(Path(*parts))
+       for module in ("pathlib", "pathlib._local")
+       for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
+    "numpy.dtype": _dtype,
+    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray._reconstruct": _array for core in ("core", "_core")},
+}  # fmt: skip
+"""What becomes a plain value: how, from the arguments and the state."""
+USUAL = {*_INERT, *_VALUES, "numpy.ndarray"}
+"""Names about which nobody needs to be told."""
 
 
-def load_all(paths: Sequence[Path]) -> list[Any]:
+def load_all(paths: Sequence[Path], plain: Collection[str] | None = None) -> list[Any]:
     """`load` each; files of the same content, as ranks' model states often are, are opened once and share an object."""
     seen: dict[str, Any] = {}
     objects = []
@@ -120,18 +91,19 @@ def load_all(paths: Sequence[Path]) -> list[Any]:
         checked = _check(path)
         found = seen.get(checked.content) if checked.content else None
         if found is None:
-            found = seen[checked.content] = _load(path, checked.structure)
+            found = seen[checked.content] = _load(path, checked, plain)
         objects.append(found)
     return objects
 
 
-def load(path: Path) -> Any:
+def load(path: Path, plain: Collection[str] | None = None) -> Any:
     """The file's object: dicts, lists, tuples, numbers, strings, numpy arrays, and detached CPU tensors.
 
     The tensors are views of a private memory map: nothing is read until an element is, and writing to one does not
-    change the file. Objects of allowed classes become ``{"class": name, **attributes}``.
+    change the file. Objects of DeepSpeed's classes become ``{"class": name, **attributes}``. ``plain``: if the file
+    holds a dict, this is so of the entries with these names alone, and the others may hold `Object` and `Name` as well.
     """
-    return _load(path, _check(path).structure)
+    return _load(path, _check(path), plain)
 
 
 def _check(path: Path) -> archive.Checked:
@@ -139,30 +111,44 @@ def _check(path: Path) -> archive.Checked:
     return archive.check(path)
 
 
-def _load(path: Path, size: int) -> Any:
+def _load(path: Path, checked: archive.Checked, plain: Collection[str] | None) -> Any:
+    mapped: list[Any] = []
+    storages: dict[str, Storage] = {}
+
+    def storage(key: str, kind: Name, numel: int) -> Storage:
+        if key not in storages:
+            begin, end = checked.tensors[key]
+            size = numel * STORAGES[kind.name].itemsize
+            if kind.module not in ("torch", "torch.storage") or not 0 <= size <= end - begin:
+                raise pickle.UnpicklingError(f"its tensor {key} is not {size:,} bytes long")
+            if not mapped:
+                mapped.append(torch.UntypedStorage.from_file(str(path), False, path.stat().st_size))
+            storages[key] = Storage(kind, mapped[0][begin : begin + size])
+        return storages[key]
+
     try:
-        with _LOCK, torch.serialization.safe_globals(_ALLOWED):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return _plain(found, _Budget(_NODES_A_BYTE * size + _NODES))
+        found = Unpickler(checked.structure, storage).load()
+        budget = _Budget(_NODES_A_BYTE * len(checked.structure) + _NODES)
+        if plain is None or not isinstance(found, dict):
+            return _plain(found, budget)
+        return {_plain(key, budget): _plain(value, budget) if key in plain else value for key, value in found.items()}
     except MemoryError:
         raise
-    except pickle.UnpicklingError as error:
-        if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InvalidCheckpoint(
-                f"{path}: refused, it names '{named[1]}', which is no class of a ZeRO checkpoint. Opening it could run "
-                "foreign code, so nothing was run. If you trust the file, load it yourself and save it again with "
-                "plain types (numbers, strings, lists, dicts, tensors) in its client state."
-            ) from None
-        raise _unreadable(path, error) from None
-    except Exception as error:  # a malformed file can make torch raise nearly anything
+    except Unsafe as error:
+        raise InvalidCheckpoint(
+            f"{path}: refused, it names '{error.args[0]}', which is no class of a ZeRO checkpoint. Opening it could "
+            "run foreign code, so nothing was run. If you trust the file, load it yourself and save it with plain "
+            "types (numbers, strings, lists, dicts, tensors)."
+        ) from None
+    except Exception as error:  # a malformed file can make this raise nearly anything
         raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> InvalidCheckpoint:
-    _, _, detail = str(error).rpartition("WeightsUnpickler error: ")  # before it stands torch's advice to be careless
-    reason = (detail.strip().splitlines() or [type(error).__name__])[0]
+    reason = (str(error).strip().splitlines() or [""])[0][:200] if isinstance(error, pickle.UnpicklingError) else ""
     return InvalidCheckpoint(
-        f"{path}: not readable as a torch file ({reason}). Copy it again from where it was written."
+        f"{path}: not readable as a torch file ({reason or type(error).__name__}). Copy it again from where it was "
+        "written."
     )
 
 
@@ -198,20 +184,26 @@ class _Budget:
 
 def _plain(value: Any, budget: _Budget) -> Any:
     budget.spend()
-    if isinstance(value, torch.Tensor):
-        return value.detach()
     if isinstance(value, dict):
         return {_plain(k, budget): _plain(v, budget) for k, v in value.items()}
     if isinstance(value, list):
         return [_plain(v, budget) for v in value]
     if isinstance(value, tuple):
         return tuple(_plain(v, budget) for v in value)
-    if isinstance(value, _Array):
-        return value.value
-    if isinstance(value, _Dtype):
-        return str(value.dtype)
-    if isinstance(value, (_Stage, _Profile)):
-        return int(value) if isinstance(value, _Stage) else str(value)
-    if isinstance(value, _Inert):
-        return {"class": type(value).__name__, **{k: _plain(v, budget) for k, v in vars(value).items()}}
+    if isinstance(value, Object):
+        return _opened(value, budget)
+    if isinstance(value, Name | Storage):
+        raise Unsafe(value if isinstance(value, Name) else value.kind)
     return value
+
+
+def _opened(found: Object, budget: _Budget) -> Any:
+    """An object of a known class as a plain value."""
+    name = str(found.made_by)
+    if name in _INERT:
+        state = found.state if isinstance(found.state, dict) else {}
+        return {"class": found.made_by.name, **_plain(state, budget)}
+    if name not in _VALUES:
+        raise Unsafe(found.made_by)
+    args = [arg if isinstance(arg, Name) else _plain(arg, budget) for arg in found.args]
+    return _VALUES[name](*args, state=None if found.state is Bare else _plain(found.state, budget))

@@ -46,7 +46,7 @@ class UniversalSource(Source):
             )
         self.precision = model.precision()
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
-        self.client_state, self.buffers = model.client_state, model.buffers
+        self.client_state, self.buffers, self.extras = model.client_state, model.buffers, model.extras
         self.aliases, self.unread = model.aliases, model.unread
         self._zero = folder / "zero"
         self._open: dict[Path, torch.Tensor] = {}

@@ -57,7 +57,9 @@ class TargetSpec:
     ``dtypes`` names); ``states``: those
     that ``values`` can give, ("fp32",) or all of `STATES` (missing moments are written as zeros: a fresh optimizer);
     ``loss_scaler``: attributes of DeepSpeed's loss scaler, used with fp16 only; ``client_state``: extra top-level
-    entries of the model states; ``extra_files``: name -> content, put beside the weights (tokenizer files);
+    entries of the model states; ``extras``: what the model's state dict holds beside parameters and ``buffers``; these
+    three may hold tensors and objects of any kind that `frames` writes;
+    ``extra_files``: name -> content, put beside the weights (tokenizer files);
     ``frozen``: names of parameters that are in no group, for the engine does not train them; ``fused``: that engine
     uses DeepSpeed's FusedAdam, and ``clip_grad`` is its gradient clipping (both matter at 16-bit stage 0 only);
     ``expert_parallel``: how it splits its experts (native shards of stages 1 and 2 only).
@@ -74,7 +76,8 @@ class TargetSpec:
     lr_scheduler: dict[str, Any] | None = None
     loss_scaler: dict[str, Any] | None = None
     client_state: dict[str, Any] = field(default_factory=dict)
-    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    buffers: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
     extra_files: dict[str, bytes] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     fused: bool = False

@@ -56,7 +56,8 @@ class ZeroSource(Source):
         self.stage = self._check_stage()
         self.precision = "bf16" if bf16 else model.precision()
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
-        self.client_state, self.buffers, self.aliases = model.client_state, model.buffers, model.aliases
+        self.client_state, self.aliases = model.client_state, model.aliases
+        self.buffers, self.extras = model.buffers, model.extras
         self.unread = model.unread
         self.loss_scaler = plain_scaler(self._ranks[0])
         self.clip_grad = self._ranks[0].get("clip_grad", model.clip_grad())

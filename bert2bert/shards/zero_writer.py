@@ -97,17 +97,20 @@ def model_states(
 ) -> dict[str, Any]:
     """The content of a ``*_model_states.pt``; ``stage`` None (universal) leaves the ZeRO stage out of its config.
     ``fragments``: values of the frozen parameters, of one rank at stage 3."""
+    # An engine takes every frozen parameter from these if they are there at all, so they are left out, as DeepSpeed's
+    # exclude_frozen_parameters does, where no frozen one is known: the model may well have some.
+    frozen = stage is None or (stage > 1 and bool(spec.frozen))
     common = {
-        "module": OrderedDict({**module, **spec.buffers}),
+        "module": OrderedDict({**module, **spec.buffers, **spec.extras}),
         "buffer_names": list(spec.buffers),
         "optimizer": None,
         "param_shapes": param_shapes,
-        "frozen_param_shapes": sizes(spec, spec.frozen) if stage not in (0, 1) else None,
+        "frozen_param_shapes": sizes(spec, spec.frozen) if frozen else None,
         "shared_params": dict(spec.aliases) if shared else {},
-        "frozen_param_fragments": OrderedDict(fragments) if stage not in (0, 1) else None,
+        "frozen_param_fragments": OrderedDict(fragments) if frozen else None,
         "lr_scheduler": spec.lr_scheduler,
-        "data_sampler": None,
-        "random_ltd": None,
+        "data_sampler": spec.client_state.get("data_sampler"),
+        "random_ltd": spec.client_state.get("random_ltd"),
         "skipped_steps": spec.counters.get("skipped_steps", 0),
         "global_steps": spec.counters["global_steps"],
         "global_samples": spec.counters.get("global_samples", 0),
@@ -117,7 +120,7 @@ def model_states(
         "ds_config": _config(spec, stage),
         "ds_version": DS_VERSION,
     }
-    if taken := sorted(common.keys() & spec.client_state.keys()):
+    if taken := sorted((common.keys() - {"data_sampler", "random_ltd"}) & spec.client_state.keys()):
         raise ValueError(f"client state must not use DeepSpeed's own keys: {taken}")
     return common | spec.client_state
 

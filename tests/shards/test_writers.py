@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from bert2bert.errors import InvalidConfig
-from bert2bert.shards import frames, writing, zipped
+from bert2bert.shards import frames, torchfile, writing, zipped
 from bert2bert.shards.digest import digest, file_digest, hex16
 from bert2bert.shards.frames import Blank, Foreign
 from bert2bert.shards.sink import Sink
@@ -83,9 +83,22 @@ def test_a_stream_of_the_wrong_length_is_a_defect(tmp_path: Path, count: int) ->
         save(tmp_path / "f.pt", Blank((45,), torch.float32, partial(parts, torch.zeros(count))))
 
 
-def test_a_dtype_that_no_storage_class_has_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="complex64"):
-        save(tmp_path / "f.pt", torch.zeros(2, dtype=torch.complex64))
+@pytest.mark.parametrize(
+    "dtype", sorted({*torch.storage._dtype_to_storage_type_map(), *torch.storage._new_dtypes()}, key=str)
+)
+def test_every_dtype_is_written_as_torch_reads_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    if str(dtype).startswith(("torch.q", "torch.bits")):
+        pytest.skip("of no tensor that Python makes")
+    content = torch.randint(0, 2, (48,), dtype=torch.uint8).view(dtype).reshape(-1, 1)
+    save(tmp_path / "f.pt", {"x": content, "scalar": content[0, 0]})
+    for how in ({"mmap": True}, {"weights_only": False}):
+        found = torch.load(tmp_path / "f.pt", **how)
+        assert found["x"].dtype == found["scalar"].dtype == dtype and found["x"].shape == content.shape
+        assert torch.equal(found["x"].view(torch.uint8), content.view(torch.uint8))
+    torch.save({"x": content}, tmp_path / "g.pt")
+    for file in "fg":
+        mine = torchfile.load(tmp_path / f"{file}.pt")["x"]
+        assert mine.dtype == dtype and torch.equal(mine.view(torch.uint8), content.view(torch.uint8))
 
 
 def anonymous_memory() -> int:
