@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -83,12 +84,14 @@ def test_a_stream_of_the_wrong_length_is_a_defect(tmp_path: Path, count: int) ->
         save(tmp_path / "f.pt", Blank((45,), torch.float32, partial(parts, torch.zeros(count))))
 
 
+DTYPES = {*torch.storage._dtype_to_storage_type_map(), *torch.storage._new_dtypes()}  # all that torch.save knows
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize(
-    "dtype", sorted({*torch.storage._dtype_to_storage_type_map(), *torch.storage._new_dtypes()}, key=str)
+    "dtype", [d for d in sorted(DTYPES, key=str) if not re.match(r"torch\.(q|bits)", str(d))], ids=str
 )
 def test_every_dtype_is_written_as_torch_reads_it(tmp_path: Path, dtype: torch.dtype) -> None:
-    if str(dtype).startswith(("torch.q", "torch.bits")):
-        pytest.skip("of no tensor that Python makes")
     content = torch.randint(0, 2, (48,), dtype=torch.uint8).view(dtype).reshape(-1, 1)
     save(tmp_path / "f.pt", {"x": content, "scalar": content[0, 0]})
     for how in ({"mmap": True}, {"weights_only": False}):
