@@ -207,6 +207,7 @@ def _target(args: argparse.Namespace) -> dict[str, Any]:
         "stage": args.stage,
         "world_size": args.world_size,
         "expert_parallel": args.expert_parallel,
+        "target_tag": args.target_tag,
         "precision": args.precision,
         "layout": args.groups,
         "shard_size": args.shard_size,

@@ -19,7 +19,18 @@ from bert2bert.errors import LossyGrowth, UnsupportedGrowth
 from bert2bert.expert_targets import notes, with_experts
 from bert2bert.planning import Growth, describe, exactness, open_growth, summary
 from bert2bert.tables import table_for
-from bert2bert.targets import check_form, known_layout, left, make_spec, progress, rounding, unopened, versions, widest
+from bert2bert.targets import (
+    check_form,
+    known_layout,
+    left,
+    make_spec,
+    progress,
+    rounding,
+    tagged,
+    unopened,
+    versions,
+    widest,
+)
 
 if TYPE_CHECKING:
     from bert2bert.shards.source import Source
@@ -116,6 +127,7 @@ def grow(
     stage: int | None = None,
     world_size: int | None = None,
     expert_parallel: int | None = None,
+    target_tag: str | None = None,
     precision: str | None = None,
     layout: str | None = None,
     lossy: bool = False,
@@ -135,6 +147,7 @@ def grow(
     from bert2bert.drift import report_drift
     from bert2bert.realise import values
     from bert2bert.sample import Tokens
+    from bert2bert.shards import clients
     from bert2bert.shards.transfer import together, write_checkpoint
     from bert2bert.shards.watch import Watch
     from bert2bert.shards.writing import check_target
@@ -150,6 +163,7 @@ def grow(
         spec = with_experts(
             spec, growth.model.source, expert_parallel, form=form, stage=stage, world=world_size, layout=layout
         )
+        spec = tagged(spec, target_tag, form)
         if first:
             check_target(target, spec, form)
         return growth, spec, watch
@@ -160,6 +174,7 @@ def grow(
     if form == "hub" == model.source.form:
         told += left(model.source, spec)
     told += [*buffers.left_out(model.source, form), *unopened(model.source, form)]
+    told += clients.notes(model.source.folder, spec.beside, target, form, model.source.world_size, world_size)
     if first:
         say("\n".join([summary(growth, describe(growth)), *(f"note     {text}" for text in told)]))
     canonical = {stored: n for n, stored in named.items()}

@@ -138,6 +138,9 @@ def parser(runs: Mapping[str, Run]) -> Parser:
             help="optimizer groups: per layer (ours), decay/no-decay (as transformers' Trainer's), one, the source's "
             "(default: as found)",
         )
+        p.add_argument(
+            "--target-tag", metavar="TAG", help="the name of the checkpoint's folder (default: the source's)"
+        )
         p.add_argument("--shard-size", metavar="SIZE", help="largest weights file of --format hub (default: 5GB)")
         p.add_argument(
             "--workers",

@@ -21,7 +21,7 @@ from bert2bert.expert_targets import notes as expert_notes
 from bert2bert.expert_targets import with_experts
 from bert2bert.shards.commit import check_contents
 from bert2bert.target_names import Names
-from bert2bert.targets import check_form, known_layout, left, make_spec, progress, rounding, unopened, versions
+from bert2bert.targets import check_form, known_layout, left, make_spec, progress, rounding, tagged, unopened, versions
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,7 @@ def reshard(
     stage: int | None = None,
     world_size: int | None = None,
     expert_parallel: int | None = None,
+    target_tag: str | None = None,
     precision: str | None = None,
     layout: str | None = None,
     shard_size: str | None = None,
@@ -56,6 +57,7 @@ def reshard(
     Every rank of ``comm`` calls this alike. Raises UserError of all kinds; what is finished then, the same call uses
     again.
     """
+    from bert2bert.shards import clients
     from bert2bert.shards.transfer import together, write_checkpoint
     from bert2bert.shards.watch import Watch
     from bert2bert.shards.writing import check_target
@@ -70,14 +72,16 @@ def reshard(
             opened, names, form=form, stage=stage, world_size=world_size, layout=layout, precision=precision
         )
         spec = with_experts(spec, opened, expert_parallel, form=form, stage=stage, world=world_size, layout=layout)
+        spec = tagged(spec, target_tag, form)
         if first:
             check_target(target, spec, form)
         return opened, names, spec, Watch(opened)
 
     opened, names, spec, watch = together(comm, prepare)
     told = [*notes(opened, names, spec, form), *expert_notes(spec)]
+    beside = clients.notes(opened.folder, spec.beside, target, form, opened.world_size, world_size)
     if first:
-        say(_summary(opened, spec, form, stage, world_size, told))
+        say(_summary(opened, spec, form, stage, world_size, [*told, *beside]))
 
     def read(name: str, state: str, start: int, stop: int) -> torch.Tensor:
         return opened.read(names.stored[name], state, start, stop).float()

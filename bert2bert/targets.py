@@ -7,6 +7,7 @@ are not known, where the format keeps them, and groups that join differently tra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,8 @@ def make_spec(
     """
     import torch
 
-    from bert2bert.shards.beside import grown_beside
+    from bert2bert.shards import clients
+    from bert2bert.shards.beside import grown_beside, json_bytes
     from bert2bert.shards.moments import ADAM
     from bert2bert.shards.writing import TargetGroup, TargetSpec
 
@@ -140,6 +142,10 @@ def make_spec(
             )
         return dict(found[0])
 
+    beside = clients.beside(source.folder) if "hub" not in (form, source.form) else {}
+    if beside and config:
+        beside["config.json"] = json_bytes(config)
+
     names = [name for name in origins if name not in frozen]
     if chosen == "source":
         ordered = order(names)
@@ -167,7 +173,10 @@ def make_spec(
         buffers=source.buffers,
         extras=source.extras,
         extra_files=grown_beside(config, source.folder, source.path) if form == "hub" else {},
+        tag_name=source.tag,
+        beside=beside,
         frozen=tuple(frozen),
+        lists_frozen=source.lists_frozen,
         fused=source.fused,
         clip_grad=source.clip_grad,
         dtypes={name: getattr(torch, dtype) for name, dtype in (dtypes or {}).items() if form == "hub"},
@@ -200,6 +209,18 @@ def left(source: Source, spec: TargetSpec) -> list[str]:
 
     found = left_beside(source.folder, spec.extra_files, source.files)
     return [f"left behind in {source.folder}: {', '.join(found)}"] if found else []
+
+
+def tagged(spec: TargetSpec, tag: str | None, form: str) -> TargetSpec:
+    """The target under another tag, if one is given. Raises InvalidConfig."""
+    from bert2bert.shards.clients import check_tag
+
+    if tag is None:
+        return spec
+    if form == "hub":
+        raise InvalidConfig("--target-tag: a Hugging Face folder has no tags; leave it out")
+    check_tag(tag)
+    return replace(spec, tag_name=tag)
 
 
 def unopened(source: Source, form: str) -> list[str]:

@@ -23,6 +23,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import xxhash
@@ -269,8 +270,11 @@ class Pending:
 
     # --- after writing -----------------------------------------------------------------------------------------
 
-    def commit(self, manifest: dict[str, Any], pointers: tuple[str, ...]) -> Path:
-        """Make the written folder the checkpoint: sync, manifest, rename, then the pointers in order. Returns it."""
+    def commit(
+        self, manifest: dict[str, Any], pointers: tuple[str, ...], beside: Mapping[str, bytes] = MappingProxyType({})
+    ) -> Path:
+        """Make the written folder the checkpoint: sync, manifest, rename, what lies beside it, then the pointers in
+        order. Returns it."""
         with disk_errors(self.target):
             for folder, _, _ in os.walk(self.files):
                 fsync_folder(Path(folder))
@@ -282,6 +286,8 @@ class Pending:
                 os.rename(self.final, self.partial / _REPLACED)  # an abandoned growth, else refused above
             os.rename(self.files, self.final)
             fsync_folder(self.final.parent)
+            for name, content in beside.items():
+                replace(self.target / name, content, self.partial)
             for name in pointers:
                 set_latest(self.target, self.final.name, name, scratch=self.partial)
             self._clear()

@@ -171,6 +171,7 @@ class ModelStates:
         self.flat_names = {name for group in self.shapes for name in group}
         self.aliases: dict[str, str] = {}
         self.frozen: dict[str, tuple[int, ...]] = {}
+        self.lists_frozen = first.get("frozen_param_shapes") is not None
         self.unread: tuple[str, ...] = ()
         self._sort_out_the_rest()
 

@@ -65,8 +65,9 @@ class Source:
     not there reads as zeros); ``fused``: trained with DeepSpeed's FusedAdam; ``clip_grad``: the run's gradient
     clipping, None where it is not known; ``expert_parallel``: of a run whose experts are split over ranks;
     ``extras``: of the model's state dict what is neither parameter nor buffer (these, buffers, client state and
-    scheduler may hold objects that were not opened); ``unread``: names the model has whose values the checkpoint does
-    not hold; ``notes``: what else a user should know of how it was read, in sentences.
+    scheduler may hold objects that were not opened); ``lists_frozen``: whether the files list what is frozen;
+    ``unread``: names the model has whose values the checkpoint does not hold; ``notes``: what else a user should know
+    of how it was read, in sentences.
     """
 
     form: str = ""
@@ -93,6 +94,7 @@ class Source:
         self.client_state: dict[str, Any] = {}
         self.buffers: dict[str, Any] = {}
         self.extras: dict[str, Any] = {}
+        self.lists_frozen = False
         self.unread: tuple[str, ...] = ()
         self.notes: list[str] = []
         self.files: list[Path] = []  # all files that make up the checkpoint, for `identity` and `inspect`

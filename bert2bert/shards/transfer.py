@@ -265,7 +265,7 @@ def write_checkpoint(
             raise RuntimeError(f"{folder.files} does not hold the files planned: {entries.keys() ^ found.keys()}")
         manifest = _manifest(spec, form, stage, world_size, manifest_growth, entries)
         _check_digests(manifest["tensors"], expected or {})
-        return folder.commit({**manifest, **(manifest_more or {})}, POINTERS[form])
+        return folder.commit({**manifest, **(manifest_more or {})}, POINTERS[form], spec.beside)
 
     try:
         plans: list[FilePlan] = together(

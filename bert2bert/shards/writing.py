@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bert2bert.errors import InvalidConfig
 from bert2bert.shards.commit import Pending
 from bert2bert.shards.digest import combine, digest, hex16
 from bert2bert.shards.expert_parallel import ExpertParallel
@@ -54,15 +55,17 @@ class TargetSpec:
 
     ``shapes``: every parameter in model order, tied copies absent; ``aliases``: absent tied name -> kept name;
     ``precision``: "fp32", "bf16" or "fp16" of the engine that will load it (of the file for hub, but for tensors that
-    ``dtypes`` names); ``states``: those
-    that ``values`` can give, ("fp32",) or all of `STATES` (missing moments are written as zeros: a fresh optimizer);
+    ``dtypes`` names); ``states``: those that ``values`` can give, ("fp32",) or all
+    of `STATES` (missing moments are written as zeros: a fresh optimizer);
     ``loss_scaler``: attributes of DeepSpeed's loss scaler, used with fp16 only; ``client_state``: extra top-level
     entries of the model states; ``extras``: what the model's state dict holds beside parameters and ``buffers``; these
     three may hold tensors and objects of any kind that `frames` writes;
     ``extra_files``: name -> content, put beside the weights (tokenizer files);
-    ``frozen``: names of parameters that are in no group, for the engine does not train them; ``fused``: that engine
+    ``frozen``: names of parameters that are in no group, for the engine does not train them; ``lists_frozen``: whether
+    the model is known to have no other such parameters; ``fused``: that engine
     uses DeepSpeed's FusedAdam, and ``clip_grad`` is its gradient clipping (both matter at 16-bit stage 0 only);
-    ``expert_parallel``: how it splits its experts (native shards of stages 1 and 2 only).
+    ``expert_parallel``: how it splits its experts (native shards of stages 1 and 2 only); ``tag_name``: of the folder,
+    None = DeepSpeed's; ``beside``: name -> content, put beside that folder (what a training program keeps there).
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -80,10 +83,13 @@ class TargetSpec:
     extras: dict[str, Any] = field(default_factory=dict)
     extra_files: dict[str, bytes] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    lists_frozen: bool = True
     fused: bool = False
     clip_grad: float | None = None
     expert_parallel: ExpertParallel | None = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    tag_name: str | None = None
+    beside: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         grouped = [*(name for group in self.groups for name in group.names), *self.frozen]
@@ -97,8 +103,8 @@ class TargetSpec:
 
     @property
     def tag(self) -> str:
-        """DeepSpeed's folder name for this step."""
-        return f"global_step{self.counters['global_steps']}"
+        """The name of the checkpoint's folder, DeepSpeed's for this step where no other was chosen."""
+        return self.tag_name or f"global_step{self.counters['global_steps']}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,6 +146,10 @@ def pending(target: Path, spec: TargetSpec, form: str) -> Pending:
 def check_target(target: Path, spec: TargetSpec, form: str) -> None:
     """Refuse (InvalidConfig), before any work is done, a target where `transfer.write_checkpoint` would not write."""
     pending(Path(target), spec, form).refuse()
+    for name, content in spec.beside.items():
+        file = Path(target) / name
+        if file.exists() and not (file.is_file() and file.read_bytes() == content):
+            raise InvalidConfig(f"{file} is there already and is another than the source's. Name a new folder.")
 
 
 class Stopped(Exception):

@@ -58,6 +58,7 @@ class ZeroSource(Source):
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
         self.client_state, self.aliases = model.client_state, model.aliases
         self.buffers, self.extras = model.buffers, model.extras
+        self.lists_frozen = model.lists_frozen
         self.unread = model.unread
         self.loss_scaler = plain_scaler(self._ranks[0])
         self.clip_grad = self._ranks[0].get("clip_grad", model.clip_grad())

@@ -97,9 +97,8 @@ def model_states(
 ) -> dict[str, Any]:
     """The content of a ``*_model_states.pt``; ``stage`` None (universal) leaves the ZeRO stage out of its config.
     ``fragments``: values of the frozen parameters, of one rank at stage 3."""
-    # An engine takes every frozen parameter from these if they are there at all, so they are left out, as DeepSpeed's
-    # exclude_frozen_parameters does, where no frozen one is known: the model may well have some.
-    frozen = stage is None or (stage > 1 and bool(spec.frozen))
+    # If these are there at all, an engine looks for each of its frozen parameters in them.
+    frozen = stage is None or (stage > 1 and (bool(spec.frozen) or spec.lists_frozen))
     common = {
         "module": OrderedDict({**module, **spec.buffers, **spec.extras}),
         "buffer_names": list(spec.buffers),
