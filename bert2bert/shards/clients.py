@@ -78,7 +78,7 @@ def notes(
 
     ``folder``: of the source's tag; ``was``, ``world``: the ranks of source and target, where they are known.
     """
-    client, carried = client_of(folder), list(carried)
+    client, carried = client_of(folder), [name for name in carried if name != "config.json"]  # which is the target's
     if client is None or form == "hub":
         return []
     keep = {*carried, "config.json", "latest", "latest_universal"}
