@@ -106,10 +106,14 @@ def between(
 
 
 def _classes(model: CheckpointModel, target: Mapping[str, Any]) -> list[str] | None:
-    """The transformers class of the grown model: the target config's or the source's if it has these heads."""
-    said = [*(target.get("architectures") or ()), *(model.config.get("architectures") or ())]
-    classes = [name for name, heads in table_for(target).classes.items() if heads == model.heads]
-    return [name for name in (*said, *classes) if name in classes][:1] or target.get("architectures")
+    """The transformers class of the grown model: the target config's, if it has these heads; the source's, if it has
+    them but for a pooler, which older versions saved beside other heads; else one that has them."""
+    classes = table_for(target).classes
+    found = [name for name in target.get("architectures") or () if classes.get(name) == model.heads]
+    own = model.config.get("architectures") or ()
+    found += [name for name in own if name in classes and classes[name] <= model.heads <= classes[name] | {"pooler"}]
+    found += [name for name, heads in classes.items() if heads == model.heads]
+    return found[:1] or target.get("architectures")
 
 
 def describe(growth: Growth) -> dict[str, Any]:

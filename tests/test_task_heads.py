@@ -127,6 +127,25 @@ def test_labels_are_those_of_the_source(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("cls", ["RobertaForSequenceClassification", "BertForTokenClassification"])
+def test_a_pooler_beside_the_head_grows_too(cls: str, tmp_path: Path) -> None:
+    """Older versions saved one that the class does not have."""
+    config, file = save(tmp_path / "small", cls), tmp_path / "small" / "model.safetensors"
+    outer = table_for(config).outer
+    pooler = {f"{outer}pooler.dense.weight": torch.randn(8, 8), f"{outer}pooler.dense.bias": torch.randn(8)}
+    save_file({**load_file(file), **pooler}, file, {"format": "pt"})
+    target = goal(tmp_path / "big.json", {**config, "architectures": None})
+    grow(tmp_path / "small", tmp_path / "big", target, form="hub", say=quiet)
+    assert json.loads((tmp_path / "big" / "config.json").read_text())["architectures"] == [cls]
+    grown = load_file(tmp_path / "big" / "model.safetensors")
+    assert {name: grown[name].shape[0] for name in pooler} == dict.fromkeys(pooler, 16)
+    big = getattr(transformers, cls).from_pretrained(tmp_path / "big").eval()
+    small = getattr(transformers, cls).from_pretrained(tmp_path / "small").eval()
+    with torch.no_grad():
+        old, new = (tiny.outputs(model, config)["logits"] for model in (small, big))
+    assert torch.allclose(old, new, rtol=1e-3, atol=1e-3 * old.abs().max().item())
+
+
 def test_which_of_two_heads_of_the_same_names(tmp_path: Path) -> None:
     """A choice's classifier has one row, by the config's class alone told from a classifier of one label."""
     save(tmp_path, "BertForMultipleChoice")
