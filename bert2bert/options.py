@@ -53,14 +53,19 @@ def parser(runs: Mapping[str, Run]) -> Parser:
         "  bert2bert prepare --corpus emma --vocab-size 1024 --output bins/",
     )
     origin = p.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="text files (.txt, .gz, .xz)")
+    origin.add_argument(
+        "--text", nargs="+", type=Path, default=[], metavar="FILE", help="text files, plain or .gz, .bz2, .xz"
+    )
     origin.add_argument("--dataset", metavar="NAME", help="a dataset of the hub, or a local folder or file of one")
     origin.add_argument("--corpus", metavar="BOOK", help="the embedded corpus of seven novels, with BOOK held out")
     p.add_argument("--dataset-config", metavar="NAME", help="the dataset's configuration")
     p.add_argument("--dataset-split", default="train", metavar="NAME", help="the dataset's split (default: train)")
     p.add_argument("--text-column", default="text", metavar="NAME", help="the column that holds text (default: text)")
     p.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="tokenizer.json, vocab.txt or a folder (default: train)"
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="a Hub folder, tokenizer.json or vocab.txt (default: train)",
     )
     p.add_argument("--vocab-size", type=int, default=30522, metavar="N", help="of a trained tokenizer (default: 30522)")
     p.add_argument("--heldout-text", nargs="+", type=Path, default=[], metavar="FILE", help="files to hold out")

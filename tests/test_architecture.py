@@ -36,8 +36,8 @@ ALLOWED = {
 ONLY_IN = {
     "deepspeed": ("train/engine.py",),
     "mpi4py": ("shards/transfer.py",),
-    "datasets": ("data/text.py", "data/prepare.py"),
-    "transformers": ("reference.py",),
+    "datasets": ("data/records.py",),
+    "transformers": ("reference.py", "data/tokenizer_files.py"),
 }
 
 

@@ -1,6 +1,7 @@
 """Token bins: a folder of memory-mapped token ids with document boundaries.
 
     tokenizer.json        the tokenizer that made the ids
+    tokenizer_config.json what transformers must know to make the same of it: the roles of its special tokens
     meta.json             sizes, special ids, digests, entropies, where the text came from
     {split}.bin           token ids, uint16 or uint32, documents one behind the other, no special tokens added
     {split}.idx.npy       int64 offsets of the documents, one more than there are documents

@@ -1,12 +1,13 @@
 """Text → token bins (`bins.py` describes the folder).
 
 Reads text files and `datasets` datasets as streams, trains a tokenizer on the training documents or takes one, and
-writes tokens with document boundaries in bounded memory. The held-out split is named files, or a fraction of the
+writes tokens with document boundaries in bounded memory (a tokenizer whose tokens may reach over a line end gets each
+document whole). The held-out split is named files, or a fraction of the
 documents chosen by a keyed hash of their text, so that exact duplicates never lie on both sides. The folder appears
 only when it is complete.
 
-Refuses: an output that exists, text that cannot be used (`text.py`), a tokenizer without BERT's special tokens, no
-held-out text.
+Refuses: an output that exists, text that cannot be used (`text.py`, `records.py`), a tokenizer that cannot
+(`tokenizer_files.py`), no held-out text.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -25,8 +27,10 @@ import numpy as np
 
 from bert2bert import __version__
 from bert2bert.data.bins import FORMAT_VERSION, SPLITS, SplitWriter, blake, token_dtype
-from bert2bert.data.text import DOCUMENTS, Records, TextFile, open_dataset
-from bert2bert.data.tokenizer import load_tokenizer, special_ids, table_size, train_tokenizer
+from bert2bert.data.records import Records, open_dataset
+from bert2bert.data.text import DOCUMENTS, TextFile
+from bert2bert.data.tokenizer import TextTokenizer, train_tokenizer
+from bert2bert.data.tokenizer_files import load_tokenizer
 from bert2bert.errors import InvalidConfig, InvalidData, UserError, did_you_mean
 from bert2bert.progress import progress
 
@@ -63,6 +67,8 @@ def prepare(
     heldout: list[Source] = [TextFile(Path(path).expanduser()) for path in heldout_text]
     _check_files([source for source in train + heldout if isinstance(source, TextFile)])
     taken = None if tokenizer is None else load_tokenizer(Path(tokenizer))
+    for note in () if taken is None else taken.notes:
+        print(f"note     {note}", file=sys.stderr)
     if dataset is not None:
         train.append(open_dataset(dataset, dataset_config, dataset_split, text_column))
     stream = _Stream(train, heldout, heldout_fraction, document, seed, progress)
@@ -132,19 +138,22 @@ class _Stream:
         return told
 
 
-def _write(folder: Path, stream: _Stream, tokenizer: Any) -> dict[str, Any]:
-    vocab_size = table_size(tokenizer)
+def _write(folder: Path, stream: _Stream, tokenizer: TextTokenizer) -> dict[str, Any]:
+    vocab_size = tokenizer.table_size
     dtype = token_dtype(vocab_size)
-    text = tokenizer.to_str(pretty=True)
+    text = tokenizer.backend.to_str(pretty=True)
     (folder / "tokenizer.json").write_text(text, "utf-8")
-    tokenizer.encode_special_tokens = True  # "[MASK]" in a text is five characters, not the mask
+    config = json.dumps(tokenizer.config, indent=1, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(config, "utf-8")
+    encoder = tokenizer.for_text()
     with contextlib.ExitStack() as stack:
         writers = {split: SplitWriter(folder, split, dtype, vocab_size) for split in SPLITS}
         for writer in writers.values():
             stack.callback(writer.bin.close)
             stack.callback(writer.ends.close)
-        for batch in _batches(stream.read("tokens")):
-            encoded = tokenizer.encode_batch_fast([piece for piece, _, _ in batch], add_special_tokens=False)
+        read = stream.read("tokens")
+        for batch in _batches(read if tokenizer.ends_at_lines else _whole(read)):
+            encoded = encoder.encode_batch_fast([piece for piece, _, _ in batch], add_special_tokens=False)
             for (_, split, ends), encoding in zip(batch, encoded, strict=True):
                 writers[split].add(encoding.ids, ends)
         for writer in writers.values():
@@ -163,11 +172,12 @@ def _write(folder: Path, stream: _Stream, tokenizer: Any) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "vocab_size": vocab_size,
         "dtype": dtype.name,
-        "special": special_ids(tokenizer),
+        "special": tokenizer.special_ids,
         "tokenizer_digest": blake([text.encode()]),
         "digest": blake(f"{split} {writer.digest.hexdigest()}\n".encode() for split, writer in writers.items()),
         "splits": splits,
         "document": stream.document,
+        "notes": list(tokenizer.notes),
         "sources": stream.describe(),
         "versions": {"bert2bert": __version__},
     }
@@ -176,6 +186,16 @@ def _write(folder: Path, stream: _Stream, tokenizer: Any) -> dict[str, Any]:
         _sync(file)
     _sync(folder)
     return meta
+
+
+def _whole(stream: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[str, str, bool]]:
+    """Each document as one piece."""
+    held: list[str] = []
+    for piece, split, ends in stream:
+        held.append(piece)
+        if ends:
+            yield "".join(held), split, True
+            held = []
 
 
 def _batches(stream: Iterable[tuple[str, str, bool]]) -> Iterator[list[tuple[str, str, bool]]]:
@@ -248,7 +268,9 @@ def _clear(partial: Path) -> None:
     """Remove what a killed run left; never anything else."""
     if not partial.exists():
         return
-    ours = {"tokenizer.json", "meta.json"} | {f"{s}.{end}" for s in SPLITS for end in ("bin", "ends", "idx.npy")}
+    ours = {"tokenizer.json", "tokenizer_config.json", "meta.json"} | {
+        f"{s}.{end}" for s in SPLITS for end in ("bin", "ends", "idx.npy")
+    }
     foreign = sorted(file.name for file in partial.iterdir() if file.name not in ours) if partial.is_dir() else ["?"]
     if foreign:
         raise InvalidData(

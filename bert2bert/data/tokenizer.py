@@ -1,35 +1,86 @@
-"""A tokenizer for the bins: trained on the text (WordPiece, BERT's normalisation) or taken from a file.
+"""A tokenizer for the bins, and one trained on the text (WordPiece, BERT's normalisation).
 
-Refuses, with `InvalidData`: a tokenizer that is not there, cannot be read, or lacks one of `SPECIAL`.
+`tokenizer_files.py` takes one from files. Refuses, with `InvalidConfig`, a vocabulary too small to train.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bert2bert.errors import InvalidConfig, InvalidData, UserError
+from bert2bert.errors import InvalidConfig, UserError
 
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
 
-def _wordpiece(vocab: dict[str, int] | None, lowercase: bool) -> Any:
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A fast tokenizer and the roles of its special tokens.
+
+    backend: a `tokenizers.Tokenizer`; special: 'pad', 'unk', 'cls', 'sep' and 'mask' -> token; config: what a
+    tokenizer_config.json beside its tokenizer.json must say so that transformers makes the same tokenizer of the two;
+    notes: what the user must be told about it.
+    """
+
+    backend: Any
+    special: Mapping[str, str]
+    config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Role -> id."""
+        return {role: self.backend.token_to_id(token) for role, token in self.special.items()}
+
+    @property
+    def table_size(self) -> int:
+        """Rows an embedding table needs: the largest id + 1 (a vocabulary may have holes)."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def ends_at_lines(self) -> bool:
+        """Whether the ids of a text are those of its lines, one behind the other: a line end always ends a token."""
+        state = json.loads(self.backend.to_str())
+        kinds = [(state[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
+        spaced = any(character.isspace() for token in state["added_tokens"] for character in token["content"])
+        return kinds[0] in (None, "BertNormalizer") and kinds[1] == "BertPreTokenizer" and not spaced
+
+    def for_text(self) -> Any:
+        """The `tokenizers.Tokenizer` that encodes a corpus.
+
+        "[MASK]" written in a text is six characters, not the mask, and so for every token with a role; other added
+        tokens are tokens, special or not. Nothing is drawn at random (BPE dropout), padded or cut.
+        """
+        from tokenizers import Tokenizer
+
+        roles = {str(self.config.get(f"{role}_token")) for role in (*self.special, "bos", "eos")}
+        state = json.loads(self.backend.to_str())
+        for token in state["added_tokens"]:
+            token["special"] = token["content"] in roles
+        if state["model"].get("dropout"):
+            state["model"]["dropout"] = None
+        tokenizer = Tokenizer.from_str(json.dumps({**state, "truncation": None, "padding": None}))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+
+def _wordpiece(vocab: dict[str, int] | None) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     model = models.WordPiece(vocab, unk_token=SPECIAL["unk"]) if vocab else models.WordPiece(unk_token=SPECIAL["unk"])
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
 
 
-def train_tokenizer(texts: Callable[[str], Iterator[str]], vocab_size: int) -> Any:
+def train_tokenizer(texts: Callable[[str], Iterator[str]], vocab_size: int) -> TextTokenizer:
     """A lower-casing WordPiece tokenizer of at most `vocab_size` tokens (fewer when the text is small).
 
     texts(purpose): the training text from its beginning; read twice. The same text gives the same tokenizer.
@@ -39,7 +90,7 @@ def train_tokenizer(texts: Callable[[str], Iterator[str]], vocab_size: int) -> A
 
     if vocab_size < 64:
         raise InvalidConfig(f"--vocab-size is {vocab_size}, expected at least 64 (5 special tokens and an alphabet).")
-    tokenizer = _wordpiece(None, lowercase=True)
+    tokenizer = _wordpiece(None)
     # Each character may cost two tokens, x and ##x; BERT's own limit is 1,000 characters.
     alphabet, inner = _alphabet(texts("alphabet"), tokenizer, min(1000, vocab_size // 4))
     failure: list[UserError] = []
@@ -64,7 +115,7 @@ def train_tokenizer(texts: Callable[[str], Iterator[str]], vocab_size: int) -> A
     tokenizer.train_from_iterator(guarded(), trainer)
     if failure:
         raise failure[0]
-    tokenizer = _wordpiece(tokenizer.get_vocab(), lowercase=True)
+    tokenizer = _wordpiece(tokenizer.get_vocab())
     tokenizer.add_special_tokens(list(SPECIAL.values()))
     cls, sep = SPECIAL["cls"], SPECIAL["sep"]
     tokenizer.post_processor = TemplateProcessing(
@@ -72,7 +123,8 @@ def train_tokenizer(texts: Callable[[str], Iterator[str]], vocab_size: int) -> A
         pair=f"{cls} $A {sep} $B:1 {sep}:1",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
     )
-    return tokenizer
+    names = {f"{role}_token": token for role, token in SPECIAL.items()}
+    return TextTokenizer(tokenizer, SPECIAL, {"tokenizer_class": "PreTrainedTokenizerFast", **names})
 
 
 def _alphabet(texts: Iterator[str], tokenizer: Any, limit: int) -> tuple[list[str], list[str]]:
@@ -108,65 +160,3 @@ def _joined(texts: Iterator[str], size: int) -> Iterator[str]:
             run, held = [], 0
     if run:
         yield " ".join(run)
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in a tokenizer.json, a vocab.txt (WordPiece), or a folder that holds one of them.
-
-    A vocab.txt lower-cases if tokenizer_config.json beside it says so, or, without one, if no token has a capital.
-    """
-    from tokenizers import Tokenizer
-
-    path = path.expanduser()
-    file = path
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
-        if not found:
-            raise InvalidData(
-                f"tokenizer folder {path} holds neither tokenizer.json nor vocab.txt.\n"
-                "  Give a Hugging Face tokenizer folder, or leave --tokenizer out to train one."
-            )
-        file = found[0]
-    if not file.is_file():
-        raise InvalidData(
-            f"tokenizer {path} does not exist.\n"
-            "  Give the path of a tokenizer.json, a vocab.txt or their folder, or leave --tokenizer out to train one."
-        )
-    try:
-        tokenizer = _from_vocab(file) if file.suffix == ".txt" else Tokenizer.from_file(str(file))
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InvalidData(
-            f"tokenizer {file} cannot be read: {error}\n  Expected a tokenizer.json of the tokenizers library, or a"
-            " vocab.txt with one token a line."
-        ) from error
-    for token in SPECIAL.values():
-        if tokenizer.token_to_id(token) is None:
-            raise InvalidData(
-                f"tokenizer {file} has no {token} token; BERT needs {' '.join(SPECIAL.values())}.\n"
-                f"  Add it to the tokenizer, or leave --tokenizer out to train one."
-            )
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _from_vocab(file: Path) -> Any:
-    vocab = {token: i for i, token in enumerate(file.read_text("utf-8").splitlines()) if token}
-    config = file.parent / "tokenizer_config.json"
-    setting = json.loads(config.read_text("utf-8")).get("do_lower_case") if config.is_file() else None
-    lowercase = all(t == t.lower() for t in vocab if t not in SPECIAL.values()) if setting is None else bool(setting)
-    tokenizer = _wordpiece(vocab, lowercase)
-    tokenizer.add_special_tokens([token for token in SPECIAL.values() if token in vocab])
-    return tokenizer
-
-
-def special_ids(tokenizer: Any) -> dict[str, int]:
-    """{'pad': id, 'unk': …, 'cls': …, 'sep': …, 'mask': …}."""
-    return {key: tokenizer.token_to_id(token) for key, token in SPECIAL.items()}
-
-
-def table_size(tokenizer: Any) -> int:
-    """Rows an embedding table needs: the largest id + 1 (a vocabulary may have holes)."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +16,15 @@ _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number with
 _LFS = re.compile(rb"version https?://(git-lfs|hawser)\S*/spec/v1\b")
 _ANNEX = re.compile(rb"(\.\./)*(\.git)?/?annex/objects/")
 _PAGE = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype html|html|head|body|\?xml[^>]*>\s*<error)\b", re.I | re.DOTALL)
-_START = 512  # bytes looked at
+_BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")  # its level, then a block or the end of no text
+START = 512  # bytes looked at
 _ANEW = "import sys, torch; [torch.save(torch.load(f, 'cpu', weights_only=False), f) for f in sys.argv[1:]]"
 
+_WIDE = ("utf-32le", "utf-32be", "utf-16le", "utf-16be")  # without a byte-order mark
 # kind, and how a file of it begins; the first that fits
 _BEGINNINGS: tuple[tuple[str, bytes], ...] = (
     ("torch-legacy", _LEGACY_TORCH), ("zip", b"PK\x03\x04"), ("zip", b"PK\x05\x06"), ("gzip", b"\x1f\x8b"),
-    ("bzip2", b"BZh"), ("xz", b"\xfd7zXZ\x00"), ("zstd", b"\x28\xb5\x2f\xfd"), ("lz4", b"\x04\x22\x4d\x18"),
+    ("xz", b"\xfd7zXZ\x00"), ("zstd", b"\x28\xb5\x2f\xfd"), ("lz4", b"\x04\x22\x4d\x18"),
     ("7z", b"7z\xbc\xaf\x27\x1c"), ("rar", b"Rar!\x1a\x07"), ("gguf", b"GGUF"), ("hdf5", b"\x89HDF\r\n\x1a\n"),
     ("numpy", b"\x93NUMPY"), ("parquet", b"PAR1"), ("arrow", b"ARROW1"), ("pdf", b"%PDF-"),
     ("utf-32", b"\xff\xfe\x00\x00"), ("utf-32", b"\x00\x00\xfe\xff"), ("utf-16", b"\xff\xfe"), ("utf-16", b"\xfe\xff"),
@@ -58,8 +61,10 @@ _SAID = {
     "parquet": "a Parquet file",
     "arrow": "an Arrow file",
     "pdf": "a PDF. Extract its text (pdftotext)",
-    "utf-16": "text in UTF-16. Convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
-    "utf-32": "text in UTF-32. Convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)",
+    **{
+        name: f"text in {name.upper()}. Convert it to UTF-8 (iconv -f {name.upper()} -t UTF-8)"
+        for name in ("utf-16", "utf-16le", "utf-16be", "utf-32", "utf-32le", "utf-32be")
+    },
     "utf-8-bom": "text in UTF-8 with a byte-order mark",
     "text": "text, which begins {start!r}",
     "binary": "of a kind that is not known, which begins {start!r}",
@@ -77,7 +82,7 @@ class Sniffed(NamedTuple):
 def sniff(path: Path) -> Sniffed:
     """What the file at ``path`` is. Raises OSError where it cannot be read."""
     with path.open("rb") as file:
-        start = file.read(_START)
+        start = file.read(START)
         size = file.seek(0, 2)
     return Sniffed(kind_of(start, size), size, start)
 
@@ -94,6 +99,8 @@ def kind_of(start: bytes, size: int) -> str:
         return "git-annex"
     if _PAGE.match(start.removeprefix(b"\xef\xbb\xbf")):
         return "html"
+    if _BZIP2.match(start):
+        return "bzip2"
     for kind, beginning in _BEGINNINGS:
         if start.startswith(beginning):
             return kind
@@ -103,16 +110,35 @@ def kind_of(start: bytes, size: int) -> str:
         return "safetensors"
     if re.match(rb"\x80[\x02-\x05]", start):
         return "pickle"
+    text = _decoded(start, "utf-8", size)
+    if text is not None and 5 * text.count("\0") < len(text):
+        return "binary" if "\0" in text else "text"
+    return next((encoding for encoding in _WIDE if _reads(_decoded(start, encoding, size))), "binary")
+
+
+def _decoded(start: bytes, encoding: str, size: int) -> str | None:
+    """``start`` as text; None if it is none in that encoding. A character may be cut off at its end."""
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(start, final=size <= len(start))
+        return codecs.getincrementaldecoder(encoding)().decode(start, final=size <= len(start))
     except UnicodeDecodeError:
-        return "binary"
-    return "binary" if "\0" in text else "text"
+        return None
+
+
+def _reads(text: str | None) -> bool:
+    """Whether it is text with a character below U+0100, whose bytes have a NUL, and none that text does not have."""
+    if not text or min(text) > "\xff":
+        return False
+    return all(c in "\t\n\f\r" or unicodedata.category(c) not in ("Cc", "Cn", "Co", "Cs") for c in text)
 
 
 def describe(path: Path) -> str:
     """What the file at ``path`` is and what to do: a sentence to follow "PATH: ". Raises OSError."""
     kind, _, start = sniff(path)
+    return said(kind, start)
+
+
+def said(kind: str, start: bytes) -> str:
+    """The sentence of `describe` for a kind and the first bytes of its file."""
     size = re.search(rb"^size (\d{1,18})$", start, re.MULTILINE)
     size_text = f", which has {int(size[1]):,} bytes" if size else ""
     return _SAID[kind].replace("{size}", size_text).replace("{start!r}", repr(start[:32])) + "."

@@ -26,6 +26,8 @@ from bert2bert.train.saving import whole
 from bert2bert.train.together import first, on_first
 
 RUN, LOCK = "run.json", "run.lock"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+"""Files of the tokenizer, which a run takes over from its bins."""
 
 
 def check_folder(output: Path) -> None:
@@ -168,7 +170,9 @@ def describe(
     write_json(output / RUN, about)
     write_json(output / "ds_config.json", dict(ds_config))
     write_json(output / "config.json", dict(model))
-    _copy(bins / "tokenizer.json", output / "tokenizer.json")
+    for name in TOKENIZER:
+        if (bins / name).is_file():
+            _copy(bins / name, output / name)
     if recipe_file is not None:
         _copy(recipe_file, output / "recipe.py")
 

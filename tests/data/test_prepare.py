@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bert2bert.data.bins import SplitWriter, TokenBins
 from bert2bert.data.corpus import books
 from bert2bert.data.prepare import prepare, unigram_cross_entropy
-from bert2bert.data.tokenizer import SPECIAL, load_tokenizer
+from bert2bert.data.tokenizer import SPECIAL
+from bert2bert.data.tokenizer_files import load_tokenizer
 from bert2bert.errors import InvalidConfig, InvalidData
 
 TRAIN = "".join(
@@ -49,7 +55,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def documents(bins: TokenBins, split: str) -> list[str]:
-    tokenizer = load_tokenizer(bins.folder)
+    tokenizer = load_tokenizer(bins.folder).backend
     ids, offsets = bins.split(split)
     return [tokenizer.decode(ids[a:b].tolist(), skip_special_tokens=False) for a, b in pairwise(offsets)]
 
@@ -58,7 +64,7 @@ def test_round_trip(files: tuple[Path, Path], tmp_path: Path) -> None:
     meta = make(tmp_path / "bins", [files[0]], heldout_text=[files[1]])
     bins = TokenBins.open(tmp_path / "bins")
     assert bins.meta == meta
-    assert meta["dtype"] == "uint16" and bins.vocab_size == load_tokenizer(bins.folder).get_vocab_size()
+    assert meta["dtype"] == "uint16" and bins.vocab_size == load_tokenizer(bins.folder).backend.get_vocab_size()
     read = documents(bins, "train")
     assert len(read) == meta["splits"]["train"]["documents"] == 6
     assert read[0].replace(" ", "") == "thethreecatssatontwomats.sodiddogs."
@@ -81,7 +87,16 @@ def test_what_a_document_is(files: tuple[Path, Path], tmp_path: Path, document: 
 
 def test_compressed_text_is_the_same_text(files: tuple[Path, Path], tmp_path: Path) -> None:
     digests = {make(tmp_path / "plain", [files[0]], heldout_text=[files[1]])["digest"]}
-    for name, compress in (("t.txt.gz", gzip.compress), ("t.xz", lzma.compress)):
+    ways: dict[str, Callable[[bytes], bytes]] = {
+        "t.txt.gz": gzip.compress,
+        "t.xz": lzma.compress,
+        "t.bz2": bz2.compress,
+        "t.GZ": gzip.compress,
+        "unnamed": bz2.compress,
+        "marked.txt": lambda text: b"\xef\xbb\xbf" + text,
+        "windows.txt": lambda text: text.replace(b"\n", b"\r\n"),
+    }
+    for name, compress in ways.items():
         (tmp_path / name).write_bytes(compress(TRAIN.encode()))
         digests.add(make(tmp_path / f"{name}.bins", [tmp_path / name], heldout_text=[files[1]])["digest"])
     assert len(digests) == 1
@@ -94,7 +109,7 @@ def test_a_long_document_read_in_pieces_has_the_tokens_of_the_whole(tmp_path: Pa
     (tmp_path / "held.txt").write_text(HELD)
     make(tmp_path / "bins", [tmp_path / "book.txt"], heldout_text=[tmp_path / "held.txt"], document="file")
     ids, offsets = TokenBins.open(tmp_path / "bins").split("train")
-    whole = load_tokenizer(tmp_path / "bins").encode(text, add_special_tokens=False).ids
+    whole = load_tokenizer(tmp_path / "bins").backend.encode(text, add_special_tokens=False).ids
     assert offsets.tolist() == [0, len(whole)] and ids.tolist() == whole
 
 
@@ -122,7 +137,7 @@ def test_held_out_documents_are_not_trained_on_even_as_duplicates(tmp_path: Path
 def test_tokenizer_sees_only_training_text(files: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "held.txt").write_text("Ξένος Ξένος ξένος\n")
     make(tmp_path / "bins", [files[0]], heldout_text=[tmp_path / "held.txt"])
-    assert not any("ξ" in token for token in load_tokenizer(tmp_path / "bins").get_vocab())
+    assert not any("ξ" in token for token in load_tokenizer(tmp_path / "bins").backend.get_vocab())
     ids, _ = TokenBins.open(tmp_path / "bins").split("heldout")
     assert set(ids.tolist()) == {TokenBins.open(tmp_path / "bins").special["unk"]}
 
@@ -154,7 +169,7 @@ def test_a_given_tokenizer_is_taken(files: tuple[Path, Path], tmp_path: Path) ->
     for i, path in enumerate((tmp_path / "a", tmp_path / "a" / "tokenizer.json")):
         again = make(tmp_path / f"b{i}", [files[0]], heldout_text=[files[1]], tokenizer=path)
         assert (again["digest"], again["tokenizer_digest"]) == (first["digest"], first["tokenizer_digest"])
-    vocab = load_tokenizer(tmp_path / "a").get_vocab()
+    vocab = load_tokenizer(tmp_path / "a").backend.get_vocab()
     (tmp_path / "v").mkdir()
     (tmp_path / "v/vocab.txt").write_text("\n".join(sorted(vocab, key=vocab.__getitem__)))
     for i, path in enumerate((tmp_path / "v", tmp_path / "v" / "vocab.txt")):
@@ -168,7 +183,7 @@ def test_a_given_tokenizer_is_taken(files: tuple[Path, Path], tmp_path: Path) ->
 
 def test_truncation_and_padding_in_a_tokenizer_are_off(files: tuple[Path, Path], tmp_path: Path) -> None:
     first = make(tmp_path / "a", [files[0]], heldout_text=[files[1]], document="file")
-    tokenizer = load_tokenizer(tmp_path / "a")
+    tokenizer = load_tokenizer(tmp_path / "a").backend
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=16)
     tokenizer.save(str(tmp_path / "t.json"))
@@ -185,8 +200,6 @@ def test_large_vocabulary_takes_32_bits(files: tuple[Path, Path], tmp_path: Path
 
 
 def test_local_datasets(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     records = [{"body": block + "\n", "n": i} for i, block in enumerate(TRAIN.split("\n\n")[:-1])]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -211,24 +224,103 @@ def test_local_datasets(files: tuple[Path, Path], tmp_path: Path, monkeypatch: p
         make(tmp_path / "x", dataset=str(tmp_path / "dict"), dataset_split="trian", heldout_text=[files[1]])
     with pytest.raises(InvalidData, match=r"cannot be opened.*\n(.*\n)*.*save_to_disk"):
         make(tmp_path / "x", dataset="no-such-owner/no-such-name", heldout_text=[files[1]])
-    (tmp_path / "bad.jsonl").write_text("{not json\n")
-    with pytest.raises(InvalidData, match="cannot be opened"):
-        make(tmp_path / "x", dataset=str(tmp_path / "bad.jsonl"), heldout_text=[files[1]])
     (tmp_path / "d.docx").write_text("x")
     with pytest.raises(InvalidData, match=r"unknown kind '\.docx'"):
         make(tmp_path / "x", dataset=str(tmp_path / "d.docx"), heldout_text=[files[1]])
     assert not (tmp_path / "x").exists()
 
 
+ODD_LINES = ["one\u2028line", "of\x85text", "tab\x0b and\x0cfeeds", "\x1cfile\x1dgroup\x1erecord", "đến 中文", "NA"]
+
+
+def bytewise(at: Path) -> Path:
+    """A byte-level tokenizer, to which every character counts, line ends included."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate([*names, *alphabet])}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.save(str(at / "bytes.json"))
+    return at / "bytes.json"
+
+
+@pytest.mark.parametrize("document", ["file", "blank-line", "line"])
+def test_a_table_has_the_documents_of_the_same_text(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, document: str
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    records = ODD_LINES if document != "blank-line" else [f"{line}\nnext\r\n\r{line}\n" for line in ODD_LINES]
+    texts = [tmp_path / f"{i}.txt" for i in range(len(records))]  # a file a record
+    for text, record in zip(texts, records, strict=True):
+        text.write_bytes(record.encode() + b"\n")
+    lines = "".join(json.dumps({"text": record}, ensure_ascii=False) + "\n" for record in records)
+    (tmp_path / "d.jsonl").write_text(lines, "utf-8", newline="\n")
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "d.json").write_text(json.dumps([{"text": record} for record in records]))
+    with open(tmp_path / "d.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["text"], *([record] for record in records)])
+    options: dict[str, Any] = {"tokenizer": bytewise(tmp_path), "heldout_text": [files[1]], "document": document}
+    plain = make(tmp_path / "plain", texts, **options)
+    assert plain["splits"]["train"]["documents"] == (2 if document == "blank-line" else 1) * len(records)
+    for name in ("d.jsonl", "d.jsonl.gz", "d.json", "d.csv"):
+        assert make(tmp_path / f"{name}-bins", dataset=str(tmp_path / name), **options)["digest"] == plain["digest"]
+    if document == "line":
+        (tmp_path / "all.txt").write_bytes("\n".join(records).encode())
+        assert make(tmp_path / "all", [tmp_path / "all.txt"], **options)["digest"] == plain["digest"]
+        ids, offsets = TokenBins.open(tmp_path / "all").split("train")
+        read = Tokenizer.from_file(str(tmp_path / "bytes.json"))
+        wanted = [read.encode(record).ids for record in records]
+        assert [ids[a:b].tolist() for a, b in pairwise(offsets)] == wanted
+
+
+BAD_RECORDS = [
+    (b'{"text": "fine"}\n{"text": "x\n{"text": "y"}\n', r"line 2 is no JSON record: .*column.*'{\"text\": \"x'"),
+    (b'{"text": "fine"}\n\n{"text": "x"}, \n', "line 3 is no JSON record: Extra data"),
+    (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "record 2 cannot be read: .*0xe9"),
+    (b'{"text": "fine"}\n{"text": "\\ud83d"}\n', "line 2 is no JSON record: .*surrogate"),
+    (b'{"text": "fine"}\n{"text": "x', "line 2 is no JSON record: Unterminated string"),
+    (b'{"text": "fine"}\n{"text": 3}\n', r"holds int, expected text \(record 2: '3'\)"),
+    ('{"text": "x"}\n'.encode("utf-16"), "is text in UTF-16.*iconv"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a git-lfs pointer"),
+    (b"", "is empty"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_RECORDS)
+def test_the_cause_of_a_broken_record_is_shown(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(InvalidData, match=message):
+        make(tmp_path / "bins", dataset=str(tmp_path / "bad.jsonl"), heldout_text=[files[1]])
+
+
 BAD_FILES = [
     ("missing.txt", None, "does not exist"),
     ("empty.txt", b"", r"is empty \(0 bytes\)"),
     ("blank.txt", b"\n  \n\n", "only blank lines"),
-    ("latin1.txt", b"fine\ncaf\xe9\n", r"not UTF-8: byte 0xe9"),
-    ("utf16.txt", "wide text\n".encode("utf-16-le"), "NUL character in line 1"),
-    ("bad.gz", b"no gzip at all", "cannot be read after line 0"),
+    ("latin1.txt", b"fine\ncaf\xe9 au lait\n", r"byte 0xe9 in line 2, .*WINDOWS-1252 'café'.*\n.*the one in which"),
+    ("cp1252.txt", b"an \x93odd\x94 quote\n", "byte 0x93 in line 1.*WINDOWS-1252 '“odd”'"),
+    ("sjis.txt", "ascii\n研究を\n".encode("shift_jis"), r"byte 0x8c in line 2.*SHIFT_JIS '研究を'"),
+    ("late.txt", b"line\n" * 40_000 + b"caf\xe9\n", "byte 0xe9 in line 40001"),
+    ("mixed.txt", "đến\n".encode() + b"caf\xe9\n", "byte 0xe9 in line 2, with UTF-8 before it: .*damaged"),
+    ("cut.txt", "Việt".encode()[:-2], "not UTF-8: byte 0xe1 in line 1"),
+    *(
+        (f"{name}.txt", "xin chào\n".encode(name), f"is text in {name.upper()}.*iconv -f {name.upper()} -t UTF-8")
+        for name in ("utf-16", "utf-16le", "utf-16be", "utf-32", "utf-32le", "utf-32be")
+    ),
+    ("han.txt", "中文字研究\n青葉山で研究をしています。\n".encode("utf-16le"), "is text in UTF-16LE"),
+    ("wide.txt.gz", gzip.compress("xin chào\n".encode("utf-16")), r"\(decompressed\) is text in UTF-16"),
+    ("pointer.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a git-lfs pointer"),
+    ("book.docx", b"PK\x03\x04\x14\0", "is a zip archive.*Unpack it"),
+    ("new.txt.zst", b"\x28\xb5\x2f\xfd\0\0", "compressed with zstd. Decompress it"),
+    ("a.tar.gz", gzip.compress(b"t.txt".ljust(257, b"\0") + b"ustar"), "is a tar archive"),
+    ("nul.txt", b"fine\n" * 200 + b"no\0\n", "NUL character in line 201"),
+    ("image.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not known"),
+    ("table.jsonl.gz", gzip.compress(b'{"text": "x"}\n'), "is a .jsonl table"),
+    ("bad.gz", b"no gzip at all", "is named .gz, but is text"),
     ("short.gz", gzip.compress(bytes(range(65, 91)) * 4000, mtime=0)[:60], "cannot be read"),
-    ("bad.xz", b"no xz at all", "cannot be read after line 0"),
+    ("bad.xz", b"no xz at all", "is named .xz, but is text"),
     ("short.xz", lzma.compress(TRAIN.encode() * 50)[:-40], "cannot be read"),
     ("table.jsonl", b'{"text": "x"}\n', r"table, not plain text.\n.*--dataset"),
     (".", None, r"is a folder.\n.*\*\.txt"),

@@ -1,0 +1,161 @@
+"""Whether a tokenizer that transformers made of people's files is the one that the files tell of.
+
+``told``: file name -> its JSON, of those settings files that are there. Refuses, with `InvalidData`: ids other than the
+files say, settings without effect, a vocabulary without one of BERT's special tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bert2bert.data.tokenizer import SPECIAL
+from bert2bert.errors import InvalidData
+
+CONFIG = "tokenizer_config.json"
+_ROBERTA = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+_NORMAL = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+
+
+def _added(told: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """(file, token, id) of every token that a file gives an id of its own."""
+    for token, index in told.get("added_tokens.json", {}).items():
+        yield "added_tokens.json", token, int(index)
+    for index, token in (told.get(CONFIG, {}).get("added_tokens_decoder") or {}).items():
+        yield (
+            f"{CONFIG} (added_tokens_decoder)",
+            str(token["content"] if isinstance(token, dict) else token),
+            int(index),
+        )
+    for token in told.get("tokenizer.json", {}).get("added_tokens") or ():
+        yield "tokenizer.json", str(token["content"]), int(token["id"])
+
+
+def check_ids(backend: Any, told: Mapping[str, Any], named: Path) -> None:
+    """Refuse ids that differ from what the files say, and two tokens with one id: rows of the embedding table would
+    mean other tokens than those that they were trained on. And two added tokens that are one after normalisation:
+    `tokenizers` takes the one or the other from run to run."""
+    for file, token, index in _added(told):
+        given = backend.token_to_id(token)
+        if given != index:
+            raise InvalidData(
+                f"tokenizer {named}: {file} gives {token!r} id {index}, but transformers' fast tokenizer gives it"
+                f" {given}, for it numbers added tokens without holes behind the vocabulary's"
+                f" {backend.get_vocab_size(with_added_tokens=False):,}.\n"
+                "  Correct the one or the other, or fill the rows between with [unused…] tokens in the vocabulary."
+            )
+    tokens: dict[int, str] = {}
+    for token, index in backend.get_vocab(with_added_tokens=True).items():
+        if tokens.setdefault(index, token) != token:
+            raise InvalidData(
+                f"tokenizer {named}: {tokens[index]!r} and {token!r} have the same id {index} in transformers, which"
+                " numbers an added token by counting distinct ones.\n  Correct repeated lines of the vocabulary."
+            )
+    normal: dict[str, str] = {}
+    for token in backend.get_added_tokens_decoder().values():
+        if token.normalized and backend.normalizer is not None:
+            same = normal.setdefault(backend.normalizer.normalize_str(token.content), token.content)
+            if same != token.content:
+                raise InvalidData(
+                    f"tokenizer {named}: the added tokens {same!r} and {token.content!r} are one to its normaliser, and"
+                    " which of the two ids a text gets is left to chance.\n"
+                    "  Take one of them out, or mark them as not normalized."
+                )
+
+
+def roles(found: Any, told: Mapping[str, Any], named: Path) -> dict[str, str]:
+    """Role -> token. Told by the tokenizer, else by BERT's or RoBERTa's names; a token that only transformers' default
+    adds behind the vocabulary has no row in any model and is not taken."""
+    backend = found.backend_tokenizer
+    own = backend.get_vocab(with_added_tokens=False)
+    listed = {token for _, token, _ in _added(told)}
+    for name in (CONFIG, "special_tokens_map.json"):
+        values = (v.get("content") if isinstance(v, dict) else v for v in told.get(name, {}).values())
+        listed |= {value for value in values if isinstance(value, str)}
+    known = {*own, *listed}
+    given = {role: str(token) for role in SPECIAL if (token := getattr(found, f"{role}_token", None)) is not None}
+    names = next((n for n in (SPECIAL, _ROBERTA) if all(given.get(role, n[role]) in known for role in n)), SPECIAL)
+    special = {role: given.get(role, names[role]) for role in SPECIAL}
+    for role, token in special.items():
+        if token not in known or backend.token_to_id(token) is None:
+            raise InvalidData(
+                f"tokenizer {named} has no {token} token ({role}); BERT needs one each for"
+                f" {', '.join(SPECIAL)}, and this {type(found).__name__} has"
+                f" {', '.join(f'{r} {t}' for r, t in given.items() if t in known) or 'none'}.\n"
+                f"  Add it to the vocabulary, name it in {CONFIG} if it has another name ({role}_token), or leave"
+                " --tokenizer out to train one."
+            )
+    unknown = getattr(backend.model, "unk_token", None)
+    if type(backend.model).__name__ == "WordPiece" and unknown not in own:
+        raise InvalidData(
+            f"tokenizer {named}: the unknown token {unknown} is not in its vocabulary, so text with an unknown word"
+            f" cannot be tokenised.\n  Add it there, or name the vocabulary's own in {CONFIG} (unk_token)."
+        )
+    return special
+
+
+def contradictions(
+    found: Any, state: Mapping[str, Any], told: Mapping[str, Any], folder: Path, named: Path
+) -> Iterator[str]:
+    """Settings of BERT's tokenizers that have no effect on the ids: refused if nobody's files say what transformers
+    does, else a note."""
+    if state["model"]["type"] != "WordPiece":
+        return
+    config, kind = told.get(CONFIG, {}), type(found).__name__
+    special = {str(token) for token in found.all_special_tokens}
+    model, normal = state["model"], state["normalizer"] or {}
+    lost = {
+        "do_basic_tokenize": config.get("do_basic_tokenize") is False,
+        "never_split": not {str(token) for token in config.get("never_split") or ()} <= special,
+        "wordpieces_prefix": config.get("wordpieces_prefix") not in (None, model["continuing_subword_prefix"]),
+        "max_input_chars_per_word": config.get("max_input_chars_per_word")
+        not in (None, model["max_input_chars_per_word"]),
+        "word_tokenizer_type": config.get("word_tokenizer_type") not in (None, "basic"),
+        "subword_tokenizer_type": config.get("subword_tokenizer_type") not in (None, "wordpiece"),
+    }
+    for name in (name for name, wrong in lost.items() if wrong):
+        raise InvalidData(
+            f"tokenizer {named}: {CONFIG} says {name}: {json.dumps(config[name], ensure_ascii=False)}, which"
+            f" transformers does not honour in its fast {kind}: its ids would not be those that the vocabulary was"
+            " made for.\n"
+            f"  Take {name} out of {CONFIG} to have the text split as transformers does."
+        )
+    if "tokenizer.json" in told:
+        from tokenizers import Tokenizer
+
+        file = json.loads(Tokenizer.from_file(str(folder / "tokenizer.json")).to_str())
+        for part in ("normalizer", "pre_tokenizer", "model"):
+            for name, ours, theirs in _differences(part, file[part], state[part]):
+                yield (
+                    f"tokenizer {named}: tokenizer.json has {name} = {json.dumps(ours)}, but transformers reads this"
+                    f" folder as {kind}, with {json.dumps(theirs)}; the ids are those of transformers"
+                )
+    for name, field in _NORMAL.items():
+        if config.get(name) is not None and normal.get("type") == "BertNormalizer" and config[name] != normal[field]:
+            yield (
+                f"tokenizer {named}: {CONFIG} has {name} = {json.dumps(config[name])}, but tokenizer.json, which"
+                f" transformers reads here, has {field} = {json.dumps(normal[field])}; the ids are those of"
+                " transformers"
+            )
+    untold = "tokenizer.json" not in told and config.get("do_lower_case") is None
+    capitals = [t for t in model["vocab"] if t not in special and t != t.lower()]
+    if untold and normal.get("lowercase") and capitals:
+        yield (
+            f"tokenizer {named}: nothing says do_lower_case, so transformers lower-cases, and the {len(capitals)}"
+            f" tokens with a capital never occur ({', '.join(capitals[:3])}); put do_lower_case: false into {CONFIG}"
+            " if the vocabulary is a cased one"
+        )
+
+
+def _differences(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.get("type") == theirs.get("type"):
+        for key in sorted({*ours, *theirs} - {"vocab"}):
+            yield from _differences(f"{name}.{key}", ours.get(key), theirs.get(key))
+    elif ours != theirs:
+        yield name, ours, theirs

@@ -1,0 +1,330 @@
+"""Tokenizers out of people's folders have the ids that transformers gives them; what it cannot or would not is refused.
+
+The reference is transformers' own AutoTokenizer, on text of many scripts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from bert2bert.data.bins import TokenBins
+from bert2bert.data.prepare import prepare
+from bert2bert.data.tokenizer_files import load_tokenizer
+from bert2bert.errors import InvalidData
+from bert2bert.train.runfolder import TOKENIZER
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SPOKEN = (
+    "the cat sat on mat The Cat café cafe đến việt nam i̇stanbul istanbul İstanbul 中 文 中文 研究 を 👩‍💻 👩 ß ς 각 हिन"
+)
+WORDS = [*SPECIAL, *SPOKEN.split(" "), "\u2028", "العربية", *LETTERS, *".,'-", *("##" + c for c in LETTERS + "文ن")]
+TEXTS = [
+    "The cat sat on the mat. Café, cafe\u0301!",
+    "xin chào, đến Việt Nam; Vie\u0323\u0302t",
+    "İSTANBUL Istanbul ISPARTA ı",
+    "中文研究を中 文",
+    "العربية اللُّغَةُ हिन्दी 각가",
+    "👩‍💻👩 a\u200db 🚀",
+    "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\u00a0i\u3000j",
+    "a\x00b\x01c\x7fd\ufffde\ufefff\xad",
+    "ΟΔΟΣ ς Straße ﬁn",
+    "new [E1] token <url>x cats don't a.b",
+    "  \t\r\n",
+    "t" * 120 + " cat",
+]
+BERT = {"tokenizer_class": "BertTokenizer"}
+
+
+def folder(at: Path, words: Sequence[str] | None = WORDS, end: str = "\n", **files: Any) -> Path:
+    """A folder with a vocab.txt of ``words`` and the JSON ``files`` (name without .json)."""
+    at.mkdir()
+    if words is not None:
+        (at / "vocab.txt").write_bytes("".join(word + end for word in words).encode())
+    for name, content in files.items():
+        (at / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return at
+
+
+def serialised(words: Sequence[str] = WORDS, **normal: Any) -> dict[str, Any]:
+    """A tokenizer.json of these words that cuts and pads."""
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(**normal)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.add_special_tokens(SPECIAL)
+    made.enable_truncation(3)
+    made.enable_padding(length=7)
+    return dict(json.loads(made.to_str()))
+
+
+def reference(at: Path) -> Any:
+    found = transformers.AutoTokenizer.from_pretrained(at, local_files_only=True)
+    found.backend_tokenizer.no_truncation()
+    found.backend_tokenizer.no_padding()
+    return found
+
+
+def same(at: Path, kept: Path) -> list[list[int]]:
+    """Assert the ids of transformers, here and in what is written; return them."""
+    truth, found = reference(at), load_tokenizer(at)
+    kept.mkdir()
+    (kept / "tokenizer.json").write_text(found.backend.to_str(), encoding="utf-8")
+    (kept / "tokenizer_config.json").write_text(json.dumps(found.config), encoding="utf-8")
+    (kept / "config.json").write_text('{"model_type": "bert"}')
+    again, encoder = reference(kept), found.for_text()
+    told = []
+    for text in TEXTS:
+        ids = truth(text, add_special_tokens=False)["input_ids"]
+        assert encoder.encode(text, add_special_tokens=False).ids == ids, text
+        assert again(text)["input_ids"] == truth(text)["input_ids"], text
+        assert again.decode(ids) == truth.decode(ids), text
+        assert load_tokenizer(kept).for_text().encode(text, add_special_tokens=False).ids == ids
+        told.append(ids)
+    assert found.table_size > max(max(ids, default=0) for ids in told)
+    for role, index in found.special_ids.items():
+        assert getattr(truth, f"{role}_token_id") in (index, None) and getattr(again, f"{role}_token_id") == index
+    return told
+
+
+def swapped(**names: str) -> list[str]:
+    return [names.get(word.strip("[]").lower(), word) if word in SPECIAL else word for word in WORDS]
+
+
+ENTRY = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+FOLDERS: dict[str, dict[str, Any]] = {
+    "a class": {"tokenizer_config": BERT},
+    "a model alone": {"config": {"model_type": "bert"}},
+    "cased": {"tokenizer_config": {**BERT, "do_lower_case": False}},
+    "accents kept": {"tokenizer_config": {**BERT, "do_lower_case": True, "strip_accents": False}},
+    "accents stripped": {"tokenizer_config": {**BERT, "do_lower_case": False, "strip_accents": True}},
+    "chinese in words": {"tokenizer_config": {**BERT, "tokenize_chinese_chars": False}},
+    "windows line ends": {"end": "\r\n", "tokenizer_config": BERT},
+    "spaces behind tokens": {"words": [w + " " * (i % 3) for i, w in enumerate(WORDS)], "tokenizer_config": BERT},
+    "blank line at the end": {"words": [*WORDS, ""], "tokenizer_config": BERT},
+    "a token twice": {"words": [*WORDS, "cat"], "tokenizer_config": BERT},
+    "distilbert": {"tokenizer_config": {"tokenizer_class": "DistilBertTokenizerFast", "do_lower_case": False}},
+    "electra": {"tokenizer_config": {"tokenizer_class": "ElectraTokenizer"}, "config": {"model_type": "electra"}},
+    "mobilebert": {"tokenizer_config": {"tokenizer_class": "MobileBertTokenizer"}},
+    "another class than the model's": {"tokenizer_config": BERT, "config": {"model_type": "roberta"}},
+    "renamed": {
+        "words": swapped(mask="<m>", unk="<u>"),
+        "tokenizer_config": {**BERT, "mask_token": "<m>", "unk_token": "<u>"},
+    },
+    "renamed in the map": {
+        "words": swapped(mask="<m>", pad="<p>"),
+        "tokenizer_config": BERT,
+        "special_tokens_map": {"mask_token": {**ENTRY, "content": "<m>", "lstrip": True}, "pad_token": "<p>"},
+    },
+    "added tokens": {
+        "tokenizer_config": BERT,
+        "added_tokens": {"<url>": len(WORDS), "[E1]": len(WORDS) + 1},
+    },
+    "added tokens, some special": {
+        "tokenizer_config": {**BERT, "additional_special_tokens": ["[E1]"]},
+        "added_tokens": {"<url>": len(WORDS), "[E1]": len(WORDS) + 1},
+    },
+    "added tokens in the settings": {
+        "tokenizer_config": {
+            **BERT,
+            "added_tokens_decoder": {
+                "0": {**ENTRY, "content": "[PAD]", "special": True},
+                str(len(WORDS)): {**ENTRY, "content": "new", "normalized": True, "special": False},
+                str(len(WORDS) + 1): {**ENTRY, "content": "[E1]", "rstrip": True, "special": True},
+            },
+        }
+    },
+    "a short model": {"tokenizer_config": {**BERT, "model_max_length": 4}},
+    "serialised": {
+        "words": None,
+        "tokenizer": serialised(lowercase=False, strip_accents=True),
+    },
+    "serialised, with roles": {
+        "words": None,
+        "tokenizer": serialised([*swapped(mask="<m>"), "[MASK]"], lowercase=False),
+        "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "<m>", "pad_token": "[PAD]"},
+    },
+    "serialised, of a class": {
+        "words": None,
+        "tokenizer": serialised(lowercase=True),
+        "tokenizer_config": {**BERT, "do_lower_case": True},
+    },
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_ids_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    same(folder(tmp_path / "hub", **FOLDERS[name]), tmp_path / "kept")
+
+
+def test_settings_that_contradict_a_tokenizer_json(tmp_path: Path) -> None:
+    """transformers lets the class's settings rule, or the file, by class; either way the user is told."""
+    for i, (name, lower, said) in enumerate(
+        [
+            ("BertTokenizer", True, "normalizer.lowercase = false"),
+            ("PreTrainedTokenizerFast", True, "do_lower_case = true"),
+        ]
+    ):
+        config = {"tokenizer_class": name, "do_lower_case": lower, "mask_token": "[MASK]"}
+        at = folder(tmp_path / f"{i}", None, tokenizer=serialised(lowercase=False), tokenizer_config=config)
+        same(at, tmp_path / f"kept{i}")
+        assert any(said in note for note in load_tokenizer(at).notes)
+    assert not load_tokenizer(folder(tmp_path / "whole", tokenizer_config={**BERT, "do_lower_case": True})).notes
+    (note,) = load_tokenizer(folder(tmp_path / "untold", tokenizer_config=BERT)).notes
+    assert "nothing says do_lower_case" in note and "(The, Cat, İstanbul)" in note
+
+
+def test_a_vocabulary_keeps_its_rows(tmp_path: Path) -> None:
+    """Lines of white space, and equal lines, are rows of the embedding table too: added tokens come behind them all."""
+    words = [*SPECIAL, "cat", "\u2028", "\x85", "\x0b", "", "mat", "cat", "the"]
+    at = folder(tmp_path / "hub", words, tokenizer_config=BERT, added_tokens={"newword": len(words)})
+    found = load_tokenizer(at)
+    ids = found.for_text().encode("the cat newword mat", add_special_tokens=False).ids
+    assert ids == [12, 11, 13, 10] and found.table_size == 14
+
+
+def test_a_vocab_file_alone_and_the_settings_beside_it(tmp_path: Path) -> None:
+    text = "The Cat sat"
+    at = folder(tmp_path / "hub", tokenizer_config={"do_lower_case": False})
+    cased = transformers.BertTokenizer.from_pretrained(at)(text, add_special_tokens=False)["input_ids"]
+    assert cased[0] == WORDS.index("The")
+    (at / "my-vocab.txt").write_bytes((at / "vocab.txt").read_bytes())
+    for path in (at, at / "vocab.txt", at / "my-vocab.txt"):
+        assert load_tokenizer(path).for_text().encode(text, add_special_tokens=False).ids == cased
+    (at / "tokenizer_config.json").unlink()
+    lower = transformers.BertTokenizer(vocab=str(at / "vocab.txt"))(text, add_special_tokens=False)["input_ids"]
+    assert lower[0] == WORDS.index("the")
+    assert load_tokenizer(at / "vocab.txt").for_text().encode(text, add_special_tokens=False).ids == lower
+
+
+def byte_level(at: Path, name: str = "RobertaTokenizer") -> Path:
+    """vocab.json and merges.txt, as RoBERTa and GPT-2 have them."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers.trainers import BpeTrainer
+
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["the cat sat on the mat\n\n the cats\n"] * 3, trainer)
+    folder(at, None, tokenizer_config={"tokenizer_class": name})
+    made.model.save(str(at))
+    return at
+
+
+def test_byte_level_bpe_and_documents_of_many_lines(tmp_path: Path) -> None:
+    at = byte_level(tmp_path / "hub")
+    same(at, tmp_path / "kept")
+    truth = reference(at)
+    blocks = ["the cat\n  sat on\n\n\n the mat", "\u2028cats\r\nand", "last"]
+    (tmp_path / "t.txt").write_bytes(b"\n".join(block.encode() for block in blocks[:1]))
+    (tmp_path / "h.txt").write_text("the cats " * 9_000 + "\n" + "sat\n\n" * 9_000 + "end\n\n")
+    paths = [tmp_path / "t.txt"], [tmp_path / "h.txt"]
+    meta = prepare(paths[0], None, None, None, None, at, 64, paths[1], 0, "file", tmp_path / "bins", 0, False)
+    bins = TokenBins.open(tmp_path / "bins")
+    assert bins.split("train")[0].tolist() == truth(blocks[0], add_special_tokens=False)["input_ids"]
+    held = (tmp_path / "h.txt").read_text().rstrip("\n")  # far longer than a piece
+    assert bins.split("heldout")[0].tolist() == truth(held, add_special_tokens=False)["input_ids"]
+    assert meta["special"] == {"pad": 1, "unk": 3, "cls": 0, "sep": 2, "mask": 4}
+    written = reference(tmp_path / "bins")
+    assert written("the cats")["input_ids"] == truth("the cats")["input_ids"]
+
+
+def test_unigram(tmp_path: Path) -> None:
+    """A sentencepiece vocabulary that was converted, as XLM-R and ALBERT have it."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words = [("▁" + word, -float(i)) for i, word in enumerate(("the", "cat", "sat", "on", "mat"))]
+    scores = [*((name, 0.0) for name in names), *words]
+    made = Tokenizer(models.Unigram([*scores, *((c, -20.0) for c in "abcdefghijklmnopqrstuvwxyz▁")], unk_id=3))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.add_special_tokens(names)
+    at = folder(tmp_path / "hub", None, tokenizer=json.loads(made.to_str()))
+    config = {"tokenizer_class": "XLMRobertaTokenizer", "cls_token": "<s>", "mask_token": "<mask>"}
+    (at / "tokenizer_config.json").write_text(json.dumps(config))
+    same(at, tmp_path / "kept")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "mecab": ({"tokenizer_config": {"tokenizer_class": "BertJapaneseTokenizer"}}, "is a BertJapaneseTokenizer.*Python"),
+    "unknown class": ({"tokenizer_config": {"tokenizer_class": "OurTokenizer"}}, r"\(OurTokenizer\) cannot be read"),
+    "own code": (
+        {"tokenizer_config": {**BERT, "auto_map": {"AutoTokenizer": ["ours.Ours", None]}}},
+        r"code of its own \(ours.Ours\)",
+    ),
+    "a vocabulary of another kind": (
+        {"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}},
+        "is a RobertaTokenizer .*holds none of merges.txt",
+    ),
+    "no basic split": ({"tokenizer_config": {**BERT, "do_basic_tokenize": False}}, "says do_basic_tokenize: false"),
+    "words never split": ({"tokenizer_config": {**BERT, "never_split": ["a.b"]}}, r'says never_split: \["a.b"\]'),
+    "another prefix": ({"tokenizer_config": {**BERT, "wordpieces_prefix": "@@"}}, 'says wordpieces_prefix: "@@"'),
+    "longer words": ({"tokenizer_config": {**BERT, "max_input_chars_per_word": 9}}, "max_input_chars_per_word: 9"),
+    "a hole": ({"tokenizer_config": BERT, "added_tokens": {"new": len(WORDS) + 2}}, "gives 'new' id"),
+    "two that are one": (
+        {"tokenizer_config": BERT, "added_tokens": {"new": len(WORDS), "New": len(WORDS) + 1}},
+        "'new' and 'New' are one to its normaliser",
+    ),
+    "no mask": ({"words": [w for w in WORDS if w != "[MASK]"], "tokenizer_config": BERT}, r"no \[MASK\] token \(mask"),
+    "settings not JSON": ({"tokenizer_config": [BERT]}, r"tokenizer_config.json cannot be read: it holds a list"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_understood_is_refused(tmp_path: Path, name: str) -> None:
+    files, message = REFUSED[name]
+    with pytest.raises(InvalidData, match=message):
+        load_tokenizer(folder(tmp_path / "hub", **files))
+
+
+def test_a_decoders_tokenizer_has_no_mask(tmp_path: Path) -> None:
+    with pytest.raises(InvalidData, match=r"has no \[PAD\] token \(pad\).*this GPT2Tokenizer has none"):
+        load_tokenizer(byte_level(tmp_path / "hub", "GPT2Tokenizer"))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 231508\n"
+BEGINNINGS: list[tuple[str, bytes, str]] = [
+    ("vocab.txt", POINTER.encode(), r"hub/vocab.txt is a git-lfs pointer.*231,508 bytes\. Run `git lfs pull`"),
+    ("tokenizer.json", POINTER.encode(), "hub/tokenizer.json is a git-lfs pointer"),
+    ("spiece.model", POINTER.encode(), "hub/spiece.model is a git-lfs pointer"),
+    ("vocab.txt", b"\xef\xbb\xbf[PAD]\n[UNK]\n", "byte-order mark.*Write it again without it"),
+    ("tokenizer_config.json", b"\xef\xbb\xbf{}", "byte-order mark"),
+    ("vocab.txt", "[PAD]\n[UNK]\n".encode("utf-16"), "UTF-16.*iconv"),
+    ("vocab.txt", b"", "is empty"),
+    ("vocab.txt", b"[PAD]\ncaf\xe9\n", "line 2 of its vocabulary is not UTF-8|begins"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BEGINNINGS)
+def test_files_that_are_something_else(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    at = folder(tmp_path / "hub", tokenizer_config=BERT)
+    (at / name).write_bytes(content)
+    with pytest.raises(InvalidData, match=message):
+        load_tokenizer(at)
+
+
+def test_bins_and_run_folders_carry_the_tokenizer(tmp_path: Path) -> None:
+    """The written files load in transformers beside a BERT config, cased as they are, with added tokens counted."""
+    config = {**BERT, "do_lower_case": False, "model_max_length": 512}
+    at = folder(tmp_path / "hub", tokenizer_config=config, added_tokens={"<url>": len(WORDS)})
+    for name in ("t", "h"):
+        (tmp_path / f"{name}.txt").write_text("The Cat sat <url> [MASK]\nthe mat\n" * 3)
+    paths = [tmp_path / "t.txt"], [tmp_path / "h.txt"]
+    meta = prepare(paths[0], None, None, None, None, at, 64, paths[1], 0, "line", tmp_path / "bins", 0, False)
+    truth = reference(at)
+    assert meta["vocab_size"] == len(truth) == len(WORDS) + 1
+    ids = TokenBins.open(tmp_path / "bins").split("train")[0]
+    line = truth("The Cat sat <url>", add_special_tokens=False)["input_ids"]
+    assert np.array_equal(ids[: len(line)], line) and truth.mask_token_id not in ids
+    (tmp_path / "bins/config.json").write_text('{"model_type": "bert"}')
+    written = reference(tmp_path / "bins")
+    for text in TEXTS:
+        assert written(text)["input_ids"] == truth(text)["input_ids"]
+    assert (written.model_max_length, written.mask_token) == (512, "[MASK]")
+    assert all((tmp_path / "bins" / name).is_file() for name in TOKENIZER)
