@@ -13,7 +13,8 @@ from typing import Any
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards.commit import MANIFEST, file_sizes, listed, sealed
 from bert2bert.shards.digest import FILE_DIGEST, file_digest
-from bert2bert.shards.source import Source, locate, open_source
+from bert2bert.shards.locate import locate
+from bert2bert.shards.source import Source, open_source
 from bert2bert.shards.texts import read_json
 
 _HYPER = ("lr", "weight_decay", "betas", "eps")

@@ -172,12 +172,14 @@ def _version(package: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Hyper-parameters as JSON can hold them: tensors become numbers, tuples lists."""
+    """Hyper-parameters as JSON can hold them: tensors become numbers, tuples lists, others their text."""
     if isinstance(value, torch.Tensor):
-        return value.item()
+        return value.item() if value.numel() == 1 and not value.is_complex() else repr(value.tolist())
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | None) else repr(value)
 
 
 def write_checkpoint(

@@ -39,6 +39,7 @@ class Case:
     frozen: tuple[str, ...] = ()  # parts of names
     skip: tuple[int, ...] = ()  # optimizer groups that no step touches
     buffer: bool = False  # one persistent buffer
+    stored_buffers: bool = False  # all buffers are persistent, as older versions of transformers had many of them
     seed: int = 0
     client_state: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)  # more of the model's config
@@ -121,6 +122,8 @@ def build(case: Case) -> Any:
 
     get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any CPU; DeepSpeed asks for AVX512-FP16
     model = hf_model(case.hf, case.seed) if case.hf else tiny_bert(case.model, case.seed, **case.sizes)
+    for module in model.modules() if case.stored_buffers else ():
+        module._non_persistent_buffers_set.clear()
     if case.buffer:
         model.bert.register_buffer("tally", torch.arange(3.0) + case.seed)
     parameters = dict(model.named_parameters())

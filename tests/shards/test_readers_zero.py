@@ -16,7 +16,8 @@ import torch
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards.layout import zero12_layout
-from bert2bert.shards.source import STATES, Source, open_source, tags
+from bert2bert.shards.locate import tags
+from bert2bert.shards.source import STATES, Source, open_source
 from tests.rounding import ROUNDING, WRONG, elementary, gap
 from tests.shards.engines import Case, load_truth, save_cases
 from tests.shards.test_torchfile import Evil
