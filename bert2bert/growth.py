@@ -190,7 +190,10 @@ def grow(
             return found.to(spec.stored_dtype(stored))
         return found.to(spec.dtype) if stored in spec.frozen else found
 
-    measure = measure and first and "mlm" in model.heads
+    measure = measure and first
+    if measure and "mlm" not in model.heads:
+        say("drift    not measured: there is no language-model head")
+        measure = False
     measured = together(comm, lambda: report_drift(growth, written, Tokens(bins), say) if measure else None)
     manifest = {
         "operators": plan.recipe,
