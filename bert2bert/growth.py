@@ -25,6 +25,7 @@ from bert2bert.targets import (
     left,
     make_spec,
     progress,
+    regrouped,
     rounding,
     tagged,
     unopened,
@@ -71,7 +72,7 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
         known=known_layout(source, {model.stored(n): p for n, p in model.parameters.items()}),
         aliases={named[a]: named[b] for a, b in plan.aliases.items()},
         config=plan.config,
-        made_of={named[n]: [model.stored(s) for s in growth.roots(n)] for n in plan.tensors},
+        made_of=_made_of(growth, named),
         reset={named[n] for n, t in plan.tensors.items() if t.reset},
         order=lambda names: _as_in(source, names, form),
         form=form,
@@ -90,6 +91,11 @@ def origins(growth: Growth) -> dict[str, list[str]]:
         name: [models[leaf].source.meta(models[leaf].stored(source)).dtype for leaf, source in growth.plan.roots(name)]
         for name in growth.plan.tensors
     }
+
+
+def _made_of(growth: Growth, named: dict[str, str]) -> dict[str, list[str]]:
+    """The source's tensors that each target tensor is made of, by the names of the files."""
+    return {named[n]: [growth.model.stored(s) for s in growth.roots(n)] for n in growth.plan.tensors}
 
 
 def _as_in(source: Source, names: list[str], form: str) -> list[str]:
@@ -173,6 +179,8 @@ def grow(
     told = [*rounding(spec, form, {named[n]: dtypes for n, dtypes in origins(growth).items()}), *notes(spec)]
     if form == "hub" == model.source.form:
         told += left(model.source, spec)
+    if form != "hub":
+        told += regrouped(model.source, spec, _made_of(growth, named))
     told += [*buffers.left_out(model.source, form), *unopened(model.source, form)]
     told += clients.notes(model.source.folder, spec.beside, target, form, model.source.world_size, world_size)
     if first:
