@@ -152,7 +152,7 @@ def grow(
     """
     from bert2bert.drift import report_drift
     from bert2bert.realise import values
-    from bert2bert.sample import Tokens
+    from bert2bert.sample import Tokens, check
     from bert2bert.shards import clients
     from bert2bert.shards.transfer import together, write_checkpoint
     from bert2bert.shards.watch import Watch
@@ -163,6 +163,7 @@ def grow(
 
     def prepare() -> tuple[Growth, TargetSpec, Watch]:
         growth = open_growth(source, config, **how)
+        check(Tokens(bins), growth.model.table.axis_sizes(growth.model.config)["vocab"], growth.model)
         watch = Watch(growth.model.source, *([growth.other.source] if growth.other else []))
         accept(growth, lossy)
         spec = target_spec(growth, form=form, layout=layout, precision=precision)
