@@ -1,13 +1,14 @@
 """The ``bert2bert`` command. Sub-commands import what they need when they run, so that ``--help`` imports no torch.
 
 Exit status: 0 done, 1 a check failed (verify, inspect --check), 2 the input cannot be used (the message says why and
-what would work). With ``--json`` standard output holds one JSON object, the result, and nothing else; with ``--quiet``
-it holds nothing (with both, the object).
+what would work), 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP (one line says so). With ``--json`` standard output holds one JSON
+object, the result, and nothing else; with ``--quiet`` it holds nothing (with both, the object).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -15,19 +16,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bert2bert import interrupts
 from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.options import parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, or print the help where none is named."""
-    args = parse(argv)
-    if args.command is None:
-        parser(_RUNS).print_help()
-        return 0
-    if argv is None and "workers" in args:
-        return _watched(args)  # a growth typed at a prompt has a process that watches it, even if it is one process
-    return run(args)
+    command = None
+    try:
+        with interrupts.raised() if argv is None else contextlib.nullcontext():
+            args = parse(argv)
+            if (command := args.command) is None:
+                parser(_RUNS).print_help()
+                return 0
+            if argv is None and "workers" in args:
+                return _watched(args)  # a growth typed at a prompt has a process that watches it, even if it is alone
+            return run(args)
+    except KeyboardInterrupt as error:
+        return interrupts.end(command, error)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,8 +59,6 @@ def _watched(args: argparse.Namespace) -> int:
     except UserError as error:
         print(f"bert2bert {args.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _run(args: argparse.Namespace, comm: Any) -> int:
@@ -66,10 +71,6 @@ def _run(args: argparse.Namespace, comm: Any) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         sys.stderr.close()
         return 0
-    except KeyboardInterrupt:
-        if comm is None or comm.Get_rank() == 0:
-            print(f"bert2bert {args.command}: interrupted; nothing was committed", file=sys.stderr)
-        return 130
 
 
 # ------------------------------------------------------------------------------------------------ what is printed

@@ -36,6 +36,7 @@ def join() -> Any:
 
 def main(argv: list[str], command_name: str = "grow") -> int:
     """Run one command of bert2bert on every rank that the launcher started."""
+    from bert2bert import interrupts
     from bert2bert.cli import parse, run
     from bert2bert.errors import UserError
 
@@ -50,7 +51,8 @@ def main(argv: list[str], command_name: str = "grow") -> int:
             print(f"bert2bert {command_name}: {error}", file=sys.stderr)
         return 2
     try:
-        code = run(args, comm)
+        with interrupts.at_once(command_name, comm is None or comm.Get_rank() == 0):
+            code = run(args, comm)
     except Exception:  # a defect: say where, on the rank that has it
         traceback.print_exc()
         code = 1

@@ -280,9 +280,9 @@ def write_checkpoint(
             entries = _merged([entries, *comm.allgather(together(comm, write))])
             together(comm, commit)
         return folder.final
-    except BaseException:
+    except BaseException as error:
         if comm.rank == 0:
-            folder.abort(say)
+            folder.abort((lambda text: None) if isinstance(error, KeyboardInterrupt) else say)
         raise
     finally:
         folder.close()

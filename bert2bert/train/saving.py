@@ -148,6 +148,9 @@ def _make_room(engine: Engine, root: Path, folder: Path) -> None:
             )
         _withdraw(root, folder)
         _delete(folder)
+    for script in root.glob("zero_to_*.py"):  # DeepSpeed copies them there
+        if script.is_symlink():
+            script.unlink()
     numel = sum(torch.Size(engine.shape(name)).numel() for name in engine.names)
     need = numel * (12 + (4 if engine.precision == "fp32" else 2))
     free = shutil.disk_usage(root).free

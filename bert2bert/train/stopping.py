@@ -3,7 +3,8 @@
 Ctrl-C, a batch system's notice and a launcher's SIGTERM mean the same: finish the step under way, write a checkpoint,
 leave with `STOPPED`. A signal that comes while Python still imports, or in the last line of a process, is held alike:
 else the launcher would see a rank that a signal killed. Ctrl-C pressed again changes nothing and says so; pressed a
-third time it ends the process at once, whatever it waits for. Imports nothing heavy. Refuses nothing.
+third time it ends the process at once, whatever it waits for. A terminal or launcher that is gone, and no longer takes
+what is printed, keeps no run from its checkpoint. Imports nothing heavy. Refuses nothing.
 """
 
 from __future__ import annotations
@@ -62,13 +63,34 @@ class Stop:
         os.close(self._told)
 
 
+class _Patient:
+    """An output stream whose reader may go away: what nobody takes any more is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 _stop: Stop | None = None
 
 
 def hold() -> None:
     """Hold the signals of this process for the rest of its life: the first thing that a program does."""
     global _stop
-    _stop = _stop or Stop()
+    if _stop is None:
+        _stop = Stop()
+        sys.stdout, sys.stderr = _Patient(sys.stdout), _Patient(sys.stderr)
 
 
 @contextlib.contextmanager

@@ -177,6 +177,57 @@ def test_an_empty_folder_is_a_fine_target(tmp_path: Path, how: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+def test_a_target_may_be_a_link_to_a_folder(tmp_path: Path, how: dict[str, Any]) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "d").symlink_to("disk")
+    write(tmp_path / "d", how)
+    assert (tmp_path / "d").is_symlink() and sorted(path.name for path in tmp_path.iterdir()) == ["d", "disk"]
+    check_complete(open_source(tmp_path / "disk").folder)
+    (tmp_path / "nowhere").symlink_to("missing")
+    with pytest.raises(InvalidConfig, match="a link that leads nowhere"):
+        write(tmp_path / "nowhere", how)
+
+
+@pytest.mark.parametrize("place", ["partial", "tag", "files", "folder in files", "file in files", "job", "journal"])
+def test_nothing_behind_a_link_is_written_or_deleted(tmp_path: Path, place: str) -> None:
+    """A killed growth's partial folder, and the tag, with a link to a folder of the user's in every place."""
+    archive, target, how = tmp_path / "archive", tmp_path / "d", FORMS[1]
+    archive.mkdir()
+    for name in ("mp_rank_00_model_states.pt", "job.json", "notes"):
+        (archive / name).write_text("precious")
+    partial = target / "global_step7.partial"
+    files = partial / "files.partial"
+    (files / "zero").mkdir(parents=True)
+    (partial / "job.json").write_text("{}")
+    led = {
+        "partial": (partial, archive), "tag": (target / "global_step7", archive), "files": (files, archive),
+        "folder in files": (files / "zero" / "bert.embeddings.word_embeddings.weight", archive),
+        "file in files": (files / "mp_rank_00_model_states.pt", archive / "mp_rank_00_model_states.pt"),
+        "job": (partial / "job.json", archive / "job.json"),
+        "journal": (partial / "finished.0.jsonl", archive / "notes"),
+    }  # fmt: skip
+    link, to = led[place]
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.symlink_to(to)
+    if place in ("partial", "tag"):
+        with pytest.raises(InvalidConfig, match="is a link, and nothing" if place == "partial" else "already holds"):
+            write(target, how)
+        assert link.is_symlink()
+    else:
+        check_complete(write(target, how))
+    assert tree(archive) == dict.fromkeys(("mp_rank_00_model_states.pt", "job.json", "notes"), b"precious")
+
+
+def test_a_run_in_the_target_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "run.lock").write_text("")
+    with pytest.raises(InvalidConfig, match=r"already holds .*\(run\.lock\)"):
+        write(tmp_path / "d", FORMS[0])
+
+
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
 def test_a_target_that_cannot_be_written_is_refused(tmp_path: Path, how: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match="the parent of the target d, is no folder"):
         write(tmp_path / "missing" / "d", how)

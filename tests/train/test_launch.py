@@ -237,6 +237,35 @@ def test_a_job_submitted_again_goes_on_from_its_own_output(tmp_path: Path) -> No
     assert options.resume == output
 
 
+@pytest.mark.parametrize("state", ["RUNNING", "CANCELLED"])
+def test_a_stopped_job_requeues_itself_until_it_makes_no_progress(tmp_path: Path, state: str) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    tell = f'[ "$1" = requeue ] && echo "$@" >> {log}; echo "JobState={state} Reason=None"\n'
+    fake(tmp_path / "bin", "scontrol", tell)
+
+    def start(checkpoint: str | None = None) -> str:
+        fake(tmp_path / "bin", "srun", (f"echo {checkpoint} > {output}/latest\n" if checkpoint else "") + "exit 75\n")
+        done = run(
+            ["bash", "launch/pretrain.sbatch", "R.py", "D.json", output],
+            PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", SLURM_JOB_ID="12", SLURM_SUBMIT_DIR=str(ROOT),
+            SLURM_NTASKS="4", SLURM_JOB_NODELIST="n[1-2]",
+        )  # fmt: skip
+        assert done.returncode == 75
+        return done.stderr
+
+    if state == "CANCELLED":
+        assert not start() and not log.exists() and not output.exists()
+        return
+    for checkpoint, newest in ((None, "none"), (None, "none"), ("global_step10", "global_step10")):
+        assert f"requeued: stopped in time, newest checkpoint {newest}" in start(checkpoint)
+    for _ in range(2):
+        assert "newest checkpoint global_step10" in start()
+    assert log.read_text() == "requeue 12\n" * 5
+    assert "not requeued: 3 starts in a row brought no checkpoint newer than global_step10" in start()
+    assert log.read_text() == "requeue 12\n" * 5
+    assert "requeued: stopped in time" in start()  # submitted again by hand
+
+
 def test_deepspeed_reads_the_hostfile() -> None:
     from deepspeed.launcher.runner import _parse_hostfile
 

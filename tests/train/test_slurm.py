@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ SlurmdUser=root
 AuthType=auth/munge
 CryptoType=crypto/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 StateSaveLocation={folder}/state
@@ -50,7 +50,10 @@ MinJobAge=300
 SwitchType=switch/none
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=2 RealMemory=1000 State=UNKNOWN
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -103,8 +106,8 @@ def ask(env: dict[str, str], *command: str) -> str:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30).stdout.strip()
 
 
-def submit(env: dict[str, str], log: Path, *words: object) -> tuple[str, str]:
-    """(state as Slurm knows it, log) of a finished job of pretrain.sbatch on two nodes, one task each."""
+def submit(env: dict[str, str], log: Path, *words: object) -> str:
+    """The number of a job of pretrain.sbatch on two nodes, one task each."""
     # The script as shipped; what this cluster lacks, GPUs above all, is taken back by sbatch's own options.
     options = [
         "--nodes=2",
@@ -120,30 +123,75 @@ def submit(env: dict[str, str], log: Path, *words: object) -> tuple[str, str]:
         cwd=ROOT, env={**env, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=30,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    job = done.stdout.strip()
+    return done.stdout.strip()
+
+
+def facts(env: dict[str, str], job: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in ask(env, "scontrol", "show", "job", job).split() if "=" in word)
+
+
+def wait(env: dict[str, str], job: str, log: Path, ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 200
-    while ask(env, "squeue", "-h", "-j", job, "-t", "PENDING,RUNNING,COMPLETING,CONFIGURING"):
+    while not ready():
         if time.monotonic() > deadline:
             subprocess.run(["scancel", job], env=env, timeout=30)
             pytest.fail(f"the job took over 200 s:\n{log.read_text() if log.exists() else 'no log'}")
-        time.sleep(0.5)
-    facts = dict(word.split("=", 1) for word in ask(env, "scontrol", "show", "job", job).split() if "=" in word)
-    return facts["JobState"], log.read_text()
+        time.sleep(0.3)
+
+
+def finish(env: dict[str, str], job: str, log: Path) -> tuple[str, str]:
+    """(state as Slurm knows it, log) of a job that has ended."""
+    alive = "PENDING,RUNNING,COMPLETING,CONFIGURING"
+    wait(env, job, log, lambda: not ask(env, "squeue", "-h", "-j", job, "-t", alive))
+    return facts(env, job)["JobState"], log.read_text()
 
 
 def test_the_job_trains_on_two_nodes_and_goes_on_when_submitted_again(tmp_path: Path, cluster: dict[str, str]) -> None:
     recipe, output = write_inputs(tmp_path), tmp_path / "run"
     words = [recipe, ROOT / "ds_configs" / "zero2_cpu.json", output]
-    state, log = submit(cluster, tmp_path / "first.log", *words)
+    log_file = tmp_path / "first.log"
+    state, log = finish(cluster, submit(cluster, log_file, *words), log_file)
     assert state == "COMPLETED", log
     described = json.loads((output / "run.json").read_text())
     assert described["world_size"] == 2 and described["finished"]
     assert [(kind, step) for kind, step, _ in losses(output)][-1] == ("eval", 6)
 
-    state, log = submit(cluster, tmp_path / "second.log", *words)
+    log_file = tmp_path / "second.log"
+    state, log = finish(cluster, submit(cluster, log_file, *words), log_file)
     assert state == "COMPLETED", log
     assert "is complete: step 6 of 6" in log
 
-    state, log = submit(cluster, tmp_path / "third.log", *words, "--set", "sed=1")
+    log_file = tmp_path / "third.log"
+    state, log = finish(cluster, submit(cluster, log_file, *words, "--set", "sed=1"), log_file)
     assert state == "FAILED"
     assert log.count("unknown key 'sed'") == 1
+
+
+def test_a_preempted_job_goes_on_by_itself_and_a_cancelled_one_does_not(
+    tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    recipe, output, log = write_inputs(tmp_path), tmp_path / "run", tmp_path / "job.log"
+    sets = ["--set", "phases.0.steps=1500", "phases.1.steps=1500", "eval_every=3000", "checkpoint_every=3000"]
+    job = submit(cluster, log, recipe, ROOT / "ds_configs" / "zero2_cpu.json", output, *sets)
+
+    def trained(more: int) -> bool:
+        metrics = output / "metrics.jsonl"
+        return metrics.exists() and metrics.read_text().count('"train"') >= more
+
+    wait(cluster, job, log, lambda: trained(2))
+    urgent = ["sbatch", "-p", "urgent", "--nodes=2", "--exclusive", "--time=5", "-o", "/dev/null", "--wrap", "sleep 1"]
+    subprocess.run(urgent, cwd=ROOT, env=cluster, capture_output=True, timeout=30, check=True)
+    wait(cluster, job, log, lambda: (output / "requeued").exists())
+    stopped = (output / "latest").read_text()
+    step = int(stopped.removeprefix("global_step"))
+    wait(cluster, job, log, lambda: trained(step + 2))
+    said = log.read_text()  # of both starts
+    assert "stopped by SIGTERM after step" in said and f"resumed from {output}/{stopped}" in said
+    assert facts(cluster, job)["Restarts"] == "1"
+
+    subprocess.run(["scancel", job], env=cluster, timeout=30)
+    state, said = finish(cluster, job, log)
+    assert state == "CANCELLED" and facts(cluster, job)["Restarts"] == "1"
+    assert (output / "latest").read_text() != stopped and said.count("requeued: ") == 1
+    steps = [step for kind, step, _ in losses(output) if kind == "train"]
+    assert steps == list(range(1, len(steps) + 1)) and steps[-1] > step
