@@ -88,6 +88,8 @@ class _Tensors:
         return "storage", kind, str(obj.key), "cpu", count
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.nn.Parameter):
+            return torch._utils._rebuild_parameter, (obj.detach(), obj.requires_grad, OrderedDict())
         if isinstance(obj, torch.Tensor):
             flat = obj.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
             blank = Blank(tuple(obj.shape), obj.dtype, lambda: (flat,))
@@ -100,7 +102,8 @@ class _Tensors:
         self.storages.append((blank, blank is obj))
         stride = torch.empty(blank.shape, device="meta").stride()
         hooks: dict[Any, Any] = OrderedDict()
-        args = (_Storage(len(self.storages) - 1, blank), 0, blank.shape, stride, False, hooks)
+        learns = isinstance(obj, torch.Tensor) and obj.requires_grad
+        args = (_Storage(len(self.storages) - 1, blank), 0, blank.shape, stride, learns, hooks)
         if blank.dtype not in _STORAGES:
             return torch._utils._rebuild_tensor_v3, (*args, blank.dtype)
         return torch._utils._rebuild_tensor_v2, args

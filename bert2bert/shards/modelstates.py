@@ -155,7 +155,8 @@ class ModelStates:
         for flat, _ in enumerate(self.shapes):
             alike(paths, [list(rank["param_shapes"][flat].items()) for rank in self.ranks], "list of parameters")
         first = self.ranks[0]
-        self.module: dict[str, Any] = first.get("module") or {}
+        held = first.get("module") or {}
+        self.module = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in held.items()}
         self.order = list(self.module)
         self.optimizer: Any = first.get("optimizer")
         self.world_size: int = int(first.get("dp_world_size") or 1)
@@ -165,8 +166,8 @@ class ModelStates:
         self.lr_scheduler = first.get("lr_scheduler")
         self.client_state = {key: value for key, value in first.items() if key not in _OWN_KEYS}
         self.client_state |= {key: first[key] for key in ("data_sampler", "random_ltd") if first.get(key) is not None}
-        held = [name for name in first.get("buffer_names") or () if name in self.module]
-        self.buffers: dict[str, Any] = {name: self.module[name] for name in held}
+        named = [name for name in first.get("buffer_names") or () if name in self.module]
+        self.buffers: dict[str, Any] = {name: self.module[name] for name in named}
         self.extras: dict[str, Any] = {}
         self.flat_names = {name for group in self.shapes for name in group}
         self.aliases: dict[str, str] = {}

@@ -184,6 +184,8 @@ class _Budget:
 
 def _plain(value: Any, budget: _Budget) -> Any:
     budget.spend()
+    if isinstance(value, torch.Tensor):
+        return value.detach()
     if isinstance(value, dict):
         return {_plain(k, budget): _plain(v, budget) for k, v in value.items()}
     if isinstance(value, list):

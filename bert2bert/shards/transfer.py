@@ -25,7 +25,7 @@ import torch
 
 from bert2bert import __version__
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError, did_you_mean
-from bert2bert.shards import journal
+from bert2bert.shards import frames, journal
 from bert2bert.shards.commit import FORMAT_VERSION, file_sizes
 from bert2bert.shards.digest import FILE_DIGEST, TENSOR_DIGEST
 from bert2bert.shards.expert_writer import expert_zero_files
@@ -101,6 +101,7 @@ def together(comm: Any, do: Callable[[], Any]) -> Any:
 def _plan(
     job: Job, form: str, stage: int | None, world_size: int | None, sub_group_size: int, max_file_bytes: int
 ) -> list[FilePlan]:
+    _check_nesting(job.spec)
     if form not in POINTERS:
         raise InvalidConfig(f"there is no checkpoint format {form!r}; {did_you_mean(form, POINTERS)}")
     if form == "zero":
@@ -119,6 +120,18 @@ def _plan(
     config = hub_config(job.spec) if form == "hub" else job.spec.config
     extra = {**({"config.json": json_bytes(config)} if job.spec.config else {}), **job.spec.extra_files}
     return plans + [FilePlan(name, 0, partial(write_bytes, content)) for name, content in extra.items()]
+
+
+def _check_nesting(spec: TargetSpec) -> None:
+    """Refuse (InvalidCheckpoint) what a pickle cannot hold: values inside each other without end, or nearly so."""
+    for name in ("client_state", "extras", "buffers", "lr_scheduler"):
+        try:
+            frames.structure(getattr(spec, name))
+        except RecursionError:
+            raise InvalidCheckpoint(
+                f"the source's {name.replace('_', ' ')} holds values nested hundreds deep, which cannot be written. "
+                "Save the checkpoint without them."
+            ) from None
 
 
 def _reading(values: Values) -> Values:

@@ -121,14 +121,14 @@ def walk(tree: Any) -> Iterator[Any]:
 
 
 def _tensor(storage: Any, *rest: Any) -> torch.Tensor:
-    offset, size, stride, _, _, *metadata = rest
+    offset, size, stride, learns, _, *metadata = rest
     kind = storage.kind.name if isinstance(storage, Storage) else ""
-    return _tensor_of(storage, STORAGES.get(kind), offset, size, stride, metadata)
+    return _tensor_of(storage, STORAGES.get(kind), offset, size, stride, metadata).requires_grad_(learns is True)
 
 
 def _tensor_of_dtype(storage: Any, *rest: Any) -> torch.Tensor:
-    offset, size, stride, _, _, dtype, *metadata = rest
-    return _tensor_of(storage, dtype, offset, size, stride, metadata)
+    offset, size, stride, learns, _, dtype, *metadata = rest
+    return _tensor_of(storage, dtype, offset, size, stride, metadata).requires_grad_(learns is True)
 
 
 def _tensor_of(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, metadata: list[Any]) -> torch.Tensor:
@@ -141,10 +141,10 @@ def _tensor_of(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, me
     return -found if told.get("neg") is True else found
 
 
-def _inner(tensor: Any, *_: Any) -> torch.Tensor:
+def _parameter(tensor: Any, learns: Any, *_: Any) -> torch.nn.Parameter:
     if not isinstance(tensor, torch.Tensor):
         raise pickle.UnpicklingError(f"a parameter without a tensor, of {type(tensor).__name__}")
-    return tensor
+    return torch.nn.Parameter(tensor.detach(), learns is True)
 
 
 def _of_class(function: Any, kind: Any, args: Any, *state: Any) -> Any:
@@ -170,8 +170,8 @@ def _bytes(text: Any, encoding: Any) -> bytes:
 _MAKE: dict[Name, Callable[..., Any]] = {
     Name("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Name("torch._utils", "_rebuild_tensor_v3"): _tensor_of_dtype,
-    Name("torch._utils", "_rebuild_parameter"): _inner,
-    Name("torch._utils", "_rebuild_parameter_with_state"): _inner,
+    Name("torch._utils", "_rebuild_parameter"): _parameter,
+    Name("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     Name("torch._tensor", "_rebuild_from_type_v2"): _of_class,
     Name("torch", "Size"): torch.Size,
     Name("torch", "device"): torch.device,

@@ -419,3 +419,43 @@ def test_names_that_share_memory_are_tied_though_the_file_does_not_say_so(tmp_pa
     assert {n: m.trainable for n, m in source.tensors.items()} == {"a.weight": True, "c.bias": False, "d.bias": False}
     assert equal(source.read("b.weight", "exp_avg", 1, 3), state["exp_avg"].view(4, 3)[1:3])
     assert source.groups == [{"lr": 0.25, "names": ["a.weight"]}] and source.step("b.weight") == 5
+
+
+@pytest.mark.parametrize(("said", "precision"), [
+    ({"bf16": {"enabled": True}}, "bf16"), ({"bf16": {"enabled": "true"}}, "bf16"), ({"fp16": {"enabled": 1}}, "fp16"),
+    ({"bf16": {"enabled": False}, "fp16": {}}, "fp32"), ({"zero_optimization": {"stage": 3}}, "fp32"), ({}, "fp32"),
+])  # fmt: skip
+def test_the_runs_precision_is_what_its_ds_config_says(
+    saved: Callable[[int], Path], tmp_path: Path, said: dict[str, Any], precision: str
+) -> None:
+    """Not what the first tensor of its state dict has, which may be any: a buffer's, an extra state's."""
+    tag = shutil.copytree(saved(2) / "z2fp32" / "global_step3", tmp_path / "tag")
+
+    def change(content: Any) -> None:
+        content["ds_config"] = said
+        content["module"] = {"odd": torch.ones(2, dtype=torch.float16), **content["module"]}
+        content["buffer_names"].append("odd")
+
+    edit(tag / "mp_rank_00_model_states.pt", change)
+    assert open_source(tag).precision == precision
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_without_a_ds_config_it_is_that_of_the_trained_weights(
+    saved: Callable[[int], Path], tmp_path: Path, dtype: str
+) -> None:
+    tag = shutil.copytree(saved(2) / "z2fp32" / "global_step3", tmp_path / "tag")
+
+    def change(content: Any) -> None:
+        del content["ds_config"]
+        content["module"] = {name: value.to(getattr(torch, dtype)) for name, value in content["module"].items()}
+
+    edit(tag / "mp_rank_00_model_states.pt", change)
+    assert open_source(tag).precision == {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+
+
+def test_the_name_of_the_files_counts_as_well(saved: Callable[[int], Path], tmp_path: Path) -> None:
+    tag = shutil.copytree(saved(2) / "z2fp32" / "global_step3", tmp_path / "tag")
+    for file in list(tag.glob("zero_pp*")):
+        file.rename(file.with_name(f"bf16_{file.name}"))
+    assert open_source(tag).precision == "bf16"
