@@ -92,13 +92,20 @@ def main(argv: list[str] | None = None) -> int:
         if options.json and rank == 0:
             print(json.dumps({k: None if v != v else v for k, v in result.items()}), flush=True)
     except UserError as error:
-        if rank > 0:
-            # Rank 0 has met the same mistake and said so, or else its launcher would have ended this process by now.
-            time.sleep(ranks.GRACE_SECONDS)
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        if rank == 0 or alone():
+            print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     leave()
     return stopping.STOPPED if result["stopped"] else 0
+
+
+def alone() -> bool:
+    """Whether no launcher ends this rank within the time that rank 0 needs to meet the same mistake, say so and end."""
+    until = time.monotonic() + ranks.GRACE_SECONDS
+    with stopping.held() as stop:
+        while stop.caught is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return stop.caught is None
 
 
 def leave() -> None:
