@@ -10,6 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from bert2bert import axes
+from bert2bert.draws import drawn
 from bert2bert.errors import InvalidConfig
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import forward_flops
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _BLOCKS = 8  # of rows that a thread holds at a time: values, their source, the file being written
 _STRUCTURE = 200_000_000  # bytes of names, shapes, file structure and allocator slack, measured by benchmarks/growth.py
+_DRAW = 3e-8  # seconds that one core takes for a random number and its place, measured (see docs/benchmarks.md)
 _LOOKED_UP = frozenset({"vocab", "pos", "types", "buckets"})  # axes of tables, of which a token takes one row
 
 
@@ -35,8 +37,9 @@ def bandwidth(text: str) -> tuple[float, float]:
 
 
 def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any]:
-    """What the rank with the most to do reads and writes, in bytes, how long its disk takes, in seconds, and its
-    anonymous memory, in bytes, beyond the imported program. disk: GB/s that one rank reads and writes at.
+    """What the rank with the most to do reads and writes, in bytes, how long its disk takes, and one core to draw its
+    random numbers, in seconds, and its anonymous memory, in bytes, beyond the imported program. disk: GB/s that one
+    rank reads and writes at.
 
     As a universal checkpoint is dealt out; reading is taken to be spread alike, each source byte read once. Memory: the
     plan's index lists, the structure of the files, and a few blocks of rows; more where an entry mixes a whole tensor.
@@ -67,12 +70,14 @@ def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any
         for a in (d.index, d.param, d.grad, d.mix)
         if a is not None
     }
+    random = sum(map(drawn, made)) * written // sum(sizes)
     return {
         "ranks": ranks,
         "disk_gb_per_s": list(disk),
         "bytes_read": read,
         "bytes_written": written,
-        "seconds": read / disk[0] / 1e9 + written / disk[1] / 1e9,
+        "numbers_drawn": random,
+        "seconds": read / disk[0] / 1e9 + written / disk[1] / 1e9 + random * _DRAW,
         "memory": files_at_once(block) * (_BLOCKS * block + 2 * max(mixed, default=0))
         + _STRUCTURE
         + sum(arrays.values()),
@@ -82,9 +87,11 @@ def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any
 def cost_line(found: dict[str, Any]) -> str:
     """A `cost` in one line."""
     read, write = found["disk_gb_per_s"]
+    drawing = found["numbers_drawn"] * _DRAW
+    noise = f" ({drawing:.3g} s of them to draw random numbers)" if drawing > 0.1 * found["seconds"] else ""
     return (
         f"cost     {found['ranks']} rank{'s' * (found['ranks'] > 1)} at {read:g} GB/s read, {write:g} GB/s written "
-        f"(each): about {found['seconds']:.3g} s, at most {found['bytes_read'] / 1e9:.3g} GB read, "
+        f"(each): about {found['seconds']:.3g} s{noise}, at most {found['bytes_read'] / 1e9:.3g} GB read, "
         f"{found['bytes_written'] / 1e9:.3g} GB written and {found['memory'] / 1e9:.2g} GB of memory a rank"
     )
 

@@ -25,6 +25,7 @@ from bert2bert.targets import (
     left,
     make_spec,
     progress,
+    regrouped,
     rounding,
     tagged,
     unopened,
@@ -71,7 +72,7 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
         known=known_layout(source, {model.stored(n): p for n, p in model.parameters.items()}),
         aliases={named[a]: named[b] for a, b in plan.aliases.items()},
         config=plan.config,
-        made_of={named[n]: [model.stored(s) for s in growth.roots(n)] for n in plan.tensors},
+        made_of=_made_of(growth, named),
         reset={named[n] for n, t in plan.tensors.items() if t.reset},
         order=lambda names: _as_in(source, names, form),
         form=form,
@@ -90,6 +91,11 @@ def origins(growth: Growth) -> dict[str, list[str]]:
         name: [models[leaf].source.meta(models[leaf].stored(source)).dtype for leaf, source in growth.plan.roots(name)]
         for name in growth.plan.tensors
     }
+
+
+def _made_of(growth: Growth, named: dict[str, str]) -> dict[str, list[str]]:
+    """The source's tensors that each target tensor is made of, by the names of the files."""
+    return {named[n]: [growth.model.stored(s) for s in growth.roots(n)] for n in growth.plan.tensors}
 
 
 def _as_in(source: Source, names: list[str], form: str) -> list[str]:
@@ -146,7 +152,7 @@ def grow(
     """
     from bert2bert.drift import report_drift
     from bert2bert.realise import values
-    from bert2bert.sample import Tokens
+    from bert2bert.sample import Tokens, check
     from bert2bert.shards import clients
     from bert2bert.shards.transfer import together, write_checkpoint
     from bert2bert.shards.watch import Watch
@@ -157,6 +163,7 @@ def grow(
 
     def prepare() -> tuple[Growth, TargetSpec, Watch]:
         growth = open_growth(source, config, **how)
+        check(Tokens(bins), growth.model.table.axis_sizes(growth.model.config)["vocab"], growth.model)
         watch = Watch(growth.model.source, *([growth.other.source] if growth.other else []))
         accept(growth, lossy)
         spec = target_spec(growth, form=form, layout=layout, precision=precision)
@@ -173,6 +180,8 @@ def grow(
     told = [*rounding(spec, form, {named[n]: dtypes for n, dtypes in origins(growth).items()}), *notes(spec)]
     if form == "hub" == model.source.form:
         told += left(model.source, spec)
+    if form != "hub":
+        told += regrouped(model.source, spec, _made_of(growth, named))
     told += [*buffers.left_out(model.source, form), *unopened(model.source, form)]
     told += clients.notes(model.source.folder, spec.beside, target, form, model.source.world_size, world_size)
     if first:
@@ -190,7 +199,10 @@ def grow(
             return found.to(spec.stored_dtype(stored))
         return found.to(spec.dtype) if stored in spec.frozen else found
 
-    measure = measure and first and "mlm" in model.heads
+    measure = measure and first
+    if measure and "mlm" not in model.heads:
+        say("drift    not measured: there is no language-model head")
+        measure = False
     measured = together(comm, lambda: report_drift(growth, written, Tokens(bins), say) if measure else None)
     manifest = {
         "operators": plan.recipe,

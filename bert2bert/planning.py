@@ -67,7 +67,7 @@ def open_growth(
     """
     target = read_config(config)
     model = open_model(source, source_config, tag)
-    plan = plan_growth(model.config, target, heads=model.heads, **how)
+    plan = plan_growth(model.config, target, heads=model.heads, optimizer=_trained(model), **how)
     plan = replace(plan, config={**plan.config, "architectures": _classes(model, plan.config)})
     if other is None:
         if alpha is not None:
@@ -101,8 +101,13 @@ def between(
             f"--with {second.source.path}: it holds weights only, so there are no moments to interpolate; "
             f"use --moments reset, or a checkpoint with optimizer state"
         )
-    same = plan_growth(second.config, plan.config, heads=second.heads, moments=moments)
+    same = plan_growth(second.config, plan.config, heads=second.heads, moments=moments, optimizer=_trained(model))
     return interpolate(same, plan, alpha)
+
+
+def _trained(model: CheckpointModel) -> bool:
+    """Whether the checkpoint has an optimizer's moments; if not, nothing is said of them."""
+    return len(model.source.states) > 1
 
 
 def _classes(model: CheckpointModel, target: Mapping[str, Any]) -> list[str] | None:
@@ -183,6 +188,7 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
     if growth.other is not None:
         mixed = [f"with     {1 - recipe['alpha']:g} of {growth.other.source.path}, {recipe['alpha']:g} of the grown"]
         recipe = recipe["interpolate"][-1]
+    asked = recipe if _trained(model) else {**recipe, "moments": None}
     lines = [
         f"source   {model.source.path} ({model.source.form}"
         + (f", stage {model.source.stage}, world size {model.source.world_size}" if model.source.stage else "")
@@ -190,7 +196,7 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
         + (f", name prefix {prefix!r}" if (prefix := model.naming.prefix) else "")
         + ")",
         *mixed,
-        "operator " + ", ".join(f"{_SAID[k]} {recipe[k]}" for k in _SAID if recipe.get(k) is not None),
+        "operator " + ", ".join(f"{_SAID[k]} {asked[k]}" for k in _SAID if asked.get(k) is not None),
         "axes     " + (", ".join(f"{a} {s} -> {t}" for a, (s, t) in recipe["axes"].items()) or "unchanged"),
         *(f"{axis.replace('_', ' '):8} {' '.join(rows)}" for axis, rows in recipe["layers"].items()),
         f"size     {d['parameters'][0]:,} -> {d['parameters'][1]:,} parameters, "
@@ -201,12 +207,15 @@ def summary(growth: Growth, d: dict[str, Any]) -> str:
     if d["forwardflops_per_token"]:
         small, large = d["forwardflops_per_token"]
         lines.append(f"compute  {small / 1e6:.4g} -> {large / 1e6:.4g} MFLOP a token forward ({large / small:.2f}x)")
-    for what, reasons in d["exactness"].items():
-        lines.append(f"{what:8} " + ("exact" if not reasons else "not exact: " + "; ".join(reasons)))
-    lines[-1] += f" ({plan.moments})" if len(model.source.states) > 1 else " (the source holds none)"
+    for what, policy in (("function", ""), *([("moments", f" ({plan.moments})")] if _trained(model) else [])):
+        reasons = d["exactness"][what]
+        lines.append(f"{what:8} " + ("exact" if not reasons else "not exact: " + "; ".join(reasons)) + policy)
     lines += [f"warning  {text}" for text in d["warnings"]]
-    if len(model.source.states) > 1:
-        lines += [f"note     {text}" for text in d["notes"]] + _first_step(growth)
+    lines += [f"note     {text}" for text in d["notes"]]
+    if _trained(model):
+        lines += _first_step(growth)
+    elif recipe.get("moments"):
+        lines.append(f"note     --moments {recipe['moments']} changes nothing: the source holds weights only")
     return "\n".join(lines)
 
 

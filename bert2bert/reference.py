@@ -118,6 +118,7 @@ def _class(table: Table, config: Mapping[str, Any], heads: frozenset[str], trans
             f"Correct the config, or leave the comparison out: --no-logits (verify), --no-measure (grow)."
         ) from None
     hf._experts_implementation = "eager"  # grouped matrix products know no float64
+    hf.reorder_and_upcast_attn = False  # GPT-2: the same function, in a way that takes 16 or 32 bits for granted
     return name, cls, hf
 
 

@@ -21,7 +21,18 @@ from bert2bert.expert_targets import notes as expert_notes
 from bert2bert.expert_targets import with_experts
 from bert2bert.shards.commit import check_contents
 from bert2bert.target_names import Names
-from bert2bert.targets import check_form, known_layout, left, make_spec, progress, rounding, tagged, unopened, versions
+from bert2bert.targets import (
+    check_form,
+    known_layout,
+    left,
+    make_spec,
+    progress,
+    regrouped,
+    rounding,
+    tagged,
+    unopened,
+    versions,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -220,6 +231,8 @@ def notes(source: Source, names: Names, spec: TargetSpec, form: str) -> list[str
         told.append(f"left out, for no current model has them: {', '.join(names.left)}")
     if form == "hub" and source.form == "hub":
         told += left(source, spec)
+    if form != "hub":
+        told += regrouped(source, spec, {name: [names.stored[name]] for name in spec.shapes})
     mixed = [g.part for g in spec.groups if len({source.step(names.stored[n]) for n in g.names}) > 1 and form != "hub"]
     if mixed and len(source.states) > 1:
         told.append(f"{', '.join(mixed)}: parameters with different Adam steps share a group, which has the largest")

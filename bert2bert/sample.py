@@ -22,6 +22,7 @@ from bert2bert.data.bins import TokenBins
 from bert2bert.errors import InvalidConfig, InvalidData
 from bert2bert.model.batch import IGNORE, Batch
 from bert2bert.reference import Sample
+from bert2bert.shards.sniff import describe
 
 _TOKENS, _RANDOM, _LENGTH, _PREDICTED = 2048, 512, 64, 0.15  # random tokens show a distance, which takes fewer
 _WORK = 1 << 40  # multiply-adds
@@ -44,6 +45,14 @@ class Tokens:
     def text(self) -> str:
         """In words."""
         return f"tokens of {self.file}" if self.file else "held-out text" if self.bins else "random tokens"
+
+
+def check(tokens: Tokens, vocab: int, *models: CheckpointModel) -> None:
+    """Refuse at once what could not be read once the work is done. vocab: tokens that all models know."""
+    if tokens.file:
+        _given(tokens.file, vocab, min(map(positions, models)))
+    elif tokens.bins:
+        open_bins(tokens.bins, vocab)
 
 
 def draw(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Sample:
@@ -131,9 +140,17 @@ def open_bins(folder: Path, vocab: int) -> TokenBins:
 def _given(file: Path, vocab: int, positions: int) -> np.ndarray:
     """Ids of a text file, one row a line, all rows equally long."""
     try:
-        rows = [[int(i) for i in re.findall(r"-?\d+", line)] for line in file.read_text().splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidData(f"{file}: not readable as text ({error}); expected token ids, one row a line") from None
+        why = describe(file) if file.is_file() and isinstance(error, UnicodeDecodeError) else str(error)
+        raise InvalidData(f"{file}: not readable as text ({why}); expected token ids, one row a line") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        words = re.split(r"[\s,;]+", line.strip("[](), \t\r"))
+        if wrong := [word for word in words if not re.fullmatch(r"-?[0-9]{1,18}|", word)]:
+            raise InvalidData(f"{file}: line {number} holds {wrong[0][:40]!r}; expected token ids, one row a line")
+        if any(words):
+            rows.append([int(word) for word in words if word])
     lengths = sorted({len(row) for row in rows})
     if len(lengths) != 1 or not 2 <= lengths[0] <= positions:
         raise InvalidData(

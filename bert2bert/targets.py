@@ -203,6 +203,25 @@ def rounding(spec: TargetSpec, form: str, dtypes: Mapping[str, Iterable[str]]) -
     ]
 
 
+def regrouped(source: Source, spec: TargetSpec, made_of: Mapping[str, Sequence[str]]) -> list[str]:
+    """Where new groups give parameters other hyper-parameters than the source's, in sentences. made_of: as of
+    `make_spec`."""
+    of = {name: group for group in source.groups for name in group["names"]}
+    told = []
+    for key in ("lr", "betas", "eps", "weight_decay") if of else ():
+        changed = [
+            (name, was[key], group.hyper.get(key))
+            for group in spec.groups
+            for name in group.names
+            for was in [of.get(next(iter(made_of[name]), ""), {})]
+            if key in was and was[key] != group.hyper.get(key)
+        ]
+        if changed:
+            name, was, now = changed[0]
+            told.append(f"--groups: {key} changes for {len(changed)} parameters, first {name}: {was} -> {now}")
+    return told
+
+
 def left(source: Source, spec: TargetSpec) -> list[str]:
     """What lies beside the weights of a Hugging Face folder and is not carried into another, in a sentence."""
     from bert2bert.shards.beside import left_beside

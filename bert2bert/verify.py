@@ -31,6 +31,7 @@ from bert2bert.realise import values
 from bert2bert.reference import NoReference, precision
 from bert2bert.rounding import Blocks, Comparison, some
 from bert2bert.sample import Tokens
+from bert2bert.sample import check as check_tokens
 from bert2bert.shards.layout import row_blocks
 from bert2bert.shards.source import open_source
 from bert2bert.states import MOMENTS
@@ -69,6 +70,8 @@ def verify(
     model = open_model(source, source_config, tag)
     target = open_model(grown, tag=grown_tag)
     given = Tokens(bins, tokens)
+    both = (model, target)
+    check_tokens(given, min(m.table.axis_sizes(m.config)["vocab"] for m in both), *both)
     manifest = (target.source.manifest or {}).get("growth")
     checks: list[dict[str, Any]] = []
 

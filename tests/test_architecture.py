@@ -22,7 +22,7 @@ ALLOWED = {
     "groups": (),
     "maps": ("axes",),
     "plan": ("maps", "states", "errors"),
-    "draws": ("plan",),
+    "draws": ("maps", "plan"),
     "realise": ("plan", "states", "draws"),
     "tables": ("axes", "errors", "tables"),
     "operators": ("axes", "maps", "plan", "tables", "operators", "errors"),

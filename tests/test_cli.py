@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from bert2bert import cli, progress
 from bert2bert.data.prepare import prepare
 from bert2bert.tables import table_for
+from tests.data.fixtures import write_bins
 from tests.train.runs import make_bins
 
 SMALL = {
@@ -101,7 +102,7 @@ def test_every_command_prints_one_object(home: Path, tmp_path: Path, capfd: pyte
     assert ask("plan", small, "--config", home / "large.json")["parameters"][1] > 0
     found = ask("grow", small, grown, "--config", home / "large.json", "--workers", "2")
     assert found["folder"] == str(grown / "global_step0") and found["growth"]["exactness"]["function"] == []
-    assert found["form"] == "universal" and found["growth"]["drift"]["loss_source"] > 0
+    assert found["form"] == "universal" and found["growth"]["drift"]["predictions"] > 0
     assert ask("verify", small, grown)["ok"] is True
     found = ask("reshard", grown, tmp_path / "z1", "--format", "zero", "--stage", "1", "--world-size", "2")
     assert (found["stage"], found["world_size"]) == (1, 2) and found["reshard"]["source"]["path"]
@@ -109,6 +110,33 @@ def test_every_command_prints_one_object(home: Path, tmp_path: Path, capfd: pyte
     maps = tmp_path / "maps.safetensors"
     learned = ask("learn", small, "--config", home / "large.json", "--data", bins, "--output", maps, "--steps", "2")
     assert learned["output"] == str(maps) and len(learned["losses"]) == 2
+
+
+def test_tokens_that_cannot_be_read_are_refused_before_anything_is_said_or_done(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_bins(tmp_path / "wide", [30], SMALL["vocab_size"] + 1)
+    (tmp_path / "cut").mkdir()
+    ids = {"row.txt": "1 2 3\n4 5\n", "word.txt": "1 2 3\n4 five 6\n", "high.txt": "1 2 64\n"}
+    for name, text in ids.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "utf16.txt").write_text("1 2 3\n", encoding="utf-16")
+    small, config = str(home / "small"), str(home / "large.json")
+    grow = ["grow", small, str(tmp_path / "grown"), "--config", config]
+    for words, option, name, said in (
+        (grow, "--bins", "none", "the folder does not exist"),
+        (grow, "--bins", "cut", "the folder has no meta.json"),
+        (grow, "--bins", "wide", "a vocabulary of 65 tokens, the model's has 64"),
+        (["verify", small, small], "--bins", "wide", "a vocabulary of 65 tokens, the model's has 64"),
+        (["verify", small, small], "--tokens", "row.txt", "rows of 2, 3 token ids"),
+        (["verify", small, small], "--tokens", "word.txt", "line 2 holds 'five'"),
+        (["verify", small, small], "--tokens", "high.txt", "token ids from 1 to 64; both models know 0 to 63"),
+        (["verify", small, small], "--tokens", "utf16.txt", "text in UTF-16"),
+    ):
+        assert cli.main([*words, option, str(tmp_path / name)]) == 2
+        out, err = capfd.readouterr()
+        assert not out and said in err
+    assert not (tmp_path / "grown").exists()
 
 
 def test_quiet_prints_what_is_wrong_and_nothing_else(

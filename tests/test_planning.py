@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bert2bert.checkpoint_model import open_model
 from bert2bert.cli import main
 from bert2bert.costs import bandwidth, cost, cost_line
 from bert2bert.errors import InvalidConfig
@@ -50,6 +51,58 @@ def test_cost_is_that_of_the_rank_with_the_most_to_do(source: Path) -> None:
     assert cost_line(three).startswith("cost     3 ranks at 2 GB/s read, 0.5 GB/s written (each): about ")
     with pytest.raises(InvalidConfig, match="--ranks is 0"):
         cost(growth, 0, (1.0, 1.0))
+    assert one["numbers_drawn"] == 0 and "random numbers" not in cost_line(one)
+
+
+def test_cost_counts_random_numbers(source: Path) -> None:
+    """Noise on what reads copies: of embed, all matrices but the embedding; of heads and neurons, what follows them."""
+    how = {"width": "fpi", "depth": "stack", "breaker": "noise"}
+    growth = open_growth(source, source.parent / "large.json", **how)
+    plain, noisy = (cost(open_growth(source, source.parent / "large.json", **h), 1, (9.0, 9.0)) for h in (
+        how | {"breaker": None}, how
+    ))  # fmt: skip
+    noise = [t for t in growth.plan.tensors.values() if t.noise is not None]
+    assert len(noise) > 6 and all(t.noise and t.noise.dim == 1 for t in noise)
+    assert noisy["numbers_drawn"] == sum(int(torch.Size(t.shape).numel()) for t in noise)
+    assert noisy["seconds"] > plain["seconds"] and noisy["bytes_written"] == plain["bytes_written"]
+    assert " to draw random numbers), at most" in cost_line(noisy)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "fpi", "aki", "hyperclone", "lemon", "tile", "msg", "sparkling", "direct", "random",
+        "fpi --depth insert_identity", "aki --vocab mean", "fpi --break-symmetry noise", "fpi --moments reset",
+    ],
+)  # fmt: skip
+def test_nothing_is_said_of_an_optimizer_that_is_not_there(
+    source: Path, how: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "target.json"
+    config.write_text(json.dumps(LARGE | ({"vocab_size": 48} if "--vocab" in how else {})))
+    out = tmp_path / "big"
+    given = ["--config", str(config), "--width", *how.split()]
+    assert main(["plan", str(source), *given]) == 0
+    assert main(["grow", str(source), str(out), *given, "--lossy", "--no-measure", "--format", "hub"]) == 0
+    told = capsys.readouterr().out.replace(str(tmp_path), "").replace("note     --moments reset changes nothing", "")
+    for word in ("moment", "adam", "optimizer state", "epsilon weighs"):
+        assert word not in told.lower(), told
+    assert not [w for w in open_model(out).source.manifest["growth"]["warnings"] if "moment" in w or "Adam" in w]
+
+
+def test_what_is_not_about_moments_is_said_without_them(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copies stay identical whatever --moments says where there are none; a scaled epsilon is said."""
+    how = ["plan", str(source), "--config", str(source.parent / "large.json")]
+    assert main([*how, "--width", "fpi", "--moments", "asymmetric"]) == 0
+    told = capsys.readouterr().out
+    assert "warning  copies on embed" in told and "--break-symmetry noise | uneven.\n" in told
+    assert "note     --moments asymmetric changes nothing: the source holds weights only" in told
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps(LARGE | {"hidden_size": 24, "num_attention_heads": 6, "intermediate_size": 36}))
+    assert main(["plan", str(source), "--config", str(odd), "--width", "lemon"]) == 0
+    assert "note     the target config's rms_norm_eps is multiplied by" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["1", "1,2,3", "fast,slow", "0,1", "1,-1", "inf,1", "nan,1", ""])

@@ -71,6 +71,28 @@ def test_streamed_logits_are_the_whole_models(name: str, monkeypatch: pytest.Mon
         assert gap(run.pairs, out.seq_relationship_logits, limits[said[1]]) <= ROUNDING
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("gpt2", {"reorder_and_upcast_attn": True}), ("mistral", {"sliding_window": 3}),
+        ("bert", {"hidden_act": "silu"}),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                       "original_max_position_embeddings": 4}}),
+    ],
+    ids=["gpt2", "mistral", "bert", "llama"],
+)  # fmt: skip
+def test_settings_that_hold_no_parameter(name: str, keys: dict[str, Any]) -> None:
+    """Their buffers are real, though the parameters are not."""
+    config = tiny.config_of(name, **keys)
+    model = tiny.build(config | ({"reorder_and_upcast_attn": False} if name == "gpt2" else {}))
+    tiny.scramble(model)
+    weights, sample = tiny.parameters(model, config), case(name)[3]
+    run = passed(config, lambda n, start, stop: weights[n].detach()[start:stop], sample)
+    out = oracle(config, model, sample)
+    expected = (out.prediction_logits if "prediction_logits" in out else out.logits)[sample.labels != IGNORE]
+    torch.testing.assert_close(run.logits(0, 29), expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "modernbert", "qwen2_moe"])
 def test_no_more_is_in_memory_than_a_block_or_one_parameter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many layers, experts and tokens of the vocabulary there are."""

@@ -106,9 +106,13 @@ def warnings(
     tensors: Mapping[str, TensorPlan],
     breaker: str | None,
     moments: str,
+    optimizer: bool,
 ) -> tuple[str, ...]:
-    """What a user must know before training goes on: locked copies, zeroed moments."""
+    """What a user must know before training goes on: locked copies, zeroed moments. optimizer: whether the source has
+    moments; if not, all start alike, and nothing is said of them."""
     found = []
+    parted = optimizer and moments == "asymmetric"
+    instead = ", or --moments asymmetric." if optimizer else "."
     even = [
         axis
         for axis, maps in width.maps.items()
@@ -119,40 +123,43 @@ def warnings(
     borrowed = bool(width.borrow) and pair.layers > 1
     biased = borrowed and bool(build.output_biases & build.patterns)
     locked = [axis for axis in even if axis in pair.table.units or not biased] if borrowed else even
-    if locked and breaker is None and not width.noise and moments in ("exact", "carried") and not width.kept:
+    if locked and breaker is None and not width.noise and not parted and not width.kept:
         dropout = any("drop" in key and isinstance(value, float) and value > 0 for key, value in pair.target.items())
+        mapped = " and carry exactly mapped moments" if optimizer and moments in ("exact", "carried") else ""
         edge = "top layer, which has none above" if width.borrow > 0 else "bottom layer, which has none below"
         where = f" in the source's {edge} it to borrow from," if borrowed else ""
         found.append(
-            f"copies on {', '.join(locked)}{where} are even and carry exactly mapped moments: without dropout they "
-            f"stay identical for ever and that added width learns nothing. "
+            f"copies on {', '.join(locked)}{where} are even{mapped}: without dropout they stay "
+            f"identical for ever and that added width learns nothing. "
             + ("The target config has dropout, which tells them apart slowly. " if dropout else "")
             + "To break the symmetry: "
             + ("" if borrowed else "--width aki, ")
-            + "--break-symmetry noise | uneven, or --moments asymmetric."
+            + "--break-symmetry noise | uneven"
+            + instead
         )
     twins = [
         m for axis, m in width.maps.items() if axis == "experts" and isinstance(m, Gather) and (m.counts > 1).any()
     ]
-    if twins and breaker is None and moments in ("exact", "carried"):
+    if twins and breaker is None and not parted:
         found.append(
             "copies of an expert score alike, so they are chosen together and learn the same for ever. To break the "
-            "symmetry: --break-symmetry noise, or --moments asymmetric."
+            "symmetry: --break-symmetry noise" + instead
         )
-    if zeroed(tensors.values()):
+    if optimizer and zeroed(tensors.values()):
         found.append(ZEROED)
     return tuple(found)
 
 
-def notes(pair: Pair, width: Width, build: Builder, moments: str) -> tuple[str, ...]:
-    """What mapped moments mean for Adam: steps of matrices that read copies, epsilon."""
+def notes(pair: Pair, width: Width, build: Builder, moments: str, optimizer: bool) -> tuple[str, ...]:
+    """What mapped moments mean for Adam, where the source has some (optimizer): steps of matrices that read copies,
+    epsilon; and advice of the operators."""
     counts = {}
     for axis in pair.grown if width.copy else ():
         gather = build.map(axis, 0)
         if (gather.counts > 1).any():
             counts[axis] = gather.counts.max()
     found = []
-    if counts and moments in ("exact", "carried"):
+    if optimizer and counts and moments in ("exact", "carried"):
         each = ", ".join(f"{count} on {axis}" for axis, count in counts.items())
         found.append(
             f"Adam moves a matrix that reads copied features as many times faster as there are copies ({each}), "
@@ -160,7 +167,7 @@ def notes(pair: Pair, width: Width, build: Builder, moments: str) -> tuple[str, 
             f"it, follow the source exactly. What writes copies has gradients smaller by that number: epsilon weighs "
             f"as many times more there, and the global gradient norm, which is clipped, changes too."
         )
-    if moments == "reset":
+    if optimizer and moments == "reset":
         found.append(
             "a fresh optimizer moves every entry by the whole learning rate in its first step, however small the "
             "gradient: warm the rate up again"

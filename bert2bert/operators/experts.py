@@ -25,13 +25,15 @@ _TOP = "num_experts_per_tok"
 @dataclass(frozen=True)
 class Shards:
     """How a dense feed-forward becomes experts: its features are cut into ``count`` shards, and expert j is a copy of
-    shard j // (experts / count). gate, up, down: factors on its matrices. function: why logits change."""
+    shard j // (experts / count). gate, up, down: factors on its matrices. function: why logits change;
+    notes: advice."""
 
     count: int
     gate: float = 1.0
     up: float = 1.0
     down: float = 1.0
     function: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def chosen(pair: Pair, source: bool = False) -> int:
@@ -50,6 +52,15 @@ def normalised(pair: Pair) -> bool:
     return bool(pair.target.get("norm_topk_prob", pair.table.must_agree.get("norm_topk_prob", True)))
 
 
+def _ties(choice: str) -> tuple[str, ...]:
+    """Advice on router rows that several experts share."""
+    return (
+        "router rows are shared by several experts, so the function is kept up to ties: where the scores of the last "
+        f"row that is chosen and of the next tie at the run's precision, top-k may choose {choice}, and that token's "
+        "function changes (rare in float32, less so in bfloat16)",
+    )
+
+
 @operator(
     "experts", "upcycle", paper="Komatsuzaki et al., ICLR 2023; He et al. (NVIDIA), 2024", moments="carried",
     keeps="the function, where the weights of a token's experts sum to one",
@@ -62,7 +73,9 @@ def upcycle(pair: Pair, *, granularity: int = 1, scale: Literal["keep", "cube", 
     groups share E router rows, so that a token's T experts are T / G copies of every shard. The dense layer is G times
     as wide as an expert. scale, of the experts' weights: 'keep' undoes the router's factor, 1 / G where weights sum to
     one, else T / (E G^2), its mean for an even router, half on up and half on down; 'cube' is the paper's, all three
-    times the cube root of E G^2 / T; 'none'.
+    times the cube root of E G^2 / T; 'none'. Exact up to ties: where the scores of two router rows are equal at the
+    run's precision, which of their experts are chosen is left to top-k, and a shard can be missed. No router without
+    biases can prevent it.
     """
     experts, top = pair.large["experts"], chosen(pair)
     if experts % granularity:
@@ -80,7 +93,9 @@ def upcycle(pair: Pair, *, granularity: int = 1, scale: Literal["keep", "cube", 
         f"with scale=none the experts' sum is 1 / {factor:.6g} of the dense layer": scale == "none" and factor != 1,
     }
     function = tuple(f"upcycle: {reason}" for reason, holds in reasons.items() if holds)
-    return Shards(granularity, gate, linear, linear, function)
+    ties = granularity > 1 and not top % granularity and top < experts
+    notes = _ties(f"experts of one of the {granularity} shards twice and miss another") if ties else ()
+    return Shards(granularity, gate, linear, linear, function, notes)
 
 
 @operator(
@@ -92,8 +107,9 @@ def duplicate(pair: Pair) -> Width:
     """Experts and their router rows are copied, round and round: expert j is old expert j mod n.
 
     Copies of one expert score alike, so a token chooses all of them or none: with c times the experts and
-    num_experts_per_tok the function is kept and the moments are exact; with the old number, a token gets the copies of
-    fewer experts. The paper adds noise to router biases, which these routers do not have: --break-symmetry noise gives
+    num_experts_per_tok the function is kept (up to ties of scores at the run's precision, where top-k may take copies
+    of both), and the moments are exact; with the old number, a token gets the copies of fewer experts. The paper adds
+    noise to router biases, which these routers do not have: --break-symmetry noise gives
     to a copy's down projection what it takes from the next one's.
     """
     old, new = pair.small["experts"], pair.large["experts"]
@@ -101,7 +117,9 @@ def duplicate(pair: Pair) -> Width:
     index = np.arange(new) % old
     times, rest = divmod(new, old)
     if not rest and after == times * before:
-        return Width("duplicate", {"experts": copies(index, old)})
+        ties = times > 1 and before < old
+        notes = _ties("copies of both and not all of either") if ties else ()
+        return Width("duplicate", {"experts": copies(index, old)}, notes=notes)
     alone = before == after == 1 and normalised(pair)
     reason = (
         f"experts {old} -> {new}, num_experts_per_tok {before} -> {after}: copies score alike and are chosen together, "

@@ -39,11 +39,13 @@ def plan_growth(
     breaker: str | None = None,
     moments: str | None = None,
     heads: frozenset[str] | None = None,
+    optimizer: bool = True,
 ) -> GrowthPlan:
     """Plan the growth of a model with config ``source`` into one with config ``target``.
 
     width, depth, vocab, positions, experts, breaker: ``NAME[:key=value,…]``. moments: a policy in place of the
     operators' own. heads: which heads the checkpoint has (default: those of the source's class in ``architectures``).
+    optimizer: whether it has moments, without which warnings and notes say nothing of them.
     Raises UnsupportedGrowth, InvalidConfig.
     """
     if seed < 0:
@@ -58,18 +60,17 @@ def plan_growth(
         heads = table.classes.get(first, next(iter(table.classes.values())))
     extra = {"vocab": vocab, "positions": positions, "experts": experts}
     if shrinks(width, depth):
-        return plan_shrink(
-            source, target, width=width, depth=depth, seed=seed, breaker=breaker, moments=moments, heads=heads, **extra
-        )
+        how: dict[str, Any] = {"seed": seed, "breaker": breaker, "moments": moments, "heads": heads, **extra}
+        return plan_shrink(source, target, width=width, depth=depth, optimizer=optimizer, **how)
     operator, options = parse_operator(width, "width")
     if target.get("model_type") != table.model_type:
         ready, shards = sparse_pair(source, target, experts, seed, heads)
         _check_random("experts", str(experts), operator)
         first = plan_growth(
             source, ready.source, width=width, depth=depth, vocab=vocab, positions=positions, seed=seed,
-            breaker=breaker, moments=moments if moments != "exact" else None, heads=heads,
+            breaker=breaker, moments=moments if moments != "exact" else None, heads=heads, optimizer=optimizer,
         )  # fmt: skip
-        return upcycled(first, ready, shards, str(experts), moments)
+        return upcycled(first, ready, shards, str(experts), moments, optimizer)
     pair = pair_of(table, source, target, operator, extra, seed, heads)
     made: Width = operator.make(pair, **options)
     if made.kept and moments == "carried":
@@ -131,8 +132,8 @@ def plan_growth(
         recipe,
         kept,
         policy,
-        warnings(pair, made, build, tensors, breaker, policy),
-        notes(pair, made, build, policy),
+        warnings(pair, made, build, tensors, breaker, policy, optimizer),
+        notes(pair, made, build, policy, optimizer),
     )
 
 

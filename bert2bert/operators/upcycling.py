@@ -70,8 +70,11 @@ def sparse_pair(
     return replace(ready, source=config, small={**dense.axis_sizes(config), "experts": 0}), shards
 
 
-def upcycled(first: GrowthPlan, pair: Pair, shards: Shards, experts: str, moments: str | None) -> GrowthPlan:
-    """The mixture of experts made of what ``first``, the growth of the dense model, makes.
+def upcycled(
+    first: GrowthPlan, pair: Pair, shards: Shards, experts: str, moments: str | None, optimizer: bool
+) -> GrowthPlan:
+    """The mixture of experts made of what ``first``, the growth of the dense model, makes. optimizer: as of
+    `plan_growth`.
 
     Raises UnsupportedGrowth for moments that cannot be exact.
     """
@@ -97,8 +100,8 @@ def upcycled(first: GrowthPlan, pair: Pair, shards: Shards, experts: str, moment
         {**first.recipe, "experts": experts, "axes": {**first.recipe["axes"], "experts": [1, number]}},
         first.exactness + Exactness(shards.function, _MOMENTS),
         "carried" if first.moments == "exact" else first.moments,
-        tuple(dict.fromkeys((*first.warnings, ZEROED))) if moments != "reset" else first.warnings,
-        first.notes,
+        tuple(dict.fromkeys((*first.warnings, ZEROED))) if optimizer and moments != "reset" else first.warnings,
+        (*first.notes, *shards.notes),
         before=(first,),
     )
 

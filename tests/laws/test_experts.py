@@ -98,6 +98,10 @@ def test_virtual_groups(name: str, shape: tuple[int, int, int]) -> None:
     router = grown.state["model.layers.1.mlp.gate.weight"]
     copies = experts // shards
     assert all(torch.equal(router[:copies], group) for group in router.split(copies))
+    # equal rows leave ties to top-k, unless all are chosen
+    assert [f"one of the {shards} shards twice and miss another" in n for n in grown.plan.notes] == [True] * (
+        top < experts
+    )
     assert router.unique().numel() == router[:copies].numel()
     dense = grown.weights["model.layers.1.mlp.down_proj.weight"]
     down = grown.state["model.layers.1.mlp.experts.down_proj"]
@@ -213,6 +217,7 @@ def test_duplicates_that_are_chosen_together(name: str, times: int, how: dict[st
         assert any("only in sum" in reason for reason in grown.plan.exactness.moments)
     else:
         assert torch.equal(down[:5], down[5:10])
+        assert any("kept up to ties" in note for note in grown.plan.notes)
         assert grown.plan.moments == "exact" and any("score alike" in w for w in grown.plan.warnings)
         assert_gradient_rule(grown)
     assert_slices(grown.plan, grown.weights)

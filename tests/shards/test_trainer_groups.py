@@ -136,7 +136,7 @@ def load_on_rank(loads: list[tuple[str, str, Case]]) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_unmodified_scripts_load_what_was_grown(home: Path, tmp_path: Path, world: int) -> None:
     """Groups kept, for they are found to be the Trainer's, and made of the source's one group."""
-    loads = []
+    loads, kept = [], list[str]()
     for i, name in enumerate(FAMILIES):
         config, stage = larger(tiny.config_of(name)), 1 + (i + world) % 3
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
@@ -147,17 +147,25 @@ def test_unmodified_scripts_load_what_was_grown(home: Path, tmp_path: Path, worl
         native = {"form": "zero", "stage": stage, "world_size": world, "say": lambda _: None}
         case = Case(name, stage, layout="trainer", steps=STEPS, hf=open_model(home / name).config | config)
         target = tmp_path / f"{name}-kept"
-        grow(home / name, target, tmp_path / f"{name}.json", measure=False, **native)
+        grow(home / name, target, tmp_path / f"{name}.json", measure=False, **native | {"say": kept.append})
         assert json.loads(next(target.glob("*/bert2bert.json")).read_text())["group_layout"] == "decay"
         loads.append((str(target), str(tmp_path / f"{name}.pt"), case))
         if i % 2 == world % 2:  # the other ways for half of them: what differs is where the groups come from
             continue
         one, again = tmp_path / f"{name}-one", tmp_path / f"{name}-decay"
-        grow(home / name, one, tmp_path / f"{name}.json", measure=False, **native | {"layout": "single"})
+        words: list[str] = []
+        grow(
+            home / name, one, tmp_path / f"{name}.json", measure=False,
+            **native | {"layout": "single", "say": words.append},
+        )  # fmt: skip
+        assert any("--groups: weight_decay changes for" in text and "0.0 -> 0.1" in text for text in words)
         assert [g["weight_decay"] for g in open_source(one).groups] == [0.1]
-        reshard(one, again, **native | {"layout": "decay"})
+        words.clear()
+        reshard(one, again, **native | {"layout": "decay", "say": words.append})
+        assert "--groups: weight_decay changes for" in words[0] and "0.1 -> 0.0" in words[0]
         assert [g["weight_decay"] for g in open_source(again).groups] == [0.1, 0.0]
         loads.append((str(again), str(tmp_path / f"{name}.pt"), case))
+    assert kept and not any("--groups" in text for text in kept)
     run_ranks(load_on_rank, world, loads, timeout=200)
 
 
