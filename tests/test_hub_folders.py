@@ -65,7 +65,7 @@ def test_from_pretrained_has_nothing_to_say(name: str, shard: str | None, tmp_pa
     assert big.dtype == torch.float32
     config = tiny.config_of(name)
     exact = tiny.load(big.config.to_dict(), {n: p.detach().double() for n, p in tiny.parameters(big, config).items()})
-    limit = allowed(lambda: logits(exact, config), torch.float32, spare=64)
+    limit = allowed(lambda: logits(exact, config), torch.float32, spare=128)
     assert gap(logits(big, config), logits(small, config), limit) <= ROUNDING
     # what transformers itself would have written: the same files' names, tensors, shapes
     big.save_pretrained(tmp_path / "theirs", max_shard_size=shard or "5GB")
