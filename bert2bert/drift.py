@@ -32,6 +32,7 @@ from bert2bert.tables import Parameter, table_for
 if TYPE_CHECKING:
     from bert2bert.planning import Growth
 
+_LONG = 1e9  # parameters of both models from which on a comparison is announced
 _DECODER, _BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 
 
@@ -68,6 +69,12 @@ class Drift:
 def report_drift(growth: Growth, grown: Rows, tokens: Tokens, say: Callable[[str], None]) -> Drift | None:
     """The change of function that a growth will make, said in one line before anything is written; where there is no
     reference to run, the reason, and None. grown: reads the weights that will be written."""
+    total = sum(size(growth.model, config) for config in (growth.model.config, growth.plan.config))
+    if total > _LONG:
+        say(
+            f"drift    being measured: {total / 1e9:.3g} B parameters are read once and run, one after the other: "
+            "this takes minutes; --no-measure leaves it out"
+        )
     try:
         found = compare(growth.model, grown, growth.plan.config, tokens)
     except reference.NoReference as error:

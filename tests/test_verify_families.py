@@ -146,6 +146,17 @@ def test_sixteen_bit_files_are_compared_at_their_precision(tmp_path: Path) -> No
     assert report["ok"] and "at most 0.15" in result(report, "logits")[1], render(report)
 
 
+def test_a_long_comparison_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "small", "gpt2")
+    config, lines = target(tmp_path / "big.json", "gpt2"), list[str]()
+    for limit, words in ((1e9, ["logits differ"]), (1e3, ["being measured: ", "logits differ"])):
+        monkeypatch.setattr("bert2bert.drift._LONG", limit)
+        grow(tmp_path / "small", tmp_path / f"big{limit}", config, form="hub", say=lines.append)
+        said = [line for line in lines if line.startswith("drift")]
+        assert len(said) == len(words) and all(word in line for word, line in zip(words, said, strict=True))
+        lines.clear()
+
+
 def test_drift_and_verify_look_at_what_was_written(tmp_path: Path) -> None:
     """A growth that stores bfloat16 changes the function; transformers, on the files, says by how much."""
     save(tmp_path / "small", "llama")
