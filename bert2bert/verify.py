@@ -43,6 +43,7 @@ Check = Callable[[str, bool, str], None]
 TOLERANCE = {"float32": 5e-5, "float64": 5e-5, "float16": 2e-2, "bfloat16": 1.5e-1}
 # The rule holds for the numbers of the plan itself, so only the arithmetic of the run is between the two.
 _GRADIENT = {torch.float64: 1e-6, torch.float32: 1e-2}
+_LITTLE = 1e8  # bytes
 _RUN = {"float64": 0.0, "float32": 1e-4}
 
 
@@ -188,13 +189,13 @@ def _unpromised(plan: GrowthPlan) -> tuple[str, ...]:
 
 
 def _gradients_take(model: CheckpointModel, plan: GrowthPlan) -> str:
-    """The memory that the comparison of gradients takes, in words; '' where there is not enough."""
+    """The memory that the comparison of gradients takes, in words; '' where there is not enough, or it is little."""
     numel = gradients_memory(model, plan.config)
     try:
         dtype = precision(numel, "the gradients of both models")
     except NoReference:
         return ""
-    return f"{numel * dtype.itemsize / 1e9:.2g} GB of memory"
+    return f"{numel * dtype.itemsize / 1e9:.2g} GB of memory" if numel * dtype.itemsize > _LITTLE else ""
 
 
 def _check_gradients(model: CheckpointModel, plan: GrowthPlan, tokens: Tokens, check: Check) -> None:
@@ -232,7 +233,7 @@ def _check_accounted(growth: Growth, target: CheckpointModel, check: Check) -> N
         "buffers that it does not hold": [n for n in gone if n not in old],
         "not in the source's files": list(model.source.unread),
     }
-    said = f"{len(took)} of the source's {len(model.source.tensors)} make the target's {len(wanted)}"
+    said = f"{len(took)} of the source's {len(model.source.tensors)} tensors make the target's {len(wanted)}"
     said += "".join(f"; {what}: {some(names)}" for what, names in left.items() if names)
     check("tensors", not odd, f"{len(odd)} are missing or not the plan's, first {odd[0]}" if odd else said)
 

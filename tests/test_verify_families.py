@@ -207,7 +207,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), form="hub", say=silent)
     report = verify(tmp_path / "small", tmp_path / "big", logits=False)
     assert report["ok"]
-    counted = f"{len(held)} of the source's {len(held) + 1} make the target's {len(held)}"
+    counted = f"{len(held)} of the source's {len(held) + 1} tensors make the target's {len(held)}"
     assert result(report, "tensors")[1] == f"{counted}; what no current model has: transformer.h.1.attn.bias"
 
 
