@@ -290,7 +290,7 @@ def _verify(args: argparse.Namespace, comm: Any) -> int:
         bins=args.bins,
         tokens=args.tokens,
         logits=not args.no_logits,
-        say=lambda line: print(f"note     {line}", file=sys.stderr, flush=True),
+        say=_say(args),
     )
     if args.output:
         try:

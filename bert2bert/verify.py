@@ -95,7 +95,8 @@ def verify(
         check("plan", same, plan.digest()[:16] if same else "rebuilt from the manifest, it has another digest")
         gradients = runs and not _unpromised(plan)
         if gradients and (taken := _gradients_take(model, plan)):  # before the hours that reading everything may take
-            say(f"gradients will be compared on both models whole, which takes {taken}; --no-logits leaves them out")
+            why = "gradients will be compared on both models whole, which takes"
+            say(f"note     {why} {taken}; --no-logits leaves them out")
         _check_accounted(growth, target, check)
         _check_tensors(growth, target, check)
     found = None
