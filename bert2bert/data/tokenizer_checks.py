@@ -23,25 +23,31 @@ _NORMAL = {
 }
 
 
-def _added(told: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+def _added(told: Mapping[str, Any], named: Path) -> list[tuple[str, str, int]]:
     """(file, token, id) of every token that a file gives an id of its own."""
-    for token, index in told.get("added_tokens.json", {}).items():
-        yield "added_tokens.json", token, int(index)
-    for index, token in (told.get(CONFIG, {}).get("added_tokens_decoder") or {}).items():
-        yield (
-            f"{CONFIG} (added_tokens_decoder)",
-            str(token["content"] if isinstance(token, dict) else token),
-            int(index),
-        )
-    for token in told.get("tokenizer.json", {}).get("added_tokens") or ():
-        yield "tokenizer.json", str(token["content"]), int(token["id"])
+    file, found = "", []
+    try:
+        file = "added_tokens.json"
+        found += [(file, token, int(index)) for token, index in told.get(file, {}).items()]
+        file = f"{CONFIG} (added_tokens_decoder)"
+        listed = told.get(CONFIG, {}).get("added_tokens_decoder") or {}
+        found += [(file, str(token["content"]), int(index)) for index, token in listed.items()]
+        file = "tokenizer.json"
+        listed = told.get(file, {}).get("added_tokens") or ()
+        found += [(file, str(token["content"]), int(token["id"])) for token in listed]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidData(
+            f"tokenizer {named}: the added tokens of {file} are not each a text with its id ({error!r}).\n"
+            "  Correct them, or copy the file again from its source."
+        ) from error
+    return found
 
 
 def check_ids(backend: Any, told: Mapping[str, Any], named: Path) -> None:
     """Refuse ids that differ from what the files say, and two tokens with one id: rows of the embedding table would
     mean other tokens than those that they were trained on. And two added tokens that are one after normalisation:
     `tokenizers` takes the one or the other from run to run."""
-    for file, token, index in _added(told):
+    for file, token, index in _added(told, named):
         given = backend.token_to_id(token)
         if given != index:
             raise InvalidData(
@@ -74,7 +80,7 @@ def roles(found: Any, told: Mapping[str, Any], named: Path) -> dict[str, str]:
     adds behind the vocabulary has no row in any model and is not taken."""
     backend = found.backend_tokenizer
     own = backend.get_vocab(with_added_tokens=False)
-    listed = {token for _, token, _ in _added(told)}
+    listed = {token for _, token, _ in _added(told, named)}
     for name in (CONFIG, "special_tokens_map.json"):
         values = (v.get("content") if isinstance(v, dict) else v for v in told.get(name, {}).values())
         listed |= {value for value in values if isinstance(value, str)}
@@ -110,9 +116,10 @@ def contradictions(
     config, kind = told.get(CONFIG, {}), type(found).__name__
     special = {str(token) for token in found.all_special_tokens}
     model, normal = state["model"], state["normalizer"] or {}
+    never = config.get("never_split") or []
     lost = {
         "do_basic_tokenize": config.get("do_basic_tokenize") is False,
-        "never_split": not {str(token) for token in config.get("never_split") or ()} <= special,
+        "never_split": not isinstance(never, list) or not set(map(str, never)) <= special,
         "wordpieces_prefix": config.get("wordpieces_prefix") not in (None, model["continuing_subword_prefix"]),
         "max_input_chars_per_word": config.get("max_input_chars_per_word")
         not in (None, model["max_input_chars_per_word"]),
@@ -129,12 +136,26 @@ def contradictions(
     if "tokenizer.json" in told:
         from tokenizers import Tokenizer
 
-        file = json.loads(Tokenizer.from_file(str(folder / "tokenizer.json")).to_str())
+        try:
+            file = json.loads(Tokenizer.from_file(str(folder / "tokenizer.json")).to_str())
+        except Exception as error:  # tokenizers raises bare Exception
+            raise InvalidData(
+                f"tokenizer {named}: its tokenizer.json cannot be read by the tokenizers library: {error}.\n"
+                "  Copy it again from its source, or take it out if the folder has a vocab.txt, too."
+            ) from error
         for part in ("normalizer", "pre_tokenizer", "model"):
             for name, ours, theirs in _differences(part, file[part], state[part]):
                 yield (
                     f"tokenizer {named}: tokenizer.json has {name} = {json.dumps(ours)}, but transformers reads this"
                     f" folder as {kind}, with {json.dumps(theirs)}; the ids are those of transformers"
+                )
+        if (folder / "vocab.txt").is_file():
+            lines = (folder / "vocab.txt").read_text("utf-8", "replace").removesuffix("\n").split("\n")
+            moved = [line for row, line in enumerate(lines) if line and model["vocab"].get(line.rstrip()) != row]
+            if moved and len(set(lines)) == len(lines):
+                yield (
+                    f"tokenizer {named}: {len(moved)} tokens of vocab.txt have other ids in tokenizer.json"
+                    f" ({', '.join(moved[:3])}); the ids are those of tokenizer.json, as in transformers"
                 )
     for name, field in _NORMAL.items():
         if config.get(name) is not None and normal.get("type") == "BertNormalizer" and config[name] != normal[field]:

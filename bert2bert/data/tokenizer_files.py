@@ -11,10 +11,12 @@ whose added tokens get other ids than the folder says; pointers, other encodings
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,17 @@ def _of_folder(folder: Path, named: Path) -> TextTokenizer:
             f"tokenizer {named} cannot be kept as a tokenizer.json ({type(found).__name__}): {_line(error)}\n"
             f"  {_ANOTHER}"
         ) from error
-    notes = contradictions(found, state, told, folder, named)
-    return TextTokenizer(backend, special, _written(found, special), tuple(notes))
+    made = TextTokenizer(
+        backend, special, _written(found, special), tuple(contradictions(found, state, told, folder, named))
+    )
+    rows = told.get("config.json", {}).get("vocab_size")
+    if isinstance(rows, int) and made.table_size > rows:
+        note = (
+            f"tokenizer {named} has {made.table_size:,} ids, the config.json beside it a vocab_size of {rows:,}: a"
+            " model of that config cannot be trained on these bins"
+        )
+        return replace(made, notes=(*made.notes, note))
+    return made
 
 
 def _made(folder: Path, named: Path, told: Mapping[str, Any]) -> Any:
@@ -91,10 +102,8 @@ def _made(folder: Path, named: Path, told: Mapping[str, Any]) -> Any:
     kinds = [config.get("tokenizer_class"), model.get("tokenizer_class"), model.get("model_type")]
     bare = not any(kinds) and "tokenizer.json" not in told and (folder / "vocab.txt").is_file()
     maker: Any = transformers.BertTokenizer if bare else transformers.AutoTokenizer
-    what = next((kind for kind in kinds if kind), "no class told")
-    rows = (
-        {} if "tokenizer.json" in told or not (folder / "vocab.txt").is_file() else _rows(folder / "vocab.txt", named)
-    )
+    what = next((kind for kind in kinds if kind), "of no class that is told")
+    rows = {} if "tokenizer.json" in told else _rows(folder / "vocab.txt", named)
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -115,7 +124,7 @@ def _made(folder: Path, named: Path, told: Mapping[str, Any]) -> Any:
             f"  {_ANOTHER}"
         )
     wanted = {str(name) for name in type(found).vocab_files_names.values()} | set(
-        config.get("fast_tokenizer_files", ())
+        config.get("fast_tokenizer_files") or ()
     )
     present = {file.name for file in folder.iterdir()}
     if not wanted & present and not any(name.endswith(_MODELS) or name == "tekken.json" for name in present):
@@ -156,26 +165,36 @@ def _rows(file: Path, named: Path) -> dict[str, dict[str, int]]:
 
 def _look(folder: Path, named: Path) -> None:
     """Refuse what is no text in place of the tokenizer's files; say what the folder holds if it has no vocabulary."""
-    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    names = sorted(file.name for file in folder.iterdir() if file.is_symlink() or file.is_file())
     vocabularies = [name for name in names if name in _VOCABULARIES or name.endswith(_MODELS)]
     if not vocabularies:
-        held = ", ".join(names[:8]) or "nothing"
+        inner = sorted(str(file.parent) for name in _VOCABULARIES for file in folder.glob(f"snapshots/*/{name}"))
+        held = f"the hub's cache: give {inner[0]}" if inner else ", ".join(names[:8]) or "nothing"
         raise InvalidData(
             f"tokenizer folder {named} holds neither tokenizer.json nor vocab.txt, nor another vocabulary; it holds"
             f" {held}.\n  Give a Hugging Face tokenizer folder, or leave --tokenizer out to train one."
         )
-    for name in dict.fromkeys((*_SETTINGS, *vocabularies)):
-        file = folder / name
-        if not file.is_file():
-            continue
+    for name in (name for name in names if name in _SETTINGS or name in vocabularies):
         shown = named / name if named.is_dir() else named if name in vocabularies else named.parent / name
         try:
-            kind = sniff(file).kind
-            if kind not in ("text", "binary", "utf-8-bom") or (kind != "text" and not name.endswith(_MODELS)):
-                advice = ", which would be part of its first token. Write it again without it" if "bom" in kind else ""
-                raise InvalidData(f"tokenizer {shown} is {describe(file).rstrip('.')}{advice}.")
+            kind = sniff(folder / name).kind
+            said = describe(folder / name).rstrip(".")
         except OSError as error:
-            raise InvalidData(f"tokenizer {shown} cannot be read: {error.strerror}.") from error
+            raise InvalidData(
+                f"tokenizer {shown} cannot be read: {error.strerror}.\n"
+                "  Copy it again, what it links to included, or take it away."
+            ) from error
+        if kind == "utf-8-bom":
+            raise InvalidData(f"tokenizer {shown} is {said}, which its readers take for text. Write it again without.")
+        if kind != "text" and not (kind == "binary" and name.endswith(_MODELS)):
+            raise InvalidData(f"tokenizer {shown} is {said}.")
+    if all(name.endswith(_MODELS) for name in vocabularies) and importlib.util.find_spec("sentencepiece") is None:
+        raise InvalidData(
+            f"tokenizer {named} has a sentencepiece model alone ({', '.join(vocabularies)}), of which transformers"
+            " makes a fast tokenizer with the package sentencepiece, which is not installed.\n"
+            "  Install it (pip install sentencepiece), or give the folder that the tokenizer's save_pretrained writes"
+            " where it is."
+        )
 
 
 def _json(file: Path, named: Path) -> dict[str, Any]:
@@ -207,6 +226,8 @@ def _written(found: Any, special: Mapping[str, str]) -> dict[str, Any]:
 
 def _line(error: Exception, named: Path | None = None, folder: Path | None = None) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if text.startswith("Couldn't instantiate the backend tokenizer"):  # and three guesses at what may be missing
+        text = "it finds no vocabulary for a tokenizer of that class"
     return text.replace(str(folder), str(named)) if folder else text
 
 

@@ -5,6 +5,7 @@ The reference is transformers' own AutoTokenizer, on text of many scripts.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -288,12 +289,56 @@ def test_a_decoders_tokenizer_has_no_mask(tmp_path: Path) -> None:
         load_tokenizer(byte_level(tmp_path / "hub", "GPT2Tokenizer"))
 
 
+def test_notes_on_files_that_disagree(tmp_path: Path) -> None:
+    moved = [*SPECIAL, "mat", *(word for word in WORDS[5:] if word != "mat")]
+    config = {**BERT, "do_lower_case": True}
+    at = folder(tmp_path / "hub", moved, tokenizer=serialised(), tokenizer_config=config, config={"vocab_size": 50})
+    moves, small = load_tokenizer(at).notes
+    assert "tokens of vocab.txt have other ids in tokenizer.json (mat, the, cat)" in moves
+    assert f"has {len(WORDS)} ids, the config.json beside it a vocab_size of 50" in small
+    same(at, tmp_path / "kept")
+
+
+def test_folders_without_a_vocabulary_that_can_be_read(tmp_path: Path) -> None:
+    at = folder(tmp_path / "models--a--b", None)
+    folder(at / "snapshots", None)
+    folder(at / "snapshots/0a1b", tokenizer_config=BERT)
+    with pytest.raises(InvalidData, match=r"hub's cache: give .*snapshots/0a1b"):
+        load_tokenizer(at)
+    assert load_tokenizer(at / "snapshots/0a1b").special_ids["mask"] == 4
+    (at / "snapshots/0a1b/added_tokens.json").symlink_to(at / "blobs/2c")
+    with pytest.raises(InvalidData, match=r"added_tokens.json cannot be read: No such file"):
+        load_tokenizer(at / "snapshots/0a1b")
+    if importlib.util.find_spec("sentencepiece") is None:
+        model = folder(tmp_path / "spm", None, tokenizer_config={"tokenizer_class": "AlbertTokenizer"})
+        (model / "spiece.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02" * 3)
+        with pytest.raises(InvalidData, match=r"sentencepiece model alone \(spiece.model\).*\n.*pip install"):
+            load_tokenizer(model)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": {"new": "last"}},
+        {"added_tokens": ["new"]},
+        {"tokenizer_config": {**BERT, "added_tokens_decoder": {"0": "[PAD]"}}},
+        {"tokenizer_config": {**BERT, "never_split": 3}},
+        {"tokenizer": {**serialised(), "added_tokens": [{"id": 0, "content": "[PAD]"}]}},
+        {"tokenizer": {**serialised(), "added_tokens": True}},
+        {"tokenizer": {"model": {}}},
+    ],
+)
+def test_malformed_settings_are_refused_in_words(tmp_path: Path, files: dict[str, Any]) -> None:
+    with pytest.raises(InvalidData, match=r"^tokenizer .*hub"):
+        load_tokenizer(folder(tmp_path / "hub", **{"tokenizer_config": BERT, **files}))
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 231508\n"
 BEGINNINGS: list[tuple[str, bytes, str]] = [
     ("vocab.txt", POINTER.encode(), r"hub/vocab.txt is a git-lfs pointer.*231,508 bytes\. Run `git lfs pull`"),
     ("tokenizer.json", POINTER.encode(), "hub/tokenizer.json is a git-lfs pointer"),
     ("spiece.model", POINTER.encode(), "hub/spiece.model is a git-lfs pointer"),
-    ("vocab.txt", b"\xef\xbb\xbf[PAD]\n[UNK]\n", "byte-order mark.*Write it again without it"),
+    ("vocab.txt", b"\xef\xbb\xbf[PAD]\n[UNK]\n", "byte-order mark.*Write it again without"),
     ("tokenizer_config.json", b"\xef\xbb\xbf{}", "byte-order mark"),
     ("vocab.txt", "[PAD]\n[UNK]\n".encode("utf-16"), "UTF-16.*iconv"),
     ("vocab.txt", b"", "is empty"),
