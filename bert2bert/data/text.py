@@ -152,8 +152,8 @@ def plain(raw: BinaryIO, path: Path, what: str | None = None) -> BinaryIO:
     named = _SUFFIXES.get(path.suffix.lower())
     if named and kind != named:
         raise InvalidData(
-            f"{what} is named {path.suffix}, but is {said(kind, start)}\n"
-            f"  Give it its right name, or the complete file."
+            f"{what} is named {path.suffix}, but is {said('binary' if kind == 'older' else kind, start)}\n"
+            "  Give it its right name, or the complete file."
         )
     if kind in _OPENED:
         file = cast(BinaryIO, _OPENED[kind](raw))

@@ -17,6 +17,7 @@ _LFS = re.compile(rb"version https?://(git-lfs|hawser)\S*/spec/v1\b")
 _ANNEX = re.compile(rb"(\.\./)*(\.git)?/?annex/objects/")
 _PAGE = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype html|html|head|body|\?xml[^>]*>\s*<error)\b", re.I | re.DOTALL)
 _BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")  # its level, then a block or the end of no text
+_GGUF = re.compile(rb"GGUF[\x01-\x09]\0\0\0")  # its version
 START = 512  # bytes looked at
 _ANEW = "import sys, torch; [torch.save(torch.load(f, 'cpu', weights_only=False), f) for f in sys.argv[1:]]"
 
@@ -25,7 +26,7 @@ _WIDE = ("utf-32le", "utf-32be", "utf-16le", "utf-16be")  # without a byte-order
 _BEGINNINGS: tuple[tuple[str, bytes], ...] = (
     ("torch-legacy", _LEGACY_TORCH), ("zip", b"PK\x03\x04"), ("zip", b"PK\x05\x06"), ("gzip", b"\x1f\x8b"),
     ("xz", b"\xfd7zXZ\x00"), ("zstd", b"\x28\xb5\x2f\xfd"), ("lz4", b"\x04\x22\x4d\x18"),
-    ("7z", b"7z\xbc\xaf\x27\x1c"), ("rar", b"Rar!\x1a\x07"), ("gguf", b"GGUF"), ("hdf5", b"\x89HDF\r\n\x1a\n"),
+    ("7z", b"7z\xbc\xaf\x27\x1c"), ("rar", b"Rar!\x1a\x07"), ("hdf5", b"\x89HDF\r\n\x1a\n"),
     ("numpy", b"\x93NUMPY"), ("parquet", b"PAR1"), ("arrow", b"ARROW1"), ("pdf", b"%PDF-"),
     ("utf-32", b"\xff\xfe\x00\x00"), ("utf-32", b"\x00\x00\xfe\xff"), ("utf-16", b"\xff\xfe"), ("utf-16", b"\xfe\xff"),
     ("utf-8-bom", b"\xef\xbb\xbf"),
@@ -99,8 +100,9 @@ def kind_of(start: bytes, size: int) -> str:
         return "git-annex"
     if _PAGE.match(start.removeprefix(b"\xef\xbb\xbf")):
         return "html"
-    if _BZIP2.match(start):
-        return "bzip2"
+    for kind, pattern in (("bzip2", _BZIP2), ("gguf", _GGUF)):  # letters alone are text
+        if pattern.match(start):
+            return kind
     for kind, beginning in _BEGINNINGS:
         if start.startswith(beginning):
             return kind

@@ -321,6 +321,8 @@ BAD_FILES = [
     ("bad.gz", b"no gzip at all", "is named .gz, but is text"),
     ("short.gz", gzip.compress(bytes(range(65, 91)) * 4000, mtime=0)[:60], "cannot be read"),
     ("bad.xz", b"no xz at all", "is named .xz, but is text"),
+    ("worse.bz2", b"d\xe9chir\xe9", "is named .bz2, but is of a kind that is not known"),
+    ("other.gz", bz2.compress(b"text"), "is named .gz, but is compressed with bzip2"),
     ("short.xz", lzma.compress(TRAIN.encode() * 50)[:-40], "cannot be read"),
     ("table.jsonl", b'{"text": "x"}\n', r"table, not plain text.\n.*--dataset"),
     (".", None, r"is a folder.\n.*\*\.txt"),

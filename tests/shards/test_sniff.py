@@ -65,16 +65,26 @@ FILES: dict[str, list[bytes]] = {
     "pickle": [pickle.dumps({"a": 1}, protocol) for protocol in (2, 3, 4, 5)],
     "safetensors": [safetensors_of(WEIGHTS), safetensors_of({f"a.{i}": torch.ones(9) for i in range(900)})],
     "gzip": [gzip.compress(TEXT.encode())],
-    "bzip2": [bz2.compress(TEXT.encode())],
+    "bzip2": [bz2.compress(TEXT.encode()), bz2.compress(b"")],
+    "gguf": [b"GGUF\x03\0\0\0\x23\x01\0\0\0\0\0\0"],
     "xz": [lzma.compress(TEXT.encode())],
     "tar": [stream(tar)],
     "numpy": [stream(lambda f: np.save(f, np.ones(3)))],
     "parquet": [stream(parquet)],
     "utf-16": [TEXT.encode("utf-16"), b"\xfe\xff" + TEXT.encode("utf-16-be")],
     "utf-32": [TEXT.encode("utf-32")],
+    **{
+        name: [TEXT.encode(name), "東京で研究を\n".encode(name)]
+        for name in ("utf-16le", "utf-16be", "utf-32le", "utf-32be")
+    },
     "utf-8-bom": [TEXT.encode("utf-8-sig")],
-    "text": [*((" " * i + TEXT).encode() for i in range(4)), b"Entry not found", b'{"error": "gated"}'],
-    "binary": [TEXT[:20].encode("latin-1", "replace"), b"a\0b", b"\xff" * 9, bytes(8) + b"{", bytes(range(1, 256)) * 3],
+    "text": [
+        *((" " * i + TEXT).encode() for i in range(4)), b"Entry not found", b'{"error": "gated"}', b"BZh9", b"GGUF is",
+    ],
+    "binary": [
+        TEXT[:20].encode("latin-1", "replace"), b"a\0b", b"a long line and a NUL\0 in it", b"\xff" * 9, bytes(8) + b"{",
+        bytes(range(1, 256)) * 3,
+    ],
 }  # fmt: skip
 
 
