@@ -29,7 +29,7 @@ from bert2bert import __version__
 from bert2bert.data.bins import FORMAT_VERSION, SPLITS, SplitWriter, blake, token_dtype
 from bert2bert.data.records import Records, open_dataset
 from bert2bert.data.text import DOCUMENTS, TextFile
-from bert2bert.data.tokenizer import TextTokenizer, train_tokenizer
+from bert2bert.data.tokenizer import TextTokenizer, failed, train_tokenizer
 from bert2bert.data.tokenizer_files import load_tokenizer
 from bert2bert.errors import InvalidConfig, InvalidData, UserError, did_you_mean
 from bert2bert.progress import progress
@@ -153,8 +153,7 @@ def _write(folder: Path, stream: _Stream, tokenizer: TextTokenizer) -> dict[str,
             stack.callback(writer.ends.close)
         read = stream.read("tokens")
         for batch in _batches(read if tokenizer.ends_at_lines else _whole(read)):
-            encoded = encoder.encode_batch_fast([piece for piece, _, _ in batch], add_special_tokens=False)
-            for (_, split, ends), encoding in zip(batch, encoded, strict=True):
+            for (_, split, ends), encoding in zip(batch, _encoded(encoder, batch), strict=True):
                 writers[split].add(encoding.ids, ends)
         for writer in writers.values():
             writer.close()
@@ -186,6 +185,18 @@ def _write(folder: Path, stream: _Stream, tokenizer: TextTokenizer) -> dict[str,
         _sync(file)
     _sync(folder)
     return meta
+
+
+def _encoded(encoder: Any, batch: list[tuple[str, str, bool]]) -> list[Any]:
+    try:
+        return encoder.encode_batch_fast([piece for piece, _, _ in batch], add_special_tokens=False)
+    except BaseException as error:
+        if not failed(error):
+            raise
+        raise InvalidData(
+            f"the tokenizer fails between {batch[0][0][:40]!r} and {batch[-1][0][-40:]!r} of the text: {error}.\n"
+            "  Give another --tokenizer, or leave it out to train one."
+        ) from error
 
 
 def _whole(stream: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[str, str, bool]]:

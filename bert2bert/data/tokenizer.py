@@ -18,6 +18,11 @@ from bert2bert.errors import InvalidConfig, UserError
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
 
+def failed(error: BaseException) -> bool:
+    """Whether `tokenizers` failed: an exception, or a panic of its Rust code, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 @dataclass(frozen=True)
 class TextTokenizer:
     """A fast tokenizer and the roles of its special tokens.

@@ -45,8 +45,8 @@ def _added(told: Mapping[str, Any], named: Path) -> list[tuple[str, str, int]]:
 
 def check_ids(backend: Any, told: Mapping[str, Any], named: Path) -> None:
     """Refuse ids that differ from what the files say, and two tokens with one id: rows of the embedding table would
-    mean other tokens than those that they were trained on. And two added tokens that are one after normalisation:
-    `tokenizers` takes the one or the other from run to run."""
+    mean other tokens than those that they were trained on. And added tokens that normalisation makes equal, of which
+    `tokenizers` takes the one or the other from run to run, or makes nothing of, at which it panics."""
     for file, token, index in _added(told, named):
         given = backend.token_to_id(token)
         if given != index:
@@ -65,14 +65,16 @@ def check_ids(backend: Any, told: Mapping[str, Any], named: Path) -> None:
             )
     normal: dict[str, str] = {}
     for token in backend.get_added_tokens_decoder().values():
-        if token.normalized and backend.normalizer is not None:
-            same = normal.setdefault(backend.normalizer.normalize_str(token.content), token.content)
-            if same != token.content:
-                raise InvalidData(
-                    f"tokenizer {named}: the added tokens {same!r} and {token.content!r} are one to its normaliser, and"
-                    " which of the two ids a text gets is left to chance.\n"
-                    "  Take one of them out, or mark them as not normalized."
-                )
+        if not token.normalized or backend.normalizer is None:
+            continue
+        text = backend.normalizer.normalize_str(token.content)
+        same = normal.setdefault(text, token.content)
+        if not text or same != token.content:
+            what = f"tokens {same!r} and {token.content!r} are one" if text else f"token {token.content!r} is nothing"
+            raise InvalidData(
+                f"tokenizer {named}: the added {what} to its normaliser, and which id a text gets is left to chance.\n"
+                "  Take it out, or mark it as not normalized."
+            )
 
 
 def roles(found: Any, told: Mapping[str, Any], named: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bert2bert.data.tokenizer import TextTokenizer
+from bert2bert.data.tokenizer import TextTokenizer, failed
 from bert2bert.data.tokenizer_checks import CONFIG, check_ids, contradictions, roles
 from bert2bert.errors import InvalidData
 from bert2bert.shards.sniff import describe, sniff
@@ -74,7 +74,9 @@ def _of_folder(folder: Path, named: Path) -> TextTokenizer:
         state = json.loads(backend.to_str())
         if backend.encode(_PROBE, add_special_tokens=False).ids != found(_PROBE, add_special_tokens=False)["input_ids"]:
             raise ValueError("its class does more than its tokenizer.json tells")
-    except Exception as error:
+    except BaseException as error:
+        if not failed(error):
+            raise
         raise InvalidData(
             f"tokenizer {named} cannot be kept as a tokenizer.json ({type(found).__name__}): {_line(error)}\n"
             f"  {_ANOTHER}"
@@ -108,7 +110,9 @@ def _made(folder: Path, named: Path, told: Mapping[str, Any]) -> Any:
     transformers.logging.set_verbosity_error()
     try:
         found = maker.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **rows)
-    except Exception as error:  # it raises what its parsers and its optional packages raise
+    except BaseException as error:  # it raises what its parsers and its optional packages raise
+        if not failed(error):
+            raise
         raise InvalidData(
             f"tokenizer {named} ({what}) cannot be read by transformers {transformers.__version__}:"
             f" {_line(error, named, folder)}\n"
@@ -224,7 +228,7 @@ def _written(found: Any, special: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _line(error: Exception, named: Path | None = None, folder: Path | None = None) -> str:
+def _line(error: BaseException, named: Path | None = None, folder: Path | None = None) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if text.startswith("Couldn't instantiate the backend tokenizer"):  # and three guesses at what may be missing
         text = "it finds no vocabulary for a tokenizer of that class"

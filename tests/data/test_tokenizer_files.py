@@ -272,6 +272,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer_config": BERT, "added_tokens": {"new": len(WORDS), "New": len(WORDS) + 1}},
         "'new' and 'New' are one to its normaliser",
     ),
+    "one that is nothing": (
+        {"tokenizer_config": BERT, "added_tokens": {"\x7f": len(WORDS)}},
+        r"token '\\x7f' is nothing to its normaliser",
+    ),
     "no mask": ({"words": [w for w in WORDS if w != "[MASK]"], "tokenizer_config": BERT}, r"no \[MASK\] token \(mask"),
     "settings not JSON": ({"tokenizer_config": [BERT]}, r"tokenizer_config.json cannot be read: it holds a list"),
 }
