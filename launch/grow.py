@@ -15,15 +15,12 @@ import time
 import traceback
 from typing import Any
 
+from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.train.ranks import GRACE_SECONDS, discover, first_speaks, started_as
 
 
-def join() -> Any:
-    """The communicator of all the processes that were started, None for a single one; UserError otherwise."""
-    from bert2bert.errors import InvalidConfig
-    from bert2bert.shards.transfer import world
-
-    comm = world()
+def check(comm: Any) -> None:
+    """Raise UserError if ``comm`` (None: one process) does not hold all the processes that were started."""
     started = discover()
     joined = 1 if comm is None else comm.Get_size()
     if joined != started.world:
@@ -31,28 +28,26 @@ def join() -> Any:
             f"{started.launcher} started {started.world} processes, but MPI joins {joined}; start them with the "
             "mpirun of the MPI that mpi4py loads (python -m mpi4py --mpi-library names it), or with srun --mpi=pmix"
         )
-    return comm
 
 
 def main(argv: list[str], command_name: str = "grow") -> int:
     """Run one command of bert2bert on every rank that the launcher started."""
-    from bert2bert import interrupts
     from bert2bert.cli import parse, run
-    from bert2bert.errors import UserError
 
     with first_speaks():
         args = parse([command_name, *argv])
+    from bert2bert.shards.transfer import world  # imports torch: only once the words are known to be sound
+
+    comm = None
     try:
-        comm = join()
+        comm = world()
+        check(comm)
+        code = run(args, comm)
     except UserError as error:
         if started_as() > 0:
             time.sleep(GRACE_SECONDS)
-        else:
-            print(f"bert2bert {command_name}: {error}", file=sys.stderr)
-        return 2
-    try:
-        with interrupts.at_once(command_name, comm is None or comm.Get_rank() == 0):
-            code = run(args, comm)
+        print(f"bert2bert {command_name}: {error}", file=sys.stderr)
+        code = 2
     except Exception:  # a defect: say where, on the rank that has it
         traceback.print_exc()
         code = 1

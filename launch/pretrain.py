@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     with ranks.first_speaks():
         options = arguments().parse_args(words)
-    rank = 0
+    rank = ranks.started_as()
     try:
         from bert2bert.recipe import load_recipe
         from bert2bert.train import ds_config

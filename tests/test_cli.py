@@ -158,6 +158,19 @@ def test_quiet_prints_what_is_wrong_and_nothing_else(
     assert json.loads(capfd.readouterr().out)["growth"]["exactness"]["function"]
 
 
+@pytest.mark.parametrize("command", ["grow", "reshard", "prepare"])
+def test_a_place_where_nothing_can_be_made(home: Path, command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """/proc refuses new folders with an error that elsewhere means a missing file."""
+    words = {
+        "grow": ["grow", home / "small", "/proc/t", "--config", home / "large.json", "--no-measure", "--quiet"],
+        "reshard": ["reshard", home / "small", "/proc/t", "--quiet"],
+        "prepare": ["prepare", "--corpus", "emma", "--vocab-size", "64", "--output", "/proc/t"],
+    }[command]
+    assert cli.main([*map(str, words)]) == 2
+    out, err = capfd.readouterr()
+    assert not out and f"bert2bert {command}: " in err and "/proc/t cannot be written: " in err
+
+
 def test_work_that_takes_long_says_so_in_whole_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,10 @@ from pathlib import Path, PurePosixPath
 
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 
+_NO_PLACE = (  # what a path answers where nothing can be written, such as /proc's
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+    errno.EINVAL, errno.ENODEV, errno.ENXIO, errno.EBUSY, errno.EOPNOTSUPP,
+)  # fmt: skip
 _LONGEST = 255  # bytes of a name in a folder
 
 
@@ -104,7 +108,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{error.filename or path} cannot be written: {error.strerror}. Check the file system and the limit on "
                 "file sizes (ulimit -f), or choose another target."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+        if error.errno in _NO_PLACE:
             raise InvalidConfig(
                 f"{error.filename or path} cannot be written: {error.strerror}. Choose another target."
             ) from error

@@ -77,11 +77,12 @@ def _check_port(text: str) -> None:
 
 
 def started_as(environ: Mapping[str, str] = os.environ) -> int:
-    """This process's rank before anything is set up; 0 where the environment does not say it soundly."""
+    """This process's rank before anything is set up, as far as the environment says it; else 0."""
     try:
         return discover(environ).rank
     except InvalidConfig:
-        return 0
+        names = (*(rank for rank, _ in _OUTER), "RANK", *(["SLURM_PROCID"] if "SLURM_STEP_ID" in environ else []))
+        return next((int(environ[name]) for name in names if environ.get(name, "").isdecimal()), 0)
 
 
 @contextlib.contextmanager

@@ -154,6 +154,23 @@ def test_a_growth_that_fails_ends_every_rank(tmp_path: Path) -> None:
     assert not (tmp_path / "grown").exists()
 
 
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun on PATH")
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        (["--conf", "x"], {}, "unknown option --conf: did you mean '--config'?"),
+        (["--config", "x"], {"RANK": "0", "WORLD_SIZE": "1"}, "but mpirun started this process as rank 0 of 2"),
+    ],
+)
+def test_a_mistake_of_a_growth_over_mpi_is_told_once(
+    tmp_path: Path, words: list[str], environment: dict[str, str], message: str
+) -> None:
+    command = ["mpirun", "--oversubscribe", "-n", "2", sys.executable, "launch/grow.py", tmp_path, tmp_path / "grown"]
+    done = run([*command, *words], **MPI_ENVIRONMENT, **environment)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("bert2bert grow: ") == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
 # ---- the job scripts
 
 
