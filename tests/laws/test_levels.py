@@ -308,6 +308,7 @@ def cycle(request: pytest.FixtureRequest) -> tuple[GrowthPlan, GrowthPlan, list[
 def test_interpolation(cycle: tuple[GrowthPlan, GrowthPlan, list[States]]) -> None:
     a, b, states = cycle
     reads = [reader(s) for s in states]
+    moments = states[0]["exp_avg"], realised(b, reads[1], "exp_avg")
     for state in STATES:
         first, second = realised(a, reads[0], state), realised(b, reads[1], state)
         for alpha, expected in ((0.0, first), (1.0, second)):
@@ -320,7 +321,7 @@ def test_interpolation(cycle: tuple[GrowthPlan, GrowthPlan, list[States]]) -> No
                 expected = (1 - alpha) * first[n] + alpha * second[n]
                 assert gap(value, expected) <= ROUNDING, n
                 if state == "exp_avg_sq":
-                    m = (1 - alpha) * states[0]["exp_avg"][n] + alpha * realised(b, reads[1], "exp_avg")[n]
+                    m = (1 - alpha) * moments[0][n] + alpha * moments[1][n]
                     assert (value >= m.square() * (1 - SPARE * unit(torch.float64))).all(), n
             rows = values(plan, reads, torch.float64)
             name = next(iter(plan.tensors))
