@@ -47,6 +47,6 @@ def test_continued_run_is_the_uninterrupted_one(bins: Path, tmp_path: Path) -> N
         assert {p.name for p in stopped.glob("global_step*")} == {"global_step6", "global_step8"}  # the last two
         about = json.loads((stopped / "run.json").read_text())
         assert about["finished"] and [c["step"] for c in about["continued"]] == [5]
-        for file in ("ds_config.json", "config.json", "tokenizer.json", "latest"):
+        for file in ("ds_config.json", "config.json", "tokenizer.json", "tokenizer_config.json", "latest"):
             assert (stopped / file).is_file()
         assert not (stopped / "global_step8" / "bert2bert.unfinished").exists()
