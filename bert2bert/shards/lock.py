@@ -138,6 +138,9 @@ class Lock:
                         say(f"{self.path.parent}: taken over from {_named(holder)}, which is gone")
                     return
             except BaseException:
+                if new:  # a full disk, say
+                    self.path.unlink(missing_ok=True)
+                    self._unmake()
                 os.close(fd)
                 raise
             os.close(fd)
@@ -210,7 +213,7 @@ class Lock:
     def join(self) -> None:
         """Share the lock on another rank of its holder, so that on this host nobody takes over while any rank of a
         broken run writes on."""
-        with contextlib.suppress(FileNotFoundError):  # a folder that is not shared is found out where it matters
+        with contextlib.suppress(OSError):  # a folder that is not shared is found out where it matters
             self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             self._share(self._fd)
 
@@ -263,9 +266,12 @@ class Lock:
         os.close(self._fd)
         self._fd = None
         if self._own is not None:
-            with contextlib.suppress(OSError):
-                for folder in self._made:
-                    folder.rmdir()
+            self._unmake()
+
+    def _unmake(self) -> None:
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
 
 
 def _parse(fd: int) -> Holder:

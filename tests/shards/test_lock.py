@@ -204,6 +204,17 @@ def test_no_link_is_followed_and_no_folder_left(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["precious", "run"] and not os.listdir(tmp_path / "run")
 
 
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes, at: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(lock.os, "pwrite", full)
+        with pytest.raises(OSError, match="No space"):
+            Lock(tmp_path / "a" / "lock").acquire(lambda text: None)
+    assert not os.listdir(tmp_path)
+
+
 def race(path: Path, start: Any, told: Any) -> None:
     start.wait()
     try:
