@@ -119,6 +119,4 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
-    status = main()
-    stopping.ignore()
-    sys.exit(status)
+    stopping.leave(main())

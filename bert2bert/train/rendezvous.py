@@ -70,7 +70,7 @@ class _Wait:
 
     def __init__(self, rank: int, world: int, where: str, timeout: float, stop: Stop | None) -> None:
         self.rank, self.world, self.where, self.timeout, self.stop = rank, world, where, timeout, stop
-        self.began, self.told = time.monotonic(), False
+        self.began, self.told, self.asked = time.monotonic(), False, 0.0
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world}"
@@ -83,6 +83,14 @@ class _Wait:
     def signal(self) -> str | None:
         """The name of the signal that this process got."""
         return None if self.stop is None or self.stop.caught is None else self.stop.caught.name
+
+    @property
+    def leaves(self) -> str | None:
+        """The signal's name once rank 0 has had `PATIENCE` seconds to come since, so that all leave together."""
+        if self.signal and not self.asked:
+            self.asked = time.monotonic()
+        waited = self.asked and time.monotonic() - self.asked >= PATIENCE
+        return self.signal if waited or self.left <= 0 else None
 
     def pause(self, why: str) -> bool:
         """Sleep a little, after saying once why if that has lasted; whether there is time left."""
@@ -130,8 +138,8 @@ def _reach(wait: _Wait, address: str, port: int) -> Any:
             socket.create_connection((address, port), timeout=max(0.1, min(wait.left, PATIENCE))).close()
             break
         except OSError as error:
-            if wait.signal:
-                raise Stopped(wait.signal) from None
+            if name := wait.leaves:
+                raise Stopped(name) from None
             if not wait.pause(f"nobody answers at {wait.where}, where rank 0 should be"):
                 raise UserError(
                     f"{wait}: nobody answered at {wait.where} in {wait.timeout:g} s ({error.strerror or error}). Rank "
@@ -151,10 +159,10 @@ def _reach(wait: _Wait, address: str, port: int) -> Any:
             found.append(error)
 
     threading.Thread(target=open_store, daemon=True).start()  # torch waits for ever where no store answers
-    while not found and not wait.signal and wait.pause(f"what answers at {wait.where} is silent"):
+    while not found and not wait.leaves and wait.pause(f"what answers at {wait.where} is silent"):
         pass
-    if not found and wait.signal:
-        raise Stopped(wait.signal)
+    if not found and (name := wait.leaves):
+        raise Stopped(name)
     if not found or isinstance(found[0], Exception):
         detail = f" ({_first_line(found[0])})" if found else ""
         raise InvalidConfig(

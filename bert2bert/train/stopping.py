@@ -9,6 +9,7 @@ what is printed, keeps no run from its checkpoint. Imports nothing heavy. Refuse
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 STOPPED = 75
 """Exit status (EX_TEMPFAIL) of a run that was stopped before its last step: the same command goes on with --resume."""
@@ -104,10 +105,15 @@ def held() -> Iterator[Stop]:
             stop.release()
 
 
-def ignore() -> None:
-    """Be deaf from here on: the last thing that a program does, since Python gives signals back as it ends."""
+def leave(status: int) -> NoReturn:
+    """End the process: the last thing that a program does. Python would give the signals back as it goes down, and
+    threads of C++ that are alive then (a store that was never reached) would abort it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _say(text: str) -> None:

@@ -157,10 +157,21 @@ def test_a_signal_to_any_rank_ends_the_wait_of_all(start: Start, signalled: int)
 
 
 def test_a_signal_to_a_rank_that_is_alone_ends_it(start: Start) -> None:
-    process = start(1, 2, free_port())
+    process = start(1, 2, free_port(), patience=1.0)
     time.sleep(0.5)
     os.kill(process.pid, signal.SIGTERM)
     assert start.results(1)[0][0] == "stopped: SIGTERM"
+
+
+def test_a_rank_that_is_told_to_stop_waits_for_the_others_to_hear_it(start: Start) -> None:
+    port = free_port()
+    process = start(1, 2, port)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    start(0, 2, port)  # still importing until now
+    results = {result for result, _ in start.results(2)}
+    assert results in ({"stopped: SIGTERM"}, {"together: 2"})  # or rank 0 did not look in time: a step tells it
 
 
 def test_rank_0_is_killed_while_the_others_wait(start: Start) -> None:
