@@ -144,6 +144,7 @@ def _check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:
 
 def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     """Find the names and the heads of a checkpoint, and check every shape against the config."""
+    _check_adapter(source)
     table = table_for(config)
     heads = frozenset.union(*table.classes.values())
     ties = table.aliases(config, heads)
@@ -160,8 +161,7 @@ def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
             said["tie_word_embeddings"] = table.tied(config)
             raise InvalidCheckpoint(
                 f"{source.path}: tensor {naming.stored(name)} is missing, which the config asks for "
-                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\n"
-                f"{_adapters(source) or 'Is this the config of this checkpoint?'}"
+                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\nIs this the config of this checkpoint?"
             )
         if canonical[name].shape != parameter.shape:
             raise InvalidCheckpoint(_shape_error(source, table, config, parameter, canonical[name].shape))
@@ -172,12 +172,8 @@ def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     if strange:
         raise InvalidCheckpoint(
             f"{source.path}: {len(strange)} tensors are not part of a {table.model_type} of this config, first "
-            f"{strange[0]}.\n"
-            + (
-                _adapters(source)
-                or f"Known heads: {', '.join(table.classes)}. Remove other heads before growing, or check the config's "
-                "number of layers and tie_word_embeddings."
-            )
+            f"{strange[0]}.\nKnown heads: {', '.join(table.classes)}. Remove other heads before growing, or check the "
+            "config's number of layers and tie_word_embeddings."
         )
     for absent, kept in copies.items():
         if not _same(source, canonical[absent], canonical[kept]):
@@ -199,14 +195,13 @@ def _ignored(table: Table, config: Mapping[str, Any], names: Iterable[str]) -> s
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def _adapters(source: Source) -> str:
-    """What to do with a checkpoint of an adapter on top of its base model; '' if this is none."""
+def _check_adapter(source: Source) -> None:
+    """Refuse (InvalidCheckpoint) an adapter beside its base model, or without it, as a run saves it."""
     if any("lora_" in name or ".base_layer." in name or ".modules_to_save." in name for name in source.tensors):
-        return (
-            "Its names are those of a PEFT model whose adapter is not merged: call merge_and_unload() and "
-            "save_pretrained(), then grow what that wrote."
+        raise InvalidCheckpoint(
+            f"{source.path}: its names are those of a PEFT model whose adapter is not merged. Load it with its base "
+            "model, call merge_and_unload() and save_pretrained(), then grow what that wrote."
         )
-    return ""
 
 
 def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare: bool) -> frozenset[str]:

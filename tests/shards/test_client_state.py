@@ -24,13 +24,14 @@ import pytest
 import torch
 from torch import nn
 
+from bert2bert.checkpoint_model import match
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.reshard import reshard
 from bert2bert.shards import frames, torchfile
 from bert2bert.shards.inspect import inspect, render
 from bert2bert.shards.source import open_source
 from tests.distributed import run_ranks
-from tests.shards.engines import Case, release, save_cases
+from tests.shards.engines import Case, hf_config, release, save_cases
 
 QUIET: dict[str, Any] = {"say": lambda _: None}
 RAN: list[str] = []
@@ -377,3 +378,14 @@ def test_state_dicts_of_any_kind_between_all_stages(tmp_path: Path) -> None:
                 reshard(home, target, form="zero", stage=stage, world_size=1, **QUIET)
                 assert not [line for line in verified(home, target) if "FAILED" in line]
     run_ranks(load_keepers, 1, str(tmp_path))
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_a_peft_run_leads_to_merging(run: Path, without: bool) -> None:
+    """With its base model and (as the Trainer saves it) without."""
+    base = {"bert.encoder.layer.0.attention.self.query.base_layer.weight": torch.zeros(32, 32)}
+    names = [f"bert.encoder.layer.0.attention.self.query.lora_{half}.default.weight" for half in "AB"]
+    source = open_source(run / "z2")
+    source.tensors = dict.fromkeys((*names, *(() if without else base)), source.tensors["cls.predictions.bias"])
+    with pytest.raises(InvalidCheckpoint, match=r"call merge_and_unload\(\) and save_pretrained\(\), then grow"):
+        match(source, {"model_type": "bert", **hf_config()})
