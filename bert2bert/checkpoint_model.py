@@ -13,6 +13,7 @@ merged, and other heads among them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from bert2bert import axes
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.names import Naming, is_obsolete, read_names
+from bert2bert.shards.hub_files import in_cache, is_there, plain
 from bert2bert.shards.layout import row_blocks
 from bert2bert.tables import TABLES, Parameter, Table, table_for
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bert2bert.shards.source import Source, TensorMeta
+
+_ADAPTED = re.compile(r"(^|\.)((lora|vera|hada|lokr|oft|boft|ia3)_|(base_layer|modules_to_save|original_module)\.)")
+"""In names of a model with an adapter of PEFT that can be merged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +68,10 @@ def class_name(table: Table, config: Mapping[str, Any], name: str) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A Hugging Face config: a JSON file, or a folder that holds config.json. Raises InvalidConfig."""
-    file = path / "config.json" if path.is_dir() else path
+    """A Hugging Face config: a JSON file, or a folder that holds config.json, or one of the hub's cache. Raises
+    InvalidConfig, InvalidCheckpoint for a folder of the cache that is not whole."""
+    file = in_cache(path) / "config.json" if path.is_dir() else path
+    is_there(file)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -78,7 +85,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InvalidConfig(f"{file}: holds a JSON {type(config).__name__}; a Hugging Face config is an object")
     _check_type(config, str(file))
-    return config
+    return plain(config)
 
 
 def _check_type(config: Mapping[str, Any], where: str, names: Collection[str] = ()) -> None:
@@ -105,16 +112,7 @@ def open_model(path: Path, source_config: Path | None = None, tag: str | None = 
             f"Give the model's Hugging Face config with --source-config FILE."
         )
     _check_type(config, f"{source_config or path}", source.tensors)
-    try:
-        if source.config and source_config:
-            _check_own(source, config, source_config)
-        _check_depth(source, config)
-        return match(source, config)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # sizes that are no numbers
-        raise InvalidConfig(
-            f"{source_config or path}: the config is not one of a {config.get('model_type')} "
-            f"({type(error).__name__}: {error}). Give the model's own with --source-config FILE."
-        ) from error
+    return match(source, config, source_config)
 
 
 def _check_depth(source: Source, config: Mapping[str, Any]) -> None:
@@ -142,8 +140,22 @@ def _check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:
             )
 
 
-def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
-    """Find the names and the heads of a checkpoint, and check every shape against the config."""
+def match(source: Source, config: Mapping[str, Any], file: Path | None = None) -> CheckpointModel:
+    """Find the names and the heads of a checkpoint, and check every shape against the config. file: that holds the
+    config, where it is not the checkpoint's own. Raises InvalidCheckpoint, InvalidConfig, UnsupportedGrowth."""
+    try:
+        if source.config and file:
+            _check_own(source, config, file)
+        _check_depth(source, config)
+        return _match(source, config)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # sizes that are no numbers
+        raise InvalidConfig(
+            f"{file or source.path}: the config is not one of a {config.get('model_type')} "
+            f"({type(error).__name__}: {error}). Give the model's own with --source-config FILE."
+        ) from error
+
+
+def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     _check_adapter(source)
     table = table_for(config)
     heads = frozenset.union(*table.classes.values())
@@ -178,7 +190,7 @@ def match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     for absent, kept in copies.items():
         if not _same(source, canonical[absent], canonical[kept]):
             if absent in table.parameters({**config, "tie_word_embeddings": False}, heads):
-                return match(source, {**config, "tie_word_embeddings": False})  # as transformers does, too
+                return _match(source, {**config, "tie_word_embeddings": False})  # as transformers does, too
             raise InvalidCheckpoint(
                 f"{source.path}: {canonical[absent].name} differs from {canonical[kept].name}, of which it should be a "
                 f"copy.\nIs this the config of this checkpoint, and are all files of one save?"
@@ -197,7 +209,7 @@ def _ignored(table: Table, config: Mapping[str, Any], names: Iterable[str]) -> s
 
 def _check_adapter(source: Source) -> None:
     """Refuse (InvalidCheckpoint) an adapter beside its base model, or without it, as a run saves it."""
-    if any("lora_" in name or ".base_layer." in name or ".modules_to_save." in name for name in source.tensors):
+    if any(_ADAPTED.search(name) for name in source.tensors):
         raise InvalidCheckpoint(
             f"{source.path}: its names are those of a PEFT model whose adapter is not merged. Load it with its base "
             "model, call merge_and_unload() and save_pretrained(), then grow what that wrote."

@@ -6,7 +6,7 @@ are not known, where the format keeps them, and groups that join differently tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -160,7 +160,9 @@ def make_spec(
     return TargetSpec(
         shapes=dict(shapes),
         aliases=aliases,
-        config=config,
+        config=config | {"dtype": _loaded_as(source, precision, dtypes or {}, shapes)}
+        if config and form == "hub"
+        else config,
         # Where a group joins differently trained layers: too few steps would make Adam's first updates too large.
         groups=tuple(TargetGroup(part, d, ns, hyper(ns, d), max(map(step, ns)), moments(ns)) for part, d, ns in sets),
         group_layout=chosen,
@@ -181,6 +183,21 @@ def make_spec(
         clip_grad=source.clip_grad,
         dtypes={name: getattr(torch, dtype) for name, dtype in (dtypes or {}).items() if form == "hub"},
     )
+
+
+def _loaded_as(source: Source, precision: str, dtypes: Mapping[str, str], names: Collection[str]) -> Any:
+    """The dtype that a Hugging Face folder's config tells from_pretrained to load it in. Where tensors keep their own,
+    that of the source's config, so that both are loaded alike; where that says none, one that holds them all."""
+    from bert2bert.shards.writing import DTYPES
+
+    low = str(DTYPES[precision]).removeprefix("torch.")
+    if source.form != "hub" or not dtypes:
+        return low
+    config = source.config or {}
+    said = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(said, dict) or said in ("float32", "float16", "bfloat16"):
+        return said
+    return widest([*dtypes.values(), *([low] if names - dtypes.keys() else [])])
 
 
 def widest(dtypes: Iterable[str]) -> str:

@@ -16,11 +16,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bert2bert.checkpoint_model import open_model, read_config
-from bert2bert.errors import InvalidCheckpoint, InvalidConfig
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UnsupportedGrowth
 from bert2bert.growth import grow
 from bert2bert.names import WRAPPERS
 from bert2bert.planning import said
 from bert2bert.reshard import reshard
+from bert2bert.shards.inspect import inspect, render
 from bert2bert.shards.source import open_source
 from bert2bert.verify import verify
 from tests import tiny
@@ -182,9 +183,15 @@ def test_merged_adapters_are_read_and_others_lead_to_merging(tmp_path: Path) -> 
             key + "lora_B.default.weight": torch.zeros(24, 2),
         }
 
-    save(tmp_path / "lora", "llama", lora)
-    with pytest.raises(InvalidCheckpoint, match=r"merge_and_unload\(\) and\s+save_pretrained"):
-        open_model(tmp_path / "lora")
+    def ia3(t: Tensors) -> Tensors:
+        return {f"base_model.model.{n}": v for n, v in t.items()} | {
+            "base_model.model.model.layers.0.self_attn.k_proj.ia3_l.default": torch.ones(24, 1)
+        }
+
+    for name, change in (("lora", lora), ("ia3", ia3)):
+        save(tmp_path / name, "llama", change)
+        with pytest.raises(InvalidCheckpoint, match=r"merge_and_unload\(\) and\s+save_pretrained"):
+            open_model(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -248,3 +255,21 @@ def test_a_config_from_before_model_type(tmp_path: Path) -> None:
         open_model(tmp_path / "s")
     with pytest.raises(InvalidConfig, match=r"no 'model_type'.*; known: bert"):
         read_config(tmp_path / "s")
+
+
+@pytest.mark.parametrize("wrong", [{"architectures": [{}]}, {"architectures": [["BertModel"]]},
+                                   {"num_hidden_layers": 10**12}, {"hidden_size": None}])  # fmt: skip
+def test_a_wrong_config_does_not_keep_a_folder_from_being_written_anew(wrong: dict[str, Any], tmp_path: Path) -> None:
+    """Tensors go by name there, so what a config says of them need not be right, and is not followed."""
+    save(tmp_path / "s", "bert")
+    file = tmp_path / "s" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    with pytest.raises((InvalidCheckpoint, InvalidConfig), match=next(iter(wrong))):
+        open_model(tmp_path / "s")
+    with pytest.raises(UnsupportedGrowth, match="--format universal"):
+        reshard(tmp_path / "s", tmp_path / "z", form="zero", stage=1, world_size=1, say=silent)
+    reshard(tmp_path / "s", tmp_path / "u", say=silent)
+    again = open_source(tmp_path / "u")
+    same({n: again.read(n, "fp32", 0, m.shape[0]) for n, m in again.tensors.items()},
+         load_file(tmp_path / "s" / "model.safetensors"))  # fmt: skip
+    assert "vocabulary 29" in render(inspect(tmp_path / "s"))

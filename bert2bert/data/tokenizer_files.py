@@ -188,8 +188,6 @@ def _look(folder: Path, named: Path) -> None:
                 f"tokenizer {shown} cannot be read: {error.strerror}.\n"
                 "  Copy it again, what it links to included, or take it away."
             ) from error
-        if kind == "utf-8-bom":
-            raise InvalidData(f"tokenizer {shown} is {said}, which its readers take for text. Write it again without.")
         if kind != "text" and not (kind == "binary" and name.endswith(_MODELS)):
             raise InvalidData(f"tokenizer {shown} is {said}.")
     if all(name.endswith(_MODELS) for name in vocabularies) and importlib.util.find_spec("sentencepiece") is None:

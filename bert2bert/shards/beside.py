@@ -3,7 +3,7 @@
 A grown model keeps the tokenizer and the generation config. The same model written anew keeps every small file: its
 code, its card, preprocessors, too. What is not carried is listed.
 
-Refuses (InvalidCheckpoint) git-lfs pointers, and files that cannot be read.
+Refuses (InvalidCheckpoint) git-lfs pointers, links to nothing, and files that cannot be read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards.commit import MANIFEST
+from bert2bert.shards.hub_files import is_there
 from bert2bert.shards.sniff import describe, sniff
 
 TOKENIZER = (
@@ -47,7 +48,7 @@ def grown_beside(config: Mapping[str, Any], *folders: Path) -> dict[str, bytes]:
     for pattern in (*TOKENIZER, GENERATION) if generates else TOKENIZER:
         for folder in folders:
             for file in sorted(folder.glob(pattern)):
-                if file.is_file():
+                if is_there(file):
                     found.setdefault(file.relative_to(folder).as_posix(), _read(file))
     known = {key: config[key] for key in _SPECIAL if config.get(key) is not None}
     if generates and known and GENERATION not in found:

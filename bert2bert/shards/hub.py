@@ -16,7 +16,7 @@ import torch
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards import experts
-from bert2bert.shards.hub_files import INDEX, open_file, refuse_empty, refuse_quantised, weight_files
+from bert2bert.shards.hub_files import INDEX, is_there, open_file, refuse_empty, refuse_quantised, weight_files
 from bert2bert.shards.source import Source, TensorMeta
 from bert2bert.shards.texts import read_json
 
@@ -31,7 +31,7 @@ class HubSource(Source):
 
     def __init__(self, path: Path, folder: Path, manifest: dict[str, Any] | None) -> None:
         super().__init__(path, folder, manifest)
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+        config = read_json(folder / "config.json") if is_there(folder / "config.json") else None
         files, index, self.notes = weight_files(folder, config)
         self._handles = {file: open_file(folder / file) for file in files}
         self._file_of: dict[str, str] = {}

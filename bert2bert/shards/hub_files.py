@@ -1,10 +1,10 @@
 """Which files of a Hugging Face folder are its model, in transformers' own order, and what is no plain model.
 
 The order: the file that the config names (``transformers_weights``), ``model.safetensors``, the shards of
-``model.safetensors.index.json``, the only safetensors file there is.
+``model.safetensors.index.json``, the only safetensors file there is (if no ``pytorch_model.bin`` comes before it).
 
 Refuses, as InvalidCheckpoint: two sets of weights that differ, an adapter (PEFT), weights in other formats, an index
-that does not describe its files, and quantised weights, naming the scheme.
+that does not describe its files, links to nothing, and quantised weights, naming the scheme.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ _OTHERS = {  # files with weights in another format -> what to do with them
 }
 _PACKED = re.compile(
     r"(.+\.)?(qweight|qzeros|g_idx|W_q|weight_packed|weight_scale(_inv|_2)?|weight_zero_point|SCB|weight_format|"
-    r"(nested_)?(absmax|quant_map)|quant_state\..+|_packed_params.*|weight_quantizer\..+)"
+    r"(nested_)?(absmax|quant_map)|quant_state\..+|_packed_params.*|weight_quantizer\..+|dqweight|weight\._data|"
+    r"_?weight_+(\w+_)?qdata|codebooks|centroids\.weight|Qidxs|\w+_blocks)"
 )
-"""Tensors that GPTQ, AWQ, HQQ, compressed-tensors, fp8, bitsandbytes, ModelOpt and torch.ao store."""
+"""Tensors that GPTQ, AWQ, HQQ, compressed-tensors, fp8, bitsandbytes, ModelOpt, torch.ao, FP-Quant, Quanto, torchao,
+AQLM, VPTQ, QuIP# and MXFP4 store."""
+_QUANTISED = ("quantization_config", "quantization", "compression_config")
 _EIGHT_BITS = re.compile(r"F8_|F6_|F4|I4$|U4$")
 
 
@@ -81,7 +84,7 @@ def weight_files(folder: Path, config: Mapping[str, Any] | None) -> tuple[list[s
     named = (config or {}).get("transformers_weights")
     if isinstance(named, str) and named:
         return _listed(folder, named) if named.endswith(".index.json") else ([_there(folder, named)], {}, [])
-    single, index = (folder / _WEIGHTS).is_file(), (folder / INDEX).is_file()
+    single, index = is_there(folder / _WEIGHTS), is_there(folder / INDEX)
     if single and index:
         return [_WEIGHTS], {}, _beside(folder)
     if single:
@@ -89,7 +92,13 @@ def weight_files(folder: Path, config: Mapping[str, Any] | None) -> tuple[list[s
     if index:
         return _listed(folder, INDEX)
     found = sorted(p.name for p in folder.glob("*.safetensors"))
-    if len(found) == 1:
+    pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).is_file()]
+    if found and pickled:
+        raise InvalidCheckpoint(
+            f"{folder}: transformers loads {pickled[0]}, and not {found[0]}. If that is the model, name it {_WEIGHTS}; "
+            f"if not, {_OTHERS['pytorch_model*.bin'].format(pickled[0])}"
+        )
+    if len(found) == 1 and is_there(folder / found[0]):
         return found, {}, []
     if found:
         raise InvalidCheckpoint(f"{folder}: {len(found)} safetensors files without {INDEX}. Copy it too.")
@@ -99,8 +108,23 @@ def weight_files(folder: Path, config: Mapping[str, Any] | None) -> tuple[list[s
     raise InvalidCheckpoint(f"{folder}: no safetensors file in it")
 
 
+def is_there(file: Path) -> bool:
+    """Whether a file is there. Raises InvalidCheckpoint for a link to one that is not."""
+    if file.is_symlink() and not file.exists():
+        raise InvalidCheckpoint(
+            f"{file}: a link to {file.readlink()}, which is not there: a download that did not finish, or a copy "
+            "without what its links lead to. Download it again, or copy it anew (cp -rL)."
+        )
+    return file.is_file()
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A config less what says that nothing is quantised (`quantization_config: {}`), which transformers chokes on."""
+    return {key: value for key, value in config.items() if key not in _QUANTISED or value}
+
+
 def _there(folder: Path, name: str) -> str:
-    if not inside(folder, name, links=True).is_file():
+    if not is_there(inside(folder, name, links=True)):
         raise InvalidCheckpoint(f"{folder / name}: no such file, though config.json names it. Copy it too.")
     return name
 
@@ -149,6 +173,7 @@ def open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu").__enter__()
     except FileNotFoundError:
+        is_there(path)
         raise InvalidCheckpoint(f"{path}: no such file, though {INDEX} names it. Copy all shards.") from None
     except (SafetensorError, OSError) as error:
         raise InvalidCheckpoint(f"{path}: not readable as safetensors{_instead(path, error)}") from None
@@ -167,7 +192,7 @@ def _instead(path: Path, error: Exception) -> str:
 def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Mapping[str, str]) -> None:
     """Refuse weights that are not plain numbers (InvalidCheckpoint). dtypes: stored name -> safetensors' dtype."""
     said = []
-    for key in ("quantization_config", "quantization", "compression_config"):
+    for key in _QUANTISED:
         if isinstance(found := (config or {}).get(key), Mapping) and found:
             method = found.get("quant_method") or found.get("quant_algo") or found.get("bits") or ", ".join(found)
             said.append(f"config.json has {key} ({method})")

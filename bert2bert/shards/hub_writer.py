@@ -67,9 +67,10 @@ def hub_files(job: Job, max_file_bytes: int = MAX_FILE_BYTES) -> list[FilePlan]:
 
 
 def hub_config(spec: TargetSpec) -> dict[str, Any]:
-    """The target's config with the dtype of the stored weights, under the key that the installed transformers reads."""
-    rest = {key: value for key, value in spec.config.items() if key not in ("dtype", "torch_dtype")}
-    return {**rest, _dtype_key(): str(spec.dtype).removeprefix("torch.")}
+    """The target's config with its dtype under the key that the installed transformers reads, and without the name of
+    another file of weights."""
+    rest = {k: v for k, v in spec.config.items() if k not in ("dtype", "torch_dtype", "transformers_weights")}
+    return {**rest, _dtype_key(): spec.config["dtype"]}
 
 
 def _dtype_key() -> str:

@@ -139,7 +139,10 @@ def render_check(found: dict[str, Any]) -> str:
 def _architecture(config: dict[str, Any] | None) -> dict[str, Any] | None:
     if config is None:
         return None
-    found = {"type": config.get("model_type"), "classes": config.get("architectures")}
+    classes = config.get("architectures")
+    if classes is not None:  # a list of names, if the config is sound
+        classes = [str(name) for name in classes] if isinstance(classes, list) else [str(classes)]
+    found = {"type": config.get("model_type"), "classes": classes}
     for what, keys in _SIZES:
         found[what] = next((config[k] for k in keys if config.get(k) is not None), None)
     return found

@@ -66,7 +66,8 @@ _SAID = {
         name: f"text in {name.upper()}. Convert it to UTF-8 (iconv -f {name.upper()} -t UTF-8)"
         for name in ("utf-16", "utf-16le", "utf-16be", "utf-32", "utf-32le", "utf-32be")
     },
-    "utf-8-bom": "text in UTF-8 with a byte-order mark",
+    "utf-8-bom": "text in UTF-8 with a byte-order mark, which its readers take for text. Write it again without (sed "
+    "-i '1s/^\\xef\\xbb\\xbf//' FILE)",
     "text": "text, which begins {start!r}",
     "binary": "of a kind that is not known, which begins {start!r}",
 }  # fmt: skip

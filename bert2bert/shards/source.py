@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from bert2bert.errors import InvalidCheckpoint, did_you_mean
 from bert2bert.shards.commit import FORMAT_VERSION, MANIFEST, listed
 from bert2bert.shards.expert_parallel import ExpertParallel
+from bert2bert.shards.hub_files import plain
 from bert2bert.shards.locate import locate
 from bert2bert.shards.manifest import check as check_manifest
 from bert2bert.shards.texts import read_json
@@ -198,7 +199,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def _config(folder: Path, parent: bool) -> dict[str, Any] | None:
     for place in (folder, folder.parent) if parent else (folder,):
         if (place / "config.json").is_file():
-            return read_json(place / "config.json")
+            return plain(read_json(place / "config.json"))
     return None
 
 

@@ -40,7 +40,7 @@ __all__ = ["TABLES", "Parameter", "Table", "table_for"]
 def table_for(config: Mapping[str, Any]) -> Table:
     """The table of a Hugging Face config. Raises UnsupportedGrowth for an architecture without one, InvalidConfig."""
     kind, classes = config.get("model_type"), config.get("architectures")
-    if classes is not None and not isinstance(classes, list):
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise InvalidConfig(f"model config: architectures is {classes!r}; a list of class names is expected")
     if not isinstance(kind, str) or kind not in TABLES:
         raise UnsupportedGrowth(

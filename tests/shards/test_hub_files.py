@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from bert2bert.checkpoint_model import read_config
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.growth import grow
 from bert2bert.reshard import reshard
@@ -104,8 +105,26 @@ def test_the_file_that_the_config_names(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
     same_as_transformers(tmp_path)
+    # a folder made of it has a file of another name
+    before = loaded(tmp_path)
+    reshard(tmp_path, tmp_path / "again", form="hub", say=silent)
+    assert loaded(tmp_path / "again").keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in loaded(tmp_path / "again").items())
+    assert verify(tmp_path, tmp_path / "again")["ok"]
     (tmp_path / "other.safetensors").unlink()
     with pytest.raises(InvalidCheckpoint, match=r"other\.safetensors: no such file, though config\.json names it"):
+        open_source(tmp_path)
+
+
+def test_pickled_weights_come_before_files_of_other_names(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "old.safetensors")
+    same = open_source(tmp_path)  # it is the only one
+    torch.save({name: value + 1 for name, value in load_file(same.files[0]).items()}, tmp_path / "pytorch_model.bin")
+    assert not torch.equal(loaded(tmp_path)["cls.predictions.bias"], same.read("cls.predictions.bias", "fp32", 0, 29))
+    with pytest.raises(
+        InvalidCheckpoint, match=r"loads pytorch_model\.bin, and not old\.safetensors.* name it model\."
+    ):
         open_source(tmp_path)
 
 
@@ -128,6 +147,7 @@ def test_the_hubs_cache(shard: str, tmp_path: Path) -> None:
     snapshot = repo / "snapshots" / "abc123"
     same_as_transformers(snapshot)
     assert open_source(repo).folder == snapshot
+    assert read_config(repo) == read_config(snapshot) == open_source(repo).config
     # a model in a subfolder of a snapshot, whose links lead further up
     (snapshot / "encoder").mkdir()
     for file in list(snapshot.iterdir()):
@@ -150,6 +170,22 @@ def test_links_to_large_files_elsewhere(tmp_path: Path) -> None:
     same_as_transformers(tmp_path / "here")
 
 
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json", "vocab.txt", INDEX, "last shard"])
+def test_links_to_nothing(lost: str, tmp_path: Path) -> None:
+    """A download that did not finish leaves links to files that are not there."""
+    how = {"max_shard_size": "3KB"} if lost in (INDEX, "last shard") else {}
+    repo = cached(tmp_path, **how)
+    snapshot = repo / "snapshots" / "abc123"
+    (repo / "blobs" / "vocab").write_text("[PAD]\n")
+    (snapshot / "vocab.txt").symlink_to("../../blobs/vocab")
+    (tmp_path / "big.json").write_text((snapshot / "config.json").read_text())
+    file = sorted(snapshot.glob("*.safetensors"))[-1] if lost == "last shard" else snapshot / lost
+    file.resolve().rename(repo / "blobs" / "x.incomplete")
+    with pytest.raises(InvalidCheckpoint, match=rf"{file.name}: a link to \.\./\.\./blobs/\w+, which is not there"):
+        grow(repo, tmp_path / "g", tmp_path / "big.json", form="hub", measure=False, say=silent)
+    assert not (tmp_path / "g").exists()
+
+
 # ------------------------------------------------------------------------------------------------- no plain model
 
 
@@ -164,6 +200,11 @@ QUANTISED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "gptq": (lambda t: t | {"bert.x.qweight": torch.zeros(2, 2, dtype=torch.int32)}, {}, "qweight is of a packed"),
     "bitsandbytes": (bitsandbytes, {}, "absmax is of a packed weight.* is U8"),
     "fp8-scales": (lambda t: t | {"bert.x.weight_scale_inv": torch.ones(1)}, {}, "weight_scale_inv is of a packed"),
+    "quanto": (lambda t: t | {"bert.x.weight._data": torch.zeros(2, 2, dtype=torch.int8)}, {}, "_data is of a packed"),
+    "torchao": (lambda t: t | {"bert.x._weight_qdata": torch.zeros(2, dtype=torch.int8)}, {}, "_weight_qdata is of"),
+    "aqlm": (lambda t: t | {"bert.x.codebooks": torch.ones(1, 4, 1, 8)}, {}, "codebooks is of a packed weight"),
+    "vptq": (lambda t: t | {"bert.x.centroids.weight": torch.ones(1, 4)}, {}, "centroids.weight is of a packed"),
+    "mxfp4": (lambda t: t | {"bert.x.up_proj_blocks": torch.zeros(2, dtype=torch.uint8)}, {}, "up_proj_blocks is of"),
     "config": (dict, {"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantization_config \(awq\)"),
     "modelopt": (dict, {"quantization_config": {"quant_algo": "FP8"}}, r"quantization_config \(FP8\)"),
     "mlx": (dict, {"quantization": {"group_size": 64, "bits": 4}}, r"quantization \(4\)"),
@@ -190,6 +231,16 @@ def test_a_quantisation_that_is_none(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(told | {"quantization_config": None}))
     same_as_transformers(tmp_path)
+    # an empty one stops transformers; a folder made of it is as without
+    theirs = loaded(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(told | {"quantization_config": {}}))
+    with pytest.raises(ValueError, match="quant_method"):
+        loaded(tmp_path)
+    grow(tmp_path, tmp_path / "g", tmp_path, form="hub", measure=False, say=silent)
+    reshard(tmp_path, tmp_path / "r", form="hub", say=silent)
+    for made in ("g", "r"):
+        assert all(torch.equal(value, theirs[name]) for name, value in loaded(tmp_path / made).items())
+    assert verify(tmp_path, tmp_path / "g")["ok"]
 
 
 @pytest.mark.parametrize("beside", [None, "base", "pickled"])
@@ -248,7 +299,14 @@ def half(folder: Path, name: str, wide: str, low: torch.dtype) -> dict[str, torc
     file = folder / "model.safetensors"
     tensors = {n: v if wide in n else v.to(low) for n, v in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
+    declare(folder, str(low).removeprefix("torch."))
     return tensors
+
+
+def declare(folder: Path, dtype: str | None, key: str = "dtype") -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config | ({key: dtype} if dtype else {})))
 
 
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
@@ -275,6 +333,26 @@ def test_each_tensor_keeps_its_precision(name: str, wide: str, key: str, low: to
     again = {n: v for f in (tmp_path / "r").glob("*.safetensors") for n, v in load_file(f).items()}
     assert again.keys() == tensors.keys() and all(torch.equal(again[n], v) and again[n].dtype == v.dtype
                                                   for n, v in tensors.items())  # fmt: skip
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "said,key", [("float32", "dtype"), ("float32", "torch_dtype"), (None, "dtype"), ("low", "dtype")]
+)
+def test_a_folder_is_loaded_in_the_dtype_of_its_source(
+    said: str | None, key: str, low: torch.dtype, tmp_path: Path
+) -> None:
+    """from_pretrained goes by the config, whose word keeps wide tensors among narrow ones from being rounded."""
+    half(tmp_path / "s", "llama", "norm", low)
+    declare(tmp_path / "s", str(low).removeprefix("torch.") if said == "low" else said, key)
+    reshard(tmp_path / "s", tmp_path / "r", form="hub", say=silent)
+    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", form="hub", measure=False, say=silent)
+    file = load_file(tmp_path / "s" / "model.safetensors")
+    theirs = loaded(tmp_path / "s") if said else {name: value.float() for name, value in file.items()}
+    for made in ("r", "g"):
+        ours = loaded(tmp_path / made)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[n].dtype == v.dtype and torch.equal(ours[n], v) for n, v in theirs.items())
 
 
 def test_what_is_rounded_is_said(tmp_path: Path) -> None:
