@@ -67,6 +67,22 @@ def class_name(table: Table, config: Mapping[str, Any], name: str) -> str:
     return table.in_class(name, str((config.get("architectures") or [""])[0]))
 
 
+def beyond_class(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> list[str]:
+    """What to know of tensors that the class of the config does not have, which keeps a strict load from succeeding:
+    from_pretrained leaves them, as roberta-base's pooler."""
+    cls = str((config.get("architectures") or [""])[0])
+    if cls not in table.classes:
+        return []
+    own = table.parameters(config, table.classes[cls])
+    rest = [name for name in table.parameters(config, heads) if name not in own]
+    if not rest:
+        return []
+    return [
+        f"{cls}, which the config names, lacks {len(rest)} tensors of the source, first {rest[0]}: they are kept, and "
+        "a strict load, as DeepSpeed's, needs a model that has them"
+    ]
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A Hugging Face config: a JSON file, or a folder that holds config.json, or one of the hub's cache. Raises
     InvalidConfig, InvalidCheckpoint for a folder of the cache that is not whole."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert2bert import buffers
-from bert2bert.checkpoint_model import class_name
+from bert2bert.checkpoint_model import beyond_class, class_name
 from bert2bert.errors import LossyGrowth, UnsupportedGrowth
 from bert2bert.expert_targets import notes, with_experts
 from bert2bert.planning import Growth, describe, exactness, open_growth, summary
@@ -178,6 +178,8 @@ def grow(
     growth, spec, watch = together(comm, prepare)
     model, plan, named = growth.model, growth.plan, target_names(growth, form)
     told = [*rounding(spec, form, {named[n]: dtypes for n, dtypes in origins(growth).items()}), *notes(spec)]
+    if form != "hub":
+        told += beyond_class(model.table, plan.config, model.heads)
     if form == "hub" == model.source.form:
         told += left(model.source, spec)
     if form != "hub":

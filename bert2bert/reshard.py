@@ -227,6 +227,7 @@ def notes(source: Source, names: Names, spec: TargetSpec, form: str) -> list[str
     if renamed := {name: old for name, old in names.stored.items() if name != old}:
         name, old = next(iter(renamed.items()))
         told.append(f"{len(renamed)} tensors get the names that transformers gives them, first {old}: {name}")
+    told += names.notes
     if names.left:
         told.append(f"left out, for no current model has them: {', '.join(names.left)}")
     if form == "hub" and source.form == "hub":

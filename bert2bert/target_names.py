@@ -24,17 +24,18 @@ if TYPE_CHECKING:
 class Names:
     """stored: target's name -> source's, in the model's order where that is known; aliases: absent tied name -> kept
     name, target's names; members: target's name -> what decides its optimizer group; left: source's names that the
-    target does not get, each of an old buffer."""
+    target does not get, each of an old buffer; notes: what to know of the names, in sentences."""
 
     stored: dict[str, str]
     aliases: dict[str, str]
     members: Mapping[str, Member] = field(default_factory=dict)
     left: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, source: Source, form: str, config: Mapping[str, Any] | None) -> Names:
         """For a target of this format. config: the source's, where it is known."""
-        from bert2bert.checkpoint_model import class_name, match
+        from bert2bert.checkpoint_model import beyond_class, class_name, match
 
         same = {name: name for name in source.tensors}
         guessed = by_name({name: meta.shape for name, meta in source.tensors.items()}, source.aliases)
@@ -52,9 +53,13 @@ class Names:
             aliases = {model.stored(a): model.stored(k) for a, k in model.aliases().items()}
             members = {model.stored(name): parameter for name, parameter in model.parameters.items()}
             return cls(same, aliases if form == "hub" else source.aliases, {**guessed, **members})
-        known = bool(model.config.get("architectures")) and (form == "hub" or not model.naming.prefix)
+        # a folder that names no class (the first BERTs of the hub) is of that which has these heads
+        fits = [name for name, heads in model.table.classes.items() if heads == model.heads]
+        named = model.config if model.config.get("architectures") else {"architectures": fits}
+        known = named is model.config or source.form == "hub"
+        known = known and (form == "hub" or not model.naming.prefix)
         called = {
-            name: class_name(model.table, model.config, name) if known else model.stored(name)
+            name: class_name(model.table, named, name) if known else model.stored(name)
             for name in (*model.parameters, *model.aliases())
         }
         return cls(
@@ -62,4 +67,5 @@ class Names:
             {called[a]: called[k] for a, k in model.aliases().items()},
             {called[name]: parameter for name, parameter in model.parameters.items()},
             model.left,
+            tuple(beyond_class(model.table, model.config, model.heads)) if form != "hub" else (),
         )

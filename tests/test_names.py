@@ -273,3 +273,30 @@ def test_a_wrong_config_does_not_keep_a_folder_from_being_written_anew(wrong: di
     same({n: again.read(n, "fp32", 0, m.shape[0]) for n, m in again.tensors.items()},
          load_file(tmp_path / "s" / "model.safetensors"))  # fmt: skip
     assert "vocabulary 29" in render(inspect(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("cls", ["BertForPreTraining", "BertForMaskedLM", "BertModel"])
+def test_a_folder_that_names_no_class(cls: str, tmp_path: Path) -> None:
+    """As the smallest BERTs of the hub: native shards of it load into the class that has its tensors."""
+    model = save(tmp_path / "s", "bert", old_bert if cls != "BertModel" else dict, architectures=[cls])
+    file = tmp_path / "s" / "config.json"
+    config = json.loads(file.read_text())
+    del config["architectures"]
+    file.write_text(json.dumps(config))
+    assert type(model).__name__ == cls
+    reshard(tmp_path / "s", tmp_path / "z", form="zero", stage=1, world_size=1, say=silent)
+    assert list(open_source(tmp_path / "z").tensors) == [name for name, _ in model.named_parameters()]
+
+
+def test_tensors_beyond_the_class_are_kept_and_said(tmp_path: Path) -> None:
+    """bert-base-uncased names BertForMaskedLM, and has the other head, too."""
+    model = save(tmp_path / "s", "bert", old_bert)
+    file = tmp_path / "s" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["BertForMaskedLM"]}))
+    _, info = transformers.BertForMaskedLM.from_pretrained(tmp_path / "s", output_loading_info=True)
+    beyond = {name for name in info["unexpected_keys"] if "position_ids" not in name}
+    lines: list[str] = []
+    reshard(tmp_path / "s", tmp_path / "z", form="zero", stage=1, world_size=1, say=lines.append)
+    assert beyond <= open_source(tmp_path / "z").tensors.keys()
+    assert f"BertForMaskedLM, which the config names, lacks {len(beyond)} tensors" in "\n".join(lines)
+    assert set(open_source(tmp_path / "z").tensors) == {name for name, _ in model.named_parameters()}
