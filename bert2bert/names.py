@@ -17,12 +17,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from bert2bert.errors import InvalidCheckpoint
+from bert2bert.shards.experts import WRAPPERS
 
-WRAPPERS = frozenset(
-    {"module", "_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module"}
-)
-"""What data parallelism and DeepSpeed's engine, torch.compile, Lightning, and torch's and FairScale's wrappers for
-activation checkpointing and FSDP put between the names of modules."""
 OBSOLETE = (
     "*.position_ids", "*.token_type_ids", "*.attn.bias", "*.attn.masked_bias", "*.crossattention.bias",
     "*.crossattention.masked_bias", "*.rotary_emb.*inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached",

@@ -6,6 +6,7 @@ The truth is what transformers makes of the same folder, bit for bit.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,3 +301,19 @@ def test_tensors_beyond_the_class_are_kept_and_said(tmp_path: Path) -> None:
     assert beyond <= open_source(tmp_path / "z").tensors.keys()
     assert f"BertForMaskedLM, which the config names, lacks {len(beyond)} tensors" in "\n".join(lines)
     assert set(open_source(tmp_path / "z").tensors) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "place", [r"(\.mlp|\.block_sparse_moe)\.", r"(\.experts)\.", r"(\.experts\.\d+)\.", r"(\.w1|_proj)\."]
+)
+def test_wrappers_among_experts(name: str, place: str, tmp_path: Path) -> None:
+    def wrap(t: Tensors) -> Tensors:
+        return {re.sub(place, r"\1._fsdp_wrapped_module._orig_mod.", n): v for n, v in t.items()}
+
+    model = save(tmp_path / "s", name, wrap)
+    assert any("_orig_mod" in n for n in load_file(tmp_path / "s" / "model.safetensors"))
+    same(read(tmp_path / "s"), dict(model.named_parameters()))
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "c.json"), form="hub", measure=False,
+         say=silent)  # fmt: skip
+    assert not any("_orig_mod" in n for n in load_file(tmp_path / "g" / "model.safetensors"))

@@ -1,7 +1,8 @@
 """Mixtures of experts in Hugging Face files: one tensor an expert and map, where the models have them fused.
 
 transformers fuses ``…experts.0.w1.weight`` and its like into ``…mlp.experts.gate_up_proj`` [experts, 2 ffn, embed]
-when it loads a model and takes them apart when it saves one, so readers and writers of its folders do the same.
+when it loads a model and takes them apart when it saves one, so readers and writers of its folders do the same. Names
+of wrappers may stand anywhere in between.
 
 Refuses (`InvalidCheckpoint`) experts that are not all there or not of one shape.
 """
@@ -14,6 +15,11 @@ from typing import Any
 
 from bert2bert.errors import InvalidCheckpoint
 
+WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module"}
+)
+"""What data parallelism and DeepSpeed's engine, torch.compile, Lightning, and torch's and FairScale's wrappers for
+activation checkpointing and FSDP put between the names of modules."""
 _LLAMA = ("mlp", ("gate_proj", "up_proj"), ("down_proj",))
 _STORED = {
     "mixtral": ("block_sparse_moe", ("w1", "w3"), ("w2",)),
@@ -21,7 +27,9 @@ _STORED = {
     "qwen3_moe": _LLAMA,
 }
 """model_type -> block, the maps of ``gate_up_proj``, those of ``down_proj``, as stored."""
-_EXPERT = re.compile(r"(.+\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight")
+_W = rf"(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*"
+_EXPERT = re.compile(rf"(.+\.)(?:block_sparse_moe|mlp)\.{_W}experts\.{_W}(\d+)\.{_W}(\w+)\.{_W}weight")
+_GATE = re.compile(rf"\.block_sparse_moe\.({_W})gate\.")
 _FUSED = re.compile(r"(.+\.)mlp\.experts\.(gate_up_proj|down_proj)")
 _PLACE = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
           "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}  # fmt: skip
@@ -53,7 +61,7 @@ def fused(names: Iterable[str]) -> dict[str, Parts]:
 
 def model_name(name: str) -> str:
     """A model's name of a stored tensor that is no expert's."""
-    return name.replace(".block_sparse_moe.gate.", ".mlp.gate.")
+    return _GATE.sub(r".mlp.\1gate.", name)
 
 
 def shape(name: str, parts: Parts, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
