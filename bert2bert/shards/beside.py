@@ -47,7 +47,7 @@ def grown_beside(config: Mapping[str, Any], *folders: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for pattern in (*TOKENIZER, GENERATION) if generates else TOKENIZER:
         for folder in folders:
-            for file in sorted(folder.glob(pattern)):
+            for file in sorted(folder.glob(pattern)) or [folder / pattern]:  # which may be a link to nothing
                 if is_there(file):
                     found.setdefault(file.relative_to(folder).as_posix(), _read(file))
     known = {key: config[key] for key in _SPECIAL if config.get(key) is not None}
