@@ -90,12 +90,15 @@ class HubSource(Source):
         for name, parts in self._names.items():
             if name not in self.tensors:
                 shape = experts.shape(name, parts, shapes)
-                self.tensors[name] = TensorMeta(name, shape, single[parts[0][0]].dtype, None, True)
+                dtypes = {single[part].dtype for expert in parts for part in expert}
+                dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
+                self.tensors[name] = TensorMeta(name, shape, dtype, None, True)
 
     def _rows(self, meta: TensorMeta, state: str, start: int, stop: int) -> torch.Tensor:
         parts = self._names.get(meta.name, ((meta.name,),))
         if len(meta.shape) == 3 and meta.name in self._names:  # rows are experts
-            each = [torch.cat([self._stored(name) for name in expert]) for expert in parts[start:stop]]
+            dtype = getattr(torch, meta.dtype)  # which holds those of all parts
+            each = [torch.cat([self._stored(name).to(dtype) for name in expert]) for expert in parts[start:stop]]
             return torch.stack(each) if each else torch.empty(0, *meta.shape[1:])
         name = parts[0][0]
         return self._stored(name, slice(start, stop)) if meta.shape else self._stored(name)

@@ -355,6 +355,19 @@ def test_a_folder_is_loaded_in_the_dtype_of_its_source(
         assert all(ours[n].dtype == v.dtype and torch.equal(ours[n], v) for n, v in theirs.items())
 
 
+@pytest.mark.parametrize("narrow", [".experts.0.", ".w1."])
+def test_experts_of_several_precisions_are_rounded_to_none(narrow: str, tmp_path: Path) -> None:
+    """transformers fuses them into one tensor, in the dtype that the config says."""
+    save(tmp_path / "s", "mixtral")
+    file = tmp_path / "s" / "model.safetensors"
+    save_file({n: v.bfloat16() if narrow in n else v for n, v in load_file(file).items()}, file, {"format": "pt"})
+    theirs = loaded(tmp_path / "s")
+    reshard(tmp_path / "s", tmp_path / "r", form="hub", say=silent)
+    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", form="hub", measure=False, say=silent)
+    for made in ("r", "g"):
+        assert all(torch.equal(value, theirs[name]) for name, value in loaded(tmp_path / made).items())
+
+
 def test_what_is_rounded_is_said(tmp_path: Path) -> None:
     tensors = half(tmp_path / "s", "llama", "norm", torch.bfloat16)
     lines: list[str] = []
