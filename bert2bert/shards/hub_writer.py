@@ -67,10 +67,10 @@ def hub_files(job: Job, max_file_bytes: int = MAX_FILE_BYTES) -> list[FilePlan]:
 
 
 def hub_config(spec: TargetSpec) -> dict[str, Any]:
-    """The target's config with its dtype under the key that the installed transformers reads, and without the name of
-    another file of weights."""
+    """The target's config with its dtype, else that of ``spec.precision``, under the key that transformers
+    reads here, and without the name of another file of weights."""
     rest = {k: v for k, v in spec.config.items() if k not in ("dtype", "torch_dtype", "transformers_weights")}
-    return {**rest, _dtype_key(): spec.config["dtype"]}
+    return {**rest, _dtype_key(): spec.config.get("dtype", str(spec.dtype).removeprefix("torch."))}
 
 
 def _dtype_key() -> str:
