@@ -146,19 +146,19 @@ def _beside(folder: Path) -> list[str]:
         return [f"{INDEX} names {lost[0]}, which is not there; {_WEIGHTS} is read, as transformers does"]
     if files == [_WEIGHTS]:
         return []
-    with safe_open(folder / _WEIGHTS, framework="pt") as one:
-        names, differs = set(one.keys()), ""
-        for file in files:
-            with safe_open(folder / file, framework="pt") as other:
-                for name in other.keys():  # noqa: SIM118 (not a mapping)
-                    if not differs and (name not in names or not _equal(one.get_tensor(name), other.get_tensor(name))):
-                        differs = name
-        if differs or names - where.keys():
-            raise InvalidCheckpoint(
-                f"{folder}: {_WEIGHTS} and the files of {INDEX} hold different weights (first "
-                f"{differs or min(names - where.keys())}): one of them is left from another save. transformers loads "
-                f"{_WEIGHTS}. Remove the files that are not wanted."
-            )
+    one, differs = open_file(folder / _WEIGHTS), ""
+    names = set(one.keys())
+    for file in files:
+        other = open_file(folder / file)
+        for name in other.keys():  # noqa: SIM118 (not a mapping)
+            if not differs and (name not in names or not _equal(one.get_tensor(name), other.get_tensor(name))):
+                differs = name
+    if differs or names - where.keys():
+        raise InvalidCheckpoint(
+            f"{folder}: {_WEIGHTS} and the files of {INDEX} hold different weights (first "
+            f"{differs or min(names - where.keys())}): one of them is left from another save. transformers loads "
+            f"{_WEIGHTS}. Remove the files that are not wanted."
+        )
     return [f"{_WEIGHTS} and the files of {INDEX} hold the same weights; the former is read, as transformers does"]
 
 
