@@ -77,16 +77,19 @@ def test_an_exact_growth_passes_everything(name: str, tmp_path: Path) -> None:
     assert report["drift"]["loss_source"] is report["drift"]["loss_grown"] is None  # of random tokens
 
 
+def change(file: Path, name: str, at: Any) -> None:
+    """Add 1 to one element of a tensor, in place."""
+    tensor, content = load_file(file)[name], bytearray(file.read_bytes())
+    place = content.find(tensor.numpy().tobytes())
+    tensor[at] += 1
+    content[place : place + tensor.nbytes] = tensor.numpy().tobytes()
+    file.write_bytes(content)
+
+
 def test_a_changed_weight_and_a_changed_function_fail(tmp_path: Path) -> None:
     save(tmp_path / "small", "gpt2")
     grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), form="hub", say=silent)
-    file = tmp_path / "big" / "model.safetensors"
-    tensor = load_file(file)["transformer.h.1.mlp.c_fc.weight"]
-    content = bytearray(file.read_bytes())
-    at = content.find(tensor.numpy().tobytes())
-    tensor[3, 4] += 1
-    content[at : at + tensor.nbytes] = tensor.numpy().tobytes()
-    file.write_bytes(content)
+    change(tmp_path / "big" / "model.safetensors", "transformer.h.1.mlp.c_fc.weight", (3, 4))
     report = verify(tmp_path / "small", tmp_path / "big")
     assert [c["name"] for c in report["checks"] if not c["ok"]] == ["weights", "logits"]
     assert "transformer.h.1.mlp.c_fc.weight" in result(report, "weights")[1]
@@ -144,6 +147,21 @@ def test_sixteen_bit_files_are_compared_at_their_precision(tmp_path: Path) -> No
     assert {m.dtype for m in open_model(tmp_path / "big").source.tensors.values()} == {"bfloat16"}
     report = verify(tmp_path / "small", tmp_path / "big")
     assert report["ok"] and "at most 0.15" in result(report, "logits")[1], render(report)
+
+
+def test_a_model_that_magnifies_rounding_is_judged_before_it(tmp_path: Path) -> None:
+    """Noise many times as large as the weights: exact, but float32 shows it less well than in other growths."""
+    save(tmp_path / "small", "t5")
+    goal = target(tmp_path / "big.json", "t5")
+    big = tmp_path / "big"
+    grow(tmp_path / "small", big, goal, form="hub", breaker="noise:scale=20", measure=False, say=silent)
+    report = verify(tmp_path / "small", big)
+    told = next(c["detail"] for c in report["checks"] if c["name"] == "logits")
+    assert report["ok"] and "before rounding" in told, render(report)
+    # a file that is not the plan's is judged as it is
+    change(big / "model.safetensors", "encoder.final_layer_norm.weight", 0)
+    checks = {c["name"]: c for c in verify(tmp_path / "small", big)["checks"]}
+    assert not checks["logits"]["ok"] and "before rounding" not in checks["logits"]["detail"]
 
 
 def test_a_long_comparison_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
