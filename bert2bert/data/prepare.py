@@ -67,10 +67,12 @@ def prepare(
     heldout: list[Source] = [TextFile(Path(path).expanduser()) for path in heldout_text]
     _check_files([source for source in train + heldout if isinstance(source, TextFile)])
     taken = None if tokenizer is None else load_tokenizer(Path(tokenizer))
-    for note in () if taken is None else taken.notes:
-        print(f"note     {note}", file=sys.stderr)
+    notes = () if taken is None else taken.notes
     if dataset is not None:
-        train.append(open_dataset(dataset, dataset_config, dataset_split, text_column))
+        records = open_dataset(dataset, dataset_config, dataset_split, text_column)
+        notes += records.notes
+        train.append(records)
+    print("".join(f"note     {note}\n" for note in notes), end="", file=sys.stderr)
     stream = _Stream(train, heldout, heldout_fraction, document, seed, progress)
     if taken is None:
         taken = train_tokenizer(

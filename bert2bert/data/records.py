@@ -1,8 +1,8 @@
 """Documents out of `datasets` datasets: by hub name, from a table of records, or from a folder of them.
 
 Every record is read like a small file. Refuses, with `InvalidData`: what cannot be opened, with the cause, and in a
-local JSON-lines file the broken line; a column that is not there or does not hold text; pointers, other encodings and
-archives in place of a table.
+local JSON-lines file the broken line; a column that is not there or does not hold text; a CSV table whose rows have
+more fields than its header; pointers, other encodings and archives in place of a table.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ class Records:
     data: Any
     column: str
     label: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user must be told about it."""
+        missing = self.data.data.column(self.column).null_count
+        if not missing:
+            return ()
+        return (f"dataset {self.label}: {missing:,} of {self.size:,} records have nothing in column '{self.column}'",)
 
     @property
     def size(self) -> int:
@@ -67,8 +75,8 @@ class Records:
 
 
 def open_dataset(name: str, config: str | None, split: str | None, column: str | None) -> Records:
-    """A dataset by hub name, by the path of a .json, .jsonl, .parquet, .csv, .tsv or .arrow file (compressed or not),
-    or of a folder (`save_to_disk`'s, or one that `datasets.load_dataset` understands). Local ones need no network.
+    """A dataset by hub name, by the path of a file of records (`TABLES`, compressed or not) or of a folder
+    (`save_to_disk`'s, or one that `datasets.load_dataset` understands). Local ones need no network.
 
     `split` defaults to 'train', `column` to 'text'.
     """
@@ -78,14 +86,16 @@ def open_dataset(name: str, config: str | None, split: str | None, column: str |
         datasets.disable_progress_bars()  # they would draw over their own lines in a file
     split = split or "train"
     path = Path(name).expanduser()
+    # "NA", "007" and "true" in a CSV table are words.
+    words = {"keep_default_na": False, "converters": {column or "text": str}}
+    kind = ""
     label = f"{name}" + (f" ({config})" if config else "") + f", split '{split}'"
     try:
         if path.is_file():
             suffix = _check(path, name)
-            options: dict[str, Any] = {}
-            if TABLES[suffix] == "csv":  # "NA" and "null" are words
-                options = {"keep_default_na": False, "sep": "\t" if suffix == ".tsv" else ","}
-            data = datasets.load_dataset(TABLES[suffix], data_files=str(path), split=split, **options)
+            kind = TABLES[suffix]
+            options = {**words, "sep": "\t" if suffix == ".tsv" else ","} if kind == "csv" else {}
+            data = datasets.load_dataset(kind, data_files=str(path), split=split, **options)
         elif path.is_dir() and any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(str(path))
             if isinstance(data, datasets.DatasetDict):
@@ -93,7 +103,10 @@ def open_dataset(name: str, config: str | None, split: str | None, column: str |
                     raise InvalidData(f"dataset {name} has no split '{split}'; {did_you_mean(split, data)}")
                 data = data[split]
         else:
-            data = datasets.load_dataset(str(path) if path.is_dir() else name, config, split=split)
+            at = str(path) if path.is_dir() else name
+            if type(datasets.load_dataset_builder(at, config).config).__name__ == "CsvConfig":
+                kind = "csv"
+            data = datasets.load_dataset(at, config, split=split, **(words if kind == "csv" else {}))
     except InvalidData:
         raise
     except Exception as error:  # datasets raises a dozen unrelated classes for what is wrong with a name or a file
@@ -103,6 +116,14 @@ def open_dataset(name: str, config: str | None, split: str | None, column: str |
             "  Without a network: on a machine that has one, datasets.load_dataset(...).save_to_disk(FOLDER); then give"
             " --dataset FOLDER."
         ) from error
+    header = [found for found in data.column_names if not found.startswith("__index_level_")]
+    if kind == "csv" and len(header) < len(data.column_names):  # pandas took the first fields for an index
+        raise InvalidData(
+            f"dataset {label}: its first row has more fields than its header ({', '.join(header)}), so it is not sure"
+            " which field is which.\n"
+            "  Put quotes around fields that hold the separator, take separators from the ends of rows, and separate"
+            " fields with commas (.csv) or tabs (.tsv)."
+        )
     column = column or "text"
     if column not in data.column_names:
         raise InvalidData(
@@ -150,8 +171,12 @@ def _broken_line(path: Path) -> str | None:
             for number, line in enumerate(file, 1):
                 if number == 1 and line.lstrip().startswith("["):
                     return None
-                if line.strip():
-                    json.dumps(json.loads(line), ensure_ascii=False).encode()
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError(f"it holds a {type(record).__name__}, expected an object")
+                json.dumps(record, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         where = error.object[: error.start].count(10)
         return f"line {number + 1 + where:,} is not UTF-8: byte 0x{error.object[error.start]:02x}."

@@ -26,7 +26,12 @@ from bert2bert.shards.sniff import START, kind_of, said
 DOCUMENTS = ("file", "blank-line", "line")
 PIECE = 1 << 16
 
-TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".tsv": "csv"}
+TABLES = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 _OPENED: dict[str, Callable[[Any], Any]] = {
     "gzip": lambda raw: gzip.GzipFile(fileobj=raw),
     "bzip2": bz2.BZ2File,

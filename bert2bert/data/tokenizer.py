@@ -59,14 +59,16 @@ class TextTokenizer:
         """The `tokenizers.Tokenizer` that encodes a corpus.
 
         "[MASK]" written in a text is six characters, not the mask, and so for every token with a role; other added
-        tokens are tokens, special or not. Nothing is drawn at random (BPE dropout), padded or cut.
+        tokens are tokens, special or not (with split_special_tokens the special ones are text, too). Nothing is drawn
+        at random (BPE dropout), padded or cut.
         """
         from tokenizers import Tokenizer
 
         roles = {str(self.config.get(f"{role}_token")) for role in (*self.special, "bos", "eos")}
         state = json.loads(self.backend.to_str())
         for token in state["added_tokens"]:
-            token["special"] = token["content"] in roles
+            split = token["special"] and self.config.get("split_special_tokens", False)
+            token["special"] = split or token["content"] in roles
         if state["model"].get("dropout"):
             state["model"]["dropout"] = None
         tokenizer = Tokenizer.from_str(json.dumps({**state, "truncation": None, "padding": None}))

@@ -15,6 +15,10 @@ from bert2bert.data.tokenizer import SPECIAL
 from bert2bert.errors import InvalidData
 
 CONFIG = "tokenizer_config.json"
+PROBE = (
+    "Tiếng Việt, 中文字 İstanbul ﬁn 👩‍💻 don't 1,234.5 \u0627\u0644\u0644\u063a\u0629 a\u200bb\tc"
+    " I'LL cafe\u0301 \u2168  two\n\n  x_y"
+)
 _ROBERTA = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 _NORMAL = {
     "do_lower_case": "lowercase",
@@ -111,11 +115,19 @@ def roles(found: Any, told: Mapping[str, Any], named: Path) -> dict[str, str]:
 def contradictions(
     found: Any, state: Mapping[str, Any], told: Mapping[str, Any], folder: Path, named: Path
 ) -> Iterator[str]:
-    """Settings of BERT's tokenizers that have no effect on the ids: refused if nobody's files say what transformers
-    does, else a note."""
+    """Settings that have no effect on the ids: refused if nobody's files say what transformers does, else a note."""
+    config, kind = told.get(CONFIG, {}), type(found).__name__
+    file = _file(folder / "tokenizer.json", named) if "tokenizer.json" in told else None
+    if file and {file["model"]["type"], state["model"]["type"]} != {"WordPiece"}:
+        if names := _otherwise(file, state):
+            yield (
+                f"tokenizer {named}: transformers reads this folder as {kind}, which does not split text as its"
+                f" tokenizer.json says ({', '.join(names)}); the ids are those of transformers. If tokenizer.json is"
+                f" right, put tokenizer_class: PreTrainedTokenizerFast into {CONFIG}"
+            )
+        file = None
     if state["model"]["type"] != "WordPiece":
         return
-    config, kind = told.get(CONFIG, {}), type(found).__name__
     special = {str(token) for token in found.all_special_tokens}
     model, normal = state["model"], state["normalizer"] or {}
     never = config.get("never_split") or []
@@ -135,16 +147,7 @@ def contradictions(
             " made for.\n"
             f"  Take {name} out of {CONFIG} to have the text split as transformers does."
         )
-    if "tokenizer.json" in told:
-        from tokenizers import Tokenizer
-
-        try:
-            file = json.loads(Tokenizer.from_file(str(folder / "tokenizer.json")).to_str())
-        except Exception as error:  # tokenizers raises bare Exception
-            raise InvalidData(
-                f"tokenizer {named}: its tokenizer.json cannot be read by the tokenizers library: {error}.\n"
-                "  Copy it again from its source, or take it out if the folder has a vocab.txt, too."
-            ) from error
+    if file:
         for part in ("normalizer", "pre_tokenizer", "model"):
             for name, ours, theirs in _differences(part, file[part], state[part]):
                 yield (
@@ -174,6 +177,37 @@ def contradictions(
             f" tokens with a capital never occur ({', '.join(capitals[:3])}); put do_lower_case: false into {CONFIG}"
             " if the vocabulary is a cased one"
         )
+
+
+def _file(path: Path, named: Path) -> dict[str, Any]:
+    """What the tokenizers library reads in a tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    try:
+        return dict(json.loads(Tokenizer.from_file(str(path)).to_str()))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InvalidData(
+            f"tokenizer {named}: its tokenizer.json cannot be read by the tokenizers library: {error}.\n"
+            "  Copy it again from its source, or take it out if the folder has a vocab.txt, too."
+        ) from error
+
+
+def _otherwise(file: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """Parts of a tokenizer.json that are others in what transformers made of it, if text gets other ids by it alone.
+
+    The classes write the same in many ways, so text decides.
+    """
+    from tokenizers import Tokenizer
+
+    def ids(said: Mapping[str, Any]) -> list[int]:
+        plain = {**said, "truncation": None, "padding": None}
+        if plain["model"]["type"] == "BPE":
+            plain["model"] = {**plain["model"], "dropout": None}
+        return list(Tokenizer.from_str(json.dumps(plain)).encode(PROBE, add_special_tokens=False).ids)
+
+    if ids(file) == ids(state):
+        return []
+    return [part for part in ("normalizer", "pre_tokenizer", "model") if file[part] != state[part]]
 
 
 def _differences(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:

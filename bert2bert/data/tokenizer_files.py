@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bert2bert.data.tokenizer import TextTokenizer, failed
-from bert2bert.data.tokenizer_checks import CONFIG, check_ids, contradictions, roles
+from bert2bert.data.tokenizer_checks import CONFIG, PROBE, check_ids, contradictions, roles
 from bert2bert.errors import InvalidData
 from bert2bert.shards.sniff import describe, sniff
 
@@ -30,7 +30,6 @@ _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tek
 _MODELS = (".model", ".bpe", ".spm")  # of sentencepiece and tiktoken
 _NAMED = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
 _SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-_PROBE = "Tiếng Việt, 中文字 İstanbul ﬁn 👩‍💻 don't 1,234.5 \u0627\u0644\u0644\u063a\u0629 a\u200bb\tc"
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:
@@ -72,7 +71,7 @@ def _of_folder(folder: Path, named: Path) -> TextTokenizer:
     special = roles(found, told, named)
     try:
         state = json.loads(backend.to_str())
-        if backend.encode(_PROBE, add_special_tokens=False).ids != found(_PROBE, add_special_tokens=False)["input_ids"]:
+        if backend.encode(PROBE, add_special_tokens=False).ids != found(PROBE, add_special_tokens=False)["input_ids"]:
             raise ValueError("its class does more than its tokenizer.json tells")
     except BaseException as error:
         if not failed(error):
@@ -127,9 +126,9 @@ def _made(folder: Path, named: Path, told: Mapping[str, Any]) -> Any:
             f"tokenizer {named} is a {kind}, which splits text in Python code: it cannot be kept as a tokenizer.json.\n"
             f"  {_ANOTHER}"
         )
-    wanted = {str(name) for name in type(found).vocab_files_names.values()} | set(
-        config.get("fast_tokenizer_files") or ()
-    )
+    # Every class reads a tokenizer.json, also those that do not list it.
+    own = {"tokenizer.json", *map(str, type(found).vocab_files_names.values())}
+    wanted = own | set(config.get("fast_tokenizer_files") or ())
     present = {file.name for file in folder.iterdir()}
     if not wanted & present and not any(name.endswith(_MODELS) or name == "tekken.json" for name in present):
         raise InvalidData(
@@ -173,7 +172,9 @@ def _look(folder: Path, named: Path) -> None:
     vocabularies = [name for name in names if name in _VOCABULARIES or name.endswith(_MODELS)]
     if not vocabularies:
         inner = sorted(str(file.parent) for name in _VOCABULARIES for file in folder.glob(f"snapshots/*/{name}"))
+        below = sorted(str(file.parent) for name in _VOCABULARIES for file in folder.glob(f"*/{name}"))
         held = f"the hub's cache: give {inner[0]}" if inner else ", ".join(names[:8]) or "nothing"
+        held += f"; a folder in it has one: give {below[0]}" if below else ""
         raise InvalidData(
             f"tokenizer folder {named} holds neither tokenizer.json nor vocab.txt, nor another vocabulary; it holds"
             f" {held}.\n  Give a Hugging Face tokenizer folder, or leave --tokenizer out to train one."
@@ -220,6 +221,7 @@ def _written(found: Any, special: Mapping[str, str]) -> dict[str, Any]:
         "model_input_names": list(found.model_input_names),
         "padding_side": found.padding_side,
         "clean_up_tokenization_spaces": bool(found.clean_up_tokenization_spaces),
+        **({"split_special_tokens": True} if found.split_special_tokens else {}),
         **({"model_max_length": length} if length < 1 << 60 else {}),
         **{f"{role}_token": str(token) for role, token in named.items() if token is not None},
         **({"additional_special_tokens": extra} if (extra := [str(t) for t in found.extra_special_tokens]) else {}),

@@ -230,7 +230,17 @@ def test_local_datasets(files: tuple[Path, Path], tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "x").exists()
 
 
-ODD_LINES = ["one\u2028line", "of\x85text", "tab\x0b and\x0cfeeds", "\x1cfile\x1dgroup\x1erecord", "đến 中文", "NA"]
+ODD_LINES = [
+    "one\u2028line",
+    "of\x85text",
+    "tab\x0b and\x0cfeeds",
+    "\x1cfile\x1dgroup\x1erecord",
+    "đến 中文",
+    "NA",
+    "007",
+    "1.0",
+    "true",
+]
 
 
 def bytewise(at: Path) -> Path:
@@ -256,12 +266,15 @@ def test_a_table_has_the_documents_of_the_same_text(
     (tmp_path / "d.jsonl").write_text(lines, "utf-8", newline="\n")
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "d.json").write_text(json.dumps([{"text": record} for record in records]))
-    with open(tmp_path / "d.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["text"], *([record] for record in records)])
+    (tmp_path / "d.ndjson").write_text(lines, "utf-8", newline="\n")
+    (tmp_path / "folder").mkdir()
+    for name in ("d.csv", "folder/train.csv"):
+        with open(tmp_path / name, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["text"], *([record] for record in records)])
     options: dict[str, Any] = {"tokenizer": bytewise(tmp_path), "heldout_text": [files[1]], "document": document}
     plain = make(tmp_path / "plain", texts, **options)
     assert plain["splits"]["train"]["documents"] == (2 if document == "blank-line" else 1) * len(records)
-    for name in ("d.jsonl", "d.jsonl.gz", "d.json", "d.csv"):
+    for name in ("d.jsonl", "d.jsonl.gz", "d.ndjson", "d.json", "d.csv", "folder"):
         assert make(tmp_path / f"{name}-bins", dataset=str(tmp_path / name), **options)["digest"] == plain["digest"]
     if document == "line":
         (tmp_path / "all.txt").write_bytes("\n".join(records).encode())
@@ -272,7 +285,49 @@ def test_a_table_has_the_documents_of_the_same_text(
         assert [ids[a:b].tolist() for a, b in pairwise(offsets)] == wanted
 
 
+def test_numbers_alone_are_words_in_a_csv_table(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, content in (("d.csv", "n,text\n1,007\n2,1e5\n3,\n"), ("d.tsv", "n\ttext\n1\t007\n2\t1e5\n3\n")):
+        (tmp_path / name).write_text(content)
+        make(
+            tmp_path / f"{name}-bins",
+            dataset=str(tmp_path / name),
+            tokenizer=bytewise(tmp_path),
+            heldout_text=[files[1]],
+        )
+        ids, offsets = TokenBins.open(tmp_path / f"{name}-bins").split("train")
+        read = Tokenizer.from_file(str(tmp_path / "bytes.json"))
+        assert [ids[a:b].tolist() for a, b in pairwise(offsets)] == [read.encode(word).ids for word in ("007", "1e5")]
+
+
+@pytest.mark.parametrize(
+    "content", ["text,label\nhello, the world,pos\n", "text,label\nhello,pos,\n", "text\nhello,1\n"]
+)
+@pytest.mark.parametrize("name", ["d.csv", "folder/train.csv"])
+def test_rows_wider_than_their_header_are_refused(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    given = tmp_path / name if name == "d.csv" else tmp_path / "folder"
+    with pytest.raises(InvalidData, match=r"first row has more fields than its header \(text.*\n.*quotes"):
+        make(tmp_path / "bins", dataset=str(given), heldout_text=[files[1]])
+
+
+def test_records_without_text_are_counted(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "d.jsonl").write_text('{"text": "the cat"}\n{"content": "a mat"}\n{"text": null}\n{"text": ""}\n')
+    make(tmp_path / "bins", dataset=str(tmp_path / "d.jsonl"), tokenizer=bytewise(tmp_path), heldout_text=[files[1]])
+    assert "2 of 4 records have nothing in column 'text'" in capsys.readouterr().err
+
+
 BAD_RECORDS = [
+    (b'"fine"\n"so"\n', "line 1 is no JSON record: it holds a str, expected an object"),
     (b'{"text": "fine"}\n{"text": "x\n{"text": "y"}\n', r"line 2 is no JSON record: .*column.*'{\"text\": \"x'"),
     (b'{"text": "fine"}\n\n{"text": "x"}, \n', "line 3 is no JSON record: Extra data"),
     (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "record 2 cannot be read: .*0xe9"),

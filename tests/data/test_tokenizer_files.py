@@ -238,6 +238,54 @@ def test_byte_level_bpe_and_documents_of_many_lines(tmp_path: Path) -> None:
     assert written("the cats")["input_ids"] == truth("the cats")["input_ids"]
 
 
+SPELLED = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+
+
+def byte_level_file(at: Path, name: str, **config: Any) -> Path:
+    """A tokenizer.json alone, with its class."""
+    made = Tokenizer.from_str(reference(byte_level(at.with_name("source"))).backend_tokenizer.to_str())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    names = {f"{role}_token": token for role, token in SPELLED.items()}
+    config = {"tokenizer_class": name, **names, **config}
+    return folder(at, None, tokenizer=json.loads(made.to_str()), tokenizer_config=config)
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "LukeTokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_json_alone_whatever_its_class_lists(tmp_path: Path, name: str) -> None:
+    at = byte_level_file(tmp_path / "hub", name)
+    assert same(at, tmp_path / "kept") and not load_tokenizer(at).notes
+
+
+def test_a_class_that_does_not_read_its_tokenizer_json_is_said(tmp_path: Path) -> None:
+    at = byte_level_file(tmp_path / "hub", "GPT2Tokenizer")
+    state = json.loads((at / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "Lowercase"}
+    (at / "tokenizer.json").write_text(json.dumps(state))
+    (note,) = load_tokenizer(at).notes
+    assert "as GPT2Tokenizer, which does not split text as its tokenizer.json says (normalizer" in note
+    alone = Tokenizer.from_file(str(at / "tokenizer.json")).encode(TEXTS[0], add_special_tokens=False).ids
+    assert same(at, tmp_path / "kept")[0] != alone
+    config = json.loads((at / "tokenizer_config.json").read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (at / "tokenizer_config.json").write_text(json.dumps(config))  # the way out that the note names
+    assert not load_tokenizer(at).notes
+    assert same(at, tmp_path / "other")[0] == alone
+
+
+def test_special_tokens_that_are_to_be_split(tmp_path: Path) -> None:
+    """split_special_tokens makes every special token in a text text, and stays so in what is written."""
+    extra = {"content": "<url>", "special": True, "normalized": False}
+    extra |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+    config = {**BERT, "added_tokens_decoder": {str(len(WORDS)): extra}, "additional_special_tokens": ["<url>"]}
+    at = folder(tmp_path / "hub", tokenizer_config={**config, "split_special_tokens": True})
+    (tmp_path / "t.txt").write_text("the cat <url> sat [MASK]\n")
+    (tmp_path / "h.txt").write_text("the mat\n")
+    paths = [tmp_path / "t.txt"], [tmp_path / "h.txt"]
+    prepare(paths[0], None, None, None, None, at, 64, paths[1], 0, "line", tmp_path / "bins", 0, False)
+    for truth in (reference(at), reference(tmp_path / "bins")):
+        wanted = truth("the cat <url> sat [MASK]", add_special_tokens=False)["input_ids"]
+        assert TokenBins.open(tmp_path / "bins").split("train")[0].tolist() == wanted and len(WORDS) not in wanted
+
+
 def test_unigram(tmp_path: Path) -> None:
     """A sentencepiece vocabulary that was converted, as XLM-R and ALBERT have it."""
     names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
