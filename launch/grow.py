@@ -15,6 +15,7 @@ import time
 import traceback
 from typing import Any
 
+from bert2bert import interrupts
 from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.train.ranks import GRACE_SECONDS, discover, first_speaks, started_as
 
@@ -42,7 +43,8 @@ def main(argv: list[str], command_name: str = "grow") -> int:
     try:
         comm = world()
         check(comm)
-        code = run(args, comm)
+        with interrupts.at_once(command_name, comm is None or comm.Get_rank() == 0):
+            code = run(args, comm)
     except UserError as error:
         if started_as() > 0:
             time.sleep(GRACE_SECONDS)
