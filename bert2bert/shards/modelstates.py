@@ -139,9 +139,10 @@ class ModelStates:
     """The merged content of the model-states files of all ranks, in rank order.
 
     ``shapes``: parameters of each flat group (stage 3: sub-group), in flat order; ``frozen``: parameters that the
-    optimizer does not own, with shapes; ``buffers``: persistent ones; ``extras``: what else the model's state dict
-    holds (extra states of modules), of any type; ``order``: all names of that dict; ``optimizer``: the torch
-    optimizer's state of ZeRO 0 (``whole``), where every parameter counts as frozen until `own` says whose it is.
+    optimizer does not own, with shapes; ``buffers``: persistent ones and other tensors of modules' own; ``extras``:
+    what else the model's state dict holds (extra states of modules), of any type; ``order``: all names of that dict;
+    ``optimizer``: the torch optimizer's state of ZeRO 0 (``whole``), where every parameter counts as frozen until `own`
+    says whose it is.
     """
 
     def __init__(self, paths: list[Path], sharded: bool, whole: bool = False) -> None:
@@ -204,7 +205,8 @@ class ModelStates:
         told = self.ranks[0].get("frozen_param_shapes")
         fragments = {name: tuple(shape) for name, shape in (told or {}).items() if name not in self.flat_names}
         shared = dict(self.ranks[0].get("shared_params") or {})
-        known = self.flat_names | self.buffers.keys() | shared.keys()
+        named = set(self.buffers)
+        known = self.flat_names | named | shared.keys()
         rest = [name for name in self.order if name not in known]
         # Where the file lists the frozen ones, or leaves them out on purpose (exclude_frozen_parameters), the rest is
         # of no parameter. Stages 0 and 1 do not list them.
@@ -216,13 +218,18 @@ class ModelStates:
             self.unread = tuple(name for name in rest if name not in self.extras)
         else:  # the values are here; two names of one memory are tied (DeepSpeed misses those of shared modules)
             at = {self._memory(n): n for n in reversed(self.order) if n in self.flat_names or n in rest}
+            at |= {self._memory(name): name for name in named}  # of which DeepSpeed lists one name only
             for name in rest:
-                if (kept := at[self._memory(name)]) != name and not name.endswith(EXTRA):
+                if (kept := at[self._memory(name)]) in named:
+                    self.buffers[name] = self.module[name]
+                elif kept != name and not name.endswith(EXTRA):
                     shared[name] = kept
                 elif self._is_extra(name, listed and name not in fragments):
                     self.extras[name] = self.module[name]
                 else:
                     self.frozen[name] = tuple(self.module[name].shape)
+        for name in [n for n, v in self.extras.items() if isinstance(v, torch.Tensor) and not n.endswith(EXTRA)]:
+            self.buffers[name] = self.extras.pop(name)  # what is written lists it, which tells it from frozen ones
         have = self.flat_names | self.frozen.keys()
         for absent, kept in shared.items():
             if (absent in have) != (kept in have):

@@ -195,8 +195,9 @@ class Stage0Source(Source):
             f"of {', '.join(str(len(group)) for group in states[:8])} parameters are not just one of the usual "
             f"groupings of the model's {len(names)} in their order (one group; with and without decay, by the rule of "
             "transformers' Trainer, by the number of dimensions, or by 'bias' and 'LayerNorm.weight' in a name; a pair "
-            "a layer). Save it again with the optimizer built from named parameters (torch then keeps their names), or "
-            "under ZeRO 1, or hand over the weights as a Hugging Face folder (save_pretrained)."
+            "a layer); if some are frozen, nothing here says which. Save it again with the optimizer built from named "
+            "parameters (torch then keeps their names), or under ZeRO 1, or hand over the weights as a Hugging Face "
+            "folder (save_pretrained)."
         )
 
     def _halves(self, group: list[str]) -> tuple[list[str], list[str]]:

@@ -188,3 +188,71 @@ def test_old_masks_and_frequencies_by_layer(tmp_path: Path) -> None:
                 assert found.buffers[names[family].format(i, "masked_bias")] == -1e4
             else:
                 assert torch.equal(found.buffers[names[family].format(i, "inv_freq")], value)
+
+
+# -------------------------------------------------------------------------- tensors that DeepSpeed's file does not list
+
+
+class Hooked(torch.nn.Module):
+    """Puts a tensor of its own into the state dict and takes it out again, as quantised layers do."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.absmax = torch.full((3,), value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "absmax"] = self.absmax
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any) -> None:
+        self.absmax = state_dict[prefix + "absmax"].clone()
+
+
+def unlisted(case: Case, value: float) -> Any:
+    """An engine whose model has one buffer under two names, of float32 and of float64, and perhaps a tensor more."""
+    engine = build(case)
+    table, steps = torch.full((4,), value), torch.full((2,), value, dtype=torch.float64)
+    for module in (engine.module.bert.encoder, engine.module.bert.pooler):
+        module.register_buffer("table", table)
+        module.register_buffer("steps", steps)
+    if "hooked" in case.name:
+        engine.module.hooked = Hooked(value)
+    return engine
+
+
+def save_unlisted(folder: str, cases: list[Case]) -> None:
+    for case in cases:
+        engine = unlisted(case, 2.5)
+        train(engine, case)
+        engine.save_checkpoint(f"{folder}/{case.name}")
+        release(engine)
+
+
+def load_unlisted(loads: list[tuple[str, Case]]) -> None:
+    for folder, case in loads:
+        engine = unlisted(case, 1.0)
+        path, _ = engine.load_checkpoint(folder)
+        assert path is not None
+        found = dict(engine.module.named_buffers(remove_duplicate=False))
+        found |= {"hooked": engine.module.hooked.absmax} if "hooked" in case.name else {}
+        held = {n: t for n, t in found.items() if n.endswith(("table", "steps", "hooked"))}
+        assert len(held) == 4 + ("hooked" in case.name)
+        assert all((t == 2.5).all() and (t.dtype == torch.float64) == n.endswith("steps") for n, t in held.items())
+        release(engine)
+
+
+def test_buffers_of_two_names_and_tensors_of_modules_own_are_no_frozen_parameters(tmp_path: Path) -> None:
+    """Stages 0 and 1 list neither them nor frozen parameters; every stage is loaded strictly, written from any."""
+    cases = [Case("one", 1, "bf16", frozen=("layer.0.",), steps=1), Case("two-hooked", 2, steps=1)]
+    cases.append(Case("three-hooked", 3, frozen=("layer.0.",), steps=1))
+    run_ranks(save_unlisted, 1, str(tmp_path), cases)
+    loads = []
+    for case in cases:
+        source = open_source(tmp_path / case.name)
+        assert not any(part in name for name in source.tensors for part in ("table", "steps", "absmax"))
+        for stage in (1, 2, 3):
+            target = tmp_path / f"{case.name}.{stage}"
+            reshard(tmp_path / case.name, target, form="zero", stage=stage, world_size=1, **QUIET)
+            again = open_source(target)
+            assert again.buffers.keys() == source.buffers.keys() and again.tensors.keys() == source.tensors.keys()
+            loads.append((str(target), replace(case, stage=stage)))
+    run_ranks(load_unlisted, 1, loads)
