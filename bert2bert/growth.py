@@ -27,6 +27,7 @@ from bert2bert.targets import (
     progress,
     regrouped,
     rounding,
+    still_frozen,
     tagged,
     unopened,
     versions,
@@ -183,7 +184,7 @@ def grow(
     if form == "hub" == model.source.form:
         told += left(model.source, spec)
     if form != "hub":
-        told += regrouped(model.source, spec, _made_of(growth, named))
+        told += [*regrouped(model.source, spec, _made_of(growth, named)), *still_frozen(spec)]
     told += [*buffers.left_out(model.source, form), *unopened(model.source, form)]
     told += clients.notes(model.source.folder, spec.beside, target, form, model.source.world_size, world_size)
     if first:

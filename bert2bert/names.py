@@ -150,7 +150,8 @@ def _front(
                 return name, front, not any(other.startswith(front + outer) for other in clean.values())
     raise InvalidCheckpoint(
         f"{where}: {len(found)} tensors are named …{anchor}, one is expected; the checkpoint's first names are "
-        f"{', '.join(list(clean)[:3])}."
+        f"{', '.join(list(clean)[:3])}. If frozen parameters were left out of it, "
+        "save it with them (without exclude_frozen_parameters)."
     )
 
 

@@ -220,6 +220,15 @@ def rounding(spec: TargetSpec, form: str, dtypes: Mapping[str, Iterable[str]]) -
     ]
 
 
+def still_frozen(spec: TargetSpec) -> list[str]:
+    """Which parameters of a growth a script must freeze, in a sentence."""
+    names = spec.frozen
+    return [
+        f"frozen, as all that they are made of: {len(names)} parameters, first {names[0]} (`bert2bert inspect --json` "
+        "lists them); a script that goes on must freeze these and no others"
+    ] if names else []  # fmt: skip
+
+
 def regrouped(source: Source, spec: TargetSpec, made_of: Mapping[str, Sequence[str]]) -> list[str]:
     """Where new groups give parameters other hyper-parameters than the source's, in sentences. made_of: as of
     `make_spec`."""

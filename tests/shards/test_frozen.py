@@ -92,7 +92,8 @@ def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.json").write_text(json.dumps(hf_config() | model))
     target = hf_config(hidden_size=64, intermediate_size=88, num_attention_heads=4, num_hidden_layers=4) | model
     (tmp_path / "target.json").write_text(json.dumps(target))
-    common: dict[str, Any] = {"measure": False, "say": lambda _: None}
+    said: list[str] = []
+    common: dict[str, Any] = {"measure": False, "say": said.append}
     native = {"form": "zero", "stage": 2, "world_size": 2}
     for name, how in {"native": native, "universal": {}, "hub": {"form": "hub"}}.items():
         folder = grow(tmp_path / "run", tmp_path / name, tmp_path / "target.json", **how, **common)
@@ -105,6 +106,9 @@ def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
         if name != "hub":
             assert source.read("bert.encoder.layer.1.output.dense.weight", "exp_avg", 0, 1).any()
             assert list(source.buffers) == ["bert.tally"]
+            first = f"{len(frozen)} parameters, first bert.encoder.layer.0.attention.self.query.weight"
+            assert first in "\n".join(said) and "must freeze these and no others" in "\n".join(said)
+        said.clear()
 
 
 def test_growth_names_the_state_that_it_cannot_carry(tmp_path: Path) -> None:
