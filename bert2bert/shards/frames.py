@@ -110,11 +110,15 @@ class _Tensors:
 
 
 class _IsForeign(Exception):
-    """The C pickler refuses to name a class that it cannot import; the Python one, several times slower, does not."""
+    """What the C pickler cannot write: a class that it cannot import, a set in an order that is the same in every
+    process. The Python one, several times slower, can."""
 
 
 class _CPickler(_Tensors, pickle.Pickler):
-    pass
+    def persistent_id(self, obj: Any) -> Any:  # asked of every object
+        if type(obj) in (set, frozenset) and len(obj) > 1:
+            raise _IsForeign
+        return super().persistent_id(obj)
 
 
 class _PyPickler(_Tensors, pickle._Pickler):
@@ -125,6 +129,9 @@ class _PyPickler(_Tensors, pickle._Pickler):
             self.write(_global(obj) + pickle.EMPTY_TUPLE + pickle.NEWOBJ)
             super().save(obj.state)  # type: ignore[misc]
             self.write(pickle.BUILD)
+        elif type(obj) in (set, frozenset) and id(obj) not in self.memo:  # type: ignore[attr-defined]
+            ordered = sorted(obj, key=lambda item: (type(item).__name__, repr(item)))
+            self.save_reduce(type(obj), (ordered,), obj=obj)  # type: ignore[attr-defined]
         elif not isinstance(obj, Object | Name):
             super().save(obj, save_persistent_id)  # type: ignore[misc]
         elif known := self.memo.get(id(obj)):  # type: ignore[attr-defined]
