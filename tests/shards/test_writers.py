@@ -128,17 +128,17 @@ def most_memory(folder: Path, rows: int) -> int:
 
 
 def test_memory_stays_flat_however_large_the_tensor(tmp_path: Path) -> None:
-    """A tensor of 180 MB fills the blocks; one of 480 MB then takes no more. In a process with one arena, for how much
+    """A tensor of 180 MB fills the blocks; one of 960 MB then takes no more. In a process with one arena, for how much
     an allocator keeps for each thread is its own affair."""
     code = (
         "import sys, pathlib; from tests.shards.test_writers import most_memory as m; p = pathlib.Path(sys.argv[1]); "
     )
-    code += "first = m(p, 45_000); print(m(p, 120_000) - first)"
+    code += "first = m(p, 45_000); print(m(p, 240_000) - first)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "MALLOC_ARENA_MAX": "1"}, text=True,
         capture_output=True, cwd=Path(__file__).parents[2], check=True,
     )  # fmt: skip
-    assert int(done.stdout.split()[-1]) < 300e6 / 2
+    assert int(done.stdout.split()[-1]) < 780e6 / 2  # of what it is larger by
 
 
 def tiny_spec(shapes: dict[str, tuple[int, ...]], **over: Any) -> TargetSpec:
