@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bert2bert.errors import UnsupportedGrowth
+from bert2bert.errors import UnsupportedGrowth, some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +53,7 @@ def grown(growth: Growth) -> Carried:
 def left_out(source: Source, form: str) -> list[str]:
     """A sentence about what a run's state dict holds and a Hugging Face folder of its growth does not."""
     names = [*source.buffers, *source.extras] if form == "hub" != source.form else []
-    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return [f"left out, for transformers makes buffers anew: {some}"] if names else []
+    return [f"left out, for transformers makes buffers anew: {some(names)}"] if names else []
 
 
 class _Layers:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert2bert.checkpoint_model import CheckpointModel, open_model, read_config
 from bert2bert.costs import flops_per_token
-from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth, some
 from bert2bert.operators.compose import interpolate
 from bert2bert.operators.exactness import zeroed
 from bert2bert.operators.growth import plan_growth
@@ -229,8 +229,7 @@ def said(model: CheckpointModel) -> list[str]:
                 f"{len(renamed)} tensors have other names in the files than in transformers (first {old}: {new})"
             )
     if model.left:
-        some = ", ".join(model.left[:3]) + (f" and {len(model.left) - 3} more" if len(model.left) > 3 else "")
-        told.append(f"left out, for no current {model.table.model_type} has them: {some}")
+        told.append(f"left out, for no current {model.table.model_type} has them: {some(model.left)}")
     return told
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bert2bert.rounding import Blocks, Comparison, bits, some
+from bert2bert.errors import some
+from bert2bert.rounding import Blocks, Comparison, bits
 from bert2bert.target_names import Names
 from bert2bert.targets import OWN_STATE
 

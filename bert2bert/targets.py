@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth, some
 from bert2bert.groups import LAYOUTS, Member, param_groups
 from bert2bert.progress import progress as bytes_done
 
@@ -271,8 +271,8 @@ def tagged(spec: TargetSpec, tag: str | None, form: str) -> TargetSpec:
 def unopened(source: Source, form: str) -> list[str]:
     """A sentence about what a target keeps and nobody here has looked into."""
     names = source.unopened() if form != "hub" else []
-    some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return [f"carried as it is, unopened: what the run saved of classes not known here ({some})"] if names else []
+    said = "carried as it is, unopened: what the run saved of classes not known here"
+    return [f"{said} ({some(names, 4)})"] if names else []
 
 
 def known_layout(source: Source, members: Mapping[str, Member]) -> str | None:

@@ -23,13 +23,13 @@ import torch
 from bert2bert import reshard_check
 from bert2bert.checkpoint_model import CheckpointModel, open_model
 from bert2bert.drift import Drift, compare, gradient_error, gradients_memory, weights
-from bert2bert.errors import InvalidConfig
+from bert2bert.errors import InvalidConfig, some
 from bert2bert.operators.steps import replan
 from bert2bert.plan import Exactness, GrowthPlan
 from bert2bert.planning import Growth, between
 from bert2bert.realise import values
 from bert2bert.reference import NoReference, precision
-from bert2bert.rounding import Blocks, Comparison, some
+from bert2bert.rounding import Blocks, Comparison
 from bert2bert.sample import Tokens
 from bert2bert.sample import check as check_tokens
 from bert2bert.shards.layout import row_blocks

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bert2bert.errors import InvalidCheckpoint
+from bert2bert.errors import InvalidCheckpoint, some
 from bert2bert.shards.commit import MANIFEST, file_sizes, listed, sealed
 from bert2bert.shards.digest import FILE_DIGEST, file_digest
 from bert2bert.shards.locate import locate
@@ -173,10 +173,6 @@ def _bytes(size: float) -> str:
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _numbers(values: list[int]) -> str:
     return ", ".join(map(str, values)) if len(values) < 6 else f"{values[0]} to {values[-1]}"
 
@@ -205,14 +201,14 @@ def render(found: dict[str, Any], tensors: bool = False) -> str:
     if found["loss_scale"] is not None:
         lines.append(("loss scale", f"{found['loss_scale']:g}"))
     if found["tied"]:
-        lines.append(("tied", _some([f"{absent} = {kept}" for absent, kept in found["tied"].items()])))
+        lines.append(("tied", some([f"{absent} = {kept}" for absent, kept in found["tied"].items()], 4)))
     for key in ("frozen", "buffers", "extras", "client_state"):
         if found[key]:
-            lines.append((key.replace("_", " "), _some(found[key])))
+            lines.append((key.replace("_", " "), some(found[key], 4)))
     if found["unopened"]:
-        lines.append(("not opened", f"{_some(found['unopened'])}: classes that this program does not know"))
+        lines.append(("not opened", f"{some(found['unopened'], 4)}: classes that this program does not know"))
     if found["unread"]:
-        lines.append(("not stored", f"{_some(found['unread'])}: the model has them, the checkpoint does not"))
+        lines.append(("not stored", f"{some(found['unread'], 4)}: the model has them, the checkpoint does not"))
     lines += _render_history(found)
     text = "\n".join(f"{key:<13} {value}" for key, value in lines)
     if found["groups"]:
@@ -249,7 +245,7 @@ def _render_architecture(found: dict[str, Any] | None) -> str:
     if found is None:
         return "unknown: no config.json beside it"
     sizes = ", ".join(f"{what} {found[what]}" for what, _ in _SIZES if found[what] is not None)
-    return f"{_some(found['classes'] or []) or found['type'] or 'unnamed'}: {sizes}"
+    return f"{some(found['classes'] or [], 4) or found['type'] or 'unnamed'}: {sizes}"
 
 
 def _render_optimizer(found: dict[str, Any]) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bert2bert.errors import InvalidCheckpoint
+from bert2bert.errors import InvalidCheckpoint, some
 from bert2bert.shards import torchfile
 from bert2bert.shards.source import TensorMeta
 
@@ -109,7 +109,7 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path], bool]:
         absent = sorted(set(range(found[-1][0] + 1)) - {r for r, _ in found}) if found else []
         if absent:
             raise InvalidCheckpoint(
-                f"{folder}: the {kind} files of ranks {ranks_text(absent)} are missing. Copy all ranks."
+                f"{folder}: the {kind} files of ranks {some(absent, 8)} are missing. Copy all ranks."
             )
     return [p for _, p in models], [p for _, p in shards], any(m[1] for m in optim)
 
@@ -117,11 +117,6 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path], bool]:
 def expert_files(folder: Path) -> list[Path]:
     """The files of single experts that an expert-parallel run wrote, if it is one."""
     return sorted(path for path in folder.iterdir() if _EXPERT.fullmatch(path.name))
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """The first few numbers of a list of ranks."""
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def take(pieces: list[torch.Tensor], low: int, high: int) -> torch.Tensor:

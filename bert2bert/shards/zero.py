@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bert2bert.errors import InvalidCheckpoint
+from bert2bert.errors import InvalidCheckpoint, some
 from bert2bert.shards import torchfile
 from bert2bert.shards.layout import round_robin
 from bert2bert.shards.modelstates import (
@@ -30,7 +30,6 @@ from bert2bert.shards.modelstates import (
     hyper,
     optimizer_groups,
     plain_scaler,
-    ranks_text,
     take,
 )
 from bert2bert.shards.moments import held, moment_keys, unknown
@@ -100,7 +99,7 @@ class ZeroSource(Source):
             )
         for kind, count in (("optimizer", len(self._paths)), ("model-states", len(self._model.paths))):
             if count != world and (kind == "optimizer" or self._model.sharded):
-                what = f"missing: rank {ranks_text(range(count, world))}" if count < world else "too many"
+                what = f"missing: rank {some(range(count, world), 8)}" if count < world else "too many"
                 files = "file" if count == 1 else "files"
                 raise InvalidCheckpoint(
                     f"{folder}: {count} {kind} {files}, but it was saved by {world} ranks: {what}. Each node writes "
