@@ -41,10 +41,10 @@ class Carried:
     extras: dict[str, Any]
 
 
-def grown(growth: Growth) -> Carried:
-    """The buffers and extra states of the grown model."""
+def grown(growth: Growth, form: str) -> Carried:
+    """The buffers and extra states of the grown model, in a target of this format."""
     source = growth.model.source
-    if source.form == "hub":  # transformers' current models have none
+    if "hub" in (source.form, form):  # transformers' current models have none
         return Carried({}, {})
     layers = _Layers(growth)
     return Carried(layers.grown(source.buffers), layers.grown(source.extras))
@@ -81,6 +81,8 @@ class _Layers:
 
     def grown(self, held: Mapping[str, Any]) -> dict[str, Any]:
         """Of each entry what the grown model has in its place, by the files' names."""
+        from bert2bert.shards.frames import equal
+
         found: dict[str, Any] = {}
         layered: dict[tuple[str, str], dict[int, str]] = {}
         for name in held:
@@ -89,8 +91,8 @@ class _Layers:
             else:
                 layered.setdefault((at.before, at.after), {})[at.layer] = name
         for (before, after), names in layered.items():
-            alike = all(_same(held[name], held[next(iter(names.values()))]) for name in names.values())
             first = next(iter(names.values()))
+            alike = all(equal(held[name], held[first]) for name in names.values())
             for start, layer in self._from:
                 if start != before:
                     continue
@@ -135,12 +137,6 @@ class _Layers:
             f"the grown model is not known: {why}.\nTake the weights alone (--format hub), or save the checkpoint "
             "without it (register_buffer(..., persistent=False))."
         )
-
-
-def _same(one: Any, other: Any) -> bool:
-    from bert2bert.shards.frames import equal
-
-    return equal(one, other)
 
 
 def _sizes(value: Any) -> set[int]:

@@ -24,6 +24,7 @@ from bert2bert.targets import (
     known_layout,
     left,
     make_spec,
+    own_precision,
     progress,
     regrouped,
     rounding,
@@ -78,10 +79,10 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
         order=lambda names: _as_in(source, names, form),
         form=form,
         layout=layout,
-        precision=precision or _precision(source, form),
+        precision=precision or own_precision(source, form),
         dtypes={named[n]: widest(d) for n, d in made.items() if d} if source.form == "hub" and not precision else {},
     )
-    carried = buffers.grown(growth) if form != "hub" else buffers.Carried({}, {})
+    carried = buffers.grown(growth, form)
     return replace(spec, buffers=carried.buffers, extras=carried.extras)
 
 
@@ -118,11 +119,6 @@ def _as_in(source: Source, names: list[str], form: str) -> list[str]:
             "which is addressed by name, or choose the groups with --groups."
         )
     return names
-
-
-def _precision(source: Any, form: str) -> str:
-    """A run goes on in its own precision; a hub folder made from its fp32 masters keeps them whole."""
-    return "fp32" if form == "hub" and source.form != "hub" else source.precision
 
 
 def grow(
@@ -181,10 +177,9 @@ def grow(
     told = [*rounding(spec, form, {named[n]: dtypes for n, dtypes in origins(growth).items()}), *notes(spec)]
     if form != "hub":
         told += beyond_class(model.table, plan.config, model.heads)
-    if form == "hub" == model.source.form:
-        told += left(model.source, spec)
-    if form != "hub":
         told += [*regrouped(model.source, spec, _made_of(growth, named)), *still_frozen(spec)]
+    elif model.source.form == "hub":
+        told += left(model.source, spec)
     told += [*buffers.left_out(model.source, form), *unopened(model.source, form)]
     told += clients.notes(model.source.folder, spec.beside, target, form, model.source.world_size, world_size)
     if first:
@@ -197,10 +192,7 @@ def grow(
 
     def written(name: str, start: int, stop: int) -> Any:
         """Weights as the target will have them: rounded where it stores no wider copy."""
-        found, stored = grown(name, "fp32", start, stop), named[name]
-        if form == "hub":
-            return found.to(spec.stored_dtype(stored))
-        return found.to(spec.dtype) if stored in spec.frozen else found
+        return grown(name, "fp32", start, stop).to(spec.widest_dtype(named[name], form))
 
     measure = measure and first
     if measure and "mlm" not in model.heads:

@@ -26,6 +26,7 @@ from bert2bert.targets import (
     known_layout,
     left,
     make_spec,
+    own_precision,
     progress,
     regrouped,
     rounding,
@@ -175,7 +176,7 @@ def identity_spec(
         order=lambda _: [name for group in source.groups for name in group["names"]],
         form=form,
         layout="source" if kept else layout,
-        precision=precision or _precision(source, form),
+        precision=precision or own_precision(source, form),
         dtypes={} if precision else {name: source.tensors[old].dtype for name, old in stored.items()},
     )
     spec = replace(spec, buffers={n: buffer for n, buffer in source.buffers.items() if n not in names.left})
@@ -195,11 +196,6 @@ def identity_spec(
 
 def _random_states(source: Source) -> list[Path]:
     return sorted(source.folder.glob(_RANDOM))
-
-
-def _precision(source: Source, form: str) -> str:
-    """The source's own; of a Hugging Face folder made from a run, that of its master weights."""
-    return "fp32" if form == "hub" and source.form != "hub" else source.precision
 
 
 def notes(source: Source, names: Names, spec: TargetSpec, form: str) -> list[str]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bert2bert.errors import some
-from bert2bert.rounding import Blocks, Comparison, bits
+from bert2bert.rounding import Blocks, Comparison
+from bert2bert.shards.frames import bits, equal
 from bert2bert.target_names import Names
 from bert2bert.targets import OWN_STATE
 
@@ -30,8 +31,6 @@ def is_reshard(source: Source, target: Source) -> bool:
 
 def compare(source: Source, target: Source, check: Callable[[str, bool, str], None]) -> None:
     """Check the target against the source: every bit of every state that it holds, names, steps and groups."""
-    from bert2bert.shards.frames import equal
-
     recorded = target.manifest["reshard"]["source"] if target.manifest else {}
     mine = source.identity()
     odd = [key for key in recorded if key != "path" and mine.get(key) != recorded[key]]
@@ -76,8 +75,6 @@ def compare(source: Source, target: Source, check: Callable[[str, bool, str], No
 
 def _kept(buffer: Any, target: Source, name: str) -> bool:
     """Whether the target holds a buffer; a Hugging Face folder does not say which of its tensors are buffers."""
-    from bert2bert.shards.frames import equal
-
     found = target.buffers.get(name)
     if name in target.buffers and not hasattr(buffer, "shape"):
         return equal(buffer, found)

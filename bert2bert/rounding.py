@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
+
+from bert2bert.shards.frames import bits
 
 Blocks = Iterable[tuple[Tensor, Tensor]]
 """(expected, found) values, block by block."""
-
-
-def bits(one: Tensor, other: Tensor | None) -> bool:
-    """Equal shapes, dtypes and bits: NaN is NaN, and -0 is not 0."""
-    if other is None or one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
 class Comparison:

@@ -185,6 +185,12 @@ def make_spec(
     )
 
 
+def own_precision(source: Source, form: str) -> str:
+    """A target's where none was asked for: the source's; a Hugging Face folder keeps a run's fp32 master weights
+    whole."""
+    return "fp32" if form == "hub" and source.form != "hub" else source.precision
+
+
 def _loaded_as(source: Source, precision: str, dtypes: Mapping[str, str], names: Collection[str]) -> Any:
     """The dtype that a Hugging Face folder's config tells from_pretrained to load it in. Where tensors keep their own,
     that of the source's config, so that both are loaded alike; where that says none, one that holds them all."""
@@ -210,8 +216,7 @@ def rounding(spec: TargetSpec, form: str, dtypes: Mapping[str, Iterable[str]]) -
     """What is stored in a narrower dtype than it has in the source, in a sentence. dtypes: of what a tensor is made."""
     narrower: dict[str, list[str]] = {}
     for name, origins in dtypes.items():
-        low = spec.stored_dtype(name) if form == "hub" else spec.dtype  # of a run, only what is frozen has no more
-        stored = str(low).removeprefix("torch.") if form == "hub" or name in spec.frozen else "float32"
+        stored = str(spec.widest_dtype(name, form)).removeprefix("torch.")
         if any(origin not in (stored, "float16", "bfloat16") or (origin != stored != "float32") for origin in origins):
             narrower.setdefault(stored, []).append(name)
     return [

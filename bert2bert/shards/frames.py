@@ -176,6 +176,13 @@ def structure(tree: Any) -> tuple[bytes, list[tuple[Blank, bool]]]:
     raise RuntimeError("a foreign object where no pickler looks for one")
 
 
+def bits(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Equal shapes, dtypes and bits: NaN is NaN, and -0 is not 0."""
+    if other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+
+
 def equal(one: Any, other: Any) -> bool:
     """Whether two trees would be written alike: the same structure, and tensors of the same bits."""
     mine, theirs = structure(one), structure(other)

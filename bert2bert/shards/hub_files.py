@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards.disk import inside
+from bert2bert.shards.frames import bits
 from bert2bert.shards.sniff import describe, sniff
 from bert2bert.shards.texts import read_json
 
@@ -151,7 +151,7 @@ def _beside(folder: Path) -> list[str]:
     for file in files:
         other = open_file(folder / file)
         for name in other.keys():  # noqa: SIM118 (not a mapping)
-            if not differs and (name not in names or not _equal(one.get_tensor(name), other.get_tensor(name))):
+            if not differs and (name not in names or not bits(one.get_tensor(name), other.get_tensor(name))):
                 differs = name
     if differs or names - where.keys():
         raise InvalidCheckpoint(
@@ -160,12 +160,6 @@ def _beside(folder: Path) -> list[str]:
             f"{_WEIGHTS}. Remove the files that are not wanted."
         )
     return [f"{_WEIGHTS} and the files of {INDEX} hold the same weights; the former is read, as transformers does"]
-
-
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
 def open_file(path: Path) -> Any:

@@ -115,6 +115,13 @@ class TargetSpec:
         """Of a tensor in a Hugging Face folder."""
         return self.dtypes.get(name, self.dtype)
 
+    def widest_dtype(self, name: str, form: str) -> torch.dtype:
+        """Of the widest copy of a weight that a target of this format stores: a run keeps masters of all but what is
+        frozen."""
+        if form == "hub":
+            return self.stored_dtype(name)
+        return self.dtype if name in self.frozen else torch.float32
+
     def numel(self, name: str) -> int:
         """Elements of a parameter."""
         return math.prod(self.shapes[name])
