@@ -25,6 +25,7 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.names import Naming, is_obsolete, read_names
 from bert2bert.shards.hub_files import in_cache, is_there, plain
 from bert2bert.shards.layout import row_blocks
+from bert2bert.shards.sniff import instead
 from bert2bert.tables import TABLES, Parameter, Table, table_for
 
 if TYPE_CHECKING:
@@ -95,9 +96,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file}: no such file; give a Hugging Face config file or a folder with config.json"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        from bert2bert.shards.texts import not_text
-
-        raise InvalidConfig(f"{file}: not a readable JSON config{not_text(file, error)}") from None
+        raise InvalidConfig(f"{file}: not a readable JSON config{instead(file, 'text') or f' ({error})'}") from None
     if not isinstance(config, dict):
         raise InvalidConfig(f"{file}: holds a JSON {type(config).__name__}; a Hugging Face config is an object")
     _check_type(config, str(file))

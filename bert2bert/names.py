@@ -41,9 +41,9 @@ class Naming:
     """How stored names differ from canonical ones, which are transformers'.
 
     known: canonical -> stored name of what is stored; prefix: in front of all stored names; lacks: the outer name that
-    they do not have ('' where they have it); instead: the
-    one that tensors of the base model have; wrappers: path of modules (as stored, less the prefix; numbers also as
-    '#') -> the names of wrappers that follow it; legacy: norms have gamma and beta.
+    they do not have ('' where they have it); instead: the one that tensors of the base model have; wrappers: path of
+    modules (as stored, less the prefix; numbers also as '#') -> the names of wrappers that follow it; legacy: norms
+    have gamma and beta.
     """
 
     known: Mapping[str, str]

@@ -49,7 +49,7 @@ def grown_beside(config: Mapping[str, Any], *folders: Path) -> dict[str, bytes]:
         for folder in folders:
             for file in sorted(folder.glob(pattern)) or [folder / pattern]:  # which may be a link to nothing
                 if is_there(file):
-                    found.setdefault(file.relative_to(folder).as_posix(), _read(file))
+                    found.setdefault(file.relative_to(folder).as_posix(), content_of(file))
     known = {key: config[key] for key in _SPECIAL if config.get(key) is not None}
     if generates and known and GENERATION not in found:
         found[GENERATION] = json_bytes({"_from_model_config": True, **known})
@@ -63,7 +63,7 @@ def all_beside(folder: Path) -> dict[str, bytes]:
     for path in _visible(folder):
         inner = [path] if path.is_file() else sorted(path.rglob("*"))
         if len(inner) <= _MOST and not any(map(_not_carried, inner)):
-            found |= {f.relative_to(folder).as_posix(): _read(f) for f in inner if f.is_file()}
+            found |= {f.relative_to(folder).as_posix(): content_of(f) for f in inner if f.is_file()}
     return {name: content for name, content in found.items() if name != "config.json"}
 
 
@@ -78,8 +78,9 @@ def json_bytes(tree: Any) -> bytes:
     return (json.dumps(tree, indent=2) + "\n").encode()
 
 
-def _read(file: Path) -> bytes:
-    """Raises InvalidCheckpoint for a pointer in place of the file, and for one that cannot be read."""
+def content_of(file: Path) -> bytes:
+    """Of a small file that is carried. Raises InvalidCheckpoint for a pointer in its place, and for one that cannot be
+    read."""
     try:
         if sniff(file).kind in ("git-lfs", "git-annex"):
             raise InvalidCheckpoint(f"{file}: {describe(file)}")

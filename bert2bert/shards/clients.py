@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from bert2bert.errors import InvalidCheckpoint, InvalidConfig
-from bert2bert.shards.beside import TOKENIZER
+from bert2bert.errors import InvalidConfig
+from bert2bert.shards.beside import TOKENIZER, content_of
 from bert2bert.shards.commit import MANIFEST
-from bert2bert.shards.sniff import describe, sniff
 
 _RANK_STATES = ("rng_state*.pth", "random_states_*.pkl")
 _CARRIED = (
@@ -62,12 +61,7 @@ def beside(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(folder.parent.iterdir()):
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in _CARRIED):
-            try:
-                if sniff(path).kind == "git-lfs":
-                    raise InvalidCheckpoint(f"{path}: {describe(path)}")
-                found[path.name] = path.read_bytes()
-            except OSError as error:
-                raise InvalidCheckpoint(f"{path}: cannot be read ({error.strerror})") from None
+            found[path.name] = content_of(path)
     return found
 
 

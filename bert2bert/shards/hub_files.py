@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.shards.disk import inside
 from bert2bert.shards.frames import bits
-from bert2bert.shards.sniff import describe, sniff
+from bert2bert.shards.sniff import instead
 from bert2bert.shards.texts import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -170,17 +170,8 @@ def open_file(path: Path) -> Any:
         is_there(path)
         raise InvalidCheckpoint(f"{path}: no such file, though {INDEX} names it. Copy all shards.") from None
     except (SafetensorError, OSError) as error:
-        raise InvalidCheckpoint(f"{path}: not readable as safetensors{_instead(path, error)}") from None
-
-
-def _instead(path: Path, error: Exception) -> str:
-    """What the file is in place of safetensors, to follow the words that say that it cannot be read."""
-    try:
-        if sniff(path).kind not in ("safetensors", "binary"):
-            return f": it is {describe(path)}"
-    except OSError:
-        pass  # the first error says it
-    return f" ({error}): truncated or another format. Copy it again."
+        why = instead(path, "safetensors", "binary") or f" ({error}): truncated or another format. Copy it again."
+        raise InvalidCheckpoint(f"{path}: not readable as safetensors{why}") from None
 
 
 def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Mapping[str, str]) -> None:
@@ -193,7 +184,7 @@ def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Map
     packed = [name for name in dtypes if _PACKED.fullmatch(name)]
     narrow = [name for name, dtype in dtypes.items() if _EIGHT_BITS.match(dtype)]
     whole = [n for n, t in dtypes.items() if n.endswith(".weight") and t.startswith(("I", "U")) and n not in packed]
-    said += [f"{names[0]} is {what}" for names, what in ((packed, "of a packed weight"),) if names]
+    said += [f"{packed[0]} is of a packed weight"] if packed else []
     said += [f"{names[0]} is {dtypes[names[0]]}" for names in (narrow, whole) if names]
     if said:
         raise InvalidCheckpoint(

@@ -7,6 +7,7 @@ kilobyte is read and nothing is run. Refuses nothing: a file that cannot be open
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 import unicodedata
 from pathlib import Path
@@ -145,3 +146,13 @@ def said(kind: str, start: bytes) -> str:
     size = re.search(rb"^size (\d{1,18})$", start, re.MULTILINE)
     size_text = f", which has {int(size[1]):,} bytes" if size else ""
     return _SAID[kind].replace("{size}", size_text).replace("{start!r}", repr(start[:32])) + "."
+
+
+def instead(path: Path, *expected: str) -> str:
+    """To follow the words that a file cannot be read: what it is in place of the ``expected`` kinds; '' if it is one of
+    them, or cannot be opened, either."""
+    with contextlib.suppress(OSError):
+        kind, _, start = sniff(path)
+        if kind not in expected:
+            return f": it is {said(kind, start)}"
+    return ""

@@ -5,13 +5,12 @@ Refuses (InvalidCheckpoint) what is not the JSON object that is expected, and sa
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from bert2bert.errors import InvalidCheckpoint
-from bert2bert.shards.sniff import describe, sniff
+from bert2bert.shards.sniff import instead
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -19,15 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{path}: not readable as JSON{not_text(path, error)}") from None
+        raise InvalidCheckpoint(f"{path}: not readable as JSON{instead(path, 'text') or f' ({error})'}") from None
     if not isinstance(found, dict):
         raise InvalidCheckpoint(f"{path}: holds a JSON {type(found).__name__}, expected an object")
     return found
-
-
-def not_text(path: Path, error: Exception) -> str:
-    """Why a text file cannot be used, to follow the words that say so: what the file is instead, or the error."""
-    with contextlib.suppress(OSError):
-        if sniff(path).kind != "text":
-            return f": it is {describe(path)}"
-    return f" ({error})"
