@@ -181,7 +181,7 @@ def grow(
     elif model.source.form == "hub":
         told += left(model.source, spec)
     told += [*buffers.left_out(model.source, form), *unopened(model.source, form)]
-    told += clients.notes(model.source.folder, spec.beside, target, form, model.source.world_size, world_size)
+    told += clients.notes(model.source, spec.beside, target, form, world_size)
     if first:
         say("\n".join([summary(growth, describe(growth)), *(f"note     {text}" for text in told)]))
     canonical = {stored: n for n, stored in named.items()}

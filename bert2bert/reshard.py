@@ -91,7 +91,7 @@ def reshard(
 
     opened, names, spec, watch = together(comm, prepare)
     told = [*notes(opened, names, spec, form), *expert_notes(spec)]
-    beside = clients.notes(opened.folder, spec.beside, target, form, opened.world_size, world_size)
+    beside = clients.notes(opened, spec.beside, target, form, world_size)
     if first:
         say(_summary(opened, spec, form, stage, world_size, [*told, *beside]))
 

@@ -142,7 +142,7 @@ def make_spec(
             )
         return dict(found[0])
 
-    beside = clients.beside(source.folder) if "hub" not in (form, source.form) else {}
+    beside = clients.beside(source) if form != "hub" else {}
     if beside and config:
         beside["config.json"] = json_bytes(config)
 

@@ -13,10 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.shards.beside import TOKENIZER, content_of
 from bert2bert.shards.commit import MANIFEST
+
+if TYPE_CHECKING:
+    from bert2bert.shards.source import Source
 
 _RANK_STATES = ("rng_state*.pth", "random_states_*.pkl")
 _CARRIED = (
@@ -45,34 +49,34 @@ _CLIENTS = (
 )  # fmt: skip
 
 
-def client_of(folder: Path) -> Client | None:
-    """Whose run the checkpoint in a tag's folder is, where that can be told."""
-    for client in _CLIENTS:
+def client_of(source: Source) -> Client | None:
+    """Whose run a checkpoint is of, where that can be told by its tag's folder and what lies beside it."""
+    folder = source.folder
+    for client in _CLIENTS if source.form != "hub" else ():
         marked = any(any(folder.parent.glob(mark)) for mark in client.marks) or not client.marks
         if marked and fnmatchcase(folder.name, client.tag):
             return client
     return None
 
 
-def beside(folder: Path) -> dict[str, bytes]:
+def beside(source: Source) -> dict[str, bytes]:
     """Name -> content of what a known client keeps beside a tag's folder and needs to go on."""
-    if client_of(folder) is None:
+    if client_of(source) is None:
         return {}
     found = {}
-    for path in sorted(folder.parent.iterdir()):
+    for path in sorted(source.folder.parent.iterdir()):
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in _CARRIED):
             found[path.name] = content_of(path)
     return found
 
 
-def notes(
-    folder: Path, carried: Iterable[str], target: Path, form: str, was: int | None, world: int | None
-) -> list[str]:
+def notes(source: Source, carried: Iterable[str], target: Path, form: str, world: int | None) -> list[str]:
     """Sentences for the user: what was carried and left, who goes on from the target and how, what must be done anew.
 
-    ``folder``: of the source's tag; ``was``, ``world``: the ranks of source and target, where they are known.
+    ``world``: the target's ranks, where they are known.
     """
-    client, carried = client_of(folder), [name for name in carried if name != "config.json"]  # which is the target's
+    client, folder, was = client_of(source), source.folder, source.world_size
+    carried = [name for name in carried if name != "config.json"]  # which is the target's
     if client is None or form == "hub":
         return []
     keep = {*carried, "config.json", "latest", "latest_universal"}

@@ -15,7 +15,7 @@ from bert2bert.growth import grow
 from bert2bert.reshard import reshard
 from bert2bert.shards.inspect import inspect
 from bert2bert.shards.locate import locate
-from tests.shards.engines import Case, hf_config, save_cases
+from tests.shards.engines import Case, hf_config, hf_model, save_cases
 
 CONFIG = {"model_type": "bert", "architectures": ["BertForPreTraining"], **hf_config()}
 LARGER = {**CONFIG, "num_hidden_layers": 4}
@@ -129,3 +129,11 @@ def test_an_interrupted_growth_of_a_clients_run_is_finished(runs: Path, tmp_path
     reshard(runs / client, target, **how)  # type: ignore[arg-type]
     assert (target / "latest").read_text() == CLIENTS[client][1]
     assert all((target / file).is_file() for file in CLIENTS[client][0])
+
+
+def test_a_hugging_face_folder_is_no_clients_run(tmp_path: Path) -> None:
+    """Whatever it is called: Lightning's tag is only a name."""
+    hf_model({**CONFIG, "tie_word_embeddings": True}).save_pretrained(tmp_path / "checkpoint")
+    said: list[str] = []
+    reshard(tmp_path / "checkpoint", tmp_path / "r", say=said.append)
+    assert "Lightning" not in "\n".join(said) and "left behind" not in "\n".join(said)
