@@ -1,6 +1,6 @@
 """Models of transformers as a reference: the logits, losses and gradients of a checkpoint of any family.
 
-The only place that imports transformers, and only when it is asked for. A model is made from its config without
+The only place that imports its models, and only when it is asked for. A model is made from its config without
 initialisation and filled by name from a callable; or, for logits alone, it is run with no parameter in memory but the
 one at work (`passed`). In float64, the casts to float32 that transformers makes inside
 norms, softmaxes and rotary angles are lifted, so that two equal functions agree to about 1e-12.

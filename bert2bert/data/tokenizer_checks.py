@@ -130,6 +130,30 @@ def contradictions(
         return
     special = {str(token) for token in found.all_special_tokens}
     model, normal = state["model"], state["normalizer"] or {}
+    _refuse_ignored(config, model, special, kind, named)
+    if file:
+        yield from _unlike_file(file, state, folder / "vocab.txt", kind, named)
+    for name, field in _NORMAL.items():
+        if config.get(name) is not None and normal.get("type") == "BertNormalizer" and config[name] != normal[field]:
+            yield (
+                f"tokenizer {named}: {CONFIG} has {name} = {json.dumps(config[name])}, but tokenizer.json, which"
+                f" transformers reads here, has {field} = {json.dumps(normal[field])}; the ids are those of"
+                " transformers"
+            )
+    untold = "tokenizer.json" not in told and config.get("do_lower_case") is None
+    capitals = [t for t in model["vocab"] if t not in special and t != t.lower()]
+    if untold and normal.get("lowercase") and capitals:
+        yield (
+            f"tokenizer {named}: nothing says do_lower_case, so transformers lower-cases, and the {len(capitals)}"
+            f" tokens with a capital never occur ({', '.join(capitals[:3])}); put do_lower_case: false into {CONFIG}"
+            " if the vocabulary is a cased one"
+        )
+
+
+def _refuse_ignored(
+    config: Mapping[str, Any], model: Mapping[str, Any], special: set[str], kind: str, named: Path
+) -> None:
+    """Refuse a setting that transformers leaves without effect in a fast WordPiece tokenizer."""
     never = config.get("never_split") or []
     lost = {
         "do_basic_tokenize": config.get("do_basic_tokenize") is False,
@@ -147,36 +171,26 @@ def contradictions(
             " made for.\n"
             f"  Take {name} out of {CONFIG} to have the text split as transformers does."
         )
-    if file:
-        for part in ("normalizer", "pre_tokenizer", "model"):
-            for name, ours, theirs in _differences(part, file[part], state[part]):
-                yield (
-                    f"tokenizer {named}: tokenizer.json has {name} = {json.dumps(ours)}, but transformers reads this"
-                    f" folder as {kind}, with {json.dumps(theirs)}; the ids are those of transformers"
-                )
-        if (folder / "vocab.txt").is_file():
-            lines = (folder / "vocab.txt").read_text("utf-8", "replace").removesuffix("\n").split("\n")
-            moved = [line for row, line in enumerate(lines) if line and model["vocab"].get(line.rstrip()) != row]
-            if moved and len(set(lines)) == len(lines):
-                yield (
-                    f"tokenizer {named}: {len(moved)} tokens of vocab.txt have other ids in tokenizer.json"
-                    f" ({', '.join(moved[:3])}); the ids are those of tokenizer.json, as in transformers"
-                )
-    for name, field in _NORMAL.items():
-        if config.get(name) is not None and normal.get("type") == "BertNormalizer" and config[name] != normal[field]:
+
+
+def _unlike_file(
+    file: Mapping[str, Any], state: Mapping[str, Any], vocabulary: Path, kind: str, named: Path
+) -> Iterator[str]:
+    """What the tokenizer does otherwise than its tokenizer.json, or has elsewhere than its vocab.txt."""
+    for part in ("normalizer", "pre_tokenizer", "model"):
+        for name, ours, theirs in _differences(part, file[part], state[part]):
             yield (
-                f"tokenizer {named}: {CONFIG} has {name} = {json.dumps(config[name])}, but tokenizer.json, which"
-                f" transformers reads here, has {field} = {json.dumps(normal[field])}; the ids are those of"
-                " transformers"
+                f"tokenizer {named}: tokenizer.json has {name} = {json.dumps(ours)}, but transformers reads this"
+                f" folder as {kind}, with {json.dumps(theirs)}; the ids are those of transformers"
             )
-    untold = "tokenizer.json" not in told and config.get("do_lower_case") is None
-    capitals = [t for t in model["vocab"] if t not in special and t != t.lower()]
-    if untold and normal.get("lowercase") and capitals:
-        yield (
-            f"tokenizer {named}: nothing says do_lower_case, so transformers lower-cases, and the {len(capitals)}"
-            f" tokens with a capital never occur ({', '.join(capitals[:3])}); put do_lower_case: false into {CONFIG}"
-            " if the vocabulary is a cased one"
-        )
+    if vocabulary.is_file():
+        rows, lines = state["model"]["vocab"], vocabulary.read_text("utf-8", "replace").removesuffix("\n").split("\n")
+        moved = [line for row, line in enumerate(lines) if line and rows.get(line.rstrip()) != row]
+        if moved and len(set(lines)) == len(lines):
+            yield (
+                f"tokenizer {named}: {len(moved)} tokens of vocab.txt have other ids in tokenizer.json"
+                f" ({', '.join(moved[:3])}); the ids are those of tokenizer.json, as in transformers"
+            )
 
 
 def _file(path: Path, named: Path) -> dict[str, Any]:

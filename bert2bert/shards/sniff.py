@@ -20,6 +20,7 @@ _PAGE = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype html|html|head|body|\?xml[^>
 _BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")  # its level, then a block or the end of no text
 _GGUF = re.compile(rb"GGUF[\x01-\x09]\0\0\0")  # its version
 START = 512  # bytes looked at
+# Shown to the user, never run here: only it can say that the files are trusted.
 _ANEW = "import sys, torch; [torch.save(torch.load(f, 'cpu', weights_only=False), f) for f in sys.argv[1:]]"
 
 _WIDE = ("utf-32le", "utf-32be", "utf-16le", "utf-16be")  # without a byte-order mark

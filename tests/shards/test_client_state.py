@@ -1,4 +1,7 @@
-"""What programs put into client state and state dicts: read without running it, written back as it was."""
+"""What programs put into client state and state dicts: read without running it, written back as it was.
+
+Files are opened with weights_only=False, for the tests themselves made them, and what is in them has to come to life.
+"""
 
 from __future__ import annotations
 
