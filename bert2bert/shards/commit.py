@@ -185,9 +185,14 @@ class Pending:
     # --- before writing ----------------------------------------------------------------------------------------
 
     def _left_over(self) -> bool:
-        """The work is done, but for the last steps of its process, which died."""
-        gone = not os.path.lexists(self.files) and not self.final.is_symlink()
-        return (self.partial / _JOB).is_file() and gone and _whole(self.final)
+        """The work is done, but for the last steps of its process, which died. The very last remove the job, then the
+        lock, then the folder."""
+        try:
+            found = set(os.listdir(self.partial))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        last = _FILES not in found and (_JOB in found or found <= {_LOCK})
+        return last and not self.final.is_symlink() and _whole(self.final)
 
     def refuse(self) -> None:
         """Raise InvalidConfig if the target is not a place for a new checkpoint. Changes nothing."""
@@ -228,6 +233,8 @@ class Pending:
                     say(f"finished {self.final}: a killed run of this command had committed it")
                     return True
                 os.rename(self.final, self.files)  # nothing names it yet: look at it file by file as at any other
+            if self._left_over() and _occupied(self.target, self.final):  # of another job, or of one not known any more
+                self._clear()
             self._refuse_occupied()  # somebody may have finished while we took the lock
             for path in self.partial.iterdir():
                 if path.is_symlink():

@@ -138,6 +138,23 @@ def test_a_second_growth_into_a_finished_folder_is_refused(tmp_path: Path, how: 
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("remains", [("job.json", "lock"), ("lock",), ()], ids=str)
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+def test_what_a_finished_writer_could_not_remove_is_removed(
+    tmp_path: Path, how: dict[str, Any], remains: tuple[str, ...]
+) -> None:
+    """It was killed after the last pointer, while it tidied up, and the next run is perhaps of another command."""
+    final = write(tmp_path / "d", how)
+    before = tree(tmp_path)
+    partial = final.with_name(final.name + ".partial")
+    partial.mkdir()
+    for name in remains:
+        (partial / name).write_text('{"of": "another command"}' if name == "job.json" else "{}")
+    with pytest.raises(InvalidConfig, match="already holds a checkpoint"):
+        write(tmp_path / "d", how)
+    assert tree(tmp_path) == before and not partial.exists()
+
+
 @pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
 @pytest.mark.parametrize(
     "name",

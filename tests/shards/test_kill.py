@@ -89,7 +89,7 @@ def after_a_kill(target: Path, form: str, expected: Path, **how: Any) -> int | N
         with pytest.raises(InvalidCheckpoint):
             open_source(target)
     before = finished(target)
-    if complete and not list(target.parent.rglob("*.partial")):
+    if complete and not list(target.parent.rglob("*.partial/job.json")):
         with pytest.raises(InvalidConfig, match="already holds"):
             grow_small(target, form)
         used = None
