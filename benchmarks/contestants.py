@@ -79,7 +79,7 @@ def make(folder: str, config: dict[str, Any], stage: int) -> dict[str, Any]:
     import torch
     from sparse import fresh_spec
 
-    from bert2bert.shards.transfer import write_checkpoint
+    from bert2bert.checkpoints.write import write_checkpoint
 
     spec = fresh_spec(config)
     pool = torch.randn(1 << 23, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -161,11 +161,11 @@ def grow(source: str, target: str, config: str, count: int, how: dict[str, Any],
     """`grow`, alone or by forked workers, the change of the function not measured."""
     for module in ("drift", "realise", "shards.stage0", "shards.transfer", "shards.universal", "shards.zero"):
         importlib.import_module(f"bert2bert.{module}")
-    from bert2bert import growth
-    from bert2bert.shards import workers as processes
+    from bert2bert.commands import grow as grow_command
+    from bert2bert.ranks import forked as processes
 
     def run(comm: Any = None) -> int:
-        growth.grow(
+        grow_command.grow(
             Path(source), Path(target), Path(config), width="fpi", depth="stack", lossy=True, measure=False,
             comm=comm, say=lambda text: None, **how,
         )  # fmt: skip
@@ -209,7 +209,7 @@ def rival(kind: str, source: str, target: str, config: str, count: int) -> dict[
     from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    from bert2bert.planning import open_growth
+    from bert2bert.growth.opened import open_growth
 
     growth = open_growth(Path(source), Path(config), width="fpi", depth="stack")
     plan, shapes = growth.plan, {name: p.shape for name, p in growth.model.parameters.items()}
@@ -251,7 +251,7 @@ def dry_run(folder: str, pair: str) -> dict[str, Any]:
     import sparse
 
     for module in ("hub", "stage0", "universal", "zero"):  # readers are imported when they are needed
-        importlib.import_module(f"bert2bert.shards.{module}")
+        importlib.import_module(f"bert2bert.checkpoints.{module}")
     found: dict[str, Any] = {}
     with measured(found):
         found |= sparse.dry_run(Path(folder), pair)

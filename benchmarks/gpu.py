@@ -46,7 +46,6 @@ from parity import (
     sub_model,
 )
 
-from bert2bert.arguments import Parser
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader
 from bert2bert.model.batch import IGNORE, Batch
@@ -54,8 +53,9 @@ from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import peak_flops, step_flops
 from bert2bert.model.program import full
+from bert2bert.ranks.launcher import set_up
 from bert2bert.recipe import AdamW
-from bert2bert.train.ranks import set_up
+from bert2bert.terminal.arguments import Parser
 
 
 def compiler_counts() -> tuple[int, int]:

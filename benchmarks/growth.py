@@ -42,7 +42,7 @@ from typing import Any
 import contestants
 from contestants import files_of
 
-from bert2bert.arguments import Parser
+from bert2bert.terminal.arguments import Parser
 
 FULL = {"110M": (12, 768, 64), "335M": (24, 1024, 64), "1.3B": (24, 2048, 64)}  # layers, width, head size
 TOY = {"110M": (2, 64, 16), "335M": (4, 128, 16), "1.3B": (4, 256, 16)}

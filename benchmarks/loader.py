@@ -25,10 +25,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from bert2bert.arguments import Parser
 from bert2bert.data.bins import FORMAT_VERSION, TokenBins, blake, token_dtype
 from bert2bert.data.loader import MaskedLoader
 from bert2bert.data.packing import Packer
+from bert2bert.terminal.arguments import Parser
 
 VOCAB_SIZE = 30522
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}

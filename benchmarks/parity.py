@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bert2bert.checkpoints.groups import by_name
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader
-from bert2bert.groups import by_name
 from bert2bert.model.attention import attend, plan_padding, uses_kernel
 from bert2bert.model.batch import Batch
 from bert2bert.model.bert import Bert, label_loss

@@ -18,16 +18,18 @@ from unittest import mock
 
 import torch
 
-from bert2bert.costs import cost, cost_line
-from bert2bert.groups import param_groups
-from bert2bert.growth import target_spec
-from bert2bert.planning import describe, open_growth, summary
-from bert2bert.realise import values
-from bert2bert.shards import frames, hub_writer, transfer, zipped
-from bert2bert.shards.hub_writer import MAX_FILE_BYTES
-from bert2bert.shards.layout import SUB_GROUP_SIZE
-from bert2bert.shards.source import STATES, open_source
-from bert2bert.shards.writing import Job, Tally, TargetGroup, TargetSpec
+from bert2bert.algebra.realise import values
+from bert2bert.checkpoints import write as writing
+from bert2bert.checkpoints.groups import param_groups
+from bert2bert.checkpoints.hub import writer as hub_writer
+from bert2bert.checkpoints.hub.writer import MAX_FILE_BYTES
+from bert2bert.checkpoints.job import Job, Tally, TargetGroup, TargetSpec
+from bert2bert.checkpoints.source import STATES, open_source
+from bert2bert.checkpoints.zero.layout import SUB_GROUP_SIZE
+from bert2bert.commands.grow import target_spec
+from bert2bert.files import torch_writer, zip_writer
+from bert2bert.growth.opened import describe, open_growth, summary
+from bert2bert.measure.cost import cost, cost_line
 from bert2bert.tables import table_for
 
 LLAMA = {
@@ -66,7 +68,7 @@ def fresh_spec(config: dict[str, Any], precision: str = "fp32") -> TargetSpec:
     return TargetSpec(shapes, table.aliases(config, heads), config, groups, "decay", precision, STATES, counters)
 
 
-_SAVE, _STREAM = frames.save, frames.stream
+_SAVE, _STREAM = torch_writer.save, torch_writer.stream
 
 
 def _hole(file: Any, size: int) -> None:
@@ -77,15 +79,15 @@ def _hole(file: Any, size: int) -> None:
 def save(file: Any, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
     """`frames.save`, with holes in place of the tensors that are streamed."""
 
-    def stream(blank: frames.Blank, told: Callable[[int], None] | None) -> Iterator[memoryview]:
+    def stream(blank: torch_writer.Blank, told: Callable[[int], None] | None) -> Iterator[memoryview]:
         if told is None:
             yield from _STREAM(blank)
-        elif blank.nbytes < zipped.SMALL:  # it is kept until the next large one
+        elif blank.nbytes < zip_writer.SMALL:  # it is kept until the next large one
             yield memoryview(bytes(blank.nbytes))
         else:
             _hole(file, blank.nbytes)
 
-    with mock.patch.object(frames, "stream", stream):
+    with mock.patch.object(torch_writer, "stream", stream):
         return _SAVE(file, tree, wrote or (lambda count: None))
 
 
@@ -94,14 +96,14 @@ def holes() -> Iterator[None]:
     """The package's writers leave the tensors' bytes out."""
 
     def weights(job: Job, blanks: dict[str, Any], file: Any) -> int:
-        empty = {n: frames.Blank(b.shape, b.dtype, lambda: ()) for n, b in blanks.items()}
+        empty = {n: torch_writer.Blank(b.shape, b.dtype, lambda: ()) for n, b in blanks.items()}
         with mock.patch.object(hub_writer, "stream", lambda *_: ()):
             end = written(job, empty, file)
         _hole(file, end)
         return end
 
     written = hub_writer._weights
-    with mock.patch.object(frames, "save", save), mock.patch.object(hub_writer, "_weights", weights):
+    with mock.patch.object(torch_writer, "save", save), mock.patch.object(hub_writer, "_weights", weights):
         yield
 
 
@@ -113,7 +115,7 @@ def lay_out(folder: Path, spec: TargetSpec, form: str, stage: int | None = None,
     """Every file of a checkpoint, tensors as holes; the bytes of tensors in it."""
     tag = folder if form == "hub" else folder / spec.tag
     with holes():
-        plans = transfer._plan(Job(spec, _nothing, Tally.new()), form, stage, ranks, SUB_GROUP_SIZE, MAX_FILE_BYTES)
+        plans = writing._plan(Job(spec, _nothing, Tally.new()), form, stage, ranks, SUB_GROUP_SIZE, MAX_FILE_BYTES)
         for plan in plans:
             path = tag / plan.name
             path.parent.mkdir(parents=True, exist_ok=True)

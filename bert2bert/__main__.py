@@ -2,7 +2,7 @@
 
 import sys
 
-from bert2bert.cli import main
+from bert2bert.commands.cli import main
 
 if __name__ == "__main__":  # a process that multiprocessing starts imports this file too
     sys.exit(main())

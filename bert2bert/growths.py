@@ -15,8 +15,8 @@ from collections.abc import Callable
 from functools import partial
 
 from bert2bert.errors import did_you_mean
+from bert2bert.growth.steps import KINDS, Step, grow, interpolate, named, then
 from bert2bert.operators.registry import OPERATORS
-from bert2bert.operators.steps import KINDS, Step, grow, interpolate, named, then
 
 __all__ = ["Step", "grow", "interpolate", "then"]
 

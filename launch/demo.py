@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bert2bert.arguments import Parser
+from bert2bert.terminal.arguments import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "demo.json"  # written first: what makes a folder a demo's own

@@ -15,9 +15,9 @@ import time
 import traceback
 from typing import Any
 
-from bert2bert import interrupts
 from bert2bert.errors import InvalidConfig, UserError
-from bert2bert.train.ranks import GRACE_SECONDS, discover, first_speaks, started_as
+from bert2bert.ranks.launcher import GRACE_SECONDS, discover, first_speaks, started_as
+from bert2bert.terminal import interrupts
 
 
 def check(comm: Any) -> None:
@@ -33,11 +33,11 @@ def check(comm: Any) -> None:
 
 def main(argv: list[str], command_name: str = "grow") -> int:
     """Run one command of bert2bert on every rank that the launcher started."""
-    from bert2bert.cli import parse, run
+    from bert2bert.commands.cli import parse, run
 
     with first_speaks():
         args = parse([command_name, *argv])
-    from bert2bert.shards.transfer import world  # imports torch: only once the words are known to be sound
+    from bert2bert.checkpoints.write import world  # imports torch: only once the words are known to be sound
 
     comm = None
     try:

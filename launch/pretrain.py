@@ -8,7 +8,7 @@ before the first step does the same without a checkpoint.
 
 from __future__ import annotations
 
-from bert2bert.train import stopping
+from bert2bert.ranks import stopping
 
 if __name__ == "__main__":
     stopping.hold()  # whoever started this may end it at any moment, while Python still imports, too
@@ -20,9 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-from bert2bert.arguments import Parser
 from bert2bert.errors import UserError
-from bert2bert.train import ranks
+from bert2bert.ranks import launcher
+from bert2bert.terminal.arguments import Parser
 
 EXAMPLE = """\
 examples:
@@ -67,15 +67,15 @@ def arguments() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    with ranks.first_speaks():
+    with launcher.first_speaks():
         options = arguments().parse_args(words)
-    rank = ranks.started_as()
+    rank = launcher.started_as()
     try:
         from bert2bert.recipe import load_recipe
         from bert2bert.train import ds_config
 
-        timeout = ranks.timeout(options.timeout)
-        found = ranks.set_up()
+        timeout = launcher.timeout(options.timeout)
+        found = launcher.set_up()
         rank = found.rank
         overrides = [*options.set, *([f"data.bins={options.bins}"] if options.bins else [])]
         recipe = load_recipe(options.recipe, overrides)
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def alone() -> bool:
     """Whether no launcher ends this rank within the time that rank 0 needs to meet the same mistake, say so and end."""
-    until = time.monotonic() + ranks.GRACE_SECONDS
+    until = time.monotonic() + launcher.GRACE_SECONDS
     with stopping.held() as stop:
         while stop.caught is None and time.monotonic() < until:
             time.sleep(0.05)

@@ -71,7 +71,8 @@ def test_arrows(name: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["bert2bert.cli", "bert2bert.recipe", "bert2bert.operators.growth", "bert2bert.groups"]
+    "module",
+    ["bert2bert.commands.cli", "bert2bert.recipe.recipe", "bert2bert.growth.plan", "bert2bert.checkpoints.groups"],
 )
 def test_light_modules_import_no_torch(module: str) -> None:
     heavy = ("torch", "deepspeed", "transformers", "datasets", "matplotlib")
@@ -81,8 +82,8 @@ def test_light_modules_import_no_torch(module: str) -> None:
 
 
 def test_shards_and_algebra_name_the_states_alike() -> None:
-    from bert2bert import states
-    from bert2bert.shards import source
+    from bert2bert.algebra import states
+    from bert2bert.checkpoints import source
 
     assert tuple(states.STATES) == source.STATES
 

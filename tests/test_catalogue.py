@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bert2bert.cli import main
+from bert2bert.commands.cli import main
 from bert2bert.operators.registry import FLAGS, OPERATORS
 
 NAMES = sorted({name for known in OPERATORS.values() for name in known})

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bert2bert import cli, progress
+from bert2bert.commands import cli
 from bert2bert.data.prepare import prepare
 from bert2bert.tables import table_for
+from bert2bert.terminal import progress
 from tests.data.fixtures import write_bins
 from tests.train.runs import make_bins
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from bert2bert.checkpoints.job import TargetGroup, TargetSpec
+from bert2bert.checkpoints.source import MANIFEST, open_source
+from bert2bert.checkpoints.write import write_checkpoint
+from bert2bert.commands.grow import grow, target_spec
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.growth import grow, target_spec
-from bert2bert.planning import open_growth
-from bert2bert.shards.source import MANIFEST, open_source
-from bert2bert.shards.transfer import write_checkpoint
-from bert2bert.shards.writing import TargetGroup, TargetSpec
-from tests.shards.engines import hf_config
-from tests.shards.targets import make_spec, make_tensors, reader
+from bert2bert.growth.opened import open_growth
+from tests.checkpoints.engines import hf_config
+from tests.checkpoints.targets import make_spec, make_tensors, reader
 
 
 def config(folder: Path, **sizes: Any) -> Path:

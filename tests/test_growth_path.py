@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert import cli
-from bert2bert.checkpoint_model import open_model
+from bert2bert.algebra.realise import realise
+from bert2bert.commands import cli
+from bert2bert.commands.grow import _tokenizer_digest, grow
+from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, LossyGrowth, UnsupportedGrowth
-from bert2bert.growth import _tokenizer_digest, grow
-from bert2bert.planning import open_growth
-from bert2bert.realise import realise
-from bert2bert.verify import verify
+from bert2bert.growth.opened import open_growth
+from bert2bert.growth.source_model import open_model
+from tests.checkpoints.engines import STATES, Case, build, hf_config, release, save_cases, tiny_bert, train, truth
 from tests.distributed import run_ranks
 from tests.rounding import ROUNDING, SINGLE, gap, unit
-from tests.shards.engines import STATES, Case, build, hf_config, release, save_cases, tiny_bert, train, truth
 
 BIG = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 131}
 SOURCES = [

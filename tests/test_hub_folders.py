@@ -13,12 +13,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bert2bert.checkpoint_model import open_model
+from bert2bert.checkpoints.hub.beside import TOKENIZER
+from bert2bert.checkpoints.hub.writer import file_bytes
+from bert2bert.commands.grow import grow
+from bert2bert.commands.verify import render, verify
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
-from bert2bert.growth import grow
-from bert2bert.shards.beside import TOKENIZER
-from bert2bert.shards.hub_writer import file_bytes
-from bert2bert.verify import render, verify
+from bert2bert.growth.source_model import open_model
 from tests import tiny
 from tests.rounding import ROUNDING, SINGLE, allowed, gap
 from tests.test_verify_families import GROWN, save, silent, target

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shards.killing import make_source
+from tests.checkpoints.killing import make_source
 
 ROOT = Path(__file__).parents[1]
 

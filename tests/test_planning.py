@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bert2bert.checkpoint_model import open_model
-from bert2bert.cli import main
-from bert2bert.costs import bandwidth, cost, cost_line
+from bert2bert.checkpoints.write import deal
+from bert2bert.commands.cli import main
 from bert2bert.errors import InvalidConfig
-from bert2bert.operators.growth import plan_growth
-from bert2bert.planning import open_growth
-from bert2bert.shards.transfer import deal
+from bert2bert.growth.opened import open_growth
+from bert2bert.growth.plan import plan_growth
+from bert2bert.growth.source_model import open_model
+from bert2bert.measure.cost import bandwidth, cost, cost_line
 from bert2bert.tables import table_for
 
 SMALL = {

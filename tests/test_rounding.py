@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert2bert import axes
-from bert2bert.realise import realise
+from bert2bert.algebra import axes
+from bert2bert.algebra.realise import realise
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.laws.harness import Grown, gradients, grow, reader

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from bert2bert import reference
+from bert2bert.measure import transformers_models
+from bert2bert.measure.transformers_models import IGNORE, Sample
 from bert2bert.model import streaming
-from bert2bert.reference import IGNORE, Sample
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.rounding import ROUNDING, allowed, gap
@@ -41,16 +41,18 @@ def oracle(config: dict, model: transformers.PreTrainedModel, sample: Sample) ->
         return model(**given)
 
 
-def passed(config: dict, rows: streaming.Rows, sample: Sample) -> reference.Passed:
+def passed(config: dict, rows: streaming.Rows, sample: Sample) -> transformers_models.Passed:
     """The streamed run."""
     table = table_for(config)
-    return reference.passed(table, config, table.classes[config["architectures"][0]], rows, sample, torch.float64)
+    return transformers_models.passed(
+        table, config, table.classes[config["architectures"][0]], rows, sample, torch.float64
+    )
 
 
 @pytest.mark.parametrize("name", tiny.VARIANTS)
 def test_streamed_logits_are_the_whole_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "BLOCK", 50)  # several blocks of most parameters
-    monkeypatch.setattr(reference, "_TOKENS", 14)  # two rows and one
+    monkeypatch.setattr(transformers_models, "_TOKENS", 14)  # two rows and one
     config, model, weights, sample = case(name)
 
     def rows(n: str, start: int, stop: int) -> torch.Tensor:

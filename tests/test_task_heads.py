@@ -11,13 +11,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bert2bert.checkpoint_model import open_model
+from bert2bert.checkpoints.source import open_source
+from bert2bert.commands.grow import grow
+from bert2bert.commands.verify import render, verify
 from bert2bert.errors import InvalidCheckpoint, UnsupportedGrowth
-from bert2bert.growth import grow
-from bert2bert.operators.growth import plan_growth
-from bert2bert.shards.source import open_source
+from bert2bert.growth.plan import plan_growth
+from bert2bert.growth.source_model import open_model
 from bert2bert.tables import table_for
-from bert2bert.verify import render, verify
 from tests import tiny
 from tests.rounding import ROUNDING, SPARE, gap, largest, unit
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bert2bert import cli
-from bert2bert.verify import render, verify
+from bert2bert.commands import cli
+from bert2bert.commands.verify import render, verify
 from tests import tiny
 from tests.rounding import ROUNDING, gap
 from tests.test_verify_families import GROWN, result, target

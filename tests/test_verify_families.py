@@ -11,12 +11,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bert2bert import cli, reference
-from bert2bert.checkpoint_model import open_model
+from bert2bert.commands import cli
+from bert2bert.commands.grow import grow
+from bert2bert.commands.verify import render, verify
 from bert2bert.errors import InvalidConfig, InvalidData
-from bert2bert.growth import grow
+from bert2bert.growth.source_model import open_model
+from bert2bert.measure import transformers_models
 from bert2bert.tables import TABLES
-from bert2bert.verify import render, verify
 from tests import tiny
 from tests.data.fixtures import write_bins
 from tests.rounding import ROUNDING, SINGLE, WRONG, allowed, gap
@@ -98,7 +99,7 @@ def test_a_changed_weight_and_a_changed_function_fail(tmp_path: Path) -> None:
 
 def test_a_wrong_rule_for_gradients_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule is checked against real gradients: one that forgets the shares is found."""
-    from bert2bert import realise
+    from bert2bert.algebra import realise
 
     save(tmp_path / "small", "gpt2")
     grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), form="hub", say=silent)
@@ -168,7 +169,7 @@ def test_a_long_comparison_is_announced(tmp_path: Path, monkeypatch: pytest.Monk
     save(tmp_path / "small", "gpt2")
     config, lines = target(tmp_path / "big.json", "gpt2"), list[str]()
     for limit, words in ((1e9, ["logits differ"]), (1e3, ["being measured: ", "logits differ"])):
-        monkeypatch.setattr("bert2bert.drift._LONG", limit)
+        monkeypatch.setattr("bert2bert.measure.drift._LONG", limit)
         grow(tmp_path / "small", tmp_path / f"big{limit}", config, form="hub", say=lines.append)
         said = [line for line in lines if line.startswith("drift")]
         assert len(said) == len(words) and all(word in line for word, line in zip(words, said, strict=True))
@@ -257,7 +258,7 @@ def test_a_model_too_large_for_memory_is_refused_and_can_be_left_out(
 ) -> None:
     save(tmp_path / "small", "gpt2")
     config, small, big = target(tmp_path / "big.json", "gpt2"), tmp_path / "small", tmp_path / "big"
-    monkeypatch.setattr(reference, "free_memory", lambda: 10_000)
+    monkeypatch.setattr(transformers_models, "free_memory", lambda: 10_000)
     assert cli.main(["grow", str(small), str(big), "--config", str(config)]) == 0
     assert "drift    not measured: comparing logits takes" in capsys.readouterr().out
     assert cli.main(["verify", str(small), str(big)]) == 2
@@ -267,7 +268,7 @@ def test_a_model_too_large_for_memory_is_refused_and_can_be_left_out(
     assert "left out as asked" in capsys.readouterr().out
     assert json.loads(file.read_text())["drift"] is None
     # enough for logits, which need a layer, in float32 alone; not for both models' gradients
-    monkeypatch.setattr(reference, "free_memory", lambda: 50_000_000)
+    monkeypatch.setattr(transformers_models, "free_memory", lambda: 50_000_000)
     for module in ("drift", "verify"):
         monkeypatch.setattr(f"bert2bert.{module}.gradients_memory", lambda *of: 20_000_000)
     assert cli.main(["verify", str(small), str(big), "--json"]) == 0
@@ -275,7 +276,7 @@ def test_a_model_too_large_for_memory_is_refused_and_can_be_left_out(
     report = json.loads(shown.out)
     assert report["ok"] and report["drift"]["dtype"] == "float32" and "gradients will" not in shown.err
     assert "not compared: the gradients of both models takes" in result(report, "gradients")[1]
-    monkeypatch.setattr(reference, "free_memory", lambda: 200_000_000)
+    monkeypatch.setattr(transformers_models, "free_memory", lambda: 200_000_000)
     assert cli.main(["verify", str(small), str(big), "--json"]) == 0
     assert "both models whole, which takes 0.16 GB of memory; --no-logits" in capsys.readouterr().err
 
@@ -300,7 +301,7 @@ def test_without_transformers_only_a_bert_is_run(tmp_path: Path, monkeypatch: py
     assert "logits differ by" in drifts[0] and "pip install transformers" in drifts[1]
     report = verify(tmp_path / "bert", tmp_path / "bert-big")
     assert report["ok"] and "not compared" in result(report, "gradients")[1]
-    with pytest.raises(reference.NoReference, match="--no-logits"):
+    with pytest.raises(transformers_models.NoReference, match="--no-logits"):
         verify(tmp_path / "gpt2", tmp_path / "gpt2-big")
 
 
@@ -317,5 +318,7 @@ def test_a_growth_that_scales_the_norms_epsilon(tmp_path: Path) -> None:
 
 def test_a_config_that_transformers_refuses_is_no_reference(tmp_path: Path) -> None:
     config = tiny.config_of("gpt2") | {"n_layer": "three"}
-    with pytest.raises(reference.NoReference, match=r"refuses the config of a GPT2LMHeadModel: (.|\n)*--no-logits"):
-        reference.build(TABLES["gpt2"], config, frozenset({"mlm"}), torch.empty, torch.float64)
+    with pytest.raises(
+        transformers_models.NoReference, match=r"refuses the config of a GPT2LMHeadModel: (.|\n)*--no-logits"
+    ):
+        transformers_models.build(TABLES["gpt2"], config, frozenset({"mlm"}), torch.empty, torch.float64)

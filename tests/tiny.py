@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from bert2bert.reference import Double
+from bert2bert.measure.transformers_models import Double
 from bert2bert.tables import TABLES, table_for
 
 TOKENS = range(2, 23)  # below every vocabulary, so that a grown or shrunk model reads the same ids; 0 and 1 may pad

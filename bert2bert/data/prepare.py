@@ -32,7 +32,7 @@ from bert2bert.data.text import DOCUMENTS, TextFile
 from bert2bert.data.tokenizer import TextTokenizer, failed, train_tokenizer
 from bert2bert.data.tokenizer_files import load_tokenizer
 from bert2bert.errors import InvalidConfig, InvalidData, UserError, did_you_mean
-from bert2bert.progress import progress
+from bert2bert.terminal.progress import progress
 
 _BATCH_CHARACTERS, _BATCH_PIECES = 1 << 20, 1 << 13  # tokenised in one call
 Source = TextFile | Records

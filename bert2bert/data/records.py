@@ -17,7 +17,7 @@ from typing import Any
 
 from bert2bert.data.text import DAMAGED, TABLES, Advance, Pieces, pieces, plain, table
 from bert2bert.errors import InvalidData, did_you_mean
-from bert2bert.shards.sniff import describe, sniff
+from bert2bert.files.sniff import describe, sniff
 
 _TEXTUAL = ("json", "csv")  # builders whose files are text
 

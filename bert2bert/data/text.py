@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from bert2bert.errors import InvalidData
-from bert2bert.shards.sniff import START, kind_of, said
+from bert2bert.files.sniff import START, kind_of, said
 
 DOCUMENTS = ("file", "blank-line", "line")
 PIECE = 1 << 16

@@ -23,7 +23,7 @@ from typing import Any
 from bert2bert.data.tokenizer import TextTokenizer, failed
 from bert2bert.data.tokenizer_checks import CONFIG, PROBE, check_ids, contradictions, roles
 from bert2bert.errors import InvalidData
-from bert2bert.shards.sniff import describe, sniff
+from bert2bert.files.sniff import describe, sniff
 
 _SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tekken.json")

@@ -1,5 +1,27 @@
 """Growth operators: importing this package registers all of them in `registry.OPERATORS`."""
 
-from bert2bert.operators import copying, depth, experts, learned, levels, padding, published, sharing, vocab, width
+from bert2bert.operators import (
+    depth,
+    depth_unshare,
+    experts,
+    shrinking,
+    vocab,
+    width_bert2bert,
+    width_copies,
+    width_ligo,
+    width_padding,
+    width_scaled,
+)
 
-__all__ = ["copying", "depth", "experts", "learned", "levels", "padding", "published", "sharing", "vocab", "width"]
+__all__ = [
+    "depth",
+    "depth_unshare",
+    "experts",
+    "shrinking",
+    "vocab",
+    "width_bert2bert",
+    "width_copies",
+    "width_ligo",
+    "width_padding",
+    "width_scaled",
+]

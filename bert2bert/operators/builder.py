@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bert2bert import axes
+from bert2bert.algebra import axes
+from bert2bert.algebra.maps import Gather, identity, scalar
+from bert2bert.algebra.plan import Dim, Fill, Noise, TensorPlan, Term
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.maps import Gather, identity, scalar
-from bert2bert.operators.pair import TOKENS, Layer, Pair, Width
-from bert2bert.plan import Dim, Fill, Noise, TensorPlan, Term
+from bert2bert.operators.decisions import TOKENS, Layer, Pair, Width
 from bert2bert.tables import Parameter
 
 Mask = NDArray[np.bool_]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal, NoReturn
 
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.operators.pair import Layer, Pair
+from bert2bert.operators.decisions import Layer, Pair
 from bert2bert.operators.registry import operator
 
 _CHANGES = "nothing exactly"

@@ -14,9 +14,9 @@ from typing import Literal
 
 import numpy as np
 
+from bert2bert.algebra.maps import Gather, copies
 from bert2bert.errors import InvalidConfig
-from bert2bert.maps import Gather, copies
-from bert2bert.operators.pair import Pair, Width
+from bert2bert.operators.decisions import Pair, Width
 from bert2bert.operators.registry import operator
 
 _TOP = "num_experts_per_tok"

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bert2bert import axes
+from bert2bert.algebra import axes
+from bert2bert.algebra.maps import Gather, corner
 from bert2bert.errors import InvalidConfig, did_you_mean
-from bert2bert.maps import Gather, corner
-from bert2bert.operators.pair import Pair, Width
+from bert2bert.operators.decisions import Pair, Width
 from bert2bert.operators.registry import operator
 
 _OLD = "the logits of old tokens; not their probabilities, for new tokens enter the softmax"

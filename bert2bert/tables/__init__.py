@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, did_you_mean
-from bert2bert.tables.base import Parameter, Table
 from bert2bert.tables.bert import BERT
 from bert2bert.tables.gpt2 import GPT2
 from bert2bert.tables.llama import LLAMA, MISTRAL
@@ -15,6 +14,7 @@ from bert2bert.tables.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from bert2bert.tables.qwen import QWEN2, QWEN3
 from bert2bert.tables.roberta import ROBERTA
 from bert2bert.tables.t5 import T5
+from bert2bert.tables.table import Parameter, Table
 
 TABLES = {
     table.model_type: table

@@ -6,8 +6,8 @@ feature has equally many copies. The tied decoder is the word embedding, so the 
 
 from __future__ import annotations
 
-from bert2bert.tables.base import Row, Table, Tie
 from bert2bert.tables.heads import BERT_ROWS, LABELS, bert_classes
+from bert2bert.tables.table import Row, Table, Tie
 
 BERT = Table(
     model_type="bert",

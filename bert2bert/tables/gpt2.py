@@ -6,8 +6,8 @@ final norm before it writes ``~embed``. Refuses cross-attention, and scores that
 
 from __future__ import annotations
 
-from bert2bert.tables.base import Row, Table, Tie
 from bert2bert.tables.heads import LABELS
+from bert2bert.tables.table import Row, Table, Tie
 
 GPT2 = Table(
     model_type="gpt2",

@@ -6,7 +6,7 @@ config's labels and never grows; what a causal model's classes read, ``normed``,
 
 from __future__ import annotations
 
-from bert2bert.tables.base import Row
+from bert2bert.tables.table import Row
 
 LABELS = {"labels": "id2label|num_labels|2"}  # the size of the axis
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bert2bert.tables.base import Row, Table, Tie
 from bert2bert.tables.heads import LABELS, LLAMA_ROWS, llama_classes
+from bert2bert.tables.table import Row, Table, Tie
 
 _ROTARY = (
     "rotary positions pair a head's features at frequencies that follow from its size; keep head_dim, grow the heads"

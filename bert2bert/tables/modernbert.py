@@ -8,8 +8,8 @@ layer 0 has no norm before its attention, which reads ``embed``. A layer is glob
 
 from __future__ import annotations
 
-from bert2bert.tables.base import Row, Table, Tie
 from bert2bert.tables.heads import LABELS, bert_classes
+from bert2bert.tables.table import Row, Table, Tie
 
 _L = "model.layers.{layers}."
 _QKV, _LATER = "(tau heads qk | heads ~qk | heads v)", (1, None)

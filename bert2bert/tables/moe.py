@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bert2bert.tables.base import Row
 from bert2bert.tables.heads import llama_classes
 from bert2bert.tables.llama import LLAMA
 from bert2bert.tables.qwen import head_norms
+from bert2bert.tables.table import Row
 
 _MLP = "model.layers.{layers}.mlp."
 _ATTENTION = tuple(row for row in LLAMA.rows if ".self_attn." in row.name)

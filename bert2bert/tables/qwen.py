@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bert2bert.tables.base import Row
 from bert2bert.tables.heads import llama_classes
 from bert2bert.tables.llama import LLAMA
+from bert2bert.tables.table import Row
 
 _SHARED = tuple(row for row in LLAMA.rows if row.when != "mlp_bias")
 _FFN = [row.name for row in _SHARED].index("model.layers.{layers}.mlp.gate_proj.weight")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bert2bert.tables.base import Row, Tie
 from bert2bert.tables.bert import BERT
 from bert2bert.tables.heads import BERT_ROWS, bert_classes
+from bert2bert.tables.table import Row, Tie
 
 _LAYERS = tuple(replace(row, name=f"roberta.{row.name.removeprefix('bert.')}") for row in BERT.rows if row.depth)
 

@@ -8,8 +8,8 @@ T5's, not 1.1's) the last norm has ``sigma``. transformers ties the head, unless
 
 from __future__ import annotations
 
-from bert2bert.tables.base import Row, Table, Tie
 from bert2bert.tables.heads import LABELS
+from bert2bert.tables.table import Row, Table, Tie
 
 _E, _D, _BIAS = "encoder.block.{layers}.layer", "decoder.block.{decoder_layers}.layer", "relative_attention_bias.weight"
 _LAST, _SCALED, _BUCKETS = "decoder.final_layer_norm.weight", "scale_decoder_outputs", "relative_attention_num_buckets"

@@ -24,17 +24,17 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from pydantic import ValidationError
 
+from bert2bert.checkpoints.groups import Group, param_groups
 from bert2bert.errors import InvalidConfig, UserError
-from bert2bert.groups import Group, param_groups
 from bert2bert.model.batch import Batch
 from bert2bert.model.bert import Bert, hf_config
 from bert2bert.model.program import LayerProgram
+from bert2bert.ranks.launcher import device_number
+from bert2bert.ranks.rendezvous import INIT, meet
+from bert2bert.ranks.stopping import Stop
+from bert2bert.ranks.together import total
 from bert2bert.tables import table_for
 from bert2bert.train.ds_config import resolve
-from bert2bert.train.ranks import device_number
-from bert2bert.train.rendezvous import INIT, meet
-from bert2bert.train.stopping import Stop
-from bert2bert.train.together import total
 
 if TYPE_CHECKING:
     from bert2bert.recipe import Recipe
@@ -43,7 +43,7 @@ TIMEOUT = 600.0
 """Seconds that a rank waits for another, if nothing else is asked for."""
 
 GROUP_LAYOUT = "layers"
-"""Parameter groups of every run of this project (see bert2bert.groups): one pair a layer, so that a layer can rest."""
+"""Parameter groups of every run of this project (`checkpoints.groups`): one pair a layer, so that a layer can rest."""
 
 
 class FreezableAdamW(torch.optim.AdamW):

@@ -22,27 +22,28 @@ import torch
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader, eval_batches
 from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.files.disk import disk_errors
+from bert2bert.files.lock import Lock
 from bert2bert.model.batch import IGNORE
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import peak_flops, step_flops
+from bert2bert.ranks import stopping, together
+from bert2bert.ranks.rendezvous import Stopped
 from bert2bert.recipe import Recipe
-from bert2bert.shards.disk import disk_errors
-from bert2bert.shards.lock import Lock
+from bert2bert.recipe.programs import draw
+from bert2bert.recipe.schedules import lr_at, peak_of
 from bert2bert.train import engine as engines
-from bert2bert.train import runfolder, stopping, together
+from bert2bert.train import run_folder
 from bert2bert.train.banner import banner, ending
+from bert2bert.train.errors import explained
 from bert2bert.train.evaluate import MASK_SEED, evaluate
-from bert2bert.train.failures import explained
-from bert2bert.train.loading import Resumed
-from bert2bert.train.loading import resume as load
 from bert2bert.train.metrics import MetricsWriter
 from bert2bert.train.position import Progress, start
-from bert2bert.train.programs import draw
-from bert2bert.train.randomness import seed_all
-from bert2bert.train.rendezvous import Stopped
-from bert2bert.train.saving import save, tag_of, versions
-from bert2bert.train.schedules import lr_at, peak_of
+from bert2bert.train.resume import Resumed
+from bert2bert.train.resume import resume as load
+from bert2bert.train.rng import seed_all
+from bert2bert.train.save import save, tag_of, versions
 
 
 def train(
@@ -55,7 +56,7 @@ def train(
     quiet: bool = False,
     timeout: float = engines.TIMEOUT,
 ) -> dict[str, Any]:
-    """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.train.ranks.set_up).
+    """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.ranks.launcher.set_up).
 
     ``resume``: a run folder (``output`` itself: the run goes on, or starts if no checkpoint is there yet), a tag's
     folder, a grown checkpoint, or a Hugging Face folder. ``command``: what run.json says started it (default sys.argv);
@@ -73,7 +74,7 @@ def train(
             f"the tokenizer of {bins.folder} has {bins.vocab_size} ids, the model's vocab_size is {config.vocab_size}; "
             f"set model.vocab_size to at least {bins.vocab_size}"
         )
-    runfolder.check_folder(output)
+    run_folder.check_folder(output)
     begun = "No step was made; run the same command again"
     with stopping.held() as stop, disk_errors(output), explained("before the first step", lambda: begun):
         try:
@@ -82,8 +83,8 @@ def train(
             return _not_begun(str(stopped))
         if name := together.answer(together.total(together.asked(stop), device)):
             return _not_begun(name)
-        with runfolder.locked(output) as lock:
-            continued, source = together.on_first(output, lambda: runfolder.claim(output, resume))
+        with run_folder.locked(output) as lock:
+            continued, source = together.on_first(output, lambda: run_folder.claim(output, resume))
             torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
             model = Bert(config, compile_layers=device.type == "cuda" and _stage(ds_config) < 3)
             engine = engines.build(recipe, ds_config, model)
@@ -165,7 +166,7 @@ class _Run:
                 self.warn(f"  note: {note}")
         self.held_entropy = self.bins.meta["splits"]["heldout"].get("unigram_entropy")
         describe = partial(
-            runfolder.describe, self.output, recipe, ds_config, model=self.config.to_hf(), world=engine.world,
+            run_folder.describe, self.output, recipe, ds_config, model=self.config.to_hf(), world=engine.world,
             versions=versions(), data={**self.digests, "heldout_unigram_entropy": self.held_entropy}, command=command,
             source=source, continued=continued, step=self.step, bins=self.bins.folder, recipe_file=recipe_file,
         )  # fmt: skip
@@ -219,7 +220,7 @@ class _Run:
             else:
                 at = self.output / tag_of(self.step)
                 self.say(ending(recipe, self.step, self.spent, self.loss, self.result, at))
-            together.on_first(self.output, lambda: runfolder.finish(self.output))
+            together.on_first(self.output, lambda: run_folder.finish(self.output))
         elif self.saved == self.step:
             self.warn(
                 f"stopped by {stopped} after step {self.step} of {recipe.steps}; checkpoint written. "

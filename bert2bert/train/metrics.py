@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bert2bert.shards.disk import replace
+from bert2bert.files.disk import replace
 
 KINDS = ("train", "eval")
 _NOT_PLOTTED = ("kind", "step", "phase", "phase_step")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bert2bert.shards.digest import digest, hex16
-from bert2bert.shards.layout import parameter_alignment, zero3_sub_group, zero12_layout
-from bert2bert.shards.source import STATES
+from bert2bert.checkpoints.source import STATES
+from bert2bert.checkpoints.zero.layout import parameter_alignment, zero3_sub_group, zero12_layout
+from bert2bert.files.digest import digest, hex16
 
 if TYPE_CHECKING:
     from bert2bert.train.engine import Engine

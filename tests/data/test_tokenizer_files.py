@@ -20,7 +20,7 @@ from bert2bert.data.bins import TokenBins
 from bert2bert.data.prepare import prepare
 from bert2bert.data.tokenizer_files import load_tokenizer
 from bert2bert.errors import InvalidData
-from bert2bert.train.runfolder import TOKENIZER
+from bert2bert.train.run_folder import TOKENIZER
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

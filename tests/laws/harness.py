@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert2bert.operators.growth import plan_growth
-from bert2bert.plan import GrowthPlan
-from bert2bert.realise import Read, realise, values
+from bert2bert.algebra.plan import GrowthPlan
+from bert2bert.algebra.realise import Read, realise, values
+from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.rounding import ROUNDING, allowed, gap, squared

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.operators.growth import plan_growth
+from bert2bert.growth.plan import plan_growth
 from bert2bert.operators.registry import OPERATORS
-from bert2bert.plan import GrowthPlan
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.laws.harness import Grown, assert_slices, gradients, grow, reader, realised

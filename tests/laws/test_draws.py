@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from bert2bert.draws import drawn, normal_fill, pair_noise
-from bert2bert.plan import Fill, Noise, TensorPlan
+from bert2bert.algebra.draws import drawn, normal_fill, pair_noise
+from bert2bert.algebra.plan import Fill, Noise, TensorPlan
 
 
 def numbers(plan: TensorPlan, purpose: str) -> np.ndarray:
@@ -51,7 +51,7 @@ def test_numbers_depend_on_their_place_alone(shape: tuple[int, ...], dim: int, f
 
 def test_what_is_drawn_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of columns, only those of copies; of rows, at most each and its sibling."""
-    from bert2bert import draws
+    from bert2bert.algebra import draws
 
     made = 0
     plain = draws._box_muller

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from bert2bert.algebra.realise import values
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.operators.growth import plan_growth
-from bert2bert.realise import values
+from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.laws.harness import (

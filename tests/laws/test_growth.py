@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bert2bert.operators.compose import then
-from bert2bert.operators.growth import plan_growth
-from bert2bert.plan import GrowthPlan
-from bert2bert.realise import realise, values
+from bert2bert.algebra.plan import GrowthPlan
+from bert2bert.algebra.realise import realise, values
+from bert2bert.growth.compose import then
+from bert2bert.growth.plan import plan_growth
 from tests.rounding import ROUNDING, WRONG, allowed, gap, largest, squared
 from tests.tiny import batch, bert_config, hf_bert, scramble
 
@@ -128,16 +128,16 @@ def _attention(model: Any, choice: str) -> tuple[torch.Tensor, torch.Tensor, flo
     from functools import reduce
     from operator import mul
 
-    from bert2bert import axes
-    from bert2bert.maps import copies
-    from bert2bert.operators.width import index
-    from bert2bert.plan import Dim, TensorPlan, Term
+    from bert2bert.algebra import axes
+    from bert2bert.algebra.maps import copies
+    from bert2bert.algebra.plan import Dim, TensorPlan, Term
+    from bert2bert.operators.width_bert2bert import index
     from bert2bert.tables import BERT
 
     heads = copies(index(2, 5, choice, np.random.default_rng(1)), 2)
     layer = model.bert.encoder.layer[0].attention
     sizes = {"heads": heads, "embed": 8, "qk": 4, "v": 4, "tau": 1, "rho": 1}
-    from bert2bert.maps import identity
+    from bert2bert.algebra.maps import identity
 
     values = parameters(model)
     state = {}

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from bert2bert.algebra.plan import GrowthPlan
+from bert2bert.algebra.realise import realise
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.operators.growth import plan_growth
-from bert2bert.plan import GrowthPlan
-from bert2bert.realise import realise
+from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.checkpoints.growths import GROWTHS, Growth
 from tests.laws.harness import Grown, reader
 from tests.rounding import ROUNDING, allowed, gap
-from tests.shards.growths import GROWTHS, Growth
 
 HIDDEN = ("last_hidden_state", "encoder_last_hidden_state", "pooler_output")
 SAME = {"mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"}  # Llama's rows: a few operators tell it all

@@ -15,16 +15,16 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from bert2bert import reference
+from bert2bert.algebra.plan import GrowthPlan
+from bert2bert.commands.grow import grow
+from bert2bert.commands.learn import Fit, Fitted, learn, rows_of
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.corpus import books
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, InvalidData, UnsupportedGrowth
-from bert2bert.growth import grow
-from bert2bert.learned import Fit, Fitted, learn, rows_of
-from bert2bert.operators.growth import plan_growth
-from bert2bert.operators.learned import load
-from bert2bert.plan import GrowthPlan
-from bert2bert.reference import IGNORE, Sample
+from bert2bert.growth.plan import plan_growth
+from bert2bert.measure import transformers_models
+from bert2bert.measure.transformers_models import IGNORE, Sample
+from bert2bert.operators.width_ligo import load
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.data.fixtures import write_bins
@@ -109,9 +109,9 @@ def test_a_fit_reaches_every_map_and_its_plan_is_what_was_fitted(name: str, tmp_
     read = reader(dict.fromkeys(STATES, weights))
     assert not any(m.any() for state in STATES[1:] for m in realised(plan, read, state).values())
     state = realised(plan, read)
-    model = reference.build(table_for(config), plan.config, fit.used, state.__getitem__, torch.float64)
+    model = transformers_models.build(table_for(config), plan.config, fit.used, state.__getitem__, torch.float64)
     after = {n: torch.from_numpy(m) for n, m in found.maps.items()}
-    loss = reference.run(model, given, fit.what, 29)[1]
+    loss = transformers_models.run(model, given, fit.what, 29)[1]
     assert gap(loss, fit.loss(after, given), allowed(lambda: fit.loss(after, given))) <= ROUNDING
 
 
@@ -192,7 +192,7 @@ def trained(folder: Path, bins: TokenBins, steps: int) -> dict[str, Any]:
     for step, given in enumerate(islice(rows_of(bins, "train", "causal", 8, 32, 5), steps)):
         adam.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 20) * (1 - step / steps)
         adam.zero_grad()
-        reference.run(model, given, "causal", bins.vocab_size)[1].backward()
+        transformers_models.run(model, given, "causal", bins.vocab_size)[1].backward()
         adam.step()
     model.save_pretrained(folder)
     return config
@@ -222,7 +222,7 @@ def test_a_fit_beats_its_start_on_held_out_text(tmp_path: Path) -> None:
     held = list(islice(rows_of(bins, "heldout", "causal", 16, 32, 9), 16))
     before = np.array([fit.measure(fit.maps, [given]) for given in held])
     with torch.no_grad():
-        after = np.array([float(reference.run(model, given, "causal", bins.vocab_size)[1]) for given in held])
+        after = np.array([float(transformers_models.run(model, given, "causal", bins.vocab_size)[1]) for given in held])
     maps = {n: torch.from_numpy(m) for n, m in found.maps.items()}
     assert gap(torch.tensor(fit.measure(maps, held)), torch.tensor(after.mean())) <= ROUNDING
     gain = before - after

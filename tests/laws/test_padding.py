@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert import axes
+from bert2bert.algebra import axes
+from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.plan import GrowthPlan
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.laws.harness import (

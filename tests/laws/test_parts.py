@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from bert2bert import axes
+from bert2bert.algebra import axes
+from bert2bert.algebra.maps import Gather, copies, corner, identity, scalar
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.maps import Gather, copies, corner, identity, scalar
-from bert2bert.operators.compose import then
+from bert2bert.growth.compose import then
+from bert2bert.growth.plan import plan_growth
+from bert2bert.operators.decisions import Pair
 from bert2bert.operators.depth import stack
-from bert2bert.operators.growth import plan_growth
-from bert2bert.operators.pair import Pair
-from bert2bert.operators.width import fpi
+from bert2bert.operators.width_bert2bert import fpi
 from bert2bert.tables import table_for
 from tests.rounding import ROUNDING, gap
 from tests.tiny import bert_config

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from bert2bert import axes
+from bert2bert.algebra import axes
+from bert2bert.algebra.maps import Gather
+from bert2bert.algebra.plan import TensorPlan
+from bert2bert.algebra.realise import realise
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.maps import Gather
+from bert2bert.growth.plan import plan_growth
 from bert2bert.operators.builder import Builder
-from bert2bert.operators.growth import plan_growth
-from bert2bert.operators.pair import Layer, Pair
-from bert2bert.operators.published import sparkling
-from bert2bert.plan import TensorPlan
-from bert2bert.realise import realise
+from bert2bert.operators.decisions import Layer, Pair
+from bert2bert.operators.width_scaled import sparkling
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.laws.harness import Grown, assert_same_logits, assert_slices, grow, reader, realised

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from bert2bert.algebra.plan import GrowthPlan
+from bert2bert.algebra.realise import realise
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.operators.growth import plan_growth
-from bert2bert.plan import GrowthPlan
-from bert2bert.realise import realise
+from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import Parameter, table_for
 from tests import tiny
 from tests.laws.harness import detached, gradients, reader, realised, scrambled

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from bert2bert import growths as g
+from bert2bert.algebra.plan import GrowthPlan
+from bert2bert.algebra.realise import values
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.operators.growth import plan_growth
+from bert2bert.growth.plan import plan_growth
+from bert2bert.growth.steps import KINDS, replan
 from bert2bert.operators.registry import OPERATORS
-from bert2bert.operators.steps import KINDS, replan
-from bert2bert.plan import GrowthPlan
-from bert2bert.realise import values
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.laws.harness import STATES, reader

@@ -11,10 +11,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from bert2bert import axes
+from bert2bert.algebra import axes
+from bert2bert.algebra.realise import realise
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.operators.growth import plan_growth
-from bert2bert.realise import realise
+from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.laws.harness import Grown, assert_gradient_rule, assert_slices, grow, reader, realised

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import transformers
 
-from bert2bert.cli import main
+from bert2bert.commands.cli import main
 from tests import tiny
-from tests.shards.engines import hf_model
+from tests.checkpoints.engines import hf_model
 
 
 def saved(folder: Path, name: str, seed: int = 0, **changes: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from mergekit.moe.mixtral import MixtralMoE
 from mergekit.options import MergeOptions
 
 from bert2bert import growths
-from bert2bert.checkpoint_model import open_model
-from bert2bert.realise import values
+from bert2bert.algebra.realise import values
+from bert2bert.growth.source_model import open_model
 from tests import tiny
 from tests.oracles.folders import grown, loaded, saved
 from tests.rounding import ROUNDING, gap

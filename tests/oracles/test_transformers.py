@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert2bert import axes
+from bert2bert.algebra import axes
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.checkpoints.engines import hf_model
 from tests.oracles.folders import grown, saved
 from tests.rounding import ROUNDING, elementary, gap
-from tests.shards.engines import hf_model
 
 OLD, NEW = 29, 34
 FAMILIES = sorted(tiny.VARIANTS)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bert2bert.recipe import Full, SubModels, from_dict, load_recipe
+from bert2bert.recipe.schedules import lr_at, peak_of
 from bert2bert.train.ds_config import read, resolve
-from bert2bert.train.schedules import lr_at, peak_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))

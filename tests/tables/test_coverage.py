@@ -12,9 +12,10 @@ import pytest
 import torch
 import transformers
 
-from bert2bert import axes, tables
+from bert2bert import tables
+from bert2bert.algebra import axes
 from bert2bert.tables import TABLES, table_for
-from bert2bert.tables.base import Table
+from bert2bert.tables.table import Table
 from tests import tiny
 
 _OTHERS = ("__init__.py", "base.py", "expressions.py")

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
-from bert2bert.groups import by_name, param_groups
+from bert2bert.checkpoints.groups import by_name, param_groups
 from bert2bert.tables import Parameter, table_for
 from tests import tiny
-from tests.shards.engines import aliases, trainer_groups
+from tests.checkpoints.engines import aliases, trainer_groups
 
 # (decay, no decay) of transformers' Trainer for models of two layers, counted by hand
 COUNTS = {"llama": (16, 5), "qwen2": (15, 11), "gpt2": (10, 18), "t5": (33, 14), "modernbert": (10, 7)}

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.operators.growth import plan_growth
+from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import TABLES
 from tests import tiny
 

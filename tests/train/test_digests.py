@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from bert2bert import cli
+from bert2bert.checkpoints.commit.pending import MANIFEST, file_sizes
+from bert2bert.checkpoints.inspect import check, render_check
+from bert2bert.commands import cli
 from bert2bert.errors import UserError
+from bert2bert.files.digest import FILE_DIGEST, file_digest
 from bert2bert.recipe import Phase
-from bert2bert.shards.commit import MANIFEST, file_sizes
-from bert2bert.shards.digest import FILE_DIGEST, file_digest
-from bert2bert.shards.inspect import check, render_check
-from bert2bert.train import saving
+from bert2bert.train import save
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
 
@@ -100,7 +100,7 @@ def fail_on_one_rank(bins: Path, output: Path, victim: int) -> str:
             raise OSError(5, "Input/output error", str(path))
         return file_digest(path)
 
-    saving.file_digest = broken
+    save.file_digest = broken
     try:
         runs.run(short(bins), tiny.ds_config(2), output)
     except UserError as error:
@@ -114,5 +114,5 @@ def test_a_rank_that_cannot_read_its_files_back_stops_all(bins: Path, tmp_path: 
     for told in run_ranks(fail_on_one_rank, 2, bins, tmp_path / "run", victim, timeout=50):
         assert "cannot be written: Input/output error" in told and "global_step1" in told
     folder = tmp_path / "run" / "global_step1"
-    assert not (folder / MANIFEST).exists() and (folder / saving.UNFINISHED).exists()
+    assert not (folder / MANIFEST).exists() and (folder / save.UNFINISHED).exists()
     assert not (tmp_path / "run" / "latest").exists()

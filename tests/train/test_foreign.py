@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from bert2bert import cli
+from bert2bert.checkpoints.source import open_source
+from bert2bert.commands import cli
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
-from bert2bert.shards.source import open_source
+from tests.checkpoints import engines
+from tests.checkpoints.engines import STATES, Case, hf_config, save_cases
 from tests.distributed import run_ranks
-from tests.shards import engines
-from tests.shards.engines import STATES, Case, hf_config, save_cases
 from tests.train import runs, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -62,11 +62,11 @@ def held(bins: Path, path: Path, truth: Path, prefix: str = "") -> list[str]:
     """What this rank's engine holds otherwise than the engine that saved the checkpoint, after a load. prefix: before
     the names of that engine's parameters."""
     from bert2bert.train import engine as trained
-    from bert2bert.train import loading, partitions
+    from bert2bert.train import partitions, resume
 
     plan = runs.recipe(bins, model=CONFIG)
     engine = trained.build(plan, tiny.ds_config(2), Bert(BertConfig.from_hf(CONFIG)))
-    found = loading.resume(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
+    found = resume.resume(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
     expected = torch.load(truth)
     wrong = [] if (found.kind, found.progress.step) == ("growth", 0) else [found.kind]
     for fragment in partitions.fragments(engine):

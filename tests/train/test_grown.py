@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.groups import by_name, param_groups
+from bert2bert.checkpoints.groups import by_name, param_groups
+from bert2bert.checkpoints.job import STATES, TargetGroup, TargetSpec
+from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.recipe import Phase
-from bert2bert.shards.transfer import write_checkpoint
-from bert2bert.shards.writing import STATES, TargetGroup, TargetSpec
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
 
@@ -61,7 +61,7 @@ def values(name: str, state: str, start: int, stop: int) -> torch.Tensor:
 
 def load(bins: Path, path: Path, cases: list[tuple[int, str]]) -> list[dict[str, Any]]:
     from bert2bert.train import engine as engines
-    from bert2bert.train import loading, partitions
+    from bert2bert.train import partitions, resume
 
     tiny.allow_fp16()
     world = int(os.environ["WORLD_SIZE"])
@@ -69,7 +69,7 @@ def load(bins: Path, path: Path, cases: list[tuple[int, str]]) -> list[dict[str,
     plan, out = runs.recipe(bins, batch_rows=rows), []
     for stage, precision in cases:
         engine = engines.build(plan, tiny.ds_config(stage, precision, world, rows=rows), tiny.model(nsp=False))
-        found = loading.resume(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
+        found = resume.resume(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
         worst = 0.0
         for fragment in partitions.fragments(engine):
             for state in STATES:
@@ -135,12 +135,12 @@ def load_hub(bins: Path, path: Path, told: dict[str, str]) -> tuple[str, bool]:
     """What kind of checkpoint was taken (or the refusal), and whether all weights are those of a 16-bit file."""
     from bert2bert.errors import InvalidConfig
     from bert2bert.train import engine as engines
-    from bert2bert.train import loading, partitions
+    from bert2bert.train import partitions, resume
 
     plan = runs.recipe(bins)
     engine = engines.build(plan, tiny.ds_config(2, "fp32", 1), tiny.model(nsp=False))
     try:
-        found = loading.resume(engine, path, plan, told)
+        found = resume.resume(engine, path, plan, told)
     except InvalidConfig as error:
         return str(error), False
     held = {f.name: partitions.read(engine, f, "fp32") for f in partitions.fragments(engine)}

@@ -28,10 +28,10 @@ def plan_for(bins: Path) -> Any:
 
 def die_in_second_save(bins: Path, output: Path, victim: int, where: str) -> None:
     """The victim is killed half-way through a file of the second checkpoint, or before `latest` is set."""
-    from bert2bert.train import saving
+    from bert2bert.train import save
 
     rank = int(os.environ["RANK"])
-    original, set_latest = torch.save, saving.set_latest
+    original, set_latest = torch.save, save.set_latest
 
     def half(value: Any, path: Any, *more: Any, **other: Any) -> None:
         if rank == victim and where in Path(path).name and Path(path).parent.name == "global_step4":
@@ -46,7 +46,7 @@ def die_in_second_save(bins: Path, output: Path, victim: int, where: str) -> Non
             os.kill(os.getpid(), signal.SIGKILL)
         set_latest(root, tag, *more)
 
-    torch.save, saving.set_latest = half, before_latest
+    torch.save, save.set_latest = half, before_latest
     runs.run(plan_for(bins), tiny.ds_config(2), output)
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 import xxhash
 
+from bert2bert.checkpoints.commit.pending import MANIFEST, write_manifest
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.recipe import AdamW, Phase, Recipe
-from bert2bert.shards.commit import MANIFEST, write_manifest
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
 
@@ -205,10 +205,10 @@ def recipes(plan: Recipe) -> dict[str, tuple[Recipe, type[UserError], tuple[str,
 
 
 def attempt(engine: Any, path: Path, plan: Recipe, data: dict[str, str]) -> tuple[str, str]:
-    from bert2bert.train import loading
+    from bert2bert.train import resume
 
     try:
-        found = loading.resume(engine, path, plan, data)
+        found = resume.resume(engine, path, plan, data)
     except UserError as error:
         return type(error).__name__, str(error)
     return "", "\n".join(found.notes)
@@ -289,7 +289,7 @@ def test_every_corruption_is_named_and_nothing_foreign_runs(
 def elsewhere(bins: Path, saved: Path, root: Path, cases: list[tuple[int, str]]) -> list[dict[str, Any]]:
     """Load into other stages at this world size: steps apart, everything equal (resume compares all digests)."""
     from bert2bert.train import engine as engines
-    from bert2bert.train import loading, partitions
+    from bert2bert.train import partitions, resume
 
     world = int(os.environ["WORLD_SIZE"])
     rows = 12 if world == 3 else 8
@@ -297,7 +297,7 @@ def elsewhere(bins: Path, saved: Path, root: Path, cases: list[tuple[int, str]])
     data = json.loads((saved / "run.json").read_text())["data"]
     for stage, precision in cases:
         engine = engines.build(plan, tiny.ds_config(stage, precision, world, rows=rows), tiny.model(nsp=False))
-        found = loading.resume(engine, saved, plan, data)
+        found = resume.resume(engine, saved, plan, data)
         steps = [engine.optimizer.state[m]["step"] for _, m in partitions.masters(engine)]
         out.append(
             {

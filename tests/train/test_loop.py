@@ -15,7 +15,7 @@ import torch
 
 from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.recipe import Phase
-from bert2bert.train import saving
+from bert2bert.train import save
 from tests.distributed import run_ranks
 from tests.rounding import ROUNDING, gap
 from tests.train import runs, tiny
@@ -30,9 +30,9 @@ def fake(root: Path, step: int, kind: str | None) -> None:
     folder = root / f"global_step{step}"
     folder.mkdir()
     if kind is None:
-        (folder / saving.UNFINISHED).touch()
+        (folder / save.UNFINISHED).touch()
     elif kind != "none":
-        (folder / saving.MANIFEST).write_text(json.dumps({"kind": kind}))
+        (folder / save.MANIFEST).write_text(json.dumps({"kind": kind}))
 
 
 def test_a_save_killed_in_its_commit_is_not_taken_for_a_foreign_folder(
@@ -43,15 +43,15 @@ def test_a_save_killed_in_its_commit_is_not_taken_for_a_foreign_folder(
     for call in ("fsync_tree", "write_manifest", "set_latest"):
         fake(tmp_path, 4, None)
         with monkeypatch.context() as patch:
-            patch.setattr(saving, call, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(save, call, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                saving._commit(tmp_path, tmp_path / "global_step4", dict(told), 3)
-        assert saving._kind(tmp_path / "global_step4") in (None, "train"), call
+                save._commit(tmp_path, tmp_path / "global_step4", dict(told), 3)
+        assert save._kind(tmp_path / "global_step4") in (None, "train"), call
         shutil.rmtree(tmp_path / "global_step4")
     fake(tmp_path, 4, None)
-    saving._commit(tmp_path, tmp_path / "global_step4", dict(told), 3)
-    assert [path.name for path in (tmp_path / "global_step4").iterdir()] == [saving.MANIFEST]
-    assert json.loads((tmp_path / "global_step4" / saving.MANIFEST).read_text())["files"] == {}
+    save._commit(tmp_path, tmp_path / "global_step4", dict(told), 3)
+    assert [path.name for path in (tmp_path / "global_step4").iterdir()] == [save.MANIFEST]
+    assert json.loads((tmp_path / "global_step4" / save.MANIFEST).read_text())["files"] == {}
 
 
 def test_prune_keeps_the_last_and_what_is_not_ours(tmp_path: Path) -> None:
@@ -59,10 +59,10 @@ def test_prune_keeps_the_last_and_what_is_not_ours(tmp_path: Path) -> None:
         fake(tmp_path, step, kind)
     fake(tmp_path, 7, "train")
     (tmp_path / "tensorboard").mkdir()
-    saving.prune(tmp_path, "global_step7", keep=2)
+    save.prune(tmp_path, "global_step7", keep=2)
     left = {p.name for p in tmp_path.glob("global_step*")}
     assert left == {f"global_step{n}" for n in (4, 5, 6, 7, 9)}
-    saving.prune(tmp_path, "global_step7", keep=1)
+    save.prune(tmp_path, "global_step7", keep=1)
     assert not (tmp_path / "global_step4").exists() and (tmp_path / "global_step7").exists()
 
 
@@ -70,22 +70,22 @@ def test_a_tag_that_is_written_anew_is_not_the_latest_meanwhile(tmp_path: Path) 
     """After a resume from an older tag: a kill during the save would leave `latest` naming half a checkpoint."""
     for step, kind in ((2, "train"), (3, None), (4, "growth"), (6, "train"), (8, "train")):
         fake(tmp_path, step, kind)
-    saving.set_latest(tmp_path, "global_step6")
-    saving._withdraw(tmp_path, tmp_path / "global_step8")
+    save.set_latest(tmp_path, "global_step6")
+    save._withdraw(tmp_path, tmp_path / "global_step8")
     assert (tmp_path / "latest").read_text() == "global_step6"
-    saving._withdraw(tmp_path, tmp_path / "global_step6")
+    save._withdraw(tmp_path, tmp_path / "global_step6")
     assert (tmp_path / "latest").read_text() == "global_step2"
-    saving._withdraw(tmp_path, tmp_path / "global_step2")
+    save._withdraw(tmp_path, tmp_path / "global_step2")
     assert not (tmp_path / "latest").exists()
 
 
 def test_ranks_that_do_not_see_the_same_folder_are_told_so(tmp_path: Path) -> None:
     fake(tmp_path, 2, None)
     folder = tmp_path / "global_step2"
-    (folder / saving.random_file(0)).touch()
+    (folder / save.random_file(0)).touch()
     with pytest.raises(UserError, match="lacks the files of 1 of 2 ranks, the first of them 1"):
-        saving._commit(tmp_path, folder, {"world_size": 2, "digests": {"files": {}}}, 1)
-    assert not (tmp_path / "latest").exists() and not (folder / saving.MANIFEST).exists()
+        save._commit(tmp_path, folder, {"world_size": 2, "digests": {"files": {}}}, 1)
+    assert not (tmp_path / "latest").exists() and not (folder / save.MANIFEST).exists()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_ranks_that_do_not_see_the_same_folder_are_told_so(tmp_path: Path) -> No
     ],
 )
 def test_what_a_step_dies_of_isexplained(error: Exception, words: str) -> None:
-    from bert2bert.train.failures import explained
+    from bert2bert.train.errors import explained
 
     with pytest.raises(UserError) as caught, explained("in step 3"):
         raise error
@@ -151,11 +151,11 @@ def one_rank(bins: Path, root: Path) -> dict[str, Any]:
     out["misspelt"] = refused(plan, misspelt, root / "misspelt")
 
     usage = namedtuple("usage", "total used free")
-    keep, saving.shutil.disk_usage = saving.shutil.disk_usage, lambda path: usage(100, 90, 10)
+    keep, save.shutil.disk_usage = save.shutil.disk_usage, lambda path: usage(100, 90, 10)
     try:
         out["full"] = refused(plan, config, root / "full")
     finally:
-        saving.shutil.disk_usage = keep
+        save.shutil.disk_usage = keep
     return out
 
 

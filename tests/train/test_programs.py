@@ -11,7 +11,7 @@ import pytest
 
 from bert2bert.model.program import LayerProgram
 from bert2bert.recipe import Full, SubModels
-from bert2bert.train.programs import draw
+from bert2bert.recipe.programs import draw
 
 
 def test_full_runs_and_learns_everything() -> None:
@@ -45,7 +45,7 @@ def test_another_seed_draws_otherwise_and_a_step_does_not_depend_on_the_ones_bef
 
 def test_every_process_draws_the_same() -> None:
     code = (
-        "from bert2bert.recipe import SubModels; from bert2bert.train.programs import draw;"
+        "from bert2bert.recipe import SubModels; from bert2bert.recipe.programs import draw;"
         "print([len(draw(SubModels(2), s, 5, 8).run) for s in range(40)])"
     )
     here = [len(draw(SubModels(2), s, 5, 8).run) for s in range(40)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bert2bert.errors import InvalidConfig
-from bert2bert.train.ranks import Ranks, device_number, first_host, set_up, timeout
+from bert2bert.ranks.launcher import Ranks, device_number, first_host, set_up, timeout
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1",
             "MASTER_PORT": "29501"}  # fmt: skip

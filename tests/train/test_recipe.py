@@ -212,7 +212,8 @@ def test_a_constant_schedule_has_no_end_value() -> None:
 
 def test_recipes_import_no_torch(tiny: Path) -> None:
     code = (
-        "import sys; from bert2bert.recipe import load_recipe; from bert2bert.train import ds_config, programs, ranks;"
+        "import sys; from bert2bert.recipe import load_recipe, programs; from bert2bert.ranks import launcher;"
+        "from bert2bert.train import ds_config;"
         f"load_recipe({str(tiny)!r}, ['seed=3']); print(sorted(m for m in ('torch', 'deepspeed') if m in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

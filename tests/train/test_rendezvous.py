@@ -16,7 +16,7 @@ import pytest
 import torch.distributed
 
 from bert2bert.errors import UserError
-from bert2bert.train import rendezvous, stopping
+from bert2bert.ranks import rendezvous, stopping
 from tests.distributed import free_port
 
 

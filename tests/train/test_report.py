@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from bert2bert.curves import crossing, read_run
 from bert2bert.errors import InvalidData
-from bert2bert.report import render, report
+from bert2bert.report.compare import render, report
+from bert2bert.report.curves import crossing, read_run
 
 DATA = {"digest": "aa", "tokenizer_digest": "bb", "heldout_unigram_entropy": 6.0}
 
@@ -185,7 +185,7 @@ def test_files_written(three: tuple[Path, Path, Path], tmp_path: Path) -> None:
 
 
 def test_picture_shows_every_curve_in_both_panels(three: tuple[Path, Path, Path]) -> None:
-    from bert2bert.plots import figure_of
+    from bert2bert.report.plot import figure_of
 
     result = report(list(three))
     curve = entry(result, "base")["curve"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bert2bert import cli
+from bert2bert.commands import cli
 from bert2bert.recipe import Phase, Recipe
 from tests.distributed import run_ranks
 from tests.train import runs, tiny

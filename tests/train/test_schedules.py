@@ -7,7 +7,7 @@ import math
 import pytest
 
 from bert2bert.recipe import Schedule
-from bert2bert.train.schedules import lr_at, peak_of
+from bert2bert.recipe.schedules import lr_at, peak_of
 
 
 def rates(schedule: Schedule, steps: int, peak: float = 1.0) -> list[float]:

@@ -102,7 +102,7 @@ def resume(ranks: Ranks) -> tuple[str, ...]:
     return ("--resume", str(ranks.output))
 
 
-HOLD = "import os\nfrom bert2bert.train import stopping\nstopping.hold()\n"
+HOLD = "import os\nfrom bert2bert.ranks import stopping\nstopping.hold()\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

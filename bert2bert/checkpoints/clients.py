@@ -1,0 +1,103 @@
+"""What training programs keep beside the folder of DeepSpeed's engine, and look for when they go on from it.
+
+Known are the Trainer of transformers, Accelerate and Lightning, by what they leave there. Their small files go along as
+they are, none is opened; weights of the model before its growth, and other checkpoints, stay behind.
+
+Refuses (InvalidCheckpoint) files that cannot be read or are git-lfs pointers, and (InvalidConfig) a tag that is no name
+of a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bert2bert.checkpoints.commit.pending import MANIFEST
+from bert2bert.checkpoints.hub.beside import TOKENIZER, content_of
+from bert2bert.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from bert2bert.checkpoints.source import Source
+
+_RANK_STATES = ("rng_state*.pth", "random_states_*.pkl")
+_CARRIED = (
+    "trainer_state.json", "scheduler*.pt", "scheduler*.bin", "training_args.bin", "scaler.pt", "sampler*.bin",
+    "dl_state_dict*.bin", "custom_checkpoint_*.pkl", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "zero_to_fp32.py", "zero_to_torch.py", *_RANK_STATES, *TOKENIZER,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Client:
+    """``call``: how it goes on from a folder; ``tag``: what it calls the engine's folder, as a pattern."""
+
+    name: str
+    call: str
+    tag: str
+    marks: tuple[str, ...]
+
+
+_CLIENTS = (
+    Client("the Trainer of transformers", 'trainer.train(resume_from_checkpoint="{target}")', "global_step*",
+           ("trainer_state.json",)),
+    Client("Accelerate", 'accelerator.load_state("{target}")', "pytorch_model*",
+           ("random_states_*.pkl", "scheduler*.bin")),
+    Client("Lightning", 'trainer.fit(model, ckpt_path="{target}")', "checkpoint", ()),
+)  # fmt: skip
+
+
+def client_of(source: Source) -> Client | None:
+    """Whose run a checkpoint is of, where that can be told by its tag's folder and what lies beside it."""
+    folder = source.folder
+    for client in _CLIENTS if source.form != "hub" else ():
+        marked = any(any(folder.parent.glob(mark)) for mark in client.marks) or not client.marks
+        if marked and fnmatchcase(folder.name, client.tag):
+            return client
+    return None
+
+
+def beside(source: Source) -> dict[str, bytes]:
+    """Name -> content of what a known client keeps beside a tag's folder and needs to go on."""
+    if client_of(source) is None:
+        return {}
+    found = {}
+    for path in sorted(source.folder.parent.iterdir()):
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in _CARRIED):
+            found[path.name] = content_of(path)
+    return found
+
+
+def notes(source: Source, carried: Iterable[str], target: Path, form: str, world: int | None) -> list[str]:
+    """Sentences for the user: what was carried and left, who goes on from the target and how, what must be done anew.
+
+    ``world``: the target's ranks, where they are known.
+    """
+    client, folder, was = client_of(source), source.folder, source.world_size
+    carried = [name for name in carried if name != "config.json"]  # which is the target's
+    if client is None or form == "hub":
+        return []
+    keep = {*carried, "config.json", "latest", "latest_universal"}
+    rest = [path.name + "/" * path.is_dir() for path in sorted(folder.parent.iterdir()) if path.name not in keep]
+    rest = [name for name in rest if name.rstrip("/") != folder.name]
+    told = [f"carried for {client.name}, as they are: {', '.join(carried)}"] if carried else []
+    told += [f"left behind in {folder.parent}: {', '.join(rest)}"] if rest else []
+    how = client.call.format(target=target) + " and a model of the target's config"
+    how += ', with "checkpoint": {"load_universal": true} in its ds_config' if form == "universal" else ""
+    told.append(f"{client.name} goes on with {how}")
+    states = [name for name in carried if any(fnmatchcase(name, pattern) for pattern in _RANK_STATES)]
+    if states and world is not None and was is not None and world != was:
+        told.append(
+            f"the random states are those of {was} ranks, {world} will go on: dropout and shuffling draw anew, and the "
+            "place in the data, counted in batches, holds if batch size x ranks stays the same"
+        )
+    return told
+
+
+def check_tag(tag: str) -> None:
+    """Refuse (InvalidConfig) what cannot be a tag."""
+    taken = (".", "..", "latest", "latest_universal", MANIFEST)
+    if not tag.strip() or "/" in tag or "\0" in tag or tag in taken or tag.endswith(".partial"):
+        raise InvalidConfig(f"--target-tag is {tag!r}; expected the name of a folder, such as global_step100")

@@ -1,0 +1,1 @@
+"""How a checkpoint becomes visible, and how a write that was killed goes on."""

@@ -1,0 +1,1 @@
+"""Native ZeRO checkpoints of engines that split their experts over ranks."""

@@ -1,0 +1,204 @@
+"""Which files of a Hugging Face folder are its model, in transformers' own order, and what is no plain model.
+
+The order: the file that the config names (``transformers_weights``), ``model.safetensors``, the shards of
+``model.safetensors.index.json``, the only safetensors file there is (if no ``pytorch_model.bin`` comes before it).
+
+Refuses, as InvalidCheckpoint: two sets of weights that differ, an adapter (PEFT), weights in other formats, an index
+that does not describe its files, links to nothing, and quantised weights, naming the scheme.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from bert2bert.errors import InvalidCheckpoint
+from bert2bert.files.disk import inside
+from bert2bert.files.sniff import instead
+from bert2bert.files.texts import read_json
+from bert2bert.files.torch_writer import bits
+
+INDEX = "model.safetensors.index.json"
+_WEIGHTS = "model.safetensors"
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_OTHERS = {  # files with weights in another format -> what to do with them
+    "pytorch_model*.bin": "its weights are pickled ({}). Convert them to safetensors: "
+    "AutoModel.from_pretrained(...).save_pretrained(...), with the class that fits.",
+    "*.gguf": "its weights are in llama.cpp's format ({}), mostly quantised. Use the folder that they were made from, "
+    "or convert them: from_pretrained(..., gguf_file=...).save_pretrained(...).",
+    "tf_model*.h5": "its weights are of TensorFlow ({}), which transformers 4 reads: from_pretrained(..., from_tf=True)"
+    ".save_pretrained(...).",
+    "flax_model*.msgpack": "its weights are of Flax ({}), which transformers 4 reads: from_pretrained(..., "
+    "from_flax=True).save_pretrained(...).",
+    "model.ckpt*": "its weights are a TensorFlow 1 checkpoint ({}). Use a folder that transformers has saved.",
+}
+_PACKED = re.compile(
+    r"(.+\.)?(qweight|qzeros|g_idx|W_q|weight_packed|weight_scale(_inv|_2)?|weight_zero_point|SCB|weight_format|"
+    r"(nested_)?(absmax|quant_map)|quant_state\..+|_packed_params.*|weight_quantizer\..+|dqweight|weight\._data|"
+    r"_?weight_+(\w+_)?qdata|codebooks|centroids\.weight|Qidxs|\w+_blocks)"
+)
+"""Tensors that GPTQ, AWQ, HQQ, compressed-tensors, fp8, bitsandbytes, ModelOpt, torch.ao, FP-Quant, Quanto, torchao,
+AQLM, VPTQ, QuIP# and MXFP4 store."""
+_QUANTISED = ("quantization_config", "quantization", "compression_config")
+_EIGHT_BITS = re.compile(r"F8_|F6_|F4|I4$|U4$")
+
+
+def is_hub(folder: Path) -> bool:
+    """Whether a folder holds a model of the hub in any form, readable or not."""
+    patterns = ("*.safetensors", *_OTHERS, *_ADAPTER)
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def in_cache(path: Path) -> Path:
+    """The snapshot that a folder of the hub's cache (``models--org--name``) holds; any other path as it is.
+
+    The one that ``refs/main`` names, else the only one; InvalidCheckpoint where that does not tell.
+    """
+    snapshots = path / "snapshots"
+    if not (snapshots.is_dir() and (path / "blobs").is_dir()):
+        return path
+    found = sorted(p.name for p in snapshots.iterdir() if p.is_dir())
+    main = path / "refs" / "main"
+    said = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    name = said if said in found else found[0] if len(found) == 1 else ""
+    if not name:
+        raise InvalidCheckpoint(
+            f"{path}: a folder of the hub's cache with {len(found)} snapshots"
+            + (f", of which refs/main names none ({said})" if said else "")
+            + f". Give one of them: {', '.join(str(snapshots / each) for each in found) or 'download it again'}."
+        )
+    return snapshots / name
+
+
+def weight_files(folder: Path, config: Mapping[str, Any] | None) -> tuple[list[str], dict[str, str], list[str]]:
+    """The files that are the model, the index's map of names to files ({} without one), and what a user should know."""
+    if found := [name for name in _ADAPTER if (folder / name).is_file()]:
+        raise InvalidCheckpoint(
+            f"{folder}: holds an adapter ({', '.join(found)}), which is not a model but a change to one. Merge it: "
+            "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(...), and grow what that wrote."
+        )
+    named = (config or {}).get("transformers_weights")
+    if isinstance(named, str) and named:
+        return _listed(folder, named) if named.endswith(".index.json") else ([_there(folder, named)], {}, [])
+    single, index = is_there(folder / _WEIGHTS), is_there(folder / INDEX)
+    if single and index:
+        return [_WEIGHTS], {}, _beside(folder)
+    if single:
+        return [_WEIGHTS], {}, []
+    if index:
+        return _listed(folder, INDEX)
+    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).is_file()]
+    if found and pickled:
+        raise InvalidCheckpoint(
+            f"{folder}: transformers loads {pickled[0]}, and not {found[0]}. If that is the model, name it {_WEIGHTS}; "
+            f"if not, {_OTHERS['pytorch_model*.bin'].format(pickled[0])}"
+        )
+    if len(found) == 1 and is_there(folder / found[0]):
+        return found, {}, []
+    if found:
+        raise InvalidCheckpoint(f"{folder}: {len(found)} safetensors files without {INDEX}. Copy it too.")
+    for pattern, text in _OTHERS.items():
+        if others := sorted(p.name for p in folder.glob(pattern)):
+            raise InvalidCheckpoint(f"{folder}: {text.format(others[0])}")
+    raise InvalidCheckpoint(f"{folder}: no safetensors file in it")
+
+
+def is_there(file: Path) -> bool:
+    """Whether a file is there. Raises InvalidCheckpoint for a link to one that is not."""
+    if file.is_symlink() and not file.exists():
+        raise InvalidCheckpoint(
+            f"{file}: a link to {file.readlink()}, which is not there: a download that did not finish, or a copy "
+            "without what its links lead to. Download it again, or copy it anew (cp -rL)."
+        )
+    return file.is_file()
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A config less what says that nothing is quantised (`quantization_config: {}`), which transformers chokes on."""
+    return {key: value for key, value in config.items() if key not in _QUANTISED or value}
+
+
+def _there(folder: Path, name: str) -> str:
+    if not is_there(inside(folder, name, links=True)):
+        raise InvalidCheckpoint(f"{folder / name}: no such file, though config.json names it. Copy it too.")
+    return name
+
+
+def _listed(folder: Path, name: str) -> tuple[list[str], dict[str, str], list[str]]:
+    index = read_json(folder / name).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise InvalidCheckpoint(f"{folder / name}: has no 'weight_map' of names to files")
+    where = {str(tensor): str(file) for tensor, file in index.items()}
+    return [file for file in sorted(set(where.values())) if inside(folder, file, links=True)], where, []
+
+
+def _beside(folder: Path) -> list[str]:
+    """What to say of an index beside ``model.safetensors``, which transformers loads. Raises InvalidCheckpoint where
+    the index's files hold other weights."""
+    files, where, _ = _listed(folder, INDEX)
+    lost = [file for file in files if not (folder / file).is_file()]
+    if lost:
+        return [f"{INDEX} names {lost[0]}, which is not there; {_WEIGHTS} is read, as transformers does"]
+    if files == [_WEIGHTS]:
+        return []
+    one, differs = open_file(folder / _WEIGHTS), ""
+    names = set(one.keys())
+    for file in files:
+        other = open_file(folder / file)
+        for name in other.keys():  # noqa: SIM118 (not a mapping)
+            if not differs and (name not in names or not bits(one.get_tensor(name), other.get_tensor(name))):
+                differs = name
+    if differs or names - where.keys():
+        raise InvalidCheckpoint(
+            f"{folder}: {_WEIGHTS} and the files of {INDEX} hold different weights (first "
+            f"{differs or min(names - where.keys())}): one of them is left from another save. transformers loads "
+            f"{_WEIGHTS}. Remove the files that are not wanted."
+        )
+    return [f"{_WEIGHTS} and the files of {INDEX} hold the same weights; the former is read, as transformers does"]
+
+
+def open_file(path: Path) -> Any:
+    """A safetensors file, opened. Raises InvalidCheckpoint."""
+    try:
+        return safe_open(path, framework="pt", device="cpu").__enter__()
+    except FileNotFoundError:
+        is_there(path)
+        raise InvalidCheckpoint(f"{path}: no such file, though {INDEX} names it. Copy all shards.") from None
+    except (SafetensorError, OSError) as error:
+        why = instead(path, "safetensors", "binary") or f" ({error}): truncated or another format. Copy it again."
+        raise InvalidCheckpoint(f"{path}: not readable as safetensors{why}") from None
+
+
+def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Mapping[str, str]) -> None:
+    """Refuse weights that are not plain numbers (InvalidCheckpoint). dtypes: stored name -> safetensors' dtype."""
+    said = []
+    for key in _QUANTISED:
+        if isinstance(found := (config or {}).get(key), Mapping) and found:
+            method = found.get("quant_method") or found.get("quant_algo") or found.get("bits") or ", ".join(found)
+            said.append(f"config.json has {key} ({method})")
+    packed = [name for name in dtypes if _PACKED.fullmatch(name)]
+    narrow = [name for name, dtype in dtypes.items() if _EIGHT_BITS.match(dtype)]
+    whole = [n for n, t in dtypes.items() if n.endswith(".weight") and t.startswith(("I", "U")) and n not in packed]
+    said += [f"{packed[0]} is of a packed weight"] if packed else []
+    said += [f"{names[0]} is {dtypes[names[0]]}" for names in (narrow, whole) if names]
+    if said:
+        raise InvalidCheckpoint(
+            f"{folder}: its weights are quantised: {'; '.join(said)}. Quantised numbers can neither be grown nor "
+            "written anew. Use the checkpoint they were made from, or load it with transformers, dequantize() and "
+            "save_pretrained() (and no quantization in its config)."
+        )
+
+
+def refuse_empty(folder: Path, empty: list[str], count: int) -> None:
+    """Refuse tensors without elements (InvalidCheckpoint). count: of all floating-point tensors."""
+    if empty:
+        raise InvalidCheckpoint(
+            f"{folder}: {len(empty)} of {count} tensors are empty (first {empty[0]}): saved under ZeRO-3 without "
+            "gathering the weights, which are in the run's ZeRO shards. Give the run's own checkpoint folder (with "
+            "'latest'), or save again with stage3_gather_16bit_weights_on_model_save."
+        )

@@ -1,0 +1,274 @@
+"""What every checkpoint writer is told and shares: the target, where its values come from, and the files to write.
+
+A writer sees neither plans nor operators: only names, shapes and a callable that gives rows. Values are asked for in
+blocks of whole rows of at most about `BLOCK` elements, so no thread holds more than a few blocks (a single row is the
+least it asks for: of fused experts, a whole expert). Refuses a `TargetSpec` that contradicts itself (ValueError: the
+caller's mistake, not the user's).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert2bert.checkpoints.commit.pending import Pending
+from bert2bert.checkpoints.expert_parallel.layout import ExpertParallel
+from bert2bert.checkpoints.optimizers import ADAM
+from bert2bert.checkpoints.source import STATES
+from bert2bert.checkpoints.zero.layout import Piece
+from bert2bert.errors import InvalidConfig
+from bert2bert.files.digest import combine, digest, hex16
+from bert2bert.files.sink import Sink
+from bert2bert.files.torch_writer import Blank
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BLOCK = 1 << 20  # elements read and written at a time: few enough for a cache, and for many threads of many ranks
+
+Values = Callable[[str, str, int, int], torch.Tensor]
+"""``values(name, state, start, stop)`` -> fp32 rows [start, stop) of dim 0; a 0-dim tensor is asked with (0, 1)."""
+
+
+@dataclass(frozen=True)
+class TargetGroup:
+    """One optimizer group in the engine's order. ``hyper``: lr, weight_decay, betas, eps (more keys pass through);
+    ``step``: Adam steps taken by these parameters; ``moments``: state -> its name in the files, of those that the
+    group's optimizer keeps (see `moments`)."""
+
+    part: str
+    decay: bool
+    names: tuple[str, ...]
+    hyper: dict[str, Any]
+    step: int
+    moments: dict[str, str] = field(default_factory=lambda: dict(ADAM))
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """Everything about the checkpoint to write except its values.
+
+    ``shapes``: every parameter in model order, tied copies absent; ``aliases``: absent tied name -> kept name;
+    ``precision``: "fp32", "bf16" or "fp16" of the engine that will load it (of the file for hub, but for tensors that
+    ``dtypes`` names); ``states``: those that ``values`` can give, ("fp32",) or all
+    of `STATES` (missing moments are written as zeros: a fresh optimizer);
+    ``loss_scaler``: attributes of DeepSpeed's loss scaler, used with fp16 only; ``client_state``: extra top-level
+    entries of the model states; ``extras``: what the model's state dict holds beside parameters and ``buffers``; these
+    three may hold tensors and objects of any kind that `frames` writes;
+    ``extra_files``: name -> content, put beside the weights (tokenizer files);
+    ``frozen``: names of parameters that are in no group, for the engine does not train them; ``lists_frozen``: whether
+    the model is known to have no other such parameters; ``fused``: that engine
+    uses DeepSpeed's FusedAdam, and ``clip_grad`` is its gradient clipping (both matter at 16-bit stage 0 only);
+    ``expert_parallel``: how it splits its experts (native shards of stages 1 and 2 only); ``tag_name``: of the folder,
+    None = DeepSpeed's; ``beside``: name -> content, put beside that folder (what a training program keeps there).
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
+    config: dict[str, Any]
+    groups: tuple[TargetGroup, ...]
+    group_layout: str
+    precision: str
+    states: tuple[str, ...]
+    counters: dict[str, int]
+    lr_scheduler: dict[str, Any] | None = None
+    loss_scaler: dict[str, Any] | None = None
+    client_state: dict[str, Any] = field(default_factory=dict)
+    buffers: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    extra_files: dict[str, bytes] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    lists_frozen: bool = True
+    fused: bool = False
+    clip_grad: float | None = None
+    expert_parallel: ExpertParallel | None = None
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    tag_name: str | None = None
+    beside: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        grouped = [*(name for group in self.groups for name in group.names), *self.frozen]
+        if len(grouped) != len(set(grouped)) or set(grouped) != set(self.shapes):
+            odd = set(grouped) ^ set(self.shapes) or {name for name in grouped if grouped.count(name) > 1}
+            raise ValueError(f"every parameter must be in one optimizer group or frozen; not so: {sorted(odd)[:5]}")
+        if self.precision not in DTYPES or self.states not in (STATES[:1], STATES):
+            raise ValueError(f"unknown precision {self.precision!r} or states {self.states}")
+        if not all(kept in self.shapes and absent not in self.shapes for absent, kept in self.aliases.items()):
+            raise ValueError("aliases must map an absent tied name to a name in shapes")
+
+    @property
+    def tag(self) -> str:
+        """The name of the checkpoint's folder, DeepSpeed's for this step where no other was chosen."""
+        return self.tag_name or f"global_step{self.counters['global_steps']}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The low (module) precision."""
+        return DTYPES[self.precision]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Of a tensor in a Hugging Face folder."""
+        return self.dtypes.get(name, self.dtype)
+
+    def widest_dtype(self, name: str, form: str) -> torch.dtype:
+        """Of the widest copy of a weight that a target of this format stores: a run keeps masters of all but what is
+        frozen."""
+        if form == "hub":
+            return self.stored_dtype(name)
+        return self.dtype if name in self.frozen else torch.float32
+
+    def numel(self, name: str) -> int:
+        """Elements of a parameter."""
+        return math.prod(self.shapes[name])
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file of the checkpoint: name relative to its folder, bytes of tensor data, and how to write it.
+
+    ``write`` returns the bytes of tensor data it wrote, which must equal ``payload``.
+    """
+
+    name: str
+    payload: int
+    write: Callable[[Sink], int]
+
+
+def write_bytes(content: bytes, file: Sink) -> int:
+    """Write a small file; it counts as no tensor data."""
+    file.write(content)
+    return 0
+
+
+def pending(target: Path, spec: TargetSpec, form: str) -> Pending:
+    """The folder to write: ``target/<tag>``, or ``target`` itself for a Hugging Face folder."""
+    return Pending(target, None if form == "hub" else spec.tag)
+
+
+def check_target(target: Path, spec: TargetSpec, form: str) -> None:
+    """Refuse (InvalidConfig), before any work is done, a target where `transfer.write_checkpoint` would not write."""
+    pending(Path(target), spec, form).refuse()
+    for name, content in spec.beside.items():
+        file = Path(target) / name
+        if file.exists() and not (file.is_file() and file.read_bytes() == content):
+            raise InvalidConfig(f"{file} is there already and is another than the source's. Name a new folder.")
+
+
+class Stopped(Exception):
+    """Raised in a thread that writes, once another has failed."""
+
+
+class Tally(threading.local):
+    """What is written: of each thread its own digests of master values and moments, of all together the bytes for the
+    progress callback. ``stop``, set by anybody, ends all that write."""
+
+    def __init__(self, lock: threading.Lock, stop: threading.Event, progress: Callable[[int], None] | None) -> None:
+        self.digests: dict[tuple[str, str], int] = {}
+        self.stop = stop
+        self._lock, self._progress = lock, progress
+
+    @classmethod
+    def new(cls, progress: Callable[[int], None] | None = None) -> Tally:
+        """``progress(bytes)``: called with the bytes of tensors as they are written, by one thread at a time."""
+        return cls(threading.Lock(), threading.Event(), progress)
+
+    def digest(self, name: str, state: str, piece: torch.Tensor, start: int) -> None:
+        """Add the stored elements ``piece`` (flat index ``start`` on) of a tensor's state."""
+        key = (name, state)
+        self.digests[key] = combine(self.digests.get(key, 0), digest(piece, start))
+
+    def wrote(self, count: int) -> None:
+        """Report bytes of tensor data as written. Raises Stopped."""
+        if self.stop.is_set():
+            raise Stopped
+        if self._progress is not None:
+            with self._lock:
+                self._progress(count)
+
+
+def tensor_entries(spec: TargetSpec, tallies: Iterable[dict[tuple[str, str], int]]) -> dict[str, Any]:
+    """The manifest's ``tensors``: shapes, and each state's digest summed over the ranks' tallies."""
+    totals: dict[tuple[str, str], int] = {}
+    for tally in tallies:
+        for key, value in tally.items():
+            totals[key] = combine(totals.get(key, 0), value)
+    return {
+        name: {
+            "shape": list(shape),
+            "digest": {state: hex16(totals[name, state]) for state in STATES if (name, state) in totals},
+        }
+        for name, shape in spec.shapes.items()
+    }
+
+
+def flat_values(
+    values: Values, spec: TargetSpec, name: str, state: str, start: int, stop: int
+) -> Iterator[torch.Tensor]:
+    """Elements [start, stop) of a flattened tensor as consecutive flat fp32 pieces, read in bounded blocks of rows."""
+    if start >= stop:
+        return
+    shape = spec.shapes[name]
+    width = math.prod(shape[1:])
+    last = -(-stop // width)
+    for row in range(start // width, last, step := max(1, BLOCK // width)):
+        end = min(row + step, last)
+        block = values(name, state, row, end)
+        expected = (end - row, *shape[1:]) if shape else ()
+        if tuple(block.shape) != expected or block.dtype != torch.float32:
+            raise ValueError(f"{name} {state}: got {tuple(block.shape)} {block.dtype}, wanted {expected} torch.float32")
+        first = row * width
+        yield block.reshape(-1)[max(start - first, 0) : min(stop, end * width) - first]
+
+
+def zeros(count: int) -> Iterator[torch.Tensor]:
+    """``count`` fp32 zeros in bounded blocks."""
+    for at in range(0, count, BLOCK):
+        yield torch.zeros(min(BLOCK, count - at))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's share of writing a target: what, from where, and the tally of what was written."""
+
+    spec: TargetSpec
+    values: Values
+    tally: Tally
+
+    def elements(self, name: str, state: str, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """`flat_values`, every piece entered in the tally; zeros, not entered, for a state that does not exist."""
+        if state not in self.spec.states:
+            yield from zeros(stop - start)
+            return
+        for piece in flat_values(self.values, self.spec, name, state, start, stop):
+            self.tally.digest(name, state, piece, start)
+            start += piece.numel()
+            yield piece
+
+    def rounded(self, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Weights as the engine's module holds them; in the tally for a frozen parameter, which has no other."""
+        for piece in flat_values(self.values, self.spec, name, "fp32", start, stop):
+            low = piece.to(self.spec.dtype)
+            if name in self.spec.frozen:
+                self.tally.digest(name, "fp32", low, start)
+            start += piece.numel()
+            yield low
+
+    def module(self, names: Iterable[str]) -> dict[str, Blank]:
+        """The engine's own weights of these parameters, and of the tied copies of them."""
+        spec = self.spec
+        blanks = {n: Blank(spec.shapes[n], spec.dtype, partial(self.rounded, n, 0, spec.numel(n))) for n in names}
+        return blanks | {absent: blanks[kept] for absent, kept in spec.aliases.items() if kept in blanks}
+
+    def shard(self, names: Sequence[str], state: str, pieces: Iterable[Piece], length: int) -> Iterator[torch.Tensor]:
+        """A rank's flat tensor of ``length`` elements: pieces (of ``names``) at their places, zeros elsewhere."""
+        at = 0
+        for piece in pieces:
+            yield from zeros(piece.at - at)
+            yield from self.elements(names[piece.param], state, piece.start, piece.stop)
+            at = piece.at + piece.stop - piece.start
+        yield from zeros(length - at)

@@ -1,0 +1,277 @@
+"""A checkpoint to read from, whatever its format: names, shapes, and any rows of any tensor's any state.
+
+`open_source` finds what lies at a path (a DeepSpeed run folder with its ``latest``, one tag of it, a universal
+checkpoint, a Hugging Face folder), checks all that can be checked without reading tensors, and returns a `Source` whose
+``read`` gives rows from memory-mapped files. No whole model is ever loaded.
+
+Refuses, as InvalidCheckpoint, with one message each: no checkpoint there, a ``latest`` that names a missing tag, an
+unfinished output, and whatever the format's own reader refuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from bert2bert.checkpoints.commit.pending import FORMAT_VERSION, MANIFEST, listed
+from bert2bert.checkpoints.expert_parallel.layout import ExpertParallel
+from bert2bert.checkpoints.hub.files import plain
+from bert2bert.checkpoints.locate import locate
+from bert2bert.checkpoints.manifest import check as check_manifest
+from bert2bert.errors import InvalidCheckpoint, did_you_mean
+from bert2bert.files.texts import read_json
+from bert2bert.files.torch_reader import USUAL
+from bert2bert.files.unpickle import foreign
+
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+_MALFORMED = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, RecursionError, MemoryError,
+    AssertionError, SafetensorError,
+)  # fmt: skip
+"""What Python, torch and safetensors raise for contents that are not what they should be."""
+_EDGE = 64 * 1024  # bytes; the end of a torch file holds the checksums of its records
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """One tensor as stored. ``dtype``: of its "fp32" state, as torch names it ("float32"); ``group``: its place in
+    ``Source.groups``, None for a parameter that the optimizer does not own (frozen) or where no groups are known."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int | None
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements of one state."""
+        return math.prod(self.shape)
+
+
+class Source:
+    """An open checkpoint. Subclasses fill the fields and give `_rows`.
+
+    ``tensors``: names as stored, in the model's order where the checkpoint tells it, tied tensors once;
+    ``aliases``: absent tied name -> kept name; ``states``: those that can be read; ``other_states``: what the optimizer
+    keeps besides and this project does not carry (see `moments`); ``groups``: optimizer groups as hyper-parameters plus
+    "names"; ``moments``: for each group, state -> its name in the files (Adam's are `moments.ADAM`; a state that is
+    not there reads as zeros); ``fused``: trained with DeepSpeed's FusedAdam; ``clip_grad``: the run's gradient
+    clipping, None where it is not known; ``expert_parallel``: of a run whose experts are split over ranks;
+    ``extras``: of the model's state dict what is neither parameter nor buffer (these, buffers, client state and
+    scheduler may hold objects that were not opened); ``lists_frozen``: whether the files list what is frozen;
+    ``unread``: names the model has whose values the checkpoint does not hold; ``notes``: what else a user should know
+    of how it was read, in sentences.
+    """
+
+    form: str = ""
+
+    def __init__(self, path: Path, folder: Path, manifest: dict[str, Any] | None) -> None:
+        self.path, self.folder, self.manifest = path, folder, manifest
+        self.tag: str | None = None
+        self.stage: int | None = None
+        self.world_size: int | None = None
+        self.precision = "fp32"
+        self.config: dict[str, Any] | None = None
+        self.tensors: dict[str, TensorMeta] = {}
+        self.aliases: dict[str, str] = {}
+        self.states: tuple[str, ...] = ("fp32",)
+        self.other_states: tuple[str, ...] = ()
+        self.groups: list[dict[str, Any]] = []
+        self.moments: list[dict[str, str]] = []
+        self.fused = False
+        self.clip_grad: float | None = None
+        self.counters: dict[str, int] = {}
+        self.lr_scheduler: dict[str, Any] | None = None
+        self.expert_parallel: ExpertParallel | None = None
+        self.loss_scaler: dict[str, Any] | None = None
+        self.client_state: dict[str, Any] = {}
+        self.buffers: dict[str, Any] = {}
+        self.extras: dict[str, Any] = {}
+        self.lists_frozen = False
+        self.unread: tuple[str, ...] = ()
+        self.notes: list[str] = []
+        self.files: list[Path] = []  # all files that make up the checkpoint, for `identity` and `inspect`
+        self._steps: dict[str, int] = {}
+
+    def _rows(self, meta: TensorMeta, state: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of dimension 0; any shape of the right number of elements."""
+        raise NotImplementedError
+
+    def unopened(self) -> list[str]:
+        """Classes and functions that are named in what the checkpoint holds beside tensors, and were not opened."""
+        names = map(str, foreign([self.client_state, self.buffers, self.extras, self.lr_scheduler]))
+        return sorted(name for name in names if name not in USUAL and not name.startswith("torch."))
+
+    def meta(self, name: str) -> TensorMeta:
+        """The tensor's description; tied names lead to the kept one. InvalidCheckpoint if there is none."""
+        found = self.tensors.get(self.aliases.get(name, name))
+        if found is None:
+            hint = " The model has it, but this checkpoint does not hold its values." if name in self.unread else ""
+            raise InvalidCheckpoint(
+                f"{self.folder}: no tensor '{name}' among its {len(self.tensors)};{hint} "
+                f"{did_you_mean(name, self.tensors) if len(self.tensors) < 30 or not hint else ''}".rstrip(" ;")
+            )
+        return found
+
+    def step(self, name: str) -> int:
+        """Adam's step count of a tensor; 0 if it was never stepped."""
+        return self._steps.get(self.meta(name).name, 0)
+
+    def read(self, name: str, state: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` of dimension 0 of a tensor's state, on the CPU, in the dtype stored.
+
+        A view of the memory map where one stored piece covers the rows (do not write to it), else a copy of just those
+        rows. A tensor without dimensions has one row: (0, 1) gives shape (). Moments of a parameter that was never
+        stepped are zeros. Raises InvalidCheckpoint for an unknown tensor or an absent state, IndexError for bad rows.
+        """
+        meta = self.meta(name)
+        if state not in self.states:
+            if state not in STATES:
+                raise ValueError(f"unknown state {state!r}; known: {', '.join(STATES)}")
+            raise InvalidCheckpoint(f"{self.folder}: holds no '{state}' of '{name}', only {', '.join(self.states)}")
+        rows = meta.shape[0] if meta.shape else 1
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"rows [{start}, {stop}) of '{name}', which has {rows}")
+        shape = (stop - start, *meta.shape[1:]) if meta.shape else (stop - start,)[: 1 - stop + start]
+        try:
+            return self._rows(meta, state, start, stop).reshape(shape)
+        except _MALFORMED as error:
+            raise InvalidCheckpoint(f"{self.folder}: '{name}' ({state}) cannot be read: {_said(error)}") from error
+
+    def identity(self) -> dict[str, Any]:
+        """What names this checkpoint in a growth manifest.
+
+        ``sha256`` is over every file's name, size, first and last 64 KiB (where torch keeps the checksums of the rest)
+        and the metadata read: equal copies in different places are equal.
+        """
+        total = hashlib.sha256()
+        for file in sorted(self.files):
+            size = file.stat().st_size
+            total.update(f"{file.relative_to(self.folder).as_posix()} {size}\n".encode())
+            with file.open("rb") as stream:
+                total.update(stream.read(_EDGE))
+                stream.seek(max(0, size - _EDGE))
+                total.update(stream.read(_EDGE))
+        read = [[m.name, m.shape, m.dtype, m.group, self._steps.get(m.name, 0)] for m in self.tensors.values()]
+        total.update(json.dumps([read, self.groups, self.counters, self.aliases], default=str).encode())
+        return {
+            "path": str(self.path),
+            "tag": self.tag,
+            "form": self.form,
+            "stage": self.stage,
+            "world_size": self.world_size,
+            "sha256": total.hexdigest(),
+        }
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The folder's bert2bert.json, checked against the sizes of the files it lists; None if there is none."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InvalidCheckpoint(
+            f"{path}: format version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
+            "Use the version of bert2bert that wrote it."
+        )
+    check_manifest(path, manifest)
+    for name, size in listed(folder, {"files": {}, **manifest}).items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            what = "missing" if found is None else f"{found:,} bytes long"
+            raise InvalidCheckpoint(
+                f"{file}: {what}, the manifest says {size:,} bytes: lost, truncated or replaced after it was written. "
+                "Restore the file or use another tag."
+            )
+    return manifest
+
+
+def _config(folder: Path, parent: bool) -> dict[str, Any] | None:
+    for place in (folder, folder.parent) if parent else (folder,):
+        if (place / "config.json").is_file():
+            return plain(read_json(place / "config.json"))
+    return None
+
+
+def open_source(path: str | Path, tag: str | None = None) -> Source:
+    """Open the checkpoint at ``path``: a run folder, a tag's folder, or a Hugging Face folder.
+
+    ``tag`` picks one tag of a run folder; without it ``latest`` (else ``latest_universal``) does.
+    Raises InvalidCheckpoint for anything that is no sound checkpoint.
+    """
+    from bert2bert.checkpoints.expert_parallel.reader import ExpertSource
+    from bert2bert.checkpoints.hub.reader import HubSource
+    from bert2bert.checkpoints.universal.reader import UniversalSource
+    from bert2bert.checkpoints.zero.model_states import expert_files
+    from bert2bert.checkpoints.zero.reader import ZeroSource
+    from bert2bert.checkpoints.zero.stage0_reader import Stage0Source, is_stage0
+
+    path = Path(path)
+    folder, tag = locate(path, tag)
+    manifest = read_manifest(folder)
+    kind: type[Source] = HubSource
+    if tag is not None:
+        native = ExpertSource if expert_files(folder) else Stage0Source if is_stage0(folder) else ZeroSource
+        kind = UniversalSource if (folder / "zero").is_dir() else native
+    try:
+        source = kind(path, folder, manifest)
+    except _MALFORMED as error:  # files are believed until they contradict themselves, which can show anywhere
+        raise InvalidCheckpoint(
+            f"{folder}: its contents are not those of a checkpoint ({_said(error)}): damaged, of another program, or "
+            "of two checkpoints. Restore the files or use another tag."
+        ) from error
+    source.tag = tag
+    _check_names(source)
+    source.config = (manifest or {}).get("model") or _config(folder, parent=tag is not None)
+    if manifest:
+        _check_manifest(source, manifest)
+        order = {name: source.tensors[name] for name in manifest.get("tensors", {}) if name in source.tensors}
+        source.tensors = {**order, **source.tensors}  # the manifest knows the model's order where the files do not
+        told = {absent: kept for absent, kept in manifest.get("aliases", {}).items() if kept in source.tensors}
+        source.aliases = {**told, **source.aliases}
+        source.files.append(folder / MANIFEST)
+    return source
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _check_names(source: Source) -> None:
+    """Names that stay inside a folder: a universal checkpoint has a folder of each tensor's name."""
+    for name in source.tensors:
+        path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("..")
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(name):
+            raise InvalidCheckpoint(f"{source.folder}: holds a tensor named {name!r}, which is no name of a parameter")
+
+
+def _check_manifest(source: Source, manifest: dict[str, Any]) -> None:
+    """The files are those that the manifest describes: format, stage, world size, every name and shape."""
+    found: dict[str, Any] = {"form": source.form}
+    if source.form == "zero":
+        found.update(stage=source.stage, world_size=source.world_size, precision=source.precision)
+        found.update({"expert_parallel": source.expert_parallel.size} if source.expert_parallel else {})
+    for key, value in found.items():
+        if manifest.get(key, value) != value:
+            raise InvalidCheckpoint(
+                f"{source.folder}: the files have {key} {value!r}, the manifest says {manifest[key]!r}: they are of "
+                "two checkpoints. Restore the files or use another tag."
+            )
+    said = {name: tuple(entry["shape"]) for name, entry in manifest.get("tensors", {}).items()}
+    have = {name: meta.shape for name, meta in source.tensors.items()}
+    for name in sorted(said.keys() | have.keys()) if said else ():
+        if said.get(name) != have.get(name):
+            raise InvalidCheckpoint(
+                f"{source.folder}: tensor '{name}' has shape {have.get(name, 'none (absent)')} in the files, "
+                f"{said.get(name, 'none (absent)')} in the manifest: they are of two checkpoints."
+            )

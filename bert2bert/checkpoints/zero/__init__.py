@@ -1,0 +1,1 @@
+"""DeepSpeed's own (native) ZeRO checkpoints, stages 0 to 3."""

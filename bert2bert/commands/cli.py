@@ -1,0 +1,325 @@
+"""The ``bert2bert`` command. Sub-commands import what they need when they run, so that ``--help`` imports no torch.
+
+Exit status: 0 done, 1 a check failed (verify, inspect --check), 2 the input cannot be used (the message says why and
+what would work), 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP (one line says so). With ``--json`` standard output holds one JSON
+object, the result, and nothing else; with ``--quiet`` it holds nothing (with both, the object).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bert2bert.commands.options import parser
+from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.terminal import interrupts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, or print the help where none is named."""
+    command = None
+    try:
+        with interrupts.raised() if argv is None else contextlib.nullcontext():
+            args = parse(argv)
+            if (command := args.command) is None:
+                parser(_RUNS).print_help()
+                return 0
+            if argv is None and "workers" in args:
+                return _watched(args)  # a growth typed at a prompt has a process that watches it, even if it is alone
+            return run(args)
+    except KeyboardInterrupt as error:
+        return interrupts.end(command, error)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The words of a command line, checked; ends the program (status 2) where they are wrong."""
+    return parser(_RUNS).parse_args(argv)
+
+
+def run(args: argparse.Namespace, comm: Any = None) -> int:
+    """Run the command that was parsed. comm: an MPI communicator when every rank calls this alike (``grow``,
+    ``reshard``)."""
+    return _run(args, comm) if comm is not None or getattr(args, "workers", 1) == 1 else _watched(args)
+
+
+def _watched(args: argparse.Namespace) -> int:
+    from bert2bert.ranks import forked
+
+    try:
+        if args.workers > 1:
+            importlib.import_module("bert2bert.commands.grow")
+            importlib.import_module("torch")  # once, not in every process
+        return forked.run(args.workers, lambda comm: _run(args, comm))
+    except UserError as error:
+        print(f"bert2bert {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace, comm: Any) -> int:
+    try:
+        return int(args.run(args, comm) or 0)
+    except UserError as error:
+        if comm is None or comm.Get_rank() == 0:
+            print(f"bert2bert {args.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        sys.stderr.close()
+        return 0
+
+
+# ------------------------------------------------------------------------------------------------ what is printed
+
+_WARNS = ("warning", "note")  # first words of the lines that --quiet lets through
+
+
+def _say(args: argparse.Namespace) -> Callable[[str], None]:
+    """Where a command's running account goes: standard output, or standard error if the output is for a program."""
+
+    def say(text: str) -> None:
+        if args.quiet:
+            text = "\n".join(line for line in text.splitlines() if line.startswith(_WARNS))
+        if text:
+            print(text, file=sys.stderr if args.json or args.quiet else sys.stdout, flush=True)
+
+    return say
+
+
+def _show(args: argparse.Namespace, found: dict[str, Any], text: Callable[[], str] | None = None) -> None:
+    """Print a result: as JSON if asked for (NaN and infinities, which it has no words for, as null), else its text."""
+    if args.json:
+        plain = json.dumps(found, default=str)
+        print(json.dumps(json.loads(plain, parse_constant=lambda _: None), indent=1))
+    elif text is not None and not args.quiet:
+        print(text())
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def _prepare(args: argparse.Namespace, comm: Any) -> None:
+    from bert2bert.data.prepare import prepare
+
+    text, heldout, fraction = args.text, args.heldout_text, args.heldout_fraction
+    if args.corpus:
+        from bert2bert.data.corpus import books
+
+        shelf = books()
+        if args.corpus not in shelf:
+            from bert2bert.errors import InvalidData, did_you_mean
+
+            raise InvalidData(
+                f"--corpus {args.corpus!r} is no book of the embedded corpus; {did_you_mean(args.corpus, shelf)}"
+            )
+        text = [path for name, path in shelf.items() if name != args.corpus]
+        heldout = [shelf[args.corpus]]
+    if fraction is None:
+        fraction = 0.0 if heldout else 0.01
+    meta = prepare(
+        text=text,
+        dataset=args.dataset,
+        dataset_config=args.dataset_config,
+        dataset_split=args.dataset_split,
+        text_column=args.text_column,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        heldout_text=heldout,
+        heldout_fraction=fraction,
+        document=args.document,
+        output=args.output,
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    say = _say(args)
+    for name, split in meta["splits"].items():
+        say(f"{name:8} {split['tokens']:,} tokens in {split['documents']:,} documents")
+    held = meta["splits"].get("heldout", {})
+    if "unigram_entropy" in held:
+        say(
+            f"held out: unigram entropy {held['unigram_entropy']:.4f} nats a token; a model below it has learnt context"
+        )
+    say(f"written  {args.output}")
+    _show(args, {"output": args.output, **meta})
+
+
+def _inspect(args: argparse.Namespace, comm: Any) -> int:
+    from bert2bert.checkpoints.inspect import check, inspect, render, render_check
+
+    if args.check:
+        checked = check(args.path, args.tag)
+        _show(args, checked, lambda: render_check(checked))
+        return 1 if checked["bad"] else 0
+    found = inspect(args.path, args.tag)
+    _show(args, found, lambda: render(found, tensors=args.tensors))
+    return 0
+
+
+def _operators(args: argparse.Namespace, comm: Any) -> None:
+    from bert2bert.commands.operators import describe, listing
+
+    found = describe(args.name) if args.name else listing()
+    _show(args, found, lambda: found["text"])
+
+
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "source_config": args.source_config,
+        "tag": args.tag,
+        "other": args.other,
+        "alpha": args.alpha,
+        "width": args.width,
+        "depth": args.depth,
+        "seed": args.seed,
+        "vocab": args.vocab,
+        "positions": args.positions,
+        "experts": args.experts,
+        "breaker": args.break_symmetry,
+        "moments": args.moments,
+    }
+
+
+def _plan(args: argparse.Namespace, comm: Any) -> None:
+    from bert2bert.growth.opened import describe, open_growth, summary
+    from bert2bert.measure.cost import bandwidth, cost, cost_line
+
+    disk = bandwidth(args.disk_bandwidth)
+    growth = open_growth(args.source, args.config, **_how(args))
+    found = describe(growth) | {"cost": cost(growth, args.ranks, disk)}
+    if args.json or args.quiet:
+        return _show(args, found)
+    print(summary(growth, found))
+    print(cost_line(found["cost"]))
+    tensors = found["tensors"]
+    wide = max(len(name) for name in tensors)
+    print(f"\n{'target tensor':{wide}}  {'shape':14} {'bytes':>14}  {'from':{wide}}  how")
+    for name, t in tensors.items():
+        shape = " x ".join(map(str, t["shape"]))
+        print(f"{name:{wide}}  {shape:14} {t['bytes']:14,}  {', '.join(t['from']) or '-':{wide}}  {t['how']}")
+
+
+def _target(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "form": args.format,
+        "stage": args.stage,
+        "world_size": args.world_size,
+        "expert_parallel": args.expert_parallel,
+        "target_tag": args.target_tag,
+        "precision": args.precision,
+        "layout": args.groups,
+        "shard_size": args.shard_size,
+    }
+
+
+def _grow(args: argparse.Namespace, comm: Any) -> None:
+    from bert2bert.commands.grow import grow
+
+    _check_workers(args, comm)
+    folder = grow(
+        args.source,
+        args.target,
+        args.config,
+        lossy=args.lossy,
+        measure=not args.no_measure,
+        bins=args.bins,
+        **_target(args),
+        comm=comm,
+        say=_say(args),
+        bar=not args.quiet,
+        **_how(args),
+    )
+    if args.json and (comm is None or comm.Get_rank() == 0):
+        _show(args, _written(folder, "growth"))
+
+
+def _reshard(args: argparse.Namespace, comm: Any) -> None:
+    from bert2bert.commands.reshard import reshard
+
+    _check_workers(args, comm)
+    folder = reshard(
+        args.source,
+        args.target,
+        **_target(args),
+        source_config=args.source_config,
+        tag=args.tag,
+        comm=comm,
+        say=_say(args),
+        bar=not args.quiet,
+    )
+    if args.json and (comm is None or comm.Get_rank() == 0):
+        _show(args, _written(folder, "reshard"))
+
+
+def _written(folder: Path, how: str) -> dict[str, Any]:
+    """What the manifest of a checkpoint that was written says of it, and of how it was made."""
+    from bert2bert.checkpoints.commit.pending import MANIFEST
+
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    kept = ("tag", "form", "stage", "world_size", "precision", "group_layout", "counters", "versions", how)
+    return {"folder": str(folder), **{key: manifest.get(key) for key in kept}}
+
+
+def _check_workers(args: argparse.Namespace, comm: Any) -> None:
+    if comm is not None and args.workers not in (1, comm.Get_size()):
+        raise InvalidConfig(f"--workers {args.workers}: the launcher has started {comm.Get_size()} ranks; leave it out")
+
+
+def _learn(args: argparse.Namespace, comm: Any) -> None:
+    from bert2bert.commands.learn import learn
+
+    how = ("source_config", "tag", "steps", "lr", "noise", "rows", "length", "seed", "device")
+    given = {key: getattr(args, key) for key in how}
+    fitted = learn(args.source, args.config, args.data, args.output, **given, say=_say(args))
+    _show(args, {"output": args.output, "losses": fitted.losses, **fitted.about})
+
+
+def _verify(args: argparse.Namespace, comm: Any) -> int:
+    from bert2bert.commands.verify import render, verify
+
+    found = verify(
+        args.source,
+        args.grown,
+        source_config=args.source_config,
+        tag=args.tag,
+        grown_tag=args.grown_tag,
+        other=args.other,
+        bins=args.bins,
+        tokens=args.tokens,
+        logits=not args.no_logits,
+        say=_say(args),
+    )
+    if args.output:
+        try:
+            args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InvalidConfig(f"--output {args.output}: cannot be written ({error.strerror}); name another") from None
+    _show(args, found, lambda: render(found))
+    return 0 if found["ok"] else 1
+
+
+def _report(args: argparse.Namespace, comm: Any) -> None:
+    from bert2bert.report.compare import render, report
+
+    found = report(args.runs, args.output)
+    _show(args, found, lambda: render(found))
+
+
+_RUNS = {
+    "prepare": _prepare,
+    "inspect": _inspect,
+    "operators": _operators,
+    "plan": _plan,
+    "grow": _grow,
+    "reshard": _reshard,
+    "learn": _learn,
+    "verify": _verify,
+    "report": _report,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""What a model's state dict holds beside its parameters, and what of it the grown model has.
+
+DeepSpeed loads a native checkpoint strictly, so a script whose model has such entries must find them, for every layer
+and in its own sizes. Entries that no size of the growth touches are carried, a layer's with the layer that it is grown
+of; positions, causal masks and rotary frequencies, which older versions of transformers stored, are computed for the
+grown config, if that formula gives what the source holds.
+
+Refuses, as UnsupportedGrowth, an entry whose value in the grown model is not known, by its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bert2bert.errors import UnsupportedGrowth, some
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bert2bert.checkpoints.source import Source
+    from bert2bert.growth.opened import Growth
+
+
+class _Place(NamedTuple):
+    """A name inside the layers: what stands before the layer's number, the number, what follows."""
+
+    before: str
+    layer: int
+    after: str
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a grown model's state dict holds beside parameters, by the names of the files."""
+
+    buffers: dict[str, Any]
+    extras: dict[str, Any]
+
+
+def grown(growth: Growth, form: str) -> Carried:
+    """The buffers and extra states of the grown model, in a target of this format."""
+    source = growth.model.source
+    if "hub" in (source.form, form):  # transformers' current models have none
+        return Carried({}, {})
+    layers = _Layers(growth)
+    return Carried(layers.grown(source.buffers), layers.grown(source.extras))
+
+
+def left_out(source: Source, form: str) -> list[str]:
+    """A sentence about what a run's state dict holds and a Hugging Face folder of its growth does not."""
+    names = [*source.buffers, *source.extras] if form == "hub" != source.form else []
+    return [f"left out, for transformers makes buffers anew: {some(names)}"] if names else []
+
+
+class _Layers:
+    """Knows which layers of the source a layer of the target is made of, and which sizes change."""
+
+    def __init__(self, growth: Growth) -> None:
+        self.model, self.plan = growth.model, growth.plan
+        table, parameters = self.model.table, self.model.parameters.values()
+        self._starts = sorted({p.pattern.split("{" + p.depth + "}")[0] for p in parameters if p.depth}, key=len)
+        self._from: dict[tuple[str, int], set[int]] = {}
+        for name in self.plan.tensors:
+            if (at := self._place(name)) is not None:
+                roots = [self._place(root) for root in growth.roots(name)]
+                self._from.setdefault(at[:2], set()).update(r.layer for r in roots if r and r.before == at.before)
+        of = {table.key(axis) for axis in table.depth}
+        config, target = self.model.config, self.plan.config
+        changed = {
+            value for key, value in config.items()
+            if isinstance(value, int) and key not in of and target.get(key) not in (None, value)
+        }  # fmt: skip
+        for name, tensor in self.plan.tensors.items():
+            was = self.model.parameters[name].shape if name in self.model.parameters else tensor.shape
+            changed |= {one for one, other in zip(was, tensor.shape, strict=False) if one != other}
+        self._changed = changed - {0, 1}
+
+    def grown(self, held: Mapping[str, Any]) -> dict[str, Any]:
+        """Of each entry what the grown model has in its place, by the files' names."""
+        from bert2bert.files.torch_writer import equal
+
+        found: dict[str, Any] = {}
+        layered: dict[tuple[str, str], dict[int, str]] = {}
+        for name in held:
+            if (at := self._place(self.model.naming.canonical(name))) is None:
+                found[name] = self._value(name, held[name])
+            else:
+                layered.setdefault((at.before, at.after), {})[at.layer] = name
+        for (before, after), names in layered.items():
+            first = next(iter(names.values()))
+            alike = all(equal(held[name], held[first]) for name in names.values())
+            for start, layer in self._from:
+                if start != before:
+                    continue
+                origins = self._from[start, layer]
+                if len(origins) != 1 and not alike:
+                    raise self._refusal(first, f"layer {layer} is not made of one layer")
+                origin = first if alike and not origins & names.keys() else names.get(min(origins))
+                if origin is not None:  # not every layer has it
+                    stored = self.model.stored(f"{before}{layer}{after}")
+                    found[stored] = self._value(origin, held[origin])
+        return found
+
+    def _place(self, name: str) -> _Place | None:
+        for start in self._starts:
+            if found := re.match(rf"({re.escape(start)})(\d+)(\..*)", name):
+                return _Place(found[1], int(found[2]), found[3])
+        return None
+
+    def _value(self, name: str, value: Any) -> Any:
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            for pattern, formula in _FORMULAS.items():
+                if fnmatchcase(name, pattern) and (made := self._computed(formula, value)) is not None:
+                    return made
+        if sizes := sorted(_sizes(value) & self._changed):
+            raise self._refusal(name, f"its size {sizes[0]} is one that grows")
+        return value
+
+    def _computed(self, formula: Callable[[Mapping[str, Any]], Iterable[Tensor]], value: Tensor) -> Tensor | None:
+        import torch
+
+        for mine, grown in zip(formula(self.model.config), formula(self.plan.config), strict=False):
+            near = 4 * torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+            if mine.shape == value.shape and torch.allclose(mine.double(), value.double(), near, 0.0):
+                return grown.to(value.dtype)
+        return None
+
+    def _refusal(self, name: str, why: str) -> UnsupportedGrowth:
+        return UnsupportedGrowth(
+            f"{self.model.source.path}: the model's state dict holds '{name}', which is no parameter, and its value in "
+            f"the grown model is not known: {why}.\nTake the weights alone (--format hub), or save the checkpoint "
+            "without it (register_buffer(..., persistent=False))."
+        )
+
+
+def _sizes(value: Any) -> set[int]:
+    """Of the dimensions of every tensor in a value."""
+    import torch
+
+    from bert2bert.files.unpickle import walk
+
+    return {size for part in walk(value) if isinstance(part, torch.Tensor) for size in part.shape}
+
+
+def _length(config: Mapping[str, Any]) -> int:
+    return int(next((config[k] for k in ("max_position_embeddings", "n_positions", "n_ctx") if config.get(k)), 0))
+
+
+def _arange(config: Mapping[str, Any]) -> Iterable[Tensor]:
+    import torch
+
+    yield torch.arange(_length(config))[None]
+
+
+def _zeros(config: Mapping[str, Any]) -> Iterable[Tensor]:
+    import torch
+
+    yield torch.zeros(1, _length(config))
+
+
+def _causal(config: Mapping[str, Any]) -> Iterable[Tensor]:
+    import torch
+
+    yield torch.ones(1, 1, _length(config), _length(config)).tril()
+
+
+def _frequencies(config: Mapping[str, Any]) -> Iterable[Tensor]:
+    """Of rotary positions, for every base that the config may mean."""
+    import torch
+
+    size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    told = config.get("rope_parameters") or {}
+    kinds = [kind for kind in told.values() if isinstance(kind, Mapping)] if isinstance(told, Mapping) else []
+    bases = [config.get("rope_theta"), *(kind.get("rope_theta") for kind in (told, *kinds)), 10000.0]
+    for base in bases:
+        if base:
+            yield 1.0 / (float(base) ** (torch.arange(0, size, 2).float() / size))
+
+
+_FORMULAS: dict[str, Callable[[Mapping[str, Any]], Iterable[Tensor]]] = {
+    "*position_ids": _arange,
+    "*token_type_ids": _zeros,
+    "*attn.bias": _causal,
+    "*attention.bias": _causal,
+    "*inv_freq": _frequencies,
+}
+"""Of buffers that older versions of transformers stored: how they follow from a config."""

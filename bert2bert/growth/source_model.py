@@ -1,0 +1,279 @@
+"""A checkpoint seen as a model: its config, its table, and its tensors by the names that transformers gives them.
+
+Stored names may be those of wrappers, of older versions, or of the base model alone: `names` finds that from one tensor
+that every variant has. Which heads there are shows in the tensors, or, for a head that is all tied, in the config's
+``architectures`` and the outer name. What no current model has (masks, positions, and what the model's class ignores on
+loading) is left, and reported; of copies of tied tensors one counts; a head that is no copy makes the model untied.
+
+Refuses (`InvalidCheckpoint`) a config that does not describe the stored tensors, naming the first tensor and axis that
+disagree, and a checkpoint with tensors that the architecture's table does not know: integer ones, adapters that are not
+merged, and other heads among them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert2bert.algebra import axes
+from bert2bert.checkpoints.hub.files import in_cache, is_there, plain
+from bert2bert.checkpoints.hub.names import Naming, is_obsolete, read_names
+from bert2bert.checkpoints.zero.layout import row_blocks
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig
+from bert2bert.files.sniff import instead
+from bert2bert.tables import TABLES, Parameter, Table, table_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bert2bert.checkpoints.source import Source, TensorMeta
+
+_ADAPTED = re.compile(r"(^|\.)((lora|vera|hada|lokr|oft|boft|ia3)_|(base_layer|modules_to_save|original_module)\.)")
+"""In names of a model with an adapter of PEFT that can be merged."""
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointModel:
+    """A source opened as a model. ``parameters``: by canonical name; ``naming``: what they are called in the files;
+    ``left``: stored tensors and buffers that are not of the model, each an old one's or ignored by its class."""
+
+    source: Source
+    config: dict[str, Any]
+    table: Table
+    heads: frozenset[str]
+    parameters: dict[str, Parameter]
+    naming: Naming
+    left: tuple[str, ...] = ()
+
+    def stored(self, name: str) -> str:
+        """The name under which the checkpoint has a canonical tensor (the same rule names a grown checkpoint's)."""
+        return self.naming.stored(name)
+
+    def aliases(self) -> dict[str, str]:
+        """Absent tied name -> kept name, both canonical."""
+        return self.table.aliases(self.config, self.heads)
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of dim 0 of a canonical tensor's state."""
+        return self.source.read(self.stored(name), state, start, stop)
+
+
+def class_name(table: Table, config: Mapping[str, Any], name: str) -> str:
+    """A canonical tensor's name in the class that a config names."""
+    return table.in_class(name, str((config.get("architectures") or [""])[0]))
+
+
+def beyond_class(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> list[str]:
+    """What to know of tensors that the class of the config does not have, which keeps a strict load from succeeding:
+    from_pretrained leaves them, as roberta-base's pooler."""
+    cls = str((config.get("architectures") or [""])[0])
+    if cls not in table.classes:
+        return []
+    own = table.parameters(config, table.classes[cls])
+    rest = [name for name in table.parameters(config, heads) if name not in own]
+    if not rest:
+        return []
+    return [
+        f"{cls}, which the config names, lacks {len(rest)} tensors of the source, first {rest[0]}: they are kept, and "
+        "a strict load, as DeepSpeed's, needs a model that has them"
+    ]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A Hugging Face config: a JSON file, or a folder that holds config.json, or one of the hub's cache. Raises
+    InvalidConfig, InvalidCheckpoint for a folder of the cache that is not whole."""
+    file = in_cache(path) / "config.json" if path.is_dir() else path
+    is_there(file)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidConfig(
+            f"{file}: no such file; give a Hugging Face config file or a folder with config.json"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{file}: not a readable JSON config{instead(file, 'text') or f' ({error})'}") from None
+    if not isinstance(config, dict):
+        raise InvalidConfig(f"{file}: holds a JSON {type(config).__name__}; a Hugging Face config is an object")
+    _check_type(config, str(file))
+    return plain(config)
+
+
+def _check_type(config: Mapping[str, Any], where: str, names: Collection[str] = ()) -> None:
+    """Refuse a config without model_type (InvalidConfig). names: of the checkpoint's tensors, which may tell it."""
+    if isinstance(config.get("model_type"), str):
+        return
+    like = [t.model_type for t in TABLES.values() if any(("." + n).endswith("." + t.outer + t.anchor) for n in names)]
+    guess = f"; its tensors are named as those of {' or '.join(like)}" if like else f"; known: {', '.join(TABLES)}"
+    raise InvalidConfig(
+        f"{where}: the config has no 'model_type', which says what architecture it describes (configs of before 2020 "
+        f'lack it){guess}.\nAdd a line such as "model_type": "{(like or ["bert"])[0]}" to it.'
+    )
+
+
+def open_model(path: Path, source_config: Path | None = None, tag: str | None = None) -> CheckpointModel:
+    """Open a checkpoint and match it with its config. Raises InvalidCheckpoint, InvalidConfig, UnsupportedGrowth."""
+    from bert2bert.checkpoints.source import open_source
+
+    source = open_source(path, tag)
+    config = read_config(source_config) if source_config else source.config
+    if config is None:
+        raise InvalidCheckpoint(
+            f"{path}: the checkpoint does not say which model it holds (no bert2bert.json, no config.json).\n"
+            f"Give the model's Hugging Face config with --source-config FILE."
+        )
+    _check_type(config, f"{source_config or path}", source.tensors)
+    return match(source, config, source_config)
+
+
+def _check_depth(source: Source, config: Mapping[str, Any]) -> None:
+    """A config with more layers than there are tensors is not that of the checkpoint, however many it names."""
+    table = table_for(config)
+    for axis in table.depth:
+        if int(config.get(table.key(axis)) or 0) > len(source.tensors):
+            raise InvalidCheckpoint(
+                f"{source.path}: the config says {table.key(axis)}={config[table.key(axis)]}, the checkpoint has "
+                f"{len(source.tensors)} tensors in all.\nIs this the config of this checkpoint?"
+            )
+
+
+def _check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:
+    """A config given beside the checkpoint's own must not contradict it: not every key shows in the shapes."""
+    table, own = table_for(config), source.config or {}
+    mine, theirs = dict(config), dict(own)
+    if (key := "rope_parameters") in table.must_agree:  # which older configs say in other words, or leave out
+        mine[key], theirs[key] = (table.settled(c)[key] for c in (config, own))
+    for key in dict.fromkeys((*map(table.key, table.sizes), *table.must_agree)):
+        if key in mine and key in theirs and mine[key] != theirs[key]:
+            raise InvalidCheckpoint(
+                f"{file}: {key} is {mine[key]!r}, the config that {source.path} itself holds says {theirs[key]!r}.\n"
+                f"Leave --source-config out."
+            )
+
+
+def match(source: Source, config: Mapping[str, Any], file: Path | None = None) -> CheckpointModel:
+    """Find the names and the heads of a checkpoint, and check every shape against the config. file: that holds the
+    config, where it is not the checkpoint's own. Raises InvalidCheckpoint, InvalidConfig, UnsupportedGrowth."""
+    try:
+        if source.config and file:
+            _check_own(source, config, file)
+        _check_depth(source, config)
+        return _match(source, config)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # sizes that are no numbers
+        raise InvalidConfig(
+            f"{file or source.path}: the config is not one of a {config.get('model_type')} "
+            f"({type(error).__name__}: {error}). Give the model's own with --source-config FILE."
+        ) from error
+
+
+def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
+    _check_adapter(source)
+    table = table_for(config)
+    heads = frozenset.union(*table.classes.values())
+    ties = table.aliases(config, heads)
+    full = table.parameters(config, heads).keys() | ties.keys()
+    naming, strange = read_names(source.tensors, table.anchor, table.outer, full, ties, str(source.path))
+    canonical = {name: source.tensors[stored] for name, stored in naming.known.items()}
+    left = {name for name in canonical if name not in full and is_obsolete(name)} | _ignored(table, config, canonical)
+    canonical = {name: meta for name, meta in canonical.items() if name not in left}
+    heads = _heads(table, config, canonical, bool(naming.lacks))
+    parameters = table.parameters(config, heads)
+    for name, parameter in parameters.items():
+        if name not in canonical:
+            said = {table.key(axis): config.get(table.key(axis)) for axis in table.depth}
+            said["tie_word_embeddings"] = table.tied(config)
+            raise InvalidCheckpoint(
+                f"{source.path}: tensor {naming.stored(name)} is missing, which the config asks for "
+                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\nIs this the config of this checkpoint?"
+            )
+        if canonical[name].shape != parameter.shape:
+            raise InvalidCheckpoint(_shape_error(source, table, config, parameter, canonical[name].shape))
+    copies = {a: k for a, k in table.aliases(config, heads).items() if a in canonical and k in parameters}
+    strange += [meta.name for name, meta in canonical.items() if name not in parameters and name not in copies]
+    if source.form == "hub":  # in a run's files, buffers are said to be buffers
+        strange += [name for name in source.buffers if not is_obsolete(name)]
+    if strange:
+        raise InvalidCheckpoint(
+            f"{source.path}: {len(strange)} tensors are not part of a {table.model_type} of this config, first "
+            f"{strange[0]}.\nKnown heads: {', '.join(table.classes)}. Remove other heads before growing, or check the "
+            "config's number of layers and tie_word_embeddings."
+        )
+    for absent, kept in copies.items():
+        if not _same(source, canonical[absent], canonical[kept]):
+            if absent in table.parameters({**config, "tie_word_embeddings": False}, heads):
+                return _match(source, {**config, "tie_word_embeddings": False})  # as transformers does, too
+            raise InvalidCheckpoint(
+                f"{source.path}: {canonical[absent].name} differs from {canonical[kept].name}, of which it should be a "
+                f"copy.\nIs this the config of this checkpoint, and are all files of one save?"
+            )
+    gone = [naming.known[name] for name in naming.known if name in left]
+    gone += [name for name in source.buffers if source.form == "hub"]
+    return CheckpointModel(source, dict(config), table, heads, parameters, naming, tuple(gone))
+
+
+def _ignored(table: Table, config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """Tensors that transformers leaves unread without a word: of any class, or of that which the config names."""
+    classes = ["", *(config.get("architectures") or ())[:1]]
+    patterns = [pattern for name in classes for pattern in table.ignores.get(name, ())]
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _check_adapter(source: Source) -> None:
+    """Refuse (InvalidCheckpoint) an adapter beside its base model, or without it, as a run saves it."""
+    if any(_ADAPTED.search(name) for name in source.tensors):
+        raise InvalidCheckpoint(
+            f"{source.path}: its names are those of a PEFT model whose adapter is not merged. Load it with its base "
+            "model, call merge_and_unload() and save_pretrained(), then grow what that wrote."
+        )
+
+
+def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare: bool) -> frozenset[str]:
+    """The heads whose tensors are there, and those without own tensors that the class or the outer name tells of.
+
+    They are those of the class that explains the stored tensors best, of the config's own where several do, and what
+    there is besides.
+    """
+    none = frozenset[str]()
+    plain = {*table.parameters(config, none), *table.aliases(config, none)}
+
+    def own(heads: frozenset[str]) -> tuple[set[str], set[str]]:
+        """The names of the heads' tensors, and with those of their tied copies, which need not be stored."""
+        tensors = table.parameters(config, heads).keys() - plain
+        return tensors, tensors | (table.aliases(config, heads).keys() - plain)
+
+    every = frozenset.union(*table.classes.values())
+    there = own(every)[1] & set(stored)
+    names = {heads: own(heads) for heads in {*table.classes.values(), none}}
+    wrong = {heads: len(tensors - there) + len(there - all_) for heads, (tensors, all_) in names.items()}
+    best = [(name, has) for name, has in {**table.classes, "": none}.items() if wrong[has] == min(wrong.values())]
+    named = [has for cls in config.get("architectures") or () for name, has in best if name == cls]
+    heads = (named or sorted((has for _, has in best), key=len, reverse=not bare))[0]
+    besides = there - names[heads][1]
+    return heads | {head for head in every if own(frozenset({head}))[1] & besides}
+
+
+def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:
+    """Whether a stored copy of a tied tensor is one: if not, growing the kept tensor alone would lose it."""
+    return copy.shape == kept.shape and all(
+        source.read(copy.name, "fp32", *rows).equal(source.read(kept.name, "fp32", *rows))
+        for rows in row_blocks(kept.shape)
+    )
+
+
+def _shape_error(
+    source: Source, table: Table, config: Mapping[str, Any], parameter: Parameter, found: tuple[int, ...]
+) -> str:
+    text = f"{source.path}: {parameter.name}   {parameter.spec}\n  the checkpoint has {found}, the config expects "
+    text += f"{parameter.shape}."
+    for dim, have, want in zip(axes.parse(parameter.spec), found, parameter.shape, strict=False):
+        if have != want:
+            named = [a.axis for product in dim for a in product]
+            of = dict.fromkeys(table.key(a) for a in named if table.follows.get(a, a) in table.sizes)
+            keys = ", ".join(f"{key}={config[key]}" for key in of if key in config)
+            text += f"\n  axis '{' '.join(named)}': {have} features, expected {want} from {keys or 'the table'}."
+            break
+    return text + "\n  Is this the config of this checkpoint (--source-config)?"

@@ -1,0 +1,71 @@
+"""What the tensors of a checkpoint are called when it is written anew in another form.
+
+A run keeps its script's names. A Hugging Face folder may have older names, and an order of its own: its tensors go into
+a run's files by the names and in the order of transformers' model, and those of a run into a folder by these names,
+where the architecture has a table.
+
+Refuses (UnsupportedGrowth) native shards of a folder whose model's order is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bert2bert.checkpoints.groups import Member, by_name
+from bert2bert.errors import UnsupportedGrowth, UserError
+
+if TYPE_CHECKING:
+    from bert2bert.checkpoints.source import Source
+
+
+@dataclass(frozen=True)
+class Names:
+    """stored: target's name -> source's, in the model's order where that is known; aliases: absent tied name -> kept
+    name, target's names; members: target's name -> what decides its optimizer group; left: source's names that the
+    target does not get, each of an old buffer; notes: what to know of the names, in sentences."""
+
+    stored: dict[str, str]
+    aliases: dict[str, str]
+    members: Mapping[str, Member] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: Source, form: str, config: Mapping[str, Any] | None) -> Names:
+        """For a target of this format. config: the source's, where it is known."""
+        from bert2bert.growth.source_model import beyond_class, class_name, match
+
+        same = {name: name for name in source.tensors}
+        guessed = by_name({name: meta.shape for name, meta in source.tensors.items()}, source.aliases)
+        try:
+            model = match(source, config or {})
+        except UserError as error:
+            if source.form == "hub" and form == "zero" and not (source.manifest or {}).get("tensors"):
+                raise UnsupportedGrowth(
+                    f"{source.path}: a Hugging Face folder does not say in which order its model has the tensors, and "
+                    f"native shards are addressed by position ({str(error).splitlines()[0]}).\nUse --format universal, "
+                    "which goes by names."
+                ) from None
+            return cls(same, source.aliases, guessed)
+        if source.form == form or (source.form != "hub" != form):
+            aliases = {model.stored(a): model.stored(k) for a, k in model.aliases().items()}
+            members = {model.stored(name): parameter for name, parameter in model.parameters.items()}
+            return cls(same, aliases if form == "hub" else source.aliases, {**guessed, **members})
+        # a folder that names no class (the first BERTs of the hub) is of that which has these heads
+        fits = [name for name, heads in model.table.classes.items() if heads == model.heads]
+        named = model.config if model.config.get("architectures") else {"architectures": fits}
+        known = named is model.config or source.form == "hub"
+        known = known and (form == "hub" or not model.naming.prefix)
+        called = {
+            name: class_name(model.table, named, name) if known else model.stored(name)
+            for name in (*model.parameters, *model.aliases())
+        }
+        return cls(
+            {called[name]: model.stored(name) for name in model.parameters},
+            {called[a]: called[k] for a, k in model.aliases().items()},
+            {called[name]: parameter for name, parameter in model.parameters.items()},
+            model.left,
+            tuple(beyond_class(model.table, model.config, model.heads)) if form != "hub" else (),
+        )

@@ -1,0 +1,1 @@
+"""What a growth costs and what it changed, on models that run."""

@@ -1,0 +1,114 @@
+"""What a growth costs: bytes, seconds and memory of the ranks that carry it out, and the FLOPs of what it makes.
+
+Refuses (`InvalidConfig`) bandwidths that are no two positive numbers, and less than one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from bert2bert.algebra import axes
+from bert2bert.algebra.draws import drawn
+from bert2bert.errors import InvalidConfig
+from bert2bert.model.config import BertConfig
+from bert2bert.model.flops import forward_flops
+from bert2bert.tables import table_for
+
+if TYPE_CHECKING:
+    from bert2bert.growth.opened import Growth
+
+_BLOCKS = 8  # of rows that a thread holds at a time: values, their source, the file being written
+_STRUCTURE = 200_000_000  # bytes of names, shapes, file structure and allocator slack, measured by benchmarks/growth.py
+_DRAW = 3e-8  # seconds that one core takes for a random number and its place, measured (see docs/benchmarks.md)
+_LOOKED_UP = frozenset({"vocab", "pos", "types", "buckets"})  # axes of tables, of which a token takes one row
+
+
+def bandwidth(text: str) -> tuple[float, float]:
+    """``READ,WRITE`` in GB/s. Raises InvalidConfig."""
+    try:
+        read, write = (float(part) for part in text.split(","))
+    except ValueError:
+        read = write = 0.0
+    if not 0 < min(read, write) <= max(read, write) < float("inf"):
+        raise InvalidConfig(f"--disk-bandwidth is {text!r}; expected READ,WRITE in GB/s for one rank, such as 2,1")
+    return read, write
+
+
+def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any]:
+    """What the rank with the most to do reads and writes, in bytes, how long its disk takes, and one core to draw its
+    random numbers, in seconds, and its anonymous memory, in bytes, beyond the imported program. disk: GB/s that one
+    rank reads and writes at.
+
+    As a universal checkpoint is dealt out; reading is taken to be spread alike, each source byte read once. Memory: the
+    plan's index lists, the structure of the files, and a few blocks of rows; more where an entry mixes a whole tensor.
+    Raises InvalidConfig for less than one rank.
+    """
+    from bert2bert.checkpoints.commit.threads import files_at_once
+    from bert2bert.checkpoints.job import BLOCK
+    from bert2bert.checkpoints.write import deal
+
+    if ranks < 1:
+        raise InvalidConfig(f"--ranks is {ranks}; expected at least 1, the number of processes that share the work")
+    model, plan = growth.model, growth.plan
+    states = len(model.source.states)
+    sizes = [4 * prod(t.shape) for t in plan.tensors.values() for _ in range(states)]
+    written = max(sum(sizes[i] for i in hand) for hand in deal(sizes, ranks))
+    source = 4 * states * sum(prod(p.shape) for p in model.parameters.values())
+    read = source * written // sum(sizes)
+    made = [t for p in (plan, *plan.before) for t in p.tensors.values()]
+    shapes = {name: p.shape for name, p in model.parameters.items()}
+    shapes |= {name: t.shape for p in plan.before for name, t in p.tensors.items()}
+    mixed = [4 * prod(shapes.get(s, ())) for t in made if t.mixes for s in t.sources]
+    block = max(4 * BLOCK, *(4 * prod(t.shape[1:]) for t in plan.tensors.values()))
+    arrays = {
+        id(a): a.nbytes
+        for t in made
+        for term in t.terms
+        for d in term.dims
+        for a in (d.index, d.param, d.grad, d.mix)
+        if a is not None
+    }
+    random = sum(map(drawn, made)) * written // sum(sizes)
+    return {
+        "ranks": ranks,
+        "disk_gb_per_s": list(disk),
+        "bytes_read": read,
+        "bytes_written": written,
+        "numbers_drawn": random,
+        "seconds": read / disk[0] / 1e9 + written / disk[1] / 1e9 + random * _DRAW,
+        "memory": files_at_once(block) * (_BLOCKS * block + 2 * max(mixed, default=0))
+        + _STRUCTURE
+        + sum(arrays.values()),
+    }
+
+
+def cost_line(found: dict[str, Any]) -> str:
+    """A `cost` in one line."""
+    read, write = found["disk_gb_per_s"]
+    drawing = found["numbers_drawn"] * _DRAW
+    noise = f" ({drawing:.3g} s of them to draw random numbers)" if drawing > 0.1 * found["seconds"] else ""
+    return (
+        f"cost     {found['ranks']} rank{'s' * (found['ranks'] > 1)} at {read:g} GB/s read, {write:g} GB/s written "
+        f"(each): about {found['seconds']:.3g} s{noise}, at most {found['bytes_read'] / 1e9:.3g} GB read, "
+        f"{found['bytes_written'] / 1e9:.3g} GB written and {found['memory'] / 1e9:.2g} GB of memory a rank"
+    )
+
+
+def flops_per_token(config: Mapping[str, Any], heads: frozenset[str]) -> float:
+    """Forward FLOPs of one token in a row of full length, 15 % of tokens through a masked-LM head; those of the linear
+    maps alone where the model is not a BERT (an encoder-decoder: a token read and one written)."""
+    if config["model_type"] == "bert":
+        length = int(config["max_position_embeddings"])
+        c = BertConfig.from_hf(config)
+        return forward_flops(c, real_tokens=length, attended=length**2, predicted=round(0.15 * length)) / length
+    table, products = table_for(config), 0.0
+    for p in table.parameters(config, heads).values():
+        if "-" in p.spec and not axes.read_axes(p.spec) & _LOOKED_UP:
+            fused = p.spec.startswith("experts ") and len(p.shape) == 3
+            products += prod(p.shape[fused:]) * (int(config.get("num_experts_per_tok") or 2) if fused else 1)
+    if table.tied(config) and any("mlm" in tie.needs for tie in table.ties if "mlm" in heads):
+        sizes = table.axis_sizes(config)
+        products += sizes["vocab"] * sizes["embed"]
+    return 2 * products

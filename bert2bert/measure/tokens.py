@@ -1,0 +1,163 @@
+"""Tokens on which two models are compared: given ids, held-out text of token bins, or random ones from a fixed seed.
+
+Fewer for a larger model or vocabulary, so that a comparison stays cheap. Encoders predict 15 % of the places, decoders
+the next token, encoder-decoders a permutation of what they read.
+
+Refuses ids that the models cannot read and rows of different lengths (`InvalidData`), and bins of another vocabulary
+(`InvalidConfig`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bert2bert.data.bins import TokenBins
+from bert2bert.errors import InvalidConfig, InvalidData
+from bert2bert.files.sniff import describe
+from bert2bert.growth.source_model import CheckpointModel
+from bert2bert.measure import transformers_models
+from bert2bert.measure.transformers_models import Sample
+from bert2bert.model.batch import IGNORE, Batch
+
+_TOKENS, _RANDOM, _LENGTH, _PREDICTED = 2048, 512, 64, 0.15  # random tokens show a distance, which takes fewer
+_WORK = 1 << 40  # multiply-adds
+_SCORES = 1 << 26  # logits held at a time
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where the tokens come from: token bins, a file of ids, or (neither) a fixed seed."""
+
+    bins: Path | None = None
+    file: Path | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether they are text, on which a loss says something."""
+        return self.bins is not None or self.file is not None
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        return f"tokens of {self.file}" if self.file else "held-out text" if self.bins else "random tokens"
+
+
+def check(tokens: Tokens, vocab: int, *models: CheckpointModel) -> None:
+    """Refuse at once what could not be read once the work is done. vocab: tokens that all models know."""
+    if tokens.file:
+        _given(tokens.file, vocab, min(map(positions, models)))
+    elif tokens.bins:
+        open_bins(tokens.bins, vocab)
+
+
+def draw(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Sample:
+    """Rows of tokens for a model: fewer the more parameters it has."""
+    what = transformers_models.kind(model.config, model.table)
+    rng = np.random.default_rng(0)
+    mask = None
+    if tokens.file:
+        ids = _given(tokens.file, vocab, positions(model))
+    else:
+        length = min(_LENGTH, trained_length(model), positions(model))
+        rows = max(1, min(_TOKENS if tokens.bins else _RANDOM, _SCORES // vocab, _WORK // (2 * numel)) // length)
+        if tokens.bins:
+            bins = open_bins(tokens.bins, vocab)
+            text = bins.split("heldout")[0]
+            rows, mask = min(rows, max(1, len(text) // length)), bins.special["mask"]
+            ids = np.resize(np.asarray(text[: rows * length], dtype=np.int64), (rows, length))
+        else:
+            pad = model.config.get("pad_token_id")
+            known = np.array([i for i in range(vocab) if i != pad] or [0])  # padding may move positions
+            ids = known[rng.integers(0, len(known), (rows, length))]
+    labels = np.full(ids.shape, IGNORE)
+    if what == "causal":
+        labels[:, :-1] = ids[:, 1:]
+    elif what == "seq2seq":
+        labels = rng.permuted(ids, axis=1)
+    else:
+        at = rng.permutation(ids.size)[: max(1, round(_PREDICTED * ids.size))]
+        labels.flat[at] = ids.flat[at]
+        if mask is not None:
+            ids = ids.copy()
+            ids.flat[at] = mask
+    return Sample(torch.from_numpy(ids), torch.from_numpy(labels))
+
+
+def draw_batch(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Batch:
+    """The same as a packed batch of this project's BERT; from bins, rows as pre-training packs and masks them."""
+    if tokens.bins:
+        from bert2bert.data.loader import eval_batches
+
+        length = min(_LENGTH, trained_length(model), positions(model))
+        rows = max(1, _TOKENS // length)
+        return eval_batches(open_bins(tokens.bins, vocab), "heldout", length, rows, rows, 0, 1, 0)[0]
+    sample = draw(model, vocab, tokens, numel)
+    rows, length = sample.ids.shape
+    labels = sample.labels.flatten()
+    masked = (labels != IGNORE).nonzero()[:, 0]
+    return Batch(
+        tokens=sample.ids.flatten(),
+        positions=torch.arange(length).repeat(rows),
+        types=torch.zeros(rows * length, dtype=torch.int64),
+        cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
+        max_seqlen=length,
+        masked=masked,
+        labels=labels[masked],
+        real_tokens=rows * length,
+        attended=rows * length**2,
+    )
+
+
+def trained_length(model: CheckpointModel) -> int:
+    """The rows' length that the source was trained on, where its manifest tells: positions beyond it know nothing."""
+    training = (model.source.manifest or {}).get("training") or {}
+    return int(training.get("recipe", {}).get("data", {}).get("seq_len", _LENGTH))
+
+
+def positions(model: CheckpointModel) -> int:
+    """Tokens that a row may have: position rows, less those kept for padding; rotary models know no end."""
+    rows = model.table.axis_sizes(model.config).get("pos")
+    return (
+        int(model.config.get("max_position_embeddings", 1 << 20)) if rows is None else rows - model.table.first_position
+    )
+
+
+def open_bins(folder: Path, vocab: int) -> TokenBins:
+    opened = TokenBins.open(folder)
+    if opened.vocab_size > vocab:
+        raise InvalidConfig(
+            f"{folder}: a vocabulary of {opened.vocab_size} tokens, the model's has {vocab}; "
+            f"give the bins that this model was trained on"
+        )
+    return opened
+
+
+def _given(file: Path, vocab: int, positions: int) -> np.ndarray:
+    """Ids of a text file, one row a line, all rows equally long."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = describe(file) if file.is_file() and isinstance(error, UnicodeDecodeError) else str(error)
+        raise InvalidData(f"{file}: not readable as text ({why}); expected token ids, one row a line") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        words = re.split(r"[\s,;]+", line.strip("[](), \t\r"))
+        if wrong := [word for word in words if not re.fullmatch(r"-?[0-9]{1,18}|", word)]:
+            raise InvalidData(f"{file}: line {number} holds {wrong[0][:40]!r}; expected token ids, one row a line")
+        if any(words):
+            rows.append([int(word) for word in words if word])
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) != 1 or not 2 <= lengths[0] <= positions:
+        raise InvalidData(
+            f"{file}: rows of {', '.join(map(str, lengths)) or 'no'} token ids; expected one row a line, all equally "
+            f"long, of 2 to {positions} ids"
+        )
+    ids = np.array(rows)
+    if not 0 <= ids.min() <= ids.max() < vocab:
+        raise InvalidData(f"{file}: token ids from {ids.min()} to {ids.max()}; both models know 0 to {vocab - 1}")
+    return ids

@@ -1,0 +1,275 @@
+"""Models of transformers as a reference: the logits, losses and gradients of a checkpoint of any family.
+
+The only place that imports its models, and only when it is asked for. A model is made from its config without
+initialisation and filled by name from a callable; or, for logits alone, it is run with no parameter in memory but the
+one at work (`passed`). In float64, the casts to float32 that transformers makes inside
+norms, softmaxes and rotary angles are lifted, so that two equal functions agree to about 1e-12.
+
+Refuses (`NoReference`): to run without transformers, an architecture that the installed version lacks, and a model that
+would not fit into the memory that is free.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from bert2bert.errors import InvalidCheckpoint, UserError
+from bert2bert.measure.streamed import Passed, Streamed
+from bert2bert.model.streaming import Rows, Weights
+from bert2bert.tables import Table
+
+IGNORE = -100
+_TOKENS = 512  # run at a time
+_SHARE = 0.8  # of the free memory that a reference may take
+_MEMORY = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+
+Fetch = Callable[[str], Tensor]
+
+
+class NoReference(UserError):
+    """There is no model of transformers to compare with: not installed, not known to it, or too large to run."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids and labels, int64 [rows, length]; label -100: not predicted. An encoder-decoder reads the ids and
+    writes the labels; in a decoder label i is what follows token i."""
+
+    ids: Tensor
+    labels: Tensor
+
+
+class Double(TorchFunctionMode):
+    """Every cast to float32 becomes one to float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
+
+
+def kind(config: Mapping[str, Any], table: Table) -> str:
+    """'seq2seq', 'causal' or 'masked': what a language-model head of this architecture predicts."""
+    if config.get("is_encoder_decoder"):
+        return "seq2seq"
+    masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in table.classes)
+    return "masked" if masked else "causal"
+
+
+def class_of(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> str:
+    """The transformers class of a checkpoint with these heads: the config's own, or the one with most of them."""
+    fitting = {name: has for name, has in table.classes.items() if has <= heads}
+    most = max(map(len, fitting.values()), default=0)
+    best = [name for name, has in fitting.items() if len(has) == most]
+    named = [name for name in config.get("architectures") or () if name in best]
+    if not best:
+        raise NoReference(
+            f"no class of transformers has a {table.model_type} with the heads {', '.join(sorted(heads)) or 'none'}; "
+            f"known: {', '.join(table.classes)}"
+        )
+    return (named or best)[0]
+
+
+def build(
+    table: Table, config: Mapping[str, Any], heads: frozenset[str], fetch: Fetch, dtype: torch.dtype
+) -> nn.Module:
+    """The transformers model of a config in eval mode, filled with ``fetch(canonical name)``.
+
+    Raises NoReference without transformers or the class in it, InvalidCheckpoint for tensors that do not fill it.
+    """
+    transformers = _transformers()
+    name, cls, hf = _class(table, config, heads, transformers)
+    state = {n: fetch(n).to(dtype) for n in table.parameters(config, table.classes[name])}
+    with _quiet(transformers):
+        model, info = cls.from_pretrained(
+            None, config=hf, state_dict=state, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+    if wrong := {what: sorted(map(str, names)) for what, names in info.items() if names}:
+        raise InvalidCheckpoint(f"the checkpoint does not fill a {name} of transformers: {wrong}")
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _class(table: Table, config: Mapping[str, Any], heads: frozenset[str], transformers: Any) -> tuple[str, Any, Any]:
+    """The transformers class of a checkpoint: its name, it, and its config. Raises NoReference."""
+    name = class_of(table, config, heads)
+    cls = getattr(transformers, name, None)
+    if cls is None or config["model_type"] not in transformers.CONFIG_MAPPING:
+        raise NoReference(
+            f"transformers {transformers.__version__} has no {name}, so there is no reference to compare with.\n"
+            f"Install a newer one (pip install -U transformers), or leave the comparison out with --no-logits."
+        )
+    try:
+        hf = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    except Exception as error:  # its validators raise what they like
+        raise NoReference(
+            f"transformers {transformers.__version__} refuses the config of a {name}: {error}\n"
+            f"Correct the config, or leave the comparison out: --no-logits (verify), --no-measure (grow)."
+        ) from None
+    hf._experts_implementation = "eager"  # grouped matrix products know no float64
+    hf.reorder_and_upcast_attn = False  # GPT-2: the same function, in a way that takes 16 or 32 bits for granted
+    return name, cls, hf
+
+
+class _Outline(TorchFunctionMode):
+    """What is made without values, as parameters are, is made on the meta device; buffers have values and are real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
+
+
+def outline(
+    table: Table, config: Mapping[str, Any], heads: frozenset[str], dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, str]]:
+    """The transformers model of a config in eval mode, all its parameters on the meta device and none tied; and the
+    canonical name of each by its path. Raises NoReference, and InvalidCheckpoint where table and class disagree."""
+    transformers = _transformers()
+    name, cls, hf = _class(table, config, heads, transformers)
+    hf._attn_implementation = "eager"
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _quiet(transformers), _Outline():
+            model = cls(hf)
+    finally:
+        torch.set_default_dtype(usual)
+    known, ties = table.parameters(config, table.classes[name]), table.aliases(config, table.classes[name])
+    names: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for own, p in list(module.named_parameters(recurse=False)):
+            path = f"{prefix}.{own}" if prefix else own
+            canonical = ties.get(path, path)
+            if canonical not in known or known[canonical].shape != p.shape:
+                raise InvalidCheckpoint(f"the checkpoint does not fill a {name} of transformers: {path} {(*p.shape,)}")
+            names[path] = canonical
+            setattr(module, own, nn.Parameter(torch.empty(p.shape, dtype=dtype, device="meta"), requires_grad=False))
+    if missing := sorted(known.keys() - names.values()):
+        raise InvalidCheckpoint(f"the checkpoint does not fill a {name} of transformers: it has no {missing[0]}")
+    return model.eval(), names
+
+
+def passed(
+    table: Table, config: Mapping[str, Any], heads: frozenset[str], rows: Rows, sample: Sample, dtype: torch.dtype
+) -> Passed:
+    """What the transformers model of a config, with the parameters that ``rows`` reads, computes below its decoder, few
+    rows in memory at a time. Raises what `outline` and `Weights` raise."""
+    model, names = outline(table, config, heads, dtype)
+    decoder = model.get_output_embeddings()  # type: ignore[operator]
+    path = next(prefix for prefix, module in model.named_modules() if module is decoder)
+    shapes = {n: p.shape for n, p in table.parameters(config, heads).items()}
+    streamed = Streamed(model, names, Weights(rows, shapes, dtype), f"{path}.weight")
+    hidden, pairs, what = [], [], kind(config, table)
+    step = max(1, _TOKENS // sample.ids.shape[1])
+    for rows_of in zip(sample.ids.split(step), sample.labels.split(step), strict=True):
+        part = Sample(*rows_of)
+        lifted = Double() if dtype == torch.float64 else nullcontext()  # within: what streamed reads is left as it is
+        with torch.no_grad(), streamed, lifted:
+            out = model(**_inputs(model, part, what))
+        if (found := streamed.take()) is None:
+            raise NoReference(f"a {type(model).__name__} of transformers does not end in its decoder {path}")
+        hidden.append(found[part.labels != IGNORE])
+        pairs += [out.seq_relationship_logits] if "seq_relationship_logits" in out else []
+    return Passed(
+        torch.cat(hidden), sample.labels[sample.labels != IGNORE], torch.cat(pairs) if pairs else None,
+        streamed.weights, names[f"{path}.weight"], names.get(f"{path}.bias"),
+    )  # fmt: skip
+
+
+def run(model: nn.Module, sample: Sample, what: str, vocab: int) -> tuple[Tensor, Tensor]:
+    """Logits [predictions, vocab] of the first ``vocab`` tokens, and the mean cross entropy over all tokens in nats (a
+    next-sentence head's added, for random labels). what: see `kind`."""
+    double = next(model.parameters()).dtype == torch.float64
+    with Double() if double else nullcontext():
+        out = model(**_inputs(model, sample, what))
+    keep = sample.labels != IGNORE
+    scores = out.prediction_logits if "prediction_logits" in out else out.logits
+    logits = scores[keep]
+    loss = F.cross_entropy(logits, sample.labels[keep])
+    if "seq_relationship_logits" in out:
+        pairs = out.seq_relationship_logits
+        loss = loss + F.cross_entropy(pairs, torch.arange(len(pairs)) % 2)
+    return logits[:, :vocab], loss
+
+
+def _inputs(model: nn.Module, sample: Sample, what: str) -> dict[str, Tensor]:
+    inputs = {"input_ids": sample.ids}
+    if what == "seq2seq":
+        config: Any = model.config
+        starts = (getattr(config, key, None) for key in ("decoder_start_token_id", "pad_token_id"))
+        start = next((token for token in starts if token is not None), 0)
+        inputs["decoder_input_ids"] = F.pad(sample.labels[:, :-1], (1, 0), value=start)
+    return inputs
+
+
+def gradients(model: nn.Module, sample: Sample, what: str, vocab: int) -> dict[str, Tensor]:
+    """The loss's gradient by every parameter, dropout off; zeros where a parameter takes no part."""
+    model.requires_grad_(True)
+    run(model, sample, what, vocab)[1].backward()
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def precision(numel: int, doing: str) -> torch.dtype:
+    """The widest dtype in which so many numbers fit into the free memory. Raises NoReference when none does."""
+    gc.collect()
+    free = free_memory()
+    for dtype in (torch.float64, torch.float32):
+        if free is None or numel * dtype.itemsize <= _SHARE * free:
+            return dtype
+    raise NoReference(
+        f"{doing} takes about {numel * 4 / 1e9:.3g} GB of memory in float32, and {(free or 0) / 1e9:.3g} GB are free; "
+        f"leave it out with --no-logits (verify) or --no-measure (grow), or run on a machine with more."
+    )
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can still take, by the kernel and its control group; None where nothing tells."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        limit, used = (path.read_text().strip() for path in _MEMORY)
+        if limit != "max":
+            found.append(int(limit) - int(used))
+    except (OSError, ValueError):
+        pass  # no such file on this system: what was found so far counts
+    return min(found, default=None)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise NoReference(
+            f"comparing this architecture's function needs transformers, which does not load ({error}).\n"
+            f"Install it (pip install transformers), or leave the comparison out: --no-logits (verify), --no-measure "
+            f"(grow)."
+        ) from None
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bars and remarks about a model that is only a means."""
+    log = transformers.utils.logging
+    bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

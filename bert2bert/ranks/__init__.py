@@ -1,0 +1,1 @@
+"""Processes that work together: how they are started, meet, agree and stop."""

@@ -1,0 +1,15 @@
+"""Recipes: `from bert2bert.recipe import Recipe, Phase, …` is all that a recipe file needs. Imports no torch."""
+
+from bert2bert.recipe.recipe import (
+    AdamW,
+    Data,
+    Full,
+    Phase,
+    Recipe,
+    Schedule,
+    SubModels,
+    from_dict,
+    load_recipe,
+)
+
+__all__ = ["AdamW", "Data", "Full", "Phase", "Recipe", "Schedule", "SubModels", "from_dict", "load_recipe"]

@@ -1,0 +1,265 @@
+"""A recipe: one experiment as a tree of frozen dataclasses, defined by a Python file with `recipe = Recipe(...)`.
+
+A recipe says what is trained, on which data, for how long and how: model, rows per optimizer step, phases, optimizer.
+It does not say on which machine: precision, ZeRO stage and micro-batch stand in the ds_config. Every value can be
+overridden on the command line by its dotted name (``--set phases.0.steps=10``), typed as declared here.
+
+Refused, as `InvalidConfig`: unknown keys (with the nearest known ones), values of the wrong type or out of range,
+contradictions between values, and the LAMB optimizer. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from bert2bert.errors import InvalidConfig, did_you_mean
+from bert2bert.model.config import BertConfig, check_architecture
+from bert2bert.recipe.settings import assign, build
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+# The keys of a Hugging Face BERT config that a recipe may state, and their types.
+MODEL_KEYS: dict[str, Any] = {
+    "model_type": str,
+    "architectures": list[str],
+    "vocab_size": int,
+    "hidden_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "intermediate_size": int,
+    "max_position_embeddings": int,
+    "type_vocab_size": int,
+    "hidden_act": str,
+    "hidden_dropout_prob": float,
+    "attention_probs_dropout_prob": float,
+    "layer_norm_eps": float,
+    "initializer_range": float,
+    "tie_word_embeddings": bool,
+    "pad_token_id": int | None,
+}
+
+
+def _require(holds: bool, what: str, found: Any, expected: str) -> None:
+    if not holds:
+        raise InvalidConfig(f"{what} is {found!r}; expected {expected}")
+
+
+def _in_range(what: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    enough = value > low if open_low else value >= low
+    expected = f"a number {'above' if open_low else 'of at least'} {low:g}"
+    expected += f" and at most {high:g}" if high != math.inf else ""
+    _require(enough and value <= high and math.isfinite(value), what, value, expected)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Token bins (a folder that `bert2bert prepare` wrote) and how rows are cut from them.
+
+    ``seq_len``: token slots of a row; ``mask_share``: share of tokens to predict; ``eval_rows``: held-out rows of one
+    evaluation (fewer when the split has fewer).
+    """
+
+    bins: str
+    seq_len: int
+    mask_share: float = 0.15
+    eval_rows: int = 256
+
+    def __post_init__(self) -> None:
+        _require(bool(self.bins), "data.bins", self.bins, "the folder that `bert2bert prepare` wrote")
+        _in_range("data.seq_len", self.seq_len, 8)
+        _require(0 < self.mask_share < 1, "data.mask_share", self.mask_share, "a share between 0 and 1, such as 0.15")
+        _in_range("data.eval_rows", self.eval_rows, 1)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Decoupled weight decay Adam; biases and norms do not decay. ``lr`` is the peak of phases that name none."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    name: str = "adamw"
+
+    def __post_init__(self) -> None:
+        if "lamb" in self.name.lower():
+            raise InvalidConfig(
+                f"optimizer.name is {self.name!r}; expected 'adamw'. LAMB scales every layer by the norms of its "
+                "weights and of its update; a flat ZeRO partition holds pieces of layers, so those norms would be wrong"
+            )
+        _require(
+            self.name == "adamw", "optimizer.name", self.name, "'adamw', the one optimizer whose state can be grown"
+        )
+        _in_range("optimizer.lr", self.lr, 0, open_low=True)
+        for i, beta in enumerate(self.betas):
+            _require(0 <= beta < 1, f"optimizer.betas.{i}", beta, "a number in [0, 1)")
+        _in_range("optimizer.eps", self.eps, 0, open_low=True)
+        _in_range("optimizer.weight_decay", self.weight_decay, 0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over one phase: a linear warm-up to the peak, then ``kind`` down to ``final`` x the peak.
+
+    ``peak``: None means optimizer.lr. ``final`` is reached at the first step after the phase, so that a next phase
+    whose peak is peak x final goes on without a jump; 'constant' ignores it and must leave it at 0.
+    """
+
+    kind: str = "linear"
+    warmup_steps: int = 0
+    peak: float | None = None
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise InvalidConfig(f"unknown schedule {self.kind!r}: {did_you_mean(self.kind, SCHEDULES)}")
+        _in_range("schedule.warmup_steps", self.warmup_steps, 0)
+        if self.peak is not None:
+            _in_range("schedule.peak", self.peak, 0, open_low=True)
+        _in_range("schedule.final", self.final, 0, 1)
+        if self.kind == "constant":
+            _require(self.final == 0, "schedule.final", self.final, "0, as a constant rate has no end value")
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every layer runs and learns."""
+
+    kind: str = field(default="full", init=False)
+
+
+@dataclass(frozen=True)
+class SubModels:
+    """bert2BERT's first stage: the bottom d layers run, d drawn per step from {k, 2k, ..., L}; their top k learn."""
+
+    layers_per_stage: int = 3
+    kind: str = field(default="sub-models", init=False)
+
+    def __post_init__(self) -> None:
+        _in_range("program.layers_per_stage", self.layers_per_stage, 1)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of optimizer steps with one layer program and one schedule; 0 steps leave the phase out."""
+
+    name: str
+    steps: int
+    program: Full | SubModels = Full()
+    schedule: Schedule = Schedule()
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "phase.name", self.name, "a name")
+        _in_range(f"phase {self.name!r}: steps", self.steps, 0)
+        if 0 < self.steps < self.schedule.warmup_steps:
+            raise InvalidConfig(
+                f"phase {self.name!r}: schedule.warmup_steps is {self.schedule.warmup_steps}, more than the phase's "
+                f"{self.steps} steps, so the peak would never be reached; lower warmup_steps too"
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One pre-training run.
+
+    ``model``: a Hugging Face BERT config. ``batch_rows``: rows of data.seq_len slots per optimizer step over all ranks.
+    ``clip``: the gradient norm's limit, 0 for none. ``*_every``: in optimizer steps; the last step is always evaluated
+    and saved. ``keep_checkpoints``: how many of the latest stay on disk.
+    """
+
+    name: str
+    model: Annotated[dict[str, Any], MODEL_KEYS]
+    data: Data
+    batch_rows: int
+    phases: tuple[Phase, ...]
+    optimizer: AdamW
+    clip: float = 1.0
+    seed: int = 0
+    eval_every: int = 1000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "name", self.name, "a name")
+        if isinstance(self.model, dict):
+            check_architecture(self.model)  # or the keys of another would be taken for misspelt ones
+        BertConfig.from_hf(build(Annotated[dict, MODEL_KEYS], self.model, "model"))
+        for key in ("batch_rows", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"):
+            _in_range(key, getattr(self, key), 1)
+        _in_range("clip", self.clip, 0)
+        _in_range("seed", self.seed, 0)
+        _require(self.steps > 0, "the number of steps of all phases", self.steps, "at least one")
+        names = [phase.name for phase in self.phases]
+        _require(len(set(names)) == len(names), "the list of phase names", names, "different names")
+        positions = self.model["max_position_embeddings"]
+        if self.data.seq_len > positions:
+            raise InvalidConfig(
+                f"data.seq_len is {self.data.seq_len}, but model.max_position_embeddings is {positions}"
+            )
+        for i, phase in enumerate(self.phases):
+            if isinstance(phase.program, SubModels) and self.layers % phase.program.layers_per_stage:
+                raise InvalidConfig(
+                    f"phases.{i}.program.layers_per_stage is {phase.program.layers_per_stage}, which does not divide "
+                    f"the {self.layers} layers of the model; expected one of {_divisors(self.layers)}"
+                )
+
+    @property
+    def layers(self) -> int:
+        return int(self.model["num_hidden_layers"])
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(phase index, step within the phase) of the run's 0-based optimizer step; ValueError outside the run."""
+        start = 0
+        for i, phase in enumerate(self.phases):
+            if start <= step < start + phase.steps:
+                return i, step - start
+            start += phase.steps
+        raise ValueError(f"step {step} is outside the run's {self.steps} steps")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON-ready dicts, lists and scalars; `from_dict` is its inverse."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+
+def from_dict(plain: dict[str, Any]) -> Recipe:
+    """The recipe that `to_dict` wrote. Raises InvalidConfig, naming the key by its dotted name."""
+    recipe: Recipe = build(Recipe, plain)
+    return recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Run a recipe file, then apply ``key.sub.0=value`` overrides together; InvalidConfig says what is wrong where."""
+    path = Path(path)
+    if not path.is_file():
+        raise InvalidConfig(f"no recipe {path}: expected a Python file that defines `recipe = Recipe(...)`")
+    try:
+        found = runpy.run_path(str(path)).get("recipe")
+    except InvalidConfig as error:
+        raise InvalidConfig(f"recipe {path}: {error}") from error
+    except Exception as error:  # the file is the user's code: any failure in it is his to read
+        raise InvalidConfig(f"recipe {path} cannot be run: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Recipe):
+        raise InvalidConfig(f"recipe {path} defines no `recipe = Recipe(...)` (found {type(found).__name__})")
+    if not overrides:
+        return found
+    plain = found.to_dict()
+    for text in overrides:
+        assign(Recipe, plain, text)
+    return from_dict(plain)
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]

@@ -1,0 +1,1 @@
+"""Run folders compared: what growing saved."""

@@ -1,0 +1,277 @@
+"""Write a training checkpoint: DeepSpeed's own shards, every rank's random state, and a manifest to check them against.
+
+Order: shards and random states, each file digested by the rank that wrote it and synced to the disk; then the manifest
+(names, order, shapes, digests of tensors and of files, steps, position); then, atomically, `latest`. DeepSpeed itself
+writes `latest` before the last rank has finished, so a killed rank would leave a run that cannot be resumed; here a
+kill at any moment leaves the older checkpoint in force.
+
+Refuses a disk without room for the checkpoint before anything is written, and a folder that not all ranks see. Deletes
+only complete and abandoned tags of this run folder, never the newest complete one, and nothing behind a link.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert2bert import __version__
+from bert2bert.checkpoints.commit.pending import FORMAT_VERSION, MANIFEST, file_sizes, set_latest, write_manifest
+from bert2bert.errors import UserError
+from bert2bert.files.digest import FILE_DIGEST, TENSOR_DIGEST, file_digest
+from bert2bert.files.disk import disk_errors, fsync_file, fsync_tree, replace
+from bert2bert.ranks.together import on_first
+from bert2bert.train import partitions
+from bert2bert.train.engine import GROUP_LAYOUT, Engine
+from bert2bert.train.position import Progress
+from bert2bert.train.rng import random_state
+
+UNFINISHED = "bert2bert.unfinished"
+"""A file that lies in a tag's folder while it is written or deleted."""
+
+HYPER = ("lr", "weight_decay", "betas", "eps")
+_TAG = re.compile(r"global_step(\d+)")
+_OF_RANK = re.compile(r"(?:zero_pp_rank|bert2bert_rng_rank)_(\d+)")
+
+
+def tag_of(step: int) -> str:
+    """The tag of the checkpoint after a step."""
+    return f"global_step{step}"
+
+
+def random_file(rank: int) -> str:
+    """Name, inside a tag's folder, of a rank's random state."""
+    return f"bert2bert_rng_rank_{rank:05d}.pt"
+
+
+def random_ranks(folder: Path) -> int:
+    """How many ranks the run had whose random states lie in a tag's folder: shards may have been cut anew since."""
+    return sum(1 for _ in folder.glob("bert2bert_rng_rank_*.pt"))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what wrote a checkpoint or a run folder."""
+    return {"bert2bert": __version__} | {name: version(name) for name in ("torch", "deepspeed")}
+
+
+def save(
+    engine: Engine,
+    root: Path,
+    progress: Progress,
+    *,
+    model: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    recipe: Mapping[str, Any],
+    data: Mapping[str, Any],
+    growth: Mapping[str, Any] | None,
+    keep: int,
+    check: Callable[[], None],
+) -> Path:
+    """Write ``root/global_step<step>`` and make it the latest; returns its folder. Collective.
+
+    ``model``: the Hugging Face config; ``data``: digests of tokens and tokenizer; ``growth``: the growth that the run
+    came from, handed on; ``keep``: tags to keep; ``check``: raises, on rank 0, if the folder is no longer this run's.
+    Raises UserError when the disk has no room or cannot be written.
+    """
+    tag = tag_of(progress.step)
+    folder = root / tag
+    on_first(root, check, lambda: _make_room(engine, root, folder))
+    engine.thaw()
+    with disk_errors(folder), _stream_errors(folder):
+        engine.save(root, tag)
+    own = engine.agree(lambda: _finish_own(engine, folder))
+    parts = engine.gather(own)  # every rank's files are there from here on
+    contents = {name: content for part in parts for name, content in part.items()}
+    digests = partitions.digests(engine)
+    steps = partitions.steps(engine)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "kind": "train",
+        "tag": tag,
+        "form": "zero",
+        "stage": engine.stage,
+        "world_size": engine.world,
+        "precision": engine.precision,
+        "group_layout": GROUP_LAYOUT,
+        "model": dict(model),
+        "aliases": dict(aliases),
+        "groups": [
+            {
+                "part": group.part,
+                "decay": group.decay,
+                "names": list(group.names),
+                "hyper": {key: live[key] for key in HYPER},
+                "step": step,
+            }
+            for group, live, step in zip(engine.groups, engine.optimizer.param_groups, steps, strict=True)
+        ],
+        "tensors": {n: {"shape": list(engine.shape(n)), "digest": digests[n]} for n in engine.names},
+        "files": {},
+        "digests": {
+            "kind": FILE_DIGEST,
+            "tensors": TENSOR_DIGEST,
+            "files": dict(sorted(contents.items())),
+        },
+        "counters": engine.counters,
+        "versions": versions(),
+        "growth": None if growth is None else dict(growth),
+        "training": {
+            "recipe": dict(recipe),
+            "phase": progress.phase,
+            "phase_step": progress.phase_step,
+            "step": progress.step,
+            "spent": progress.spent,
+            "data": {**data, "rows": progress.rows},
+        },
+    }
+    on_first(root, check, lambda: _commit(root, folder, manifest, keep))
+    return folder
+
+
+def _make_room(engine: Engine, root: Path, folder: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():  # what it leads to is not this run's to delete
+        _withdraw(root, folder)
+        folder.unlink()
+    elif folder.exists():  # a save that was killed, or a timeline that was abandoned: nothing of it may survive
+        if _kind(folder) not in (None, "train"):
+            raise UserError(
+                f"{folder} exists and is no checkpoint of this run. Move it away, or choose another --output"
+            )
+        _withdraw(root, folder)
+        _delete(folder)
+    for script in root.glob("zero_to_*.py"):  # DeepSpeed copies them there
+        if script.is_symlink():
+            script.unlink()
+    numel = sum(torch.Size(engine.shape(name)).numel() for name in engine.names)
+    need = numel * (12 + (4 if engine.precision == "fp32" else 2))
+    free = shutil.disk_usage(root).free
+    if free < need:
+        raise UserError(
+            f"checkpoint {folder} needs about {need / 1e9:.3g} GB, its disk has {free / 1e9:.3g} GB free. "
+            "The checkpoints written before are whole; free some space and resume"
+        )
+    folder.mkdir()
+    (folder / UNFINISHED).touch()
+
+
+def _withdraw(root: Path, folder: Path) -> None:
+    """Before a tag is written anew: if `latest` names it, let it name the newest whole one below instead."""
+    latest = root / "latest"
+    if latest.is_symlink() and latest.is_dir():
+        named = os.path.basename(os.readlink(latest))
+    else:
+        named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    if named != folder.name:
+        return
+    if newest := whole(root, _step_of(folder.name)):
+        set_latest(root, newest.name)
+    else:
+        latest.unlink()
+
+
+def whole(root: Path, below: int | None = None) -> Path | None:
+    """The newest whole training checkpoint of a run folder, if any (``below``: of a smaller step)."""
+    steps = {step: path for path in root.iterdir() if (step := _step_of(path.name)) is not None}
+    found = [step for step, path in steps.items() if (below is None or step < below) and _kind(path) == "train"]
+    return steps[max(found)] if found else None
+
+
+@contextlib.contextmanager
+def _stream_errors(folder: Path) -> Iterator[None]:
+    """Torch reports a full disk as a RuntimeError of its zip writer: say what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise UserError(
+            f"checkpoint {folder} could not be written ({str(error).splitlines()[0]}). Is the disk full? The "
+            "checkpoints written before are whole; free some space and resume"
+        ) from error
+
+
+def _finish_own(engine: Engine, folder: Path) -> dict[str, str]:
+    """Write this rank's random state; digest and make durable all that this rank wrote: {name: content digest}.
+
+    Here and not on rank 0 alone, which on a cluster can neither sync another host's pages nor read them from memory.
+    """
+    with disk_errors(folder), _stream_errors(folder):
+        torch.save(random_state(engine.device), folder / random_file(engine.rank))
+        own = [name for name in file_sizes(folder) if name != UNFINISHED and _writer(name) == engine.rank]
+        contents = {name: file_digest(folder / name) for name in own}  # first: the pages are still in memory
+        for name in own:
+            fsync_file(folder / name)
+    return contents
+
+
+def _writer(name: str) -> int:
+    """The rank that writes a file: the one in its name; what DeepSpeed writes once, rank 0."""
+    found = _OF_RANK.search(name)
+    return int(found[1]) if found else 0
+
+
+def _commit(root: Path, folder: Path, manifest: dict[str, Any], keep: int) -> None:
+    world = manifest["world_size"]
+    wanted = [*map(random_file, range(world)), *manifest["digests"]["files"]]
+    if absent := sorted({_writer(name) for name in wanted if not (folder / name).is_file()}):
+        raise UserError(
+            f"checkpoint {folder} lacks the files of {len(absent)} of {world} ranks, the first of them {absent[0]}: "
+            "their hosts see another folder of that name. Let --output lie on a file system that all hosts share"
+        )
+    fsync_tree(folder)
+    manifest["files"] = {name: size for name, size in file_sizes(folder).items() if name != UNFINISHED}
+    write_manifest(folder, manifest)
+    (folder / UNFINISHED).unlink()  # after the manifest: a kill must leave one mark at least, else it looks foreign
+    set_latest(root, folder.name)
+    prune(root, folder.name, keep)
+
+
+def prune(root: Path, newest: str, keep: int) -> None:
+    """Delete this run's training checkpoints older than the last ``keep`` up to ``newest``, and older unfinished ones.
+
+    Tags past ``newest`` (of a run that was resumed from an older tag by hand), growths, foreign folders and links stay.
+    """
+    limit = _step_of(newest)
+    older = []
+    for folder in root.iterdir():
+        step = _step_of(folder.name)
+        if step is None or limit is None or step >= limit or folder.is_symlink() or not folder.is_dir():
+            continue
+        kind = _kind(folder)
+        if kind is None:
+            _delete(folder)
+        elif kind == "train":
+            older.append((step, folder))
+    for _, folder in sorted(older, reverse=True)[max(keep - 1, 0) :]:
+        _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    replace(folder / UNFINISHED, "")
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: a kill in between must not leave something that looks whole
+    shutil.rmtree(folder)
+
+
+def _step_of(name: str) -> int | None:
+    found = _TAG.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def _kind(folder: Path) -> str | None:
+    """The manifest's kind; None: left by a killed save or deletion; 'foreign': not written by this program."""
+    path = folder / MANIFEST
+    if path.is_file():
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8")).get("kind"))
+        except (OSError, ValueError, AttributeError):
+            return "foreign"
+    return None if (folder / UNFINISHED).exists() else "foreign"

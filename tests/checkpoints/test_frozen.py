@@ -1,0 +1,135 @@
+"""Frozen parameters: written beside those that train, without optimizer state, and restored by unmodified engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bert2bert.checkpoints.source import STATES, open_source
+from bert2bert.checkpoints.write import write_checkpoint
+from bert2bert.errors import UnsupportedGrowth
+from tests.checkpoints.engines import Case, build, hf_config, release, save_cases, train, truth
+from tests.checkpoints.targets import make_tensors, reader
+from tests.checkpoints.test_readers_zero import edit
+from tests.checkpoints.test_stage0 import spec_of
+from tests.distributed import run_ranks
+
+FROZEN = ("layer.0.", "LayerNorm.bias")
+CASES = [
+    Case("z1", 1, "bf16", frozen=FROZEN, buffer=True),
+    Case("z2", 2, frozen=FROZEN, layout="layers"),
+    Case("z3", 3, "bf16", frozen=FROZEN, buffer=True),
+]
+
+
+def resume(folder: str) -> None:
+    for case in CASES:
+        spec, engine = spec_of(case), build(case)
+        path, _ = engine.load_checkpoint(f"{folder}/{case.name}")
+        assert path is not None
+        wanted, found = make_tensors(spec), truth(engine, case)
+        assert found["tensors"].keys() == wanted.keys()
+        for name, states in found["tensors"].items():
+            assert (states.keys() == {"fp32"}) == (name in spec.frozen)
+            for state, tensor in states.items():
+                assert torch.equal(tensor, wanted[name][state].to(tensor.dtype)), (case, name, state)
+        if case.buffer:
+            assert torch.equal(found["buffers"]["bert.tally"].float(), torch.tensor([5.0, 6.0, 7.0]))
+        train(engine, case, 2)
+        assert engine.global_steps == 9
+        release(engine)
+
+
+def test_unmodified_engines_restore_them(tmp_path: Path) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    for case in CASES:
+        spec = spec_of(case)
+        tensors, target = make_tensors(spec), tmp_path / case.name
+        write_checkpoint(
+            target, spec, reader(tensors), form="zero", stage=case.stage, world_size=2, manifest_growth=None
+        )
+        if case.stage > 1:  # DeepSpeed's tool looks for frozen ones from stage 2 on
+            found = get_fp32_state_dict_from_zero_checkpoint(str(target))
+            for name, states in tensors.items():
+                low = states["fp32"].to(spec.dtype) if name in spec.frozen else states["fp32"]
+                assert torch.equal(found[name], low), name
+    run_ranks(resume, 2, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "how", [{"form": "universal"}, *({"form": "zero", "stage": s, "world_size": 3} for s in (1, 2, 3))]
+)
+def test_they_read_back_without_moments(tmp_path: Path, how: dict[str, Any]) -> None:
+    spec = spec_of(Case("", precision="bf16", frozen=FROZEN, buffer=True))
+    tensors = make_tensors(spec)
+    folder = write_checkpoint(tmp_path / "d", spec, reader(tensors), manifest_growth=None, **how)
+    source = open_source(folder)
+    assert list(source.tensors) == list(tensors) and list(source.buffers) == ["bert.tally"]
+    for name, states in tensors.items():
+        trained = name not in spec.frozen
+        assert source.tensors[name].trainable == trained and source.step(name) == (7 if trained else 0)
+        for state in STATES:
+            want = states[state] if trained else states[state].to(spec.dtype) if state == "fp32" else torch.zeros(())
+            found = source.read(name, state, 0, len(states[state]))
+            assert torch.equal(found, want.expand(found.shape)), (name, state)
+    told = json.loads((folder / "bert2bert.json").read_text())
+    assert all((len(told["tensors"][name]["digest"]) == 1) == (name in spec.frozen) for name in tensors)
+    assert not {name for group in told["groups"] for name in group["names"]} & set(spec.frozen)
+
+
+def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
+    """A ZeRO-3 run with a frozen layer, grown in width and depth into native and universal checkpoints."""
+    from bert2bert.commands.grow import grow
+
+    case = Case("run", 3, frozen=("layer.0.",), buffer=True)
+    save_cases(tmp_path, 2, [case])
+    model = {"model_type": "bert", "architectures": ["BertForPreTraining"]}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(hf_config() | model))
+    target = hf_config(hidden_size=64, intermediate_size=88, num_attention_heads=4, num_hidden_layers=4) | model
+    (tmp_path / "target.json").write_text(json.dumps(target))
+    said: list[str] = []
+    common: dict[str, Any] = {"measure": False, "say": said.append}
+    native = {"form": "zero", "stage": 2, "world_size": 2}
+    for name, how in {"native": native, "universal": {}, "hub": {"form": "hub"}}.items():
+        folder = grow(tmp_path / "run", tmp_path / name, tmp_path / "target.json", **how, **common)
+        source = open_source(folder)
+        frozen = {n for n, meta in source.tensors.items() if not meta.trainable}
+        layers = {n.split(".")[3] for n in frozen}
+        assert layers == (set() if name == "hub" else {"0", "2"})  # layer 2 is grown of layer 0 (and alone of it)
+        for n in frozen:
+            assert source.read(n, "fp32", 0, 1).any() and not source.read(n, "exp_avg", 0, 1).any()
+        if name != "hub":
+            assert source.read("bert.encoder.layer.1.output.dense.weight", "exp_avg", 0, 1).any()
+            assert list(source.buffers) == ["bert.tally"]
+            first = f"{len(frozen)} parameters, first bert.encoder.layer.0.attention.self.query.weight"
+            assert first in "\n".join(said) and "must freeze these and no others" in "\n".join(said)
+        said.clear()
+
+
+def test_growth_names_the_state_that_it_cannot_carry(tmp_path: Path) -> None:
+    from bert2bert.commands.grow import grow
+
+    case = Case("run", 2, steps=1)
+    save_cases(tmp_path, 1, [case])
+    model = {"model_type": "bert", "architectures": ["BertForPreTraining"]}
+    (tmp_path / "config.json").write_text(json.dumps(hf_config() | model))
+
+    def amsgrad(content: Any) -> None:
+        for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+            state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+
+    edit(next((tmp_path / "run" / "global_step1").glob("*optim_states.pt")), amsgrad)
+    with pytest.raises(UnsupportedGrowth, match=r"keeps exp_avg, exp_avg_sq, max_exp_avg_sq\. How these grow"):
+        grow(
+            tmp_path / "run", tmp_path / "out", tmp_path / "config.json", source_config=tmp_path / "config.json",
+            measure=False,
+        )  # fmt: skip
+    grow(
+        tmp_path / "run", tmp_path / "hub", tmp_path / "config.json", source_config=tmp_path / "config.json",
+        form="hub", measure=False,
+    )  # fmt: skip
