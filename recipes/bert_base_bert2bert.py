@@ -56,8 +56,8 @@ LEFT = FULL_STEPS / (SUB_MODEL_STEPS + FULL_STEPS - WARMUP)  # 0.893 of the peak
 recipe = Recipe(
     name="bert-base-bert2bert",
     model=MODEL,
-    data=Data(bins="bins/wiki_books", seq_len=512, mask_share=0.15, eval_rows=2048),
-    batch_rows=512,
+    data=Data(bins="bins/wiki_books", seq_len=512, mlm_probability=0.15, eval_rows=2048),
+    global_batch_size=512,
     phases=(
         Phase(
             "sub-models",
@@ -68,7 +68,7 @@ recipe = Recipe(
         Phase("full", steps=FULL_STEPS, program=Full(), schedule=Schedule("linear", peak=PEAK * LEFT)),
     ),
     optimizer=AdamW(lr=PEAK, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01),
-    clip=1.0,
+    gradient_clipping=1.0,
     seed=0,
     eval_every=5_000,
     checkpoint_every=5_000,

@@ -43,8 +43,8 @@ LEFT = FINAL + (1 - FINAL) * (STEPS - SUB_MODEL_STEPS) / (STEPS - WARMUP)
 recipe = Recipe(
     name="demo-bert2bert",
     model=MODEL,
-    data=Data(bins="bins/demo", seq_len=16, mask_share=0.15, eval_rows=2048),
-    batch_rows=128,
+    data=Data(bins="bins/demo", seq_len=16, mlm_probability=0.15, eval_rows=2048),
+    global_batch_size=128,
     phases=(
         Phase(
             "sub-models",
@@ -60,7 +60,7 @@ recipe = Recipe(
         ),
     ),
     optimizer=AdamW(lr=PEAK, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),
-    clip=1.0,
+    gradient_clipping=1.0,
     seed=0,
     eval_every=40,
     checkpoint_every=600,

@@ -30,12 +30,12 @@ _BLOCK = 1 << 15  # tokens assembled at once: small micro-batches share the cost
 class _Assembler:
     """Rows by number → Batches."""
 
-    def __init__(self, bins: TokenBins, split: str, seq_len: int, rows: int, seed: int, mask_share: float) -> None:
+    def __init__(self, bins: TokenBins, split: str, seq_len: int, rows: int, seed: int, mlm_probability: float) -> None:
         self.bins, self.split_name, self.seq_len, self.rows = bins, split, seq_len, rows
         tokens, offsets = bins.split(split)
         self.tokens = np.asarray(tokens)  # a plain view of the map: np.memmap is slow to index
         self.packer = Packer(offsets, seq_len, seed)
-        self.masker = Masker(bins.vocab_size, bins.special, seq_len, mask_share, seed)
+        self.masker = Masker(bins.vocab_size, bins.special, seq_len, mlm_probability, seed)
         self.capacity = self.packer.max_segments(rows)
         self.block = max(1, _BLOCK // (rows * seq_len))
 
@@ -122,10 +122,10 @@ class MaskedLoader:
         rank: int,
         world: int,
         seed: int,
-        mask_share: float = 0.15,
+        mlm_probability: float = 0.15,
     ) -> None:
         _check_ranks(rows_per_batch, rank, world)
-        self._assembler = _Assembler(bins, split, seq_len, rows_per_batch, seed, mask_share)
+        self._assembler = _Assembler(bins, split, seq_len, rows_per_batch, seed, mlm_probability)
         self._rows, self._rank, self._world = rows_per_batch, rank, world
         self._next = 0
         self._ready: deque[Batch] = deque()
@@ -174,7 +174,7 @@ def eval_batches(
     rank: int,
     world: int,
     seed: int,
-    mask_share: float = 0.15,
+    mlm_probability: float = 0.15,
 ) -> list[Batch]:
     """This rank's share of the split's first `max_rows` packed rows (None: all), with masks that never change.
 
@@ -185,7 +185,7 @@ def eval_batches(
     _check_ranks(rows, rank, world)
     if max_rows is not None and max_rows < 1:
         raise InvalidConfig(f"the number of evaluation rows is {max_rows}, expected at least 1.")
-    assembler = _Assembler(bins, split, seq_len, rows, seed, mask_share)
+    assembler = _Assembler(bins, split, seq_len, rows, seed, mlm_probability)
     total = assembler.packer.rows if max_rows is None else min(max_rows, assembler.packer.rows)
     count = -(-total // (rows * world))
     edges = [i * total // (count * world) for i in range(rank * count, (rank + 1) * count + 1)]

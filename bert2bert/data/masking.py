@@ -2,7 +2,7 @@
 10 % stay.
 
 Randomness is a hash of (seed, row number, slot), so what a row looks like depends on nothing but its number: not on the
-batch it lies in, the rank, the world size or what came before. In every row round(mask_share x real tokens) positions
+batch it lies in, the rank, the world size or what came before. In every row round(mlm_probability x real tokens) places
 are chosen, uniformly among those that hold no special token, in exactly `quota` places a row; spare places carry the
 label -100. So shapes are static.
 """
@@ -34,16 +34,16 @@ class Masker:
     special: ids that are never chosen and never drawn as the random token.
     """
 
-    def __init__(self, vocab_size: int, special: dict[str, int], seq_len: int, mask_share: float, seed: int) -> None:
-        self.quota = int(mask_share * seq_len + 0.5) if 0 < mask_share < 1 else 0
+    def __init__(self, vocab_size: int, special: dict[str, int], seq_len: int, share: float, seed: int) -> None:
+        self.quota = int(share * seq_len + 0.5) if 0 < share < 1 else 0
         if not self.quota:
             raise InvalidConfig(
-                f"mask_share is {mask_share:g} with seq_len {seq_len}, expected a share between 0 and 1 that masks at"
+                f"mlm_probability is {share:g} with seq_len {seq_len}, expected a share between 0 and 1 that masks at"
                 " least one position a row."
             )
         if vocab_size <= len(set(special.values())):
             raise InvalidConfig(f"the vocabulary of {vocab_size} tokens holds only special tokens; nothing to mask.")
-        self.seq_len, self.mask_share, self.mask_id = seq_len, mask_share, special["mask"]
+        self.seq_len, self.share, self.mask_id = seq_len, share, special["mask"]
         self._chosen_from = np.ones(vocab_size, dtype=bool)
         self._chosen_from[list(special.values())] = False
         self._ordinary = np.flatnonzero(self._chosen_from).astype(np.int64)
@@ -67,7 +67,7 @@ class Masker:
         candidate = self._chosen_from[tokens]
         keys[~candidate] = _FULL
         chosen = np.sort(np.partition(keys, self.quota - 1, axis=1)[:, : self.quota], axis=1)
-        count = np.minimum((self.mask_share * real + 0.5).astype(np.int64), candidate.sum(axis=1))
+        count = np.minimum((self.share * real + 0.5).astype(np.int64), candidate.sum(axis=1))
         used = np.arange(self.quota) < count[:, None]
         slot = np.where(used, chosen & self._low, 0).astype(np.int64)
         flat = slot + np.arange(0, rows * self.seq_len, self.seq_len)[:, None]

@@ -10,6 +10,7 @@ from bert2bert.recipe.recipe import (
     SubModels,
     from_dict,
     load_recipe,
+    renamed,
 )
 
-__all__ = ["AdamW", "Data", "Full", "Phase", "Recipe", "Schedule", "SubModels", "from_dict", "load_recipe"]
+__all__ = ["AdamW", "Data", "Full", "Phase", "Recipe", "Schedule", "SubModels", "from_dict", "load_recipe", "renamed"]

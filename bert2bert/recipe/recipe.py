@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from bert2bert.model.config import BertConfig, check_architecture
 from bert2bert.recipe.settings import assign, build
 
 SCHEDULES = ("linear", "cosine", "constant")
+RENAMED = {"batch_rows": "global_batch_size", "clip": "gradient_clipping", "mask_share": "mlm_probability"}
 
 # The keys of a Hugging Face BERT config that a recipe may state, and their types.
 MODEL_KEYS: dict[str, Any] = {
@@ -61,19 +63,20 @@ def _in_range(what: str, value: float, low: float, high: float = math.inf, *, op
 class Data:
     """Token bins (a folder that `bert2bert prepare` wrote) and how rows are cut from them.
 
-    ``seq_len``: token slots of a row; ``mask_share``: share of tokens to predict; ``eval_rows``: held-out rows of one
-    evaluation (fewer when the split has fewer).
+    ``seq_len``: token slots of a row; ``mlm_probability``: share of tokens to predict; ``eval_rows``: held-out rows of
+    one evaluation (fewer when the split has fewer).
     """
 
     bins: str
     seq_len: int
-    mask_share: float = 0.15
+    mlm_probability: float = 0.15
     eval_rows: int = 256
 
     def __post_init__(self) -> None:
         _require(bool(self.bins), "data.bins", self.bins, "the folder that `bert2bert prepare` wrote")
         _in_range("data.seq_len", self.seq_len, 8)
-        _require(0 < self.mask_share < 1, "data.mask_share", self.mask_share, "a share between 0 and 1, such as 0.15")
+        share = self.mlm_probability
+        _require(0 < share < 1, "data.mlm_probability", share, "a share between 0 and 1, such as 0.15")
         _in_range("data.eval_rows", self.eval_rows, 1)
 
 
@@ -168,18 +171,18 @@ class Phase:
 class Recipe:
     """One pre-training run.
 
-    ``model``: a Hugging Face BERT config. ``batch_rows``: rows of data.seq_len slots per optimizer step over all ranks.
-    ``clip``: the gradient norm's limit, 0 for none. ``*_every``: in optimizer steps; the last step is always evaluated
-    and saved. ``keep_checkpoints``: how many of the latest stay on disk.
+    ``model``: a Hugging Face BERT config. ``global_batch_size``: rows of data.seq_len slots per optimizer step over all
+    ranks. ``gradient_clipping``: the gradient norm's limit, 0 for none. ``*_every``: in optimizer steps; the last step
+    is always evaluated and saved. ``keep_checkpoints``: how many of the latest stay on disk.
     """
 
     name: str
     model: Annotated[dict[str, Any], MODEL_KEYS]
     data: Data
-    batch_rows: int
+    global_batch_size: int
     phases: tuple[Phase, ...]
     optimizer: AdamW
-    clip: float = 1.0
+    gradient_clipping: float = 1.0
     seed: int = 0
     eval_every: int = 1000
     checkpoint_every: int = 1000
@@ -191,9 +194,9 @@ class Recipe:
         if isinstance(self.model, dict):
             check_architecture(self.model)  # or the keys of another would be taken for misspelt ones
         BertConfig.from_hf(build(Annotated[dict, MODEL_KEYS], self.model, "model"))
-        for key in ("batch_rows", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"):
+        for key in ("global_batch_size", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"):
             _in_range(key, getattr(self, key), 1)
-        _in_range("clip", self.clip, 0)
+        _in_range("gradient_clipping", self.gradient_clipping, 0)
         _in_range("seed", self.seed, 0)
         _require(self.steps > 0, "the number of steps of all phases", self.steps, "at least one")
         names = [phase.name for phase in self.phases]
@@ -236,8 +239,15 @@ class Recipe:
 
 def from_dict(plain: dict[str, Any]) -> Recipe:
     """The recipe that `to_dict` wrote. Raises InvalidConfig, naming the key by its dotted name."""
-    recipe: Recipe = build(Recipe, plain)
+    recipe: Recipe = build(Recipe, plain, renamed=RENAMED)
     return recipe
+
+
+def renamed(plain: Any) -> Any:
+    """A recipe as an older run recorded it, with its keys as they are called now."""
+    if isinstance(plain, dict):
+        return {RENAMED.get(key, key): renamed(value) for key, value in plain.items()}
+    return [renamed(value) for value in plain] if isinstance(plain, list) else plain
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -250,6 +260,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except InvalidConfig as error:
         raise InvalidConfig(f"recipe {path}: {error}") from error
     except Exception as error:  # the file is the user's code: any failure in it is his to read
+        key = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if key and key[1] in RENAMED:
+            raise InvalidConfig(f"recipe {path}: {key[1]} is called {RENAMED[key[1]]} now; rename it") from None
         raise InvalidConfig(f"recipe {path} cannot be run: {type(error).__name__}: {error}") from error
     if not isinstance(found, Recipe):
         raise InvalidConfig(f"recipe {path} defines no `recipe = Recipe(...)` (found {type(found).__name__})")
@@ -257,7 +270,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return found
     plain = found.to_dict()
     for text in overrides:
-        assign(Recipe, plain, text)
+        assign(Recipe, plain, text, RENAMED)
     return from_dict(plain)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from bert2bert.errors import InvalidConfig, did_you_mean
@@ -18,8 +20,9 @@ from bert2bert.errors import InvalidConfig, did_you_mean
 _SCALARS = (int, float, str, bool)
 
 
-def build(tp: Any, value: Any, where: str = "") -> Any:
-    """``value`` (dicts, lists, scalars) as an instance of the declared type ``tp``; ``where`` is its dotted name."""
+def build(tp: Any, value: Any, where: str = "", renamed: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """``value`` (dicts, lists, scalars) as an instance of the declared type ``tp``; ``where`` is its dotted name;
+    ``renamed``: old keys, which are refused, and their new names."""
     tp, optional = _strip(tp, value, where)
     if value is None and optional:
         return None
@@ -30,9 +33,9 @@ def build(tp: Any, value: Any, where: str = "") -> Any:
         given = {key: inner for key, inner in value.items() if key not in fixed}
         for key in given:
             if key not in known:
-                raise InvalidConfig(f"unknown key {_join(where, key)!r}: {_near(key, known)}")
+                raise InvalidConfig(f"unknown key {_join(where, key)!r}: {_near(key, known, renamed)}")
         try:
-            return tp(**{key: build(known[key], inner, _join(where, key)) for key, inner in given.items()})
+            return tp(**{key: build(known[key], inner, _join(where, key), renamed) for key, inner in given.items()})
         except TypeError as error:  # a required key is absent
             raise InvalidConfig(f"{where or tp.__name__}: {error}") from error
     if get_origin(tp) in (tuple, list):
@@ -40,7 +43,7 @@ def build(tp: Any, value: Any, where: str = "") -> Any:
         _expect(isinstance(value, list | tuple), where, value, "a list")
         if len(inner) > 1 and inner[-1] is not Ellipsis:
             _expect(len(value) == len(inner), where, value, f"{len(inner)} values")
-        return get_origin(tp)(build(inner[0], item, f"{where}.{i}") for i, item in enumerate(value))
+        return get_origin(tp)(build(inner[0], item, f"{where}.{i}", renamed) for i, item in enumerate(value))
     if get_origin(tp) is typing.Annotated:
         known = get_args(tp)[1]
         _expect(isinstance(value, dict), where, value, "a dict")
@@ -53,7 +56,7 @@ def build(tp: Any, value: Any, where: str = "") -> Any:
     return float(value) if tp is float else value
 
 
-def assign(tp: Any, tree: Any, override: str) -> None:
+def assign(tp: Any, tree: Any, override: str, renamed: Mapping[str, str] = MappingProxyType({})) -> None:
     """Set one value of the plain ``tree`` (declared type ``tp``) from the text ``key.sub.0=value``, in place."""
     path, equals, text = override.partition("=")
     if not equals or not path:
@@ -64,7 +67,8 @@ def assign(tp: Any, tree: Any, override: str) -> None:
     for key in path.split("."):
         known = _parts(tp, tree, path)
         if key not in known:
-            raise InvalidConfig(f"unknown key {path!r}: {(known and _nearest(path, *root)) or _near(key, known)}")
+            near = known and key not in renamed and _nearest(path, *root)
+            raise InvalidConfig(f"unknown key {path!r}: {near or _near(key, known, renamed)}")
         node, slot, tp = tree, int(key) if isinstance(tree, list) else key, known[key]
         tree = node[slot] if isinstance(node, list) else node.get(slot)
     if parts := _parts(tp, tree, path):
@@ -131,7 +135,9 @@ def _known(tp: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(tp) if f.init}
 
 
-def _near(key: str, known: dict[str, Any]) -> str:
+def _near(key: str, known: dict[str, Any], renamed: Mapping[str, str] = MappingProxyType({})) -> str:
+    if renamed.get(key) in known:
+        return f"it is called {renamed[key]} now"
     return did_you_mean(key, known) if known else "it has no parts"
 
 

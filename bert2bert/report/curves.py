@@ -58,7 +58,8 @@ class Run:
         """All that two held-out losses must have in common to be comparable."""
         recipe = (self.about.get("recipe") or {}).get("data") or {}
         found = {"data digest": self.data.get("digest"), "tokenizer digest": self.data.get("tokenizer_digest")}
-        return found | {key: recipe.get(key) for key in ("seq_len", "mask_share", "eval_rows")}
+        masked = recipe.get("mlm_probability", recipe.get("mask_share"))  # what older runs called it
+        return found | {"mlm_probability": masked} | {key: recipe.get(key) for key in ("seq_len", "eval_rows")}
 
     def at(self, step: int) -> Point | None:
         """The last evaluation at or before a step."""

@@ -20,7 +20,7 @@ def banner(recipe: Recipe, engine: Engine, config: BertConfig, bins: TokenBins, 
     """What is trained on what, by how many, at which sizes, and where it can be watched. step: where the run starts."""
     count = sum(prod(engine.shape(name)) for name in engine.names)
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
-    rows, length = recipe.batch_rows, recipe.data.seq_len
+    rows, length = recipe.global_batch_size, recipe.data.seq_len
     ranks = f"{engine.world} rank{'s' * (engine.world > 1)}"
     phases = ", ".join(f"{phase.name} {phase.steps:,}" for phase in recipe.phases if phase.steps)
     lines = {

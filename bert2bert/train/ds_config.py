@@ -106,7 +106,7 @@ def read(path: str | Path) -> dict[str, Any]:
 def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
     """A copy of ``ds_config`` that agrees with the recipe on ``world_size`` ranks.
 
-    Filled in: train_batch_size (recipe.batch_rows), gradient_accumulation_steps, gradient_clipping (recipe.clip),
+    Filled in: train_batch_size (the recipe's global_batch_size), gradient_accumulation_steps, gradient_clipping,
     zero_allow_untested_optimizer (the optimizer is a subclass of torch's AdamW). InvalidConfig for everything refused.
     """
     config = copy.deepcopy(ds_config)
@@ -118,11 +118,11 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[
     precision = _precision(config)
     _check_zero(config, precision)
     _fill_batch(config, recipe, world_size)
-    clip = config.setdefault("gradient_clipping", recipe.clip)
-    if clip != recipe.clip:
+    clip = config.setdefault("gradient_clipping", recipe.gradient_clipping)
+    if clip != recipe.gradient_clipping:
         raise InvalidConfig(
-            f"ds_config: gradient_clipping is {clip!r}, but the recipe's clip is {recipe.clip}; remove it here, or run "
-            f"with --set clip={clip}"
+            f"ds_config: gradient_clipping is {clip!r}, the recipe's is {recipe.gradient_clipping}; remove it here, or "
+            f"run with --set gradient_clipping={clip}"
         )
     if config.setdefault("zero_allow_untested_optimizer", True) is not True:
         raise InvalidConfig(
@@ -201,7 +201,7 @@ def _fill_batch(config: dict[str, Any], recipe: Recipe, world_size: int) -> None
         raise InvalidConfig(
             f"ds_config: {key} is {micro!r}; expected the rows of one micro-batch of one rank, at least 1"
         )
-    rows = recipe.batch_rows
+    rows = recipe.global_batch_size
     if rows % (micro * world_size):
         if rows % world_size:
             remedy = f"run on a number of ranks that divides {rows}"
@@ -209,12 +209,12 @@ def _fill_batch(config: dict[str, Any], recipe: Recipe, world_size: int) -> None
             remedy = f"set {key} to a divisor of {rows // world_size}"
         raise InvalidConfig(
             f"ds_config: {key} is {micro}; on {world_size} ranks that makes {micro * world_size} rows, which do not "
-            f"divide the recipe's batch_rows, {rows}; {remedy}"
+            f"divide the recipe's global_batch_size, {rows}; {remedy}"
         )
     derived = {"train_batch_size": rows, "gradient_accumulation_steps": rows // (micro * world_size)}
     for name, value in derived.items():
         if config.setdefault(name, value) != value:
             raise InvalidConfig(
-                f"ds_config: {name} is {config[name]!r}, but the recipe's batch_rows, {rows}, on {world_size} ranks "
-                f"with {key} {micro} makes it {value}; remove it here"
+                f"ds_config: {name} is {config[name]!r}, but the recipe's global_batch_size, {rows}, on {world_size} "
+                f"ranks with {key} {micro} makes it {value}; remove it here"
             )

@@ -128,11 +128,11 @@ class _Run:
         self.output, self.stop, self.lock, self.quiet = output, stop, lock, quiet
         data = recipe.data
         self.loader = MaskedLoader(
-            bins, "train", data.seq_len, engine.micro_rows, engine.rank, engine.world, recipe.seed, data.mask_share
+            bins, "train", data.seq_len, engine.micro_rows, engine.rank, engine.world, recipe.seed, data.mlm_probability
         )
         self.held_out = eval_batches(
             bins, "heldout", data.seq_len, engine.micro_rows, data.eval_rows, engine.rank, engine.world, MASK_SEED,
-            data.mask_share,
+            data.mlm_probability,
         )  # fmt: skip
         self.digests = {"digest": bins.digest, "tokenizer_digest": bins.tokenizer_digest}
         name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
@@ -286,7 +286,7 @@ class _Run:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm} (loss {loss:.4g})"
         raise UserError(
             f"{what} in step {self.step + 1} (phase {phase!r}): training diverged. Lower the learning rate, lengthen "
-            f"the warm-up, or set clip. {self.newest()}"
+            f"the warm-up, or set gradient_clipping. {self.newest()}"
         )
 
     def newest(self) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bert2bert.errors import InvalidConfig
-from bert2bert.recipe import Recipe
+from bert2bert.recipe import Recipe, renamed
 
 # Changing these says nothing about what is learned.
 _FREE = ("name", "data.bins", "data.eval_rows", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
@@ -50,8 +50,8 @@ def continued(
                 f"the {what} differs from that of the run in {folder}: digest {data[key]}, the run had "
                 f"{training['data'][key]}. Give the bins that the run was started with (--bins), or start a new run"
             )
-    before, now = _flat(training["recipe"]), _flat(recipe.to_dict())
-    for key in ("seed", "data.seq_len", "data.mask_share"):
+    before, now = _flat(renamed(training["recipe"])), _flat(recipe.to_dict())
+    for key in ("seed", "data.seq_len", "data.mlm_probability"):
         if before.get(key) != now[key]:
             raise InvalidConfig(
                 f"{key} is {now[key]!r}, the run in {folder} had {before.get(key)!r}: its position in the data would "

@@ -218,9 +218,9 @@ def test_bad_arguments(bins: TokenBins) -> None:
     for options, message in (
         ({"rows": 0}, "rows of a micro-batch: 0"),
         ({"rank": 2, "world": 2}, "rank 2 of 2, expected 0 to 1"),
-        ({"mask_share": 0.0}, "mask_share is 0 "),
-        ({"mask_share": 1.0}, "mask_share is 1 "),
-        ({"mask_share": 0.01}, "mask_share is 0.01 with seq_len 32"),
+        ({"mlm_probability": 0.0}, "mlm_probability is 0 "),
+        ({"mlm_probability": 1.0}, "mlm_probability is 1 "),
+        ({"mlm_probability": 0.01}, "mlm_probability is 0.01 with seq_len 32"),
     ):
         with pytest.raises(InvalidConfig, match=message):
             loader(bins, **options)  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ def test_the_growth_target_is_the_model_that_is_trained(grown: str, config: str)
 )
 def test_the_comparison_is_fair(small: str, scratch: str, grown: str) -> None:
     small, scratch, grown = recipe(small), recipe(scratch), recipe(grown)
-    for key in ("model", "data", "batch_rows", "optimizer", "clip", "seed", "steps", "eval_every"):
+    for key in ("model", "data", "global_batch_size", "optimizer", "gradient_clipping", "seed", "steps", "eval_every"):
         assert getattr(scratch, key) == getattr(grown, key), key
     assert small.data == grown.data
     head = {r.model["hidden_size"] // r.model["num_attention_heads"] for r in (small, grown)}
@@ -79,6 +79,6 @@ def test_the_papers_settings() -> None:
     assert (source.layers, source.model["hidden_size"]) == (12, 512)
     assert (grown.layers, grown.model["hidden_size"], grown.model["num_attention_heads"]) == (12, 768, 12)
     assert grown.phases[0].program == SubModels(layers_per_stage=3)
-    assert (grown.batch_rows, grown.optimizer.lr, grown.phases[0].schedule.warmup_steps) == (512, 1e-4, 10_000)
-    tokens = grown.steps * grown.batch_rows * grown.data.seq_len
+    assert (grown.global_batch_size, grown.optimizer.lr, grown.phases[0].schedule.warmup_steps) == (512, 1e-4, 10_000)
+    tokens = grown.steps * grown.global_batch_size * grown.data.seq_len
     assert tokens == pytest.approx(1e6 * 256 * 512), "40 epochs are BERT's million steps of 256 rows"

@@ -20,7 +20,7 @@ recipe = Recipe(
         "intermediate_size": 64, "max_position_embeddings": 32,
     }},
     data=Data(bins={bins!r}, seq_len=32, eval_rows=16),
-    batch_rows=128,
+    global_batch_size=128,
     phases=(Phase("sub-models", 3, SubModels(1)), Phase("full", 3)),
     optimizer=AdamW(lr=1e-3),
     eval_every=3,

@@ -32,8 +32,8 @@ def recipe(bins: Path, **other: Any) -> Recipe:
     """Two phases of 4 steps, sub-models then all layers, dropout on."""
     given: dict[str, Any] = {
         "name": "tiny", "model": tiny.model_config(0.1), "data": Data(bins=str(bins), seq_len=16, eval_rows=8),
-        "batch_rows": 8, "optimizer": AdamW(lr=5e-3, weight_decay=0.1), "clip": 1.0, "seed": 3, "eval_every": 4,
-        "checkpoint_every": 3, "keep_checkpoints": 2, "log_every": 1,
+        "global_batch_size": 8, "optimizer": AdamW(lr=5e-3, weight_decay=0.1), "gradient_clipping": 1.0, "seed": 3,
+        "eval_every": 4, "checkpoint_every": 3, "keep_checkpoints": 2, "log_every": 1,
         "phases": (
             Phase("sub-models", 4, SubModels(1), Schedule("linear", warmup_steps=2)),
             Phase("full", 4, Full(), Schedule("cosine", peak=3e-3)),

@@ -16,7 +16,7 @@ SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
 MODEL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 64, "max_position_embeddings": 32}  # fmt: skip
-RECIPE = Recipe("tiny", MODEL, Data("bins", 32), 512, (Phase("full", 10),), AdamW(1e-3), clip=0.5)
+RECIPE = Recipe("tiny", MODEL, Data("bins", 32), 512, (Phase("full", 10),), AdamW(1e-3), gradient_clipping=0.5)
 CONFIG = {"train_micro_batch_size_per_gpu": 32, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
 
 
@@ -37,11 +37,14 @@ def test_batch_sizes_and_clipping_come_from_the_recipe() -> None:
     [
         ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu is None; expected the rows"),
         ({"train_micro_batch_size_per_gpu": "auto"}, "train_micro_batch_size_per_gpu is 'auto'"),
-        ({"train_micro_batch_size_per_gpu": 48}, "makes 192 rows, which do not divide the recipe's batch_rows, 512"),
+        (
+            {"train_micro_batch_size_per_gpu": 48},
+            "makes 192 rows, which do not divide the recipe's global_batch_size, 512",
+        ),
         ({"train_micro_batch_size_per_gpu": 256}, "set train_micro_batch_size_per_gpu to a divisor of 128"),
-        ({"train_batch_size": 256}, "train_batch_size is 256, but the recipe's batch_rows, 512"),
+        ({"train_batch_size": 256}, "train_batch_size is 256, but the recipe's global_batch_size, 512"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2, but"),
-        ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but the recipe's clip is 0.5"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, the recipe's is 0.5"),
         ({"optimizer": {"type": "Adam"}}, "'optimizer': it belongs to the recipe (recipe.optimizer); remove it"),
         ({"scheduler": {"type": "WarmupLR"}}, "'scheduler': it belongs to the recipe"),
         ({"zero_optimisation": {}}, "unknown key 'zero_optimisation': did you mean 'zero_optimization'"),

@@ -30,7 +30,7 @@ RECIPE = '''"""Two steps, from somebody else's checkpoint."""
 from bert2bert.recipe import AdamW, Data, Phase, Recipe
 
 recipe = Recipe(
-    name="foreign", model={model!r}, data=Data(bins={bins!r}, seq_len=16, eval_rows=8), batch_rows=8,
+    name="foreign", model={model!r}, data=Data(bins={bins!r}, seq_len=16, eval_rows=8), global_batch_size=8,
     phases=(Phase("full", 2),), optimizer=AdamW(lr=1e-3), log_every=1,
 )
 '''

@@ -66,7 +66,7 @@ def load(bins: Path, path: Path, cases: list[tuple[int, str]]) -> list[dict[str,
     tiny.allow_fp16()
     world = int(os.environ["WORLD_SIZE"])
     rows = 12 if world == 3 else 8
-    plan, out = runs.recipe(bins, batch_rows=rows), []
+    plan, out = runs.recipe(bins, global_batch_size=rows), []
     for stage, precision in cases:
         engine = engines.build(plan, tiny.ds_config(stage, precision, world, rows=rows), tiny.model(nsp=False))
         found = resume.resume(engine, path, plan, {"digest": "", "tokenizer_digest": ""})

@@ -57,7 +57,7 @@ def test_help_shows_an_example_and_imports_nothing_heavy(name: str, word: str) -
         (["--ds_config", "ds_configs/nowhere.json"], "error: no ds_config ds_configs/nowhere.json"),
         (["--ds_config", "README.md"], "is no JSON"),
         (["--set", "phases.0.step=1"], "unknown key 'phases.0.step': did you mean 'phases.0.steps'"),
-        (["--set", "batch_rows=96"], "train_micro_batch_size_per_gpu is 64; on 1 ranks that makes 64 rows"),
+        (["--set", "global_batch_size=96"], "train_micro_batch_size_per_gpu is 64; on 1 ranks that makes 64 rows"),
         (["--set", "optimizer.name=lamb"], "LAMB scales every layer"),
     ],
 )
@@ -113,7 +113,7 @@ def test_the_options_reach_the_training(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.delenv(name)
     monkeypatch.chdir(ROOT)
     options = ["--local_rank=0", *DEMO, "--output", "runs/x", "--resume", "grown/y", "--bins", "other bins"]
-    code = entry("pretrain").main([*options, "--set", "phases.0.steps=400", "seed=3", "--set", "clip=2"])
+    code = entry("pretrain").main([*options, "--set", "phases.0.steps=400", "seed=3", "--set", "gradient_clipping=2"])
     assert code == 0
     ((recipe, config, output, resume, named),) = calls
     assert named["recipe_file"] == Path("recipes/demo_small.py") and named["command"][:2] == [
@@ -122,7 +122,7 @@ def test_the_options_reach_the_training(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     assert (recipe.phases[0].steps, recipe.seed, recipe.data.bins) == (400, 3, "other bins")
     assert (output, resume) == (Path("runs/x"), Path("grown/y"))
-    assert config["gradient_clipping"] == 2.0 and config["train_batch_size"] == recipe.batch_rows
+    assert config["gradient_clipping"] == 2.0 and config["train_batch_size"] == recipe.global_batch_size
     assert os.environ["WORLD_SIZE"] == "1" and os.environ["RANK"] == "0"
 
     stopped = "SIGUSR1"  # by a time limit: a job that waits for this one must not start

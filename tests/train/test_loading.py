@@ -293,7 +293,7 @@ def elsewhere(bins: Path, saved: Path, root: Path, cases: list[tuple[int, str]])
 
     world = int(os.environ["WORLD_SIZE"])
     rows = 12 if world == 3 else 8
-    plan, out = replace(plan_for(bins), batch_rows=rows), []
+    plan, out = replace(plan_for(bins), global_batch_size=rows), []
     data = json.loads((saved / "run.json").read_text())["data"]
     for stage, precision in cases:
         engine = engines.build(plan, tiny.ds_config(stage, precision, world, rows=rows), tiny.model(nsp=False))

@@ -22,7 +22,7 @@ recipe = Recipe(
         "intermediate_size": 64, "max_position_embeddings": 64,
     },
     data=Data(bins="bins/tiny", seq_len=32),
-    batch_rows=8,
+    global_batch_size=8,
     phases=(
         Phase("sub-models", 10, SubModels(2), Schedule("linear", warmup_steps=2, peak=2e-3, final=0.5)),
         Phase("full", 20),
@@ -51,7 +51,7 @@ def test_overrides_set_values_of_the_declared_type(tiny: Path) -> None:
     recipe = load_recipe(
         tiny,
         ["phases.0.steps=6", "phases.0.program.layers_per_stage=1", "phases.1.schedule.kind=cosine", "data.bins=x y",
-         "optimizer.betas.1=0.98", "phases.0.schedule.peak=none", "model.hidden_dropout_prob=0", "clip=0"],
+         "optimizer.betas.1=0.98", "phases.0.schedule.peak=none", "model.hidden_dropout_prob=0", "gradient_clipping=0"],
     )  # fmt: skip
     assert recipe.phases[0].steps == 6 and type(recipe.phases[0].steps) is int
     assert recipe.phases[0].program == SubModels(1)
@@ -61,7 +61,7 @@ def test_overrides_set_values_of_the_declared_type(tiny: Path) -> None:
     assert recipe.data.bins == "x y"
     assert recipe.optimizer.betas == (0.9, 0.98)
     assert recipe.model["hidden_dropout_prob"] == 0.0
-    assert recipe.clip == 0.0
+    assert recipe.gradient_clipping == 0.0
 
 
 def test_overrides_are_judged_together(tiny: Path) -> None:
@@ -79,18 +79,20 @@ def test_overrides_are_judged_together(tiny: Path) -> None:
         ("phases.2.steps=1", "unknown key 'phases.2.steps': did you mean 'phases.0.steps' or 'phases.1.steps'?"),
         ("steps=3", "unknown key 'steps': did you mean 'phases.0.steps' or 'phases.1.steps'?"),
         ("train.steps=3", "did you mean 'phases.0.steps' or 'phases.1.steps'?"),
+        ("clip=2", "unknown key 'clip': it is called gradient_clipping now"),
+        ("data.mask_share=0.2", "unknown key 'data.mask_share': it is called mlm_probability now"),
         ("hidden_size=64", "unknown key 'hidden_size': did you mean 'model.hidden_size'?"),
         ("lr=1", "did you mean 'optimizer.lr'?"),
         ("sed=1", "did you mean 'seed'?"),
         ("warmup=1", "did you mean 'phases.0.schedule.warmup_steps' or 'phases.1.schedule.warmup_steps'?"),
         ("betas=1", "did you mean 'optimizer.betas.0' or 'optimizer.betas.1'?"),
         ("layers_per_stage=1", "did you mean 'phases.0.program.layers_per_stage'?"),
-        ("xyzzy=1", "unknown key 'xyzzy': known: batch_rows, "),
+        ("xyzzy=1", "unknown key 'xyzzy': known: checkpoint_every, "),
         ("phases.0=1", "'phases.0' is no single value; its parts: name, steps, program, schedule"),
         ("seed.x=1", "unknown key 'seed.x': it has no parts"),
         ("phases.1.program.kind=sub-models", "unknown key 'phases.1.program.kind': it has no parts"),
         ("seed=1.5", "seed is '1.5'; expected a value of type int"),
-        ("clip=high", "clip is 'high'; expected a value of type float"),
+        ("gradient_clipping=high", "gradient_clipping is 'high'; expected a value of type float"),
         ("seed", "override 'seed': expected KEY=VALUE"),
         ("phases.0.steps=-1", "phase 'sub-models': steps is -1; expected a number of at least 0"),
         ("phases.1.schedule.kind=cosin", "unknown schedule 'cosin': did you mean 'cosine'"),
@@ -102,11 +104,11 @@ def test_overrides_are_judged_together(tiny: Path) -> None:
         ("optimizer.lr=inf", "optimizer.lr is inf"),
         ("optimizer.betas.0=1", "optimizer.betas.0 is 1.0; expected a number in [0, 1)"),
         ("data.seq_len=128", "data.seq_len is 128, but model.max_position_embeddings is 64"),
-        ("data.mask_share=15", "data.mask_share is 15.0; expected a share between 0 and 1"),
+        ("data.mlm_probability=15", "data.mlm_probability is 15.0; expected a share between 0 and 1"),
         ("model.num_attention_heads=3", "num_attention_heads"),
-        ("batch_rows=0", "batch_rows is 0; expected a number of at least 1"),
+        ("global_batch_size=0", "global_batch_size is 0; expected a number of at least 1"),
         ("eval_every=0", "eval_every is 0"),
-        ("clip=-1", "clip is -1.0"),
+        ("gradient_clipping=-1", "gradient_clipping is -1.0"),
         ("phases.1.schedule.final=2", "schedule.final is 2.0; expected a number of at least 0 and at most 1"),
         ("phases.1.name=sub-models", "expected different names"),
         ("data.bins=", "data.bins is ''; expected the folder"),
@@ -149,8 +151,10 @@ def test_a_wrong_dict_is_refused_with_its_name(tiny: Path, change: object, messa
         ("recipe = (", "cannot be run: SyntaxError"),
         ("import nothing_of_that_name", "cannot be run: ModuleNotFoundError"),
         ("x = 1", "defines no `recipe = Recipe(...)` (found NoneType)"),
-        (TINY.replace("batch_rows=8", "batch_rows=0"), "batch_rows is 0"),
-        (TINY.replace("batch_rows=8", "batch_row=8"), "batch_row"),
+        (TINY.replace("global_batch_size=8", "global_batch_size=0"), "global_batch_size is 0"),
+        (TINY.replace("global_batch_size=8", "global_batch=8"), "global_batch"),
+        (TINY.replace("global_batch_size=8", "batch_rows=8"), "batch_rows is called global_batch_size now"),
+        (TINY.replace("Data(", "Data(mask_share=0.1, "), "mask_share is called mlm_probability now"),
         (TINY.replace('"vocab_size"', '"vocab_sise"'), "unknown key 'model.vocab_sise': did you mean 'vocab_size'"),
     ],
 )

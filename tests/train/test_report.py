@@ -32,7 +32,7 @@ def write_run(
     folder.mkdir(parents=True)
     about = {
         "name": folder.name,
-        "recipe": {"data": {"seq_len": seq_len, "mask_share": 0.15, "eval_rows": 256}},
+        "recipe": {"data": {"seq_len": seq_len, "mlm_probability": 0.15, "eval_rows": 256}},
         "world_size": world_size,
         "model": {"num_hidden_layers": 4, "hidden_size": width},
         "data": data or DATA,

@@ -27,7 +27,8 @@ def model_config(dropout: float = 0.0, **other: Any) -> dict[str, Any]:
 def recipe(bins: str = "bins", *, steps: int = 100, dropout: float = 0.0, clip: float = 0.5, **other: Any) -> Recipe:
     given: dict[str, Any] = {
         "name": "tiny", "model": model_config(dropout), "data": Data(bins=bins, seq_len=16, eval_rows=8),
-        "batch_rows": 8, "phases": (Phase("all", steps),), "optimizer": AdamW(lr=1e-2, weight_decay=0.1), "clip": clip,
+        "global_batch_size": 8, "phases": (Phase("all", steps),), "optimizer": AdamW(lr=1e-2, weight_decay=0.1),
+        "gradient_clipping": clip,
     }  # fmt: skip
     return Recipe(**(given | other))
 
