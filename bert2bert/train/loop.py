@@ -40,8 +40,7 @@ from bert2bert.train.errors import explained
 from bert2bert.train.evaluate import MASK_SEED, evaluate
 from bert2bert.train.metrics import MetricsWriter
 from bert2bert.train.position import Progress, start
-from bert2bert.train.resume import Resumed
-from bert2bert.train.resume import resume as load
+from bert2bert.train.resume import Resumed, load
 from bert2bert.train.rng import seed_all
 from bert2bert.train.save import save, tag_of, versions
 

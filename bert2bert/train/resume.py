@@ -59,7 +59,7 @@ class Resumed:
     notes: tuple[str, ...]
 
 
-def resume(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) -> Resumed:
+def load(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) -> Resumed:
     """Load the checkpoint at ``path`` (a tag's folder, or the latest of a run's) into the engine. Collective.
 
     ``data``: {"digest", "tokenizer_digest"} of the bins the run will read. Raises InvalidCheckpoint or InvalidConfig,

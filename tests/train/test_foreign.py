@@ -66,7 +66,7 @@ def held(bins: Path, path: Path, truth: Path, prefix: str = "") -> list[str]:
 
     plan = runs.recipe(bins, model=CONFIG)
     engine = trained.build(plan, tiny.ds_config(2), Bert(BertConfig.from_hf(CONFIG)))
-    found = resume.resume(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
+    found = resume.load(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
     expected = torch.load(truth)
     wrong = [] if (found.kind, found.progress.step) == ("growth", 0) else [found.kind]
     for fragment in partitions.fragments(engine):

@@ -69,7 +69,7 @@ def load(bins: Path, path: Path, cases: list[tuple[int, str]]) -> list[dict[str,
     plan, out = runs.recipe(bins, global_batch_size=rows), []
     for stage, precision in cases:
         engine = engines.build(plan, tiny.ds_config(stage, precision, world, rows=rows), tiny.model(nsp=False))
-        found = resume.resume(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
+        found = resume.load(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
         worst = 0.0
         for fragment in partitions.fragments(engine):
             for state in STATES:
@@ -140,7 +140,7 @@ def load_hub(bins: Path, path: Path, told: dict[str, str]) -> tuple[str, bool]:
     plan = runs.recipe(bins)
     engine = engines.build(plan, tiny.ds_config(2, "fp32", 1), tiny.model(nsp=False))
     try:
-        found = resume.resume(engine, path, plan, told)
+        found = resume.load(engine, path, plan, told)
     except InvalidConfig as error:
         return str(error), False
     held = {f.name: partitions.read(engine, f, "fp32") for f in partitions.fragments(engine)}

@@ -208,7 +208,7 @@ def attempt(engine: Any, path: Path, plan: Recipe, data: dict[str, str]) -> tupl
     from bert2bert.train import resume
 
     try:
-        found = resume.resume(engine, path, plan, data)
+        found = resume.load(engine, path, plan, data)
     except UserError as error:
         return type(error).__name__, str(error)
     return "", "\n".join(found.notes)
@@ -297,7 +297,7 @@ def elsewhere(bins: Path, saved: Path, root: Path, cases: list[tuple[int, str]])
     data = json.loads((saved / "run.json").read_text())["data"]
     for stage, precision in cases:
         engine = engines.build(plan, tiny.ds_config(stage, precision, world, rows=rows), tiny.model(nsp=False))
-        found = resume.resume(engine, saved, plan, data)
+        found = resume.load(engine, saved, plan, data)
         steps = [engine.optimizer.state[m]["step"] for _, m in partitions.masters(engine)]
         out.append(
             {
