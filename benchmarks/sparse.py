@@ -24,7 +24,8 @@ from bert2bert.checkpoints.groups import param_groups
 from bert2bert.checkpoints.hub import writer as hub_writer
 from bert2bert.checkpoints.hub.writer import MAX_FILE_BYTES
 from bert2bert.checkpoints.job import Job, Tally, TargetGroup, TargetSpec
-from bert2bert.checkpoints.source import STATES, open_source
+from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.source import STATES
 from bert2bert.checkpoints.zero.layout import SUB_GROUP_SIZE
 from bert2bert.commands.grow import target_spec
 from bert2bert.files import torch_writer, zip_writer

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.checkpoints.job import TargetGroup, TargetSpec
-from bert2bert.checkpoints.source import MANIFEST, open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.commands.grow import grow, target_spec
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth

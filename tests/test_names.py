@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from bert2bert.checkpoints.hub.names import WRAPPERS
 from bert2bert.checkpoints.inspect import inspect, render
-from bert2bert.checkpoints.source import open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.commands.grow import grow
 from bert2bert.commands.reshard import reshard
 from bert2bert.commands.verify import verify

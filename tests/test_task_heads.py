@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bert2bert.checkpoints.source import open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.commands.grow import grow
 from bert2bert.commands.verify import render, verify
 from bert2bert.errors import InvalidCheckpoint, UnsupportedGrowth

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bert2bert.checkpoints.commit.pending import MANIFEST, file_sizes, listed, sealed
-from bert2bert.checkpoints.locate import locate
-from bert2bert.checkpoints.source import Source, open_source
+from bert2bert.checkpoints.open import locate, open_source
+from bert2bert.checkpoints.source import Source
 from bert2bert.errors import InvalidCheckpoint, some
 from bert2bert.files.digest import FILE_DIGEST, file_digest
 from bert2bert.files.texts import read_json

@@ -1,11 +1,7 @@
-"""A checkpoint to read from, whatever its format: names, shapes, and any rows of any tensor's any state.
+"""A checkpoint that is open: names, shapes, and any rows of any tensor's any state, whatever its format.
 
-`open_source` finds what lies at a path (a DeepSpeed run folder with its ``latest``, one tag of it, a universal
-checkpoint, a Hugging Face folder), checks all that can be checked without reading tensors, and returns a `Source` whose
-``read`` gives rows from memory-mapped files. No whole model is ever loaded.
-
-Refuses, as InvalidCheckpoint, with one message each: no checkpoint there, a ``latest`` that names a missing tag, an
-unfinished output, and whatever the format's own reader refuses.
+The base class of all readers; `open` finds which of them a folder needs. Rows come from memory-mapped files, and no
+whole model is ever loaded.
 """
 
 from __future__ import annotations
@@ -14,24 +10,19 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from bert2bert.checkpoints.commit.pending import FORMAT_VERSION, MANIFEST, listed
 from bert2bert.checkpoints.expert_parallel.layout import ExpertParallel
-from bert2bert.checkpoints.hub.files import plain
-from bert2bert.checkpoints.locate import locate
-from bert2bert.checkpoints.manifest import check as check_manifest
 from bert2bert.errors import InvalidCheckpoint, did_you_mean
-from bert2bert.files.texts import read_json
 from bert2bert.files.torch_reader import USUAL
 from bert2bert.files.unpickle import foreign
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
-_MALFORMED = (
+MALFORMED = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, RecursionError, MemoryError,
     AssertionError, SafetensorError,
 )  # fmt: skip
@@ -143,8 +134,8 @@ class Source:
         shape = (stop - start, *meta.shape[1:]) if meta.shape else (stop - start,)[: 1 - stop + start]
         try:
             return self._rows(meta, state, start, stop).reshape(shape)
-        except _MALFORMED as error:
-            raise InvalidCheckpoint(f"{self.folder}: '{name}' ({state}) cannot be read: {_said(error)}") from error
+        except MALFORMED as error:
+            raise InvalidCheckpoint(f"{self.folder}: '{name}' ({state}) cannot be read: {cause(error)}") from error
 
     def identity(self) -> dict[str, Any]:
         """What names this checkpoint in a growth manifest.
@@ -172,106 +163,6 @@ class Source:
         }
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The folder's bert2bert.json, checked against the sizes of the files it lists; None if there is none."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    manifest = read_json(path)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise InvalidCheckpoint(
-            f"{path}: format version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
-            "Use the version of bert2bert that wrote it."
-        )
-    check_manifest(path, manifest)
-    for name, size in listed(folder, {"files": {}, **manifest}).items():
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            what = "missing" if found is None else f"{found:,} bytes long"
-            raise InvalidCheckpoint(
-                f"{file}: {what}, the manifest says {size:,} bytes: lost, truncated or replaced after it was written. "
-                "Restore the file or use another tag."
-            )
-    return manifest
-
-
-def _config(folder: Path, parent: bool) -> dict[str, Any] | None:
-    for place in (folder, folder.parent) if parent else (folder,):
-        if (place / "config.json").is_file():
-            return plain(read_json(place / "config.json"))
-    return None
-
-
-def open_source(path: str | Path, tag: str | None = None) -> Source:
-    """Open the checkpoint at ``path``: a run folder, a tag's folder, or a Hugging Face folder.
-
-    ``tag`` picks one tag of a run folder; without it ``latest`` (else ``latest_universal``) does.
-    Raises InvalidCheckpoint for anything that is no sound checkpoint.
-    """
-    from bert2bert.checkpoints.expert_parallel.reader import ExpertSource
-    from bert2bert.checkpoints.hub.reader import HubSource
-    from bert2bert.checkpoints.universal.reader import UniversalSource
-    from bert2bert.checkpoints.zero.model_states import expert_files
-    from bert2bert.checkpoints.zero.reader import ZeroSource
-    from bert2bert.checkpoints.zero.stage0_reader import Stage0Source, is_stage0
-
-    path = Path(path)
-    folder, tag = locate(path, tag)
-    manifest = read_manifest(folder)
-    kind: type[Source] = HubSource
-    if tag is not None:
-        native = ExpertSource if expert_files(folder) else Stage0Source if is_stage0(folder) else ZeroSource
-        kind = UniversalSource if (folder / "zero").is_dir() else native
-    try:
-        source = kind(path, folder, manifest)
-    except _MALFORMED as error:  # files are believed until they contradict themselves, which can show anywhere
-        raise InvalidCheckpoint(
-            f"{folder}: its contents are not those of a checkpoint ({_said(error)}): damaged, of another program, or "
-            "of two checkpoints. Restore the files or use another tag."
-        ) from error
-    source.tag = tag
-    _check_names(source)
-    source.config = (manifest or {}).get("model") or _config(folder, parent=tag is not None)
-    if manifest:
-        _check_manifest(source, manifest)
-        order = {name: source.tensors[name] for name in manifest.get("tensors", {}) if name in source.tensors}
-        source.tensors = {**order, **source.tensors}  # the manifest knows the model's order where the files do not
-        told = {absent: kept for absent, kept in manifest.get("aliases", {}).items() if kept in source.tensors}
-        source.aliases = {**told, **source.aliases}
-        source.files.append(folder / MANIFEST)
-    return source
-
-
-def _said(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
+    """An error's type and the start of its text, for a message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _check_names(source: Source) -> None:
-    """Names that stay inside a folder: a universal checkpoint has a folder of each tensor's name."""
-    for name in source.tensors:
-        path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("..")
-        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(name):
-            raise InvalidCheckpoint(f"{source.folder}: holds a tensor named {name!r}, which is no name of a parameter")
-
-
-def _check_manifest(source: Source, manifest: dict[str, Any]) -> None:
-    """The files are those that the manifest describes: format, stage, world size, every name and shape."""
-    found: dict[str, Any] = {"form": source.form}
-    if source.form == "zero":
-        found.update(stage=source.stage, world_size=source.world_size, precision=source.precision)
-        found.update({"expert_parallel": source.expert_parallel.size} if source.expert_parallel else {})
-    for key, value in found.items():
-        if manifest.get(key, value) != value:
-            raise InvalidCheckpoint(
-                f"{source.folder}: the files have {key} {value!r}, the manifest says {manifest[key]!r}: they are of "
-                "two checkpoints. Restore the files or use another tag."
-            )
-    said = {name: tuple(entry["shape"]) for name, entry in manifest.get("tensors", {}).items()}
-    have = {name: meta.shape for name, meta in source.tensors.items()}
-    for name in sorted(said.keys() | have.keys()) if said else ():
-        if said.get(name) != have.get(name):
-            raise InvalidCheckpoint(
-                f"{source.folder}: tensor '{name}' has shape {have.get(name, 'none (absent)')} in the files, "
-                f"{said.get(name, 'none (absent)')} in the manifest: they are of two checkpoints."
-            )

@@ -131,7 +131,7 @@ def _digests(source: Source, names: Names, spec: TargetSpec, form: str) -> dict[
 
 
 def _open(path: Path, tag: str | None, config: Path | None) -> Source:
-    from bert2bert.checkpoints.source import open_source
+    from bert2bert.checkpoints.open import open_source
     from bert2bert.growth.source_model import read_config
 
     source = open_source(path, tag)

@@ -23,7 +23,7 @@ import torch
 from bert2bert.algebra.plan import Exactness, GrowthPlan
 from bert2bert.algebra.realise import values
 from bert2bert.algebra.states import MOMENTS
-from bert2bert.checkpoints.source import open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.zero.layout import row_blocks
 from bert2bert.errors import InvalidConfig, some
 from bert2bert.growth.opened import Growth, between

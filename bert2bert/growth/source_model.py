@@ -117,7 +117,7 @@ def _check_type(config: Mapping[str, Any], where: str, names: Collection[str] = 
 
 def open_model(path: Path, source_config: Path | None = None, tag: str | None = None) -> CheckpointModel:
     """Open a checkpoint and match it with its config. Raises InvalidCheckpoint, InvalidConfig, UnsupportedGrowth."""
-    from bert2bert.checkpoints.source import open_source
+    from bert2bert.checkpoints.open import open_source
 
     source = open_source(path, tag)
     config = read_config(source_config) if source_config else source.config

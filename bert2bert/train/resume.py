@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from bert2bert.checkpoints.commit.pending import MANIFEST, check_contents, file_sizes
+from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.optimizers import ADAM
-from bert2bert.checkpoints.source import Source, open_source
+from bert2bert.checkpoints.source import Source
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.files import torch_reader
 from bert2bert.model.config import BertConfig

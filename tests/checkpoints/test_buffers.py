@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.checkpoints.source import Source, open_source
+from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.source import Source
 from bert2bert.commands.grow import grow
 from bert2bert.commands.reshard import reshard
 from bert2bert.errors import UnsupportedGrowth

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from bert2bert.checkpoints.inspect import inspect, render
-from bert2bert.checkpoints.source import open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.commands.reshard import reshard
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader, torch_writer

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bert2bert.checkpoints.inspect import inspect
-from bert2bert.checkpoints.locate import locate
+from bert2bert.checkpoints.open import locate
 from bert2bert.commands.cli import main
 from bert2bert.commands.grow import grow
 from bert2bert.commands.reshard import reshard

@@ -24,7 +24,7 @@ from bert2bert.checkpoints.commit.pending import Pending, check_complete, file_s
 from bert2bert.checkpoints.hub.reader import HubSource
 from bert2bert.checkpoints.inspect import check
 from bert2bert.checkpoints.job import check_target
-from bert2bert.checkpoints.source import open_source, read_manifest
+from bert2bert.checkpoints.open import open_source, read_manifest
 from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.files import lock

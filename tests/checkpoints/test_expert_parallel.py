@@ -25,7 +25,8 @@ from bert2bert.algebra.realise import values
 from bert2bert.checkpoints.expert_parallel.layout import blocks, cut, local_counts, parts, whole_shapes
 from bert2bert.checkpoints.groups import by_name, param_groups
 from bert2bert.checkpoints.inspect import inspect
-from bert2bert.checkpoints.source import Source, open_source
+from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.source import Source
 from bert2bert.commands.cli import main
 from bert2bert.commands.grow import grow
 from bert2bert.commands.reshard import reshard

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.checkpoints.source import STATES, open_source
+from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.source import STATES
 from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.errors import UnsupportedGrowth
 from tests.checkpoints.engines import Case, build, hf_config, release, save_cases, train, truth

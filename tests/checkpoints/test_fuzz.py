@@ -29,8 +29,9 @@ from typing import Any
 import pytest
 import torch
 
+from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.checkpoints.inspect import check, inspect, render
-from bert2bert.checkpoints.source import MANIFEST, open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.commands.reshard import reshard
 from bert2bert.errors import UserError

@@ -23,7 +23,7 @@ import pytest
 
 from bert2bert.checkpoints.commit import journal, pending, threads
 from bert2bert.checkpoints.inspect import check
-from bert2bert.checkpoints.source import open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.commands import cli
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.ranks import forked as workers

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bert2bert.checkpoints.job import TargetGroup
+from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.optimizers import ADAM, moment_keys, unknown
-from bert2bert.checkpoints.source import STATES, Source, open_source
+from bert2bert.checkpoints.source import STATES, Source
 from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.errors import InvalidConfig
 from tests.checkpoints.engines import Case, ds_config, release, tiny_bert, train

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bert2bert.checkpoints.source import open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.errors import InvalidCheckpoint
 from tests.checkpoints.engines import tiny_bert
 from tests.checkpoints.test_readers_zero import equal

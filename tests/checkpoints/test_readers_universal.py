@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.checkpoints.source import STATES, open_source
+from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.source import STATES
 from bert2bert.errors import InvalidCheckpoint
 from tests.checkpoints.engines import Case, load_truth, save_cases
 from tests.checkpoints.test_readers_zero import edit, equal

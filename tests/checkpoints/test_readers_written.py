@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bert2bert.checkpoints.job import TargetGroup, TargetSpec
-from bert2bert.checkpoints.source import STATES, open_source
+from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.source import STATES
 from bert2bert.checkpoints.write import write_checkpoint
 
 SHAPES = {"emb.weight": (61, 8), "a.weight": (8, 8), "a.bias": (8,), "scale": (), "tiny": (1,), "b.weight": (5, 8)}

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from bert2bert.checkpoints.locate import tags
-from bert2bert.checkpoints.source import STATES, Source, open_source
+from bert2bert.checkpoints.open import open_source, tags
+from bert2bert.checkpoints.source import STATES, Source
 from bert2bert.checkpoints.zero.layout import zero12_layout
 from bert2bert.errors import InvalidCheckpoint
 from tests.checkpoints.engines import Case, load_truth, save_cases

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.checkpoints.inspect import check
-from bert2bert.checkpoints.source import MANIFEST, open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.commands import cli
 from bert2bert.commands.reshard import reshard
 from bert2bert.commands.verify import verify

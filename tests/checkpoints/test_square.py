@@ -20,7 +20,7 @@ import torch
 
 from bert2bert.algebra.realise import values
 from bert2bert.checkpoints.groups import by_name, param_groups
-from bert2bert.checkpoints.source import open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.checkpoints.zero.layout import zero12_layout
 from bert2bert.commands.grow import target_spec

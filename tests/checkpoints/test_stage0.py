@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from bert2bert.checkpoints.job import TargetSpec
-from bert2bert.checkpoints.source import STATES, open_source
+from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.source import STATES
 from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from tests.checkpoints import engines

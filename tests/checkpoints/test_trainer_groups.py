@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from bert2bert.algebra.realise import values
-from bert2bert.checkpoints.source import STATES, open_source
+from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.source import STATES
 from bert2bert.commands.grow import grow
 from bert2bert.commands.reshard import reshard
 from bert2bert.errors import InvalidCheckpoint

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from bert2bert.checkpoints.source import open_source
+from bert2bert.checkpoints.open import open_source
 from bert2bert.commands import cli
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig

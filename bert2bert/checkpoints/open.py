@@ -1,0 +1,184 @@
+"""Open the checkpoint that lies at a path, whatever its format.
+
+`locate` finds its files: a DeepSpeed run folder with its ``latest``, one tag of it, a universal checkpoint, a Hugging
+Face folder, a snapshot in the hub's cache. `open_source` chooses the reader, and checks all that can be checked without
+reading tensors.
+
+Refuses, as InvalidCheckpoint with one message each: a place without a checkpoint, with what lies there instead (other
+tags, folders that hold checkpoints, a file, an unfinished output); a ``latest`` that names a missing tag; files that
+are not those of the manifest beside them; and whatever the format's own reader refuses.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from bert2bert.checkpoints.commit.pending import FORMAT_VERSION, MANIFEST, listed
+from bert2bert.checkpoints.expert_parallel.reader import ExpertSource
+from bert2bert.checkpoints.hub.files import in_cache, is_hub, plain
+from bert2bert.checkpoints.hub.reader import HubSource
+from bert2bert.checkpoints.manifest import check as check_manifest
+from bert2bert.checkpoints.source import MALFORMED, Source, cause
+from bert2bert.checkpoints.universal.reader import UniversalSource
+from bert2bert.checkpoints.zero.model_states import expert_files
+from bert2bert.checkpoints.zero.reader import ZeroSource
+from bert2bert.checkpoints.zero.stage0_reader import Stage0Source, is_stage0
+from bert2bert.errors import InvalidCheckpoint
+from bert2bert.files.disk import inside
+from bert2bert.files.texts import read_json
+
+
+def _is_tag(folder: Path) -> bool:
+    return (folder / "zero").is_dir() or any(folder.glob("*_states.pt"))
+
+
+def tags(folder: Path) -> list[str]:
+    """The checkpoint tags in a run folder, oldest first."""
+    found = [p for p in folder.iterdir() if p.is_dir() and not p.name.endswith(".partial") and _is_tag(p)]
+    return [p.name for p in sorted(found, key=lambda p: (p.stat().st_mtime, p.name))]
+
+
+def _runs(folder: Path) -> list[str]:
+    """The folders in this one that a checkpoint can be read from, such as the Trainer's checkpoint-500, by number."""
+    found = [p.name for p in folder.iterdir() if p.is_dir() and ((p / "latest").is_file() or is_hub(p))]
+    return sorted(found, key=lambda name: [int(part) if part.isdigit() else -1 for part in re.split(r"(\d+)", name)])
+
+
+def _listed(folder: Path) -> str:
+    found = tags(folder)
+    return f"Tags there: {', '.join(found)}." if found else "There is no other tag there."
+
+
+def locate(path: Path, tag: str | None) -> tuple[Path, str | None]:
+    """The folder that holds the files, and its tag (None for a Hugging Face folder)."""
+    if not path.exists():
+        raise InvalidCheckpoint(f"{path}: no checkpoint there, the folder does not exist")
+    if not path.is_dir():
+        raise InvalidCheckpoint(f"{path}: a file; give the folder of the checkpoint ({path.parent})")
+    if path.name.endswith(".partial"):
+        raise InvalidCheckpoint(f"{path}: the output of an unfinished run. Run that command again to finish it.")
+    if tag is not None:
+        if (path / tag).is_dir() and _is_tag(path / tag):
+            return path / tag, tag
+        if path.name == tag and _is_tag(path):
+            return path, tag
+        raise InvalidCheckpoint(f"{path}: no checkpoint with tag '{tag}'. {_listed(path)}")
+    for name in ("latest", "latest_universal"):
+        if (path / name).is_file():
+            latest = (path / name).read_text(encoding="utf-8", errors="replace").strip()
+            if not latest or not inside(path, latest, links=True).is_dir():
+                raise InvalidCheckpoint(f"{path / name}: names the tag '{latest}', which is missing. {_listed(path)}")
+            return path / latest, latest
+    if _is_tag(path):
+        return path, path.name
+    if is_hub(path):
+        return path, None
+    if (snapshot := in_cache(path)) != path:
+        return snapshot, None
+    if tags(path):
+        raise InvalidCheckpoint(f"{path}: no file 'latest' says which tag to use; name one. {_listed(path)}")
+    if runs := _runs(path):
+        raise InvalidCheckpoint(
+            f"{path}: no checkpoint itself, but {len(runs)} of the folders in it are. Give one; the last by its number "
+            f"is {path / runs[-1]}."
+        )
+    raise InvalidCheckpoint(
+        f"{path}: no checkpoint there. Expected a DeepSpeed run folder (with 'latest'), one of its tags (with "
+        "*_optim_states.pt or zero/), or a Hugging Face folder (with *.safetensors)."
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The folder's bert2bert.json, checked against the sizes of the files it lists; None if there is none."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InvalidCheckpoint(
+            f"{path}: format version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
+            "Use the version of bert2bert that wrote it."
+        )
+    check_manifest(path, manifest)
+    for name, size in listed(folder, {"files": {}, **manifest}).items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            what = "missing" if found is None else f"{found:,} bytes long"
+            raise InvalidCheckpoint(
+                f"{file}: {what}, the manifest says {size:,} bytes: lost, truncated or replaced after it was written. "
+                "Restore the file or use another tag."
+            )
+    return manifest
+
+
+def _config(folder: Path, parent: bool) -> dict[str, Any] | None:
+    for place in (folder, folder.parent) if parent else (folder,):
+        if (place / "config.json").is_file():
+            return plain(read_json(place / "config.json"))
+    return None
+
+
+def open_source(path: str | Path, tag: str | None = None) -> Source:
+    """Open the checkpoint at ``path``: a run folder, a tag's folder, or a Hugging Face folder.
+
+    ``tag`` picks one tag of a run folder; without it ``latest`` (else ``latest_universal``) does.
+    Raises InvalidCheckpoint for anything that is no sound checkpoint.
+    """
+    path = Path(path)
+    folder, tag = locate(path, tag)
+    manifest = read_manifest(folder)
+    kind: type[Source] = HubSource
+    if tag is not None:
+        native = ExpertSource if expert_files(folder) else Stage0Source if is_stage0(folder) else ZeroSource
+        kind = UniversalSource if (folder / "zero").is_dir() else native
+    try:
+        source = kind(path, folder, manifest)
+    except MALFORMED as error:  # files are believed until they contradict themselves, which can show anywhere
+        raise InvalidCheckpoint(
+            f"{folder}: its contents are not those of a checkpoint ({cause(error)}): damaged, of another program, or "
+            "of two checkpoints. Restore the files or use another tag."
+        ) from error
+    source.tag = tag
+    _check_names(source)
+    source.config = (manifest or {}).get("model") or _config(folder, parent=tag is not None)
+    if manifest:
+        _check_manifest(source, manifest)
+        order = {name: source.tensors[name] for name in manifest.get("tensors", {}) if name in source.tensors}
+        source.tensors = {**order, **source.tensors}  # the manifest knows the model's order where the files do not
+        told = {absent: kept for absent, kept in manifest.get("aliases", {}).items() if kept in source.tensors}
+        source.aliases = {**told, **source.aliases}
+        source.files.append(folder / MANIFEST)
+    return source
+
+
+def _check_names(source: Source) -> None:
+    """Names that stay inside a folder: a universal checkpoint has a folder of each tensor's name."""
+    for name in source.tensors:
+        path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("..")
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(name):
+            raise InvalidCheckpoint(f"{source.folder}: holds a tensor named {name!r}, which is no name of a parameter")
+
+
+def _check_manifest(source: Source, manifest: dict[str, Any]) -> None:
+    """The files are those that the manifest describes: format, stage, world size, every name and shape."""
+    found: dict[str, Any] = {"form": source.form}
+    if source.form == "zero":
+        found.update(stage=source.stage, world_size=source.world_size, precision=source.precision)
+        found.update({"expert_parallel": source.expert_parallel.size} if source.expert_parallel else {})
+    for key, value in found.items():
+        if manifest.get(key, value) != value:
+            raise InvalidCheckpoint(
+                f"{source.folder}: the files have {key} {value!r}, the manifest says {manifest[key]!r}: they are of "
+                "two checkpoints. Restore the files or use another tag."
+            )
+    said = {name: tuple(entry["shape"]) for name, entry in manifest.get("tensors", {}).items()}
+    have = {name: meta.shape for name, meta in source.tensors.items()}
+    for name in sorted(said.keys() | have.keys()) if said else ():
+        if said.get(name) != have.get(name):
+            raise InvalidCheckpoint(
+                f"{source.folder}: tensor '{name}' has shape {have.get(name, 'none (absent)')} in the files, "
+                f"{said.get(name, 'none (absent)')} in the manifest: they are of two checkpoints."
+            )
