@@ -28,8 +28,9 @@ from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import STATES
 from bert2bert.checkpoints.zero.layout import SUB_GROUP_SIZE
 from bert2bert.commands.grow import target_spec
+from bert2bert.commands.plan import describe
 from bert2bert.files import torch_writer, zip_writer
-from bert2bert.growth.opened import describe, open_growth, summary
+from bert2bert.growth.opened import open_growth
 from bert2bert.measure.cost import cost, cost_line
 from bert2bert.tables import table_for
 
@@ -149,9 +150,9 @@ def dry_run(folder: Path, pair: str, width: str = "hyperclone", depth: str = "st
         growth = open_growth(sources[form], config, width=width, depth=depth)
         described = describe(growth)
         expected = cost(growth, target_ranks, (2.0, 1.0))
-        text = summary(growth, described) + "\n" + cost_line(expected)
+        text = described.summary() + "\n" + cost_line(expected)
         found["plan_seconds"][form] = time.perf_counter() - start
-    found |= {"summary": text, "cost": expected, "parameters": described["parameters"]}
+    found |= {"summary": text, "cost": expected, "parameters": list(described.parameters)}
 
     start = time.perf_counter()
     spec = target_spec(growth, form="zero", layout=None, precision="bf16")

@@ -20,10 +20,10 @@ from bert2bert.checkpoints.hub.names import WRAPPERS
 from bert2bert.checkpoints.inspect import inspect, render
 from bert2bert.checkpoints.open import open_source
 from bert2bert.commands.grow import grow
+from bert2bert.commands.plan import source_notes
 from bert2bert.commands.reshard import reshard
 from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UnsupportedGrowth
-from bert2bert.growth.opened import said
 from bert2bert.growth.source_model import open_model, read_config
 from tests import tiny
 from tests.checkpoints.engines import hf_model
@@ -129,7 +129,7 @@ def test_layouts_of_the_hub_read_as_transformers_reads_them(name: str, age: str,
     model = open_model(tmp_path / "s")
     assert not open_source(tmp_path / "z").buffers
     for left in model.left[:3]:
-        assert any(left in line for line in said(model)) and any(left in line for line in lines), left
+        assert any(left in line for line in source_notes(model)) and any(left in line for line in lines), left
 
 
 @pytest.mark.parametrize("wrapper", sorted(WRAPPERS))

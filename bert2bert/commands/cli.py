@@ -184,22 +184,10 @@ def _how(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, comm: Any) -> None:
-    from bert2bert.growth.opened import describe, open_growth, summary
-    from bert2bert.measure.cost import bandwidth, cost, cost_line
+    from bert2bert.commands.plan import plan
 
-    disk = bandwidth(args.disk_bandwidth)
-    growth = open_growth(args.source, args.config, **_how(args))
-    found = describe(growth) | {"cost": cost(growth, args.ranks, disk)}
-    if args.json or args.quiet:
-        return _show(args, found)
-    print(summary(growth, found))
-    print(cost_line(found["cost"]))
-    tensors = found["tensors"]
-    wide = max(len(name) for name in tensors)
-    print(f"\n{'target tensor':{wide}}  {'shape':14} {'bytes':>14}  {'from':{wide}}  how")
-    for name, t in tensors.items():
-        shape = " x ".join(map(str, t["shape"]))
-        print(f"{name:{wide}}  {shape:14} {t['bytes']:14,}  {', '.join(t['from']) or '-':{wide}}  {t['how']}")
+    planned = plan(args.source, args.config, ranks=args.ranks, disk=args.disk_bandwidth, **_how(args))
+    _show(args, planned.as_json(), planned.text)
 
 
 def _target(args: argparse.Namespace) -> dict[str, Any]:

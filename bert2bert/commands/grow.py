@@ -29,9 +29,10 @@ from bert2bert.checkpoints.target import (
     versions,
     widest,
 )
+from bert2bert.commands.plan import describe
 from bert2bert.errors import LossyGrowth, UnsupportedGrowth
 from bert2bert.growth import buffers
-from bert2bert.growth.opened import Growth, describe, exactness, open_growth, summary
+from bert2bert.growth.opened import Growth, open_growth
 from bert2bert.growth.source_model import beyond_class, class_name
 from bert2bert.tables import table_for
 
@@ -183,7 +184,7 @@ def grow(
     told += [*buffers.left_out(model.source, form), *unopened(model.source, form)]
     told += clients.notes(model.source, spec.beside, target, form, world_size)
     if first:
-        say("\n".join([summary(growth, describe(growth)), *(f"note     {text}" for text in told)]))
+        say("\n".join([describe(growth).summary(), *(f"note     {text}" for text in told)]))
     canonical = {stored: n for n, stored in named.items()}
     grown = values(plan, growth.reads)
 
@@ -208,7 +209,7 @@ def grow(
         "source_spent": _spent(model.source.manifest),
         "tokenizer_digest": _tokenizer_digest(model.source.manifest),
         "prefix": model.naming.prefix,
-        "exactness": exactness(plan),
+        "exactness": plan.exactness.as_json(),
         "warnings": list(plan.warnings),
         "drift": measured.as_dict() if measured else None,
         "versions": versions(),

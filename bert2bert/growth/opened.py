@@ -1,43 +1,36 @@
-"""The command ``plan``: a source checkpoint and a target config, matched and described without reading a tensor.
+"""A growth opened: a source checkpoint as a model, and the plan of its growth into a target config. Reads no tensor.
 
-Refuses what `operators.growth` and `checkpoint_model` refuse: a growth that the algebra cannot express, a config that
-does not describe the checkpoint.
+Refuses what `growth.plan` and `growth.source_model` refuse (a growth that the algebra cannot express, a config that
+does not describe the checkpoint), and a second checkpoint that the grown model cannot be interpolated with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert2bert.algebra.plan import GrowthPlan, TensorPlan
-from bert2bert.errors import InvalidConfig, UnsupportedGrowth, some
+from bert2bert.algebra.plan import GrowthPlan
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.growth.compose import interpolate
-from bert2bert.growth.exactness import zeroed
 from bert2bert.growth.plan import plan_growth
 from bert2bert.growth.source_model import CheckpointModel, open_model, read_config
-from bert2bert.measure.cost import flops_per_token
 from bert2bert.tables import table_for
 
 if TYPE_CHECKING:
     from bert2bert.algebra.realise import Read
 
-_SAID = {  # recipe key -> how a summary calls it
-    "width": "width", "depth": "depth", "vocab": "vocabulary", "positions": "positions", "experts": "experts",
-    "break_symmetry": "symmetry breaker", "moments": "moments", "seed": "seed",
-}  # fmt: skip
-
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """A source opened as a model, and the plan by which it grows; plan names are canonical. other: the model that the
-    grown one is interpolated with, of which the plan's first checkpoint is."""
+    """A source opened as a model, and the plan by which it grows."""
 
     model: CheckpointModel
     plan: GrowthPlan
+    """Its names are canonical."""
     other: CheckpointModel | None = None
+    """The model that the grown one is interpolated with: the first of the two checkpoints that the plan reads."""
 
     @property
     def reads(self) -> list[Read]:
@@ -67,7 +60,7 @@ def open_growth(
     """
     target = read_config(config)
     model = open_model(source, source_config, tag)
-    plan = plan_growth(model.config, target, heads=model.heads, optimizer=_trained(model), **how)
+    plan = plan_growth(model.config, target, heads=model.heads, optimizer=model.trained, **how)
     plan = replace(plan, config={**plan.config, "architectures": _classes(model, plan.config)})
     if other is None:
         if alpha is not None:
@@ -101,13 +94,8 @@ def between(
             f"--with {second.source.path}: it holds weights only, so there are no moments to interpolate; "
             f"use --moments reset, or a checkpoint with optimizer state"
         )
-    same = plan_growth(second.config, plan.config, heads=second.heads, moments=moments, optimizer=_trained(model))
+    same = plan_growth(second.config, plan.config, heads=second.heads, moments=moments, optimizer=model.trained)
     return interpolate(same, plan, alpha)
-
-
-def _trained(model: CheckpointModel) -> bool:
-    """Whether the checkpoint has an optimizer's moments; if not, nothing is said of them."""
-    return len(model.source.states) > 1
 
 
 def _classes(model: CheckpointModel, target: Mapping[str, Any]) -> list[str] | None:
@@ -119,129 +107,3 @@ def _classes(model: CheckpointModel, target: Mapping[str, Any]) -> list[str] | N
     found += [name for name in own if name in classes and classes[name] <= model.heads <= classes[name] | {"pooler"}]
     found += [name for name, heads in classes.items() if heads == model.heads]
     return found[:1] or target.get("architectures")
-
-
-def describe(growth: Growth) -> dict[str, Any]:
-    """What a growth will do, as plain data: sizes, exactness, cost, and the origin of every target tensor."""
-    model, plan = growth.model, growth.plan
-    states = len(model.source.states)
-    source_numel = sum(prod(p.shape) for p in model.parameters.values())
-    target_numel = sum(prod(t.shape) for t in plan.tensors.values())
-    per_token = [flops_per_token(c, model.heads) for c in (model.config, plan.config)] if "mlm" in model.heads else None
-    return {
-        "source": model.source.identity(),
-        "prefix": model.naming.prefix,
-        "left": list(model.left),
-        "operators": plan.recipe,
-        "digest": plan.digest(),
-        "exactness": exactness(plan),
-        "moments": plan.moments,
-        "warnings": list(plan.warnings),
-        "notes": list(plan.notes),
-        "parameters": [source_numel, target_numel],
-        "bytes_read": 4 * states * source_numel,
-        "bytes_written": 4 * states * target_numel,
-        "forwardflops_per_token": per_token,
-        "tensors": {
-            name: {
-                "shape": list(t.shape),
-                "from": [model.stored(s) for s in t.sources],
-                "axes": t.spec,
-                "bytes": 4 * states * prod(t.shape),
-                "how": _how(t),
-            }
-            for name, t in plan.tensors.items()
-        },
-    }
-
-
-def _how(tensor: TensorPlan) -> str:
-    if not tensor.terms and tensor.fill:
-        return f"fill {tensor.fill.kind}"
-    grown = any(d.param is not None or d.grad is not None or not d.full for t in tensor.terms for d in t.dims)
-    text = "copy" if not grown else "corner" if tensor.fill else "grow"
-    if tensor.sums:
-        text += f", a sum of {len(tensor.terms)}"
-    elif any(d.new for t in tensor.terms for d in t.dims):
-        text = "copy for each expert"
-    elif any(t.given is not None for t in tensor.terms):
-        text += " + given rows"
-    elif len(tensor.terms) > 1:
-        text += ", fresh units from above"
-    if tensor.mixes:
-        text += " + mixed rows"
-    if tensor.fill:
-        text += f" + {tensor.fill.kind} fill"
-    return text + (" + noise" if tensor.noise else "")
-
-
-def exactness(plan: GrowthPlan) -> dict[str, list[str]]:
-    e = plan.exactness
-    return {"function": list(e.function), "moments": list(e.moments)}
-
-
-def summary(growth: Growth, d: dict[str, Any]) -> str:
-    """The growth in a few lines, for a terminal. d: its `describe`."""
-    model, plan = growth.model, growth.plan
-    step = model.source.counters.get("global_steps")
-    recipe, mixed = plan.recipe, []
-    if growth.other is not None:
-        mixed = [f"with     {1 - recipe['alpha']:g} of {growth.other.source.path}, {recipe['alpha']:g} of the grown"]
-        recipe = recipe["interpolate"][-1]
-    asked = recipe if _trained(model) else {**recipe, "moments": None}
-    lines = [
-        f"source   {model.source.path} ({model.source.form}"
-        + (f", stage {model.source.stage}, world size {model.source.world_size}" if model.source.stage else "")
-        + (f", step {step}" if step is not None else "")
-        + (f", name prefix {prefix!r}" if (prefix := model.naming.prefix) else "")
-        + ")",
-        *mixed,
-        "operator " + ", ".join(f"{_SAID[k]} {asked[k]}" for k in _SAID if asked.get(k) is not None),
-        "axes     " + (", ".join(f"{a} {s} -> {t}" for a, (s, t) in recipe["axes"].items()) or "unchanged"),
-        *(f"{axis.replace('_', ' '):8} {' '.join(rows)}" for axis, rows in recipe["layers"].items()),
-        f"size     {d['parameters'][0]:,} -> {d['parameters'][1]:,} parameters, "
-        f"{d['bytes_read'] / 1e9:.3g} GB read, {d['bytes_written'] / 1e9:.3g} GB written "
-        f"({', '.join(model.source.states)})",
-        *(f"note     {text}" for text in said(model)),
-    ]
-    if d["forwardflops_per_token"]:
-        small, large = d["forwardflops_per_token"]
-        lines.append(f"compute  {small / 1e6:.4g} -> {large / 1e6:.4g} MFLOP a token forward ({large / small:.2f}x)")
-    for what, policy in (("function", ""), *([("moments", f" ({plan.moments})")] if _trained(model) else [])):
-        reasons = d["exactness"][what]
-        lines.append(f"{what:8} " + ("exact" if not reasons else "not exact: " + "; ".join(reasons)) + policy)
-    lines += [f"warning  {text}" for text in d["warnings"]]
-    lines += [f"note     {text}" for text in d["notes"]]
-    if _trained(model):
-        lines += _first_step(growth)
-    elif recipe.get("moments"):
-        lines.append(f"note     --moments {recipe['moments']} changes nothing: the source holds weights only")
-    return "\n".join(lines)
-
-
-def said(model: CheckpointModel) -> list[str]:
-    """What was found in the source's files that is not simply read, in sentences."""
-    told = list(model.source.notes)
-    if renamed := model.naming.renamed:
-        new, old = next(iter(renamed.items()))
-        if model.source.form == "hub":
-            told.append(
-                f"{len(renamed)} tensors have other names in the files than in transformers (first {old}: {new})"
-            )
-    if model.left:
-        told.append(f"left out, for no current {model.table.model_type} has them: {some(model.left)}")
-    return told
-
-
-def _first_step(growth: Growth) -> list[str]:
-    """The size of the first update where moments start at zero at a late step, with the source's own betas."""
-    if not zeroed(growth.plan.tensors.values()):
-        return []
-    factors = {
-        (1 - b1) / (1 - b2) ** 0.5 for b1, b2 in (g.get("betas", (0.9, 0.999)) for g in growth.model.source.groups)
-    }
-    return (
-        [f"note     entries with zeroed moments: first update {max(factors):.3g} x the learning rate"]
-        if factors
-        else []
-    )

@@ -50,6 +50,11 @@ class CheckpointModel:
     naming: Naming
     left: tuple[str, ...] = ()
 
+    @property
+    def trained(self) -> bool:
+        """Whether the checkpoint has an optimizer's moments."""
+        return len(self.source.states) > 1
+
     def stored(self, name: str) -> str:
         """The name under which the checkpoint has a canonical tensor (the same rule names a grown checkpoint's)."""
         return self.naming.stored(name)
