@@ -150,9 +150,9 @@ def describe(growth: Growth) -> Description:
     model, plan = growth.model, growth.plan
     numel = sum(prod(p.shape) for p in model.parameters.values()), sum(prod(t.shape) for t in plan.tensors.values())
     each = 4 * len(model.source.states)
-    small, large = (
-        flops_per_token(c, model.heads) if "mlm" in model.heads else 0.0 for c in (model.config, plan.config)
-    )
+    flops = None
+    if "mlm" in model.heads:
+        flops = flops_per_token(model.config, model.heads), flops_per_token(plan.config, model.heads)
     return Description(
         growth,
         parameters=numel,
