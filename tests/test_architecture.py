@@ -22,7 +22,7 @@ ALLOWED = {
     "algebra": ("errors",),
     "tables": ("algebra", "errors"),
     "operators": ("tables", "algebra", "growth", "errors"),
-    "growth": ("operators", "tables", "algebra", "checkpoints", "files", "measure", "errors"),
+    "growth": ("operators", "tables", "algebra", "checkpoints", "files", "errors"),
     "growths": ("growth", "operators", "errors"),
     "measure": ("growth", "tables", "algebra", "checkpoints", "files", "data", "model", "errors"),
     "model": ("errors",),

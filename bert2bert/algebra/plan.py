@@ -188,10 +188,6 @@ class Exactness:
             join(self.softmax, other.softmax),
         )
 
-    def as_json(self) -> dict[str, list[str]]:
-        """The reasons as a manifest and ``plan --json`` have them."""
-        return {"function": list(self.function), "moments": list(self.moments)}
-
     @property
     def logits(self) -> bool:
         """Whether the logits of the source's tokens stay."""

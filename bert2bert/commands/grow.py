@@ -32,6 +32,7 @@ from bert2bert.checkpoints.target import (
 from bert2bert.commands.plan import describe
 from bert2bert.errors import LossyGrowth, UnsupportedGrowth
 from bert2bert.growth import buffers
+from bert2bert.growth.exactness import reasons
 from bert2bert.growth.opened import Growth, open_growth
 from bert2bert.growth.source_model import beyond_class, class_name
 from bert2bert.tables import table_for
@@ -209,7 +210,7 @@ def grow(
         "source_spent": _spent(model.source.manifest),
         "tokenizer_digest": _tokenizer_digest(model.source.manifest),
         "prefix": model.naming.prefix,
-        "exactness": plan.exactness.as_json(),
+        "exactness": reasons(plan.exactness),
         "warnings": list(plan.warnings),
         "drift": measured.as_dict() if measured else None,
         "versions": versions(),

@@ -14,7 +14,7 @@ from typing import Any
 
 from bert2bert.algebra.plan import TensorPlan
 from bert2bert.errors import some
-from bert2bert.growth.exactness import zeroed
+from bert2bert.growth.exactness import reasons, zeroed
 from bert2bert.growth.opened import Growth, open_growth
 from bert2bert.growth.source_model import CheckpointModel
 from bert2bert.measure.cost import bandwidth, cost, cost_line, flops_per_token
@@ -62,7 +62,7 @@ class Description:
             "left": list(model.left),
             "operators": plan.recipe,
             "digest": plan.digest(),
-            "exactness": plan.exactness.as_json(),
+            "exactness": reasons(plan.exactness),
             "moments": plan.moments,
             "warnings": list(plan.warnings),
             "notes": list(plan.notes),
@@ -103,9 +103,9 @@ class Description:
     def _kept(self) -> Iterator[str]:
         """What is kept of function and moments, and the advice of the plan."""
         plan, trained = self.growth.plan, self.growth.model.trained
+        kept = reasons(plan.exactness)
         for what, policy in (("function", ""), *([("moments", f" ({plan.moments})")] if trained else [])):
-            reasons = plan.exactness.as_json()[what]
-            yield f"{what:8} " + ("exact" if not reasons else "not exact: " + "; ".join(reasons)) + policy
+            yield f"{what:8} " + ("exact" if not kept[what] else "not exact: " + "; ".join(kept[what])) + policy
         yield from (f"warning  {text}" for text in plan.warnings)
         yield from (f"note     {text}" for text in plan.notes)
         if trained:

@@ -66,6 +66,11 @@ def exactness(pair: Pair, width: Width, layers: Mapping[str, Sequence[Layer]], b
     return Exactness(tuple(function), tuple(moments), tuple(lossy), width.softmax)
 
 
+def reasons(kept: Exactness) -> dict[str, list[str]]:
+    """Why function and moments change, as a manifest and ``plan --json`` have it."""
+    return {"function": list(kept.function), "moments": list(kept.moments)}
+
+
 def _depth(pair: Pair, axis: str, rows: Sequence[Layer], build: Builder) -> list[str]:
     small, large, table = pair.small[axis], pair.large[axis], pair.table
     change = f"{'depth' if axis == 'layers' else axis} {small} -> {large}"
