@@ -16,7 +16,7 @@ from bert2bert.algebra.plan import TensorPlan
 from bert2bert.errors import some
 from bert2bert.growth.exactness import reasons, zeroed
 from bert2bert.growth.opened import Growth, open_growth
-from bert2bert.growth.source_model import CheckpointModel
+from bert2bert.growth.source_model import CheckpointModel, short_of_class
 from bert2bert.measure.cost import bandwidth, cost, cost_line, flops_per_token
 
 _LABELS = {  # recipe key -> what a summary calls it
@@ -175,6 +175,7 @@ def source_notes(model: CheckpointModel) -> list[str]:
             found.append(
                 f"{len(renamed)} tensors have other names in the files than in transformers (first {old}: {new})"
             )
+    found += short_of_class(model.table, model.config, model.heads)
     if model.left:
         found.append(f"left out, for no current {model.table.model_type} has them: {some(model.left)}")
     return found
