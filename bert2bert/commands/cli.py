@@ -1,8 +1,8 @@
 """The ``bert2bert`` command. Sub-commands import what they need when they run, so that ``--help`` imports no torch.
 
-Exit status: 0 done, 1 a check failed (verify, inspect --check), 2 the input cannot be used (the message says why and
-what would work), 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP (one line says so). With ``--json`` standard output holds one JSON
-object, the result, and nothing else; with ``--quiet`` it holds nothing (with both, the object).
+Exit status: 0 done; 1 a check failed (verify, inspect --check); 2 the input cannot be used (the message says why and
+what would work); 130, 143 and 129 ended by Ctrl-C, SIGTERM or SIGHUP. With ``--json`` standard output holds the result
+as one JSON object and nothing else; with ``--quiet`` it stays empty (with both, it holds the object).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _WARNS = ("warning", "note")  # first words of the lines that --quiet lets throu
 
 
 def _say(args: argparse.Namespace) -> Callable[[str], None]:
-    """Where a command's running account goes: standard output, or standard error if the output is for a program."""
+    """The function that prints a command's progress: to standard output, or to standard error if a program reads that."""
 
     def say(text: str) -> None:
         if args.quiet:
@@ -91,7 +91,7 @@ def _say(args: argparse.Namespace) -> Callable[[str], None]:
 
 
 def _show(args: argparse.Namespace, found: dict[str, Any], text: Callable[[], str] | None = None) -> None:
-    """Print a result: as JSON if asked for (NaN and infinities, which it has no words for, as null), else its text."""
+    """Print a result: its text, or with --json the object (NaN and infinities, which JSON does not have, as null)."""
     if args.json:
         plain = json.dumps(found, default=str)
         print(json.dumps(json.loads(plain, parse_constant=lambda _: None), indent=1))
@@ -103,48 +103,9 @@ def _show(args: argparse.Namespace, found: dict[str, Any], text: Callable[[], st
 
 
 def _prepare(args: argparse.Namespace, comm: Any) -> None:
-    from bert2bert.data.prepare import prepare
+    from bert2bert.commands.prepare import run
 
-    text, heldout, fraction = args.text, args.heldout_text, args.heldout_fraction
-    if args.corpus:
-        from bert2bert.data.corpus import books
-
-        shelf = books()
-        if args.corpus not in shelf:
-            from bert2bert.errors import InvalidData, did_you_mean
-
-            raise InvalidData(
-                f"--corpus {args.corpus!r} is no book of the embedded corpus; {did_you_mean(args.corpus, shelf)}"
-            )
-        text = [path for name, path in shelf.items() if name != args.corpus]
-        heldout = [shelf[args.corpus]]
-    if fraction is None:
-        fraction = 0.0 if heldout else 0.01
-    meta = prepare(
-        text=text,
-        dataset=args.dataset,
-        dataset_config=args.dataset_config,
-        dataset_split=args.dataset_split,
-        text_column=args.text_column,
-        tokenizer=args.tokenizer,
-        vocab_size=args.vocab_size,
-        heldout_text=heldout,
-        heldout_fraction=fraction,
-        document=args.document,
-        output=args.output,
-        seed=args.seed,
-        progress=not args.quiet,
-    )
-    say = _say(args)
-    for name, split in meta["splits"].items():
-        say(f"{name:8} {split['tokens']:,} tokens in {split['documents']:,} documents")
-    held = meta["splits"].get("heldout", {})
-    if "unigram_entropy" in held:
-        say(
-            f"held out: unigram entropy {held['unigram_entropy']:.4f} nats a token; a model below it has learnt context"
-        )
-    say(f"written  {args.output}")
-    _show(args, {"output": args.output, **meta})
+    _show(args, run(args, _say(args)))
 
 
 def _inspect(args: argparse.Namespace, comm: Any) -> int:

@@ -151,6 +151,7 @@ def _expect(holds: bool, where: str, found: Any, expected: str) -> None:
 
 
 def _parse(tp: Any, text: str, path: str) -> Any:
+    _expect(tp in _SCALARS, path, text, "a list, which only the recipe's file can set")
     if tp is bool:
         _expect(text.lower() in ("true", "false"), path, text, "true or false")
         return text.lower() == "true"

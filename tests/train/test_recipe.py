@@ -106,6 +106,7 @@ def test_overrides_are_judged_together(tiny: Path) -> None:
         ("data.seq_len=128", "data.seq_len is 128, but model.max_position_embeddings is 64"),
         ("data.mlm_probability=15", "data.mlm_probability is 15.0; expected a share between 0 and 1"),
         ("model.num_attention_heads=3", "num_attention_heads"),
+        ("model.architectures=BertForMaskedLM", "expected a list, which only the recipe's file can set"),
         ("global_batch_size=0", "global_batch_size is 0; expected a number of at least 1"),
         ("eval_every=0", "eval_every is 0"),
         ("gradient_clipping=-1", "gradient_clipping is -1.0"),
