@@ -79,7 +79,7 @@ _WARNS = ("warning", "note")  # first words of the lines that --quiet lets throu
 
 
 def _say(args: argparse.Namespace) -> Callable[[str], None]:
-    """The function that prints a command's progress: to standard output, or to standard error if a program reads that."""
+    """The function that prints progress: to standard output, or to standard error if a program reads the output."""
 
     def say(text: str) -> None:
         if args.quiet:
