@@ -21,7 +21,7 @@ demo: $(STAMP)
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python launch/demo.py $(ARGS)
 
 test: $(STAMP)
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 oracles: $(STAMP)
 	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install -c constraints.txt -e '.[oracles]'

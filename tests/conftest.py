@@ -1,4 +1,8 @@
-"""Environment of the whole suite: CPU accelerator, one thread, nothing compiled, nothing fetched."""
+"""Environment of the whole suite: CPU accelerator, one thread, nothing compiled, nothing fetched.
+
+Without ``--full``, tests marked ``full`` are left out: what other tests show already, see tests/cover.py. Under xdist
+(``--dist loadgroup``) tests go out one by one, except that a module with fixtures of its own stays in one process.
+"""
 
 import os
 
@@ -11,20 +15,25 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run also what other tests cover: all operators x variants")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: run with --full alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(found.scope == "module" for defined in fixtures for found in defined):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_compiled_ops() -> None:
-    """Import DeepSpeed once, before any fork, and keep it from compiling its shared-memory collective (needs g++)."""
-    # Every forked rank would import these again, ten seconds each under load: an optimizer imports torch._dynamo, and
-    # DeepSpeed's Muon module compiles, which imports inductor.
-    import deepspeed.ops
-    import deepspeed.runtime.zero.muon.original_muon
-    import torch._dynamo
-    import torch.utils.tensorboard  # noqa: F401
-    import transformers.models.bert.modeling_bert  # noqa: F401
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -15,9 +15,24 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
+
+
+@cache
+def import_engines() -> None:
+    """Import DeepSpeed once, before any fork, and keep it from compiling its shared-memory collective (needs g++)."""
+    # Every forked rank would import these again, ten seconds each under load: an optimizer imports torch._dynamo, and
+    # DeepSpeed's Muon module compiles, which imports inductor.
+    import deepspeed.ops
+    import deepspeed.runtime.zero.muon.original_muon
+    import torch._dynamo
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers.models.bert.modeling_bert  # noqa: F401
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def free_port() -> int:
@@ -52,6 +67,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 9
 
     Results must pickle (tensors go as numpy or as cloned CPU tensors). Raises RuntimeError with the rank's traceback.
     """
+    import_engines()
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     port = free_port()

@@ -13,11 +13,11 @@ from bert2bert.algebra import axes
 from bert2bert.algebra.realise import realise
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.cover import families
 from tests.laws.harness import Grown, gradients, grow, reader
 from tests.rounding import FEW, ROUNDING, WRONG, allowed, elementary, gap, unit
 
 aten = torch.ops.aten
-FAMILIES = sorted(tiny.VARIANTS)
 
 
 class OtherKernels(TorchDispatchMode):
@@ -60,7 +60,7 @@ def test_masks_written_results_and_views_are_left_alone() -> None:
     assert compute().isfinite().all() and allowed(compute) < 1e-11
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("breaker", [None, "noise:scale=20"])
 def test_other_kernels_stay_within_the_bounds(name: str, breaker: str | None) -> None:
     grown = doubled(name, breaker=breaker)
@@ -73,7 +73,7 @@ def test_other_kernels_stay_within_the_bounds(name: str, breaker: str | None) ->
     assert 0 < max(gaps.values()) <= ROUNDING, gaps
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("breaker", [None, "noise:scale=5"])
 def test_a_wrong_share_in_one_tensor_is_no_rounding(name: str, breaker: str | None) -> None:
     """0.5001 where a half is right: in the weights seen in the logits, in the moments seen in the gradients."""

@@ -145,12 +145,13 @@ def test_what_a_finished_writer_could_not_remove_is_removed(
     tmp_path: Path, how: dict[str, Any], remains: tuple[str, ...]
 ) -> None:
     """It was killed after the last pointer, while it tidied up, and the next run is perhaps of another command."""
+    dead = json.dumps(lock.me() | {"began": "0"})  # else the lock's holder may live elsewhere, and is waited for
     final = write(tmp_path / "d", how)
     before = tree(tmp_path)
     partial = final.with_name(final.name + ".partial")
     partial.mkdir()
     for name in remains:
-        (partial / name).write_text('{"of": "another command"}' if name == "job.json" else "{}")
+        (partial / name).write_text('{"of": "another command"}' if name == "job.json" else dead)
     with pytest.raises(InvalidConfig, match="already holds a checkpoint"):
         write(tmp_path / "d", how)
     assert tree(tmp_path) == before and not partial.exists()

@@ -12,6 +12,7 @@ import torch
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.tables import TABLES, table_for
 from tests import tiny
+from tests.cover import families
 from tests.laws.harness import (
     Grown,
     assert_gradient_rule,
@@ -55,7 +56,7 @@ def more_units(name: str) -> dict[str, int]:
     return more
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("width", ["tile", "hyperclone", "staged"])
 @pytest.mark.parametrize("times", [2, 3])
 def test_multiples_keep_logits_and_moments(name: str, width: str, times: int) -> None:
@@ -65,7 +66,7 @@ def test_multiples_keep_logits_and_moments(name: str, width: str, times: int) ->
     assert grown.plan.moments == "exact" and any("identical for ever" in w for w in grown.plan.warnings)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("width", ["tile", "net2net", "hyperclone"])
 def test_units_grow_exactly_to_any_number(name: str, width: str) -> None:
     grown = grow(name, more_units(name), width=width, seed=4)
@@ -73,7 +74,7 @@ def test_units_grow_exactly_to_any_number(name: str, width: str) -> None:
     assert_gradient_rule(grown)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("width", ["tile", "net2net", "hyperclone", "hyperclone:noise=3", "staged"])
 def test_slices(name: str, width: str) -> None:
     grown = grow(name, doubled(name), width=width)
@@ -88,7 +89,7 @@ def test_tile_repeats_and_net2net_draws() -> None:
     assert drawn != sorted(drawn) and torch.equal(rows["net2net"][:old], rows["tile"][:old])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_unequal_counts_before_a_norm_change_the_function_and_say_so(name: str) -> None:
     """The guard: the laws above can fail."""
     grown = grow(name, doubled(name), width="net2net", seed=3)
@@ -101,7 +102,7 @@ def test_hyperclone_says_what_indivisible_widths_lose() -> None:
     assert "1 to 2 copies" in grown.plan.exactness.lossy[0] and grown.drift() > WRONG
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(ROTARY)))
+@pytest.mark.parametrize("name", families(set(FAMILIES) - set(ROTARY)))
 @pytest.mark.parametrize("times", [2, 3])
 def test_head_sizes_grow_exactly(name: str, times: int) -> None:
     """The softmax scale included, where the model has one (T5 has none)."""
@@ -130,7 +131,7 @@ def test_the_query_takes_the_papers_factor_and_needs_it() -> None:
     assert grown.drift_of(tiny.load(grown.plan.config, without), grown.plan.config) > WRONG
 
 
-@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("name", families(ROTARY))
 @pytest.mark.parametrize("width", ["hyperclone", "gesmundo", "direct"])
 def test_rotary_head_sizes_are_refused(name: str, width: str) -> None:
     sizes = sizes_of(name)
@@ -166,7 +167,7 @@ def test_no_head_shrinks(width: str) -> None:
         grow("bert", {"embed": 12, "heads": 4, "ffn": 12}, width=width)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_null_space_noise_keeps_the_logits(name: str) -> None:
     plain, noisy = (grow(name, doubled(name), width=w) for w in ("hyperclone", "hyperclone:noise=5"))
     assert_same_logits(noisy)
@@ -178,7 +179,7 @@ def test_null_space_noise_keeps_the_logits(name: str) -> None:
     assert not torch.equal(other.state[differ[0]], noisy.state[differ[0]])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("breaker", ["noise:scale=5", "uneven"])
 def test_blocks_with_a_broken_symmetry_keep_the_logits(name: str, breaker: str) -> None:
     plain, broken = (grow(name, doubled(name), width="staged", breaker=b) for b in (None, breaker))

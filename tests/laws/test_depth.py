@@ -13,6 +13,7 @@ from bert2bert.growth.plan import plan_growth
 from bert2bert.operators.registry import OPERATORS
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.cover import families
 from tests.laws.harness import Grown, assert_slices, gradients, grow, reader, realised
 from tests.rounding import WRONG, allowed, largest
 
@@ -123,7 +124,7 @@ def test_encoder_and_decoder_grow_each_by_its_own_axis() -> None:
         deepened("t5", 6, 3, depth="gstack")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("depth", ["gstack", "interleave", "interpolate", "gopher", "upscale", "top"])
 def test_copied_layers_are_copies_with_their_moments(name: str, depth: str) -> None:
     grown = deepened(name, 6, 4, depth=depth)
@@ -147,7 +148,7 @@ def test_copied_layers_are_copies_with_their_moments(name: str, depth: str) -> N
             )
 
 
-@pytest.mark.parametrize("name", PRENORM)
+@pytest.mark.parametrize("name", families(PRENORM))
 @pytest.mark.parametrize("place,layers,decoder", [("even", 5, 3), ("top", 4, 4), ("even", 8, 5)])
 def test_identities_change_no_bit(name: str, place: str, layers: int, decoder: int) -> None:
     target = {}
@@ -167,7 +168,7 @@ def test_identities_change_no_bit(name: str, place: str, layers: int, decoder: i
     assert_slices(grown.plan, grown.weights)
 
 
-@pytest.mark.parametrize("name", PRENORM)
+@pytest.mark.parametrize("name", families(PRENORM))
 def test_only_the_zeroed_writers_of_an_identity_get_a_gradient(name: str) -> None:
     grown = deepened(name, 6, 4, depth="insert_identity", target={"layer_types": None} if "modern" not in name else {
         "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2 + ["full_attention"] * 2})  # fmt: skip
@@ -218,7 +219,7 @@ def test_alternating_attention_keeps_its_pattern_only_where_the_target_says_so()
     assert len([r for r in stacked if "layer 3 copies layer 0, which has no" in r]) == 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_random_layers_stand_on_the_old_ones(name: str) -> None:
     grown = deepened(name, 5, 3, depth="random")
     assert any("2 layers are drawn at random" in r for r in grown.plan.exactness.function)
@@ -236,7 +237,7 @@ def test_random_layers_stand_on_the_old_ones(name: str) -> None:
     assert any("3.16x" in w and "1x where all entries of an optimizer group are new" in w for w in grown.plan.warnings)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("depth", ["insert_identity", "random", "upscale"])
 def test_width_then_depth_in_one_pass_is_the_sequence(name: str, depth: str) -> None:
     """Bit for bit, moments included."""

@@ -9,9 +9,8 @@ import torch
 
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.cover import families
 from tests.laws.harness import Grown, assert_gradient_rule, assert_same_logits, assert_slices, grow, reader, realised
-
-FAMILIES = sorted(tiny.VARIANTS)
 
 
 def doubled(name: str, times: int = 2) -> dict[str, int]:
@@ -20,7 +19,7 @@ def doubled(name: str, times: int = 2) -> dict[str, int]:
     return {"embed": times * table_for(config).axis_sizes(config)["embed"]}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("how", [{}, {"breaker": "noise:scale=5"}, {"breaker": "uneven"}, {"moments": "asymmetric"}])
 @pytest.mark.parametrize("times", [2, 3])
 def test_divisible_widths_keep_the_logits(name: str, how: dict[str, Any], times: int) -> None:
@@ -29,7 +28,7 @@ def test_divisible_widths_keep_the_logits(name: str, how: dict[str, Any], times:
     assert not torch.equal(grown.state[next(iter(grown.state))], grown.weights[next(iter(grown.weights))])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("choice", ["random", "balanced", "left"])
 def test_units_grow_exactly_by_any_map(name: str, choice: str) -> None:
     """Neurons, and heads where their number is free of the width, at sizes that are no multiples."""
@@ -44,12 +43,12 @@ def test_units_grow_exactly_by_any_map(name: str, choice: str) -> None:
     assert_gradient_rule(grown)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_the_gradient_rule(name: str) -> None:
     assert_gradient_rule(grow(name, doubled(name), width="fpi"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("width", ["fpi", "aki", "direct", "random"])
 def test_slices(name: str, width: str) -> None:
     breaker = "noise" if width in ("fpi", "aki") else None
@@ -57,7 +56,7 @@ def test_slices(name: str, width: str) -> None:
     assert_slices(grown.plan, grown.weights)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("source", ["above", "below"])
 def test_aki_is_fpi_where_layers_are_equal_and_borrows_where_not(name: str, source: str) -> None:
     plans = [grow(name, doubled(name), width=w, seed=5).plan for w in ("fpi", f"aki:source={source}")]

@@ -27,11 +27,11 @@ from bert2bert.measure.transformers_models import IGNORE, Sample
 from bert2bert.operators.width_ligo import load
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.cover import families
 from tests.data.fixtures import write_bins
 from tests.laws.harness import STATES, assert_slices, detached, reader, realised, scrambled
 from tests.rounding import ROUNDING, WRONG, allowed, gap, largest
 
-FAMILIES = sorted(tiny.VARIANTS)
 # an indivisible width, another head size, another number of query heads a group
 ODD = [("bert", {"embed": 12, "heads": 3, "ffn": 17}), ("bert", {"embed": 12, "heads": 2}),
        ("gpt2", {"embed": 10, "heads": 2}), ("qwen3", {"embed": 14, "kv": 3, "group": 4, "ffn": 13}),
@@ -87,7 +87,7 @@ def assert_frozen(fit: Fit, found: Fitted, weights: dict[str, torch.Tensor], fil
     return plan
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_a_fit_reaches_every_map_and_its_plan_is_what_was_fitted(name: str, tmp_path: Path) -> None:
     config = tiny.config_of(name)
     fit, weights = fit_of(config, deep(wide(config)))
@@ -115,7 +115,7 @@ def test_a_fit_reaches_every_map_and_its_plan_is_what_was_fitted(name: str, tmp_
     assert gap(loss, fit.loss(after, given), allowed(lambda: fit.loss(after, given))) <= ROUNDING
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_a_fit_starts_as_tiles_and_stacks(name: str) -> None:
     config = tiny.config_of(name)
     large = deep(wide(config))

@@ -19,6 +19,7 @@ from bert2bert.operators.registry import OPERATORS
 from bert2bert.operators.shrinking import plan_shrink
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.cover import families
 from tests.laws.harness import (
     STATES,
     assert_gradient_rule,
@@ -30,7 +31,6 @@ from tests.laws.harness import (
 )
 from tests.rounding import ROUNDING, SPARE, elementary, gap, unit
 
-FAMILIES = sorted(tiny.VARIANTS)
 SEVERAL = ["bert", "gpt2", "llama-mqa", "t5", "modernbert", "qwen3_moe"]
 GROWTHS = [(kind, name) for kind in ("width", "depth") for name, o in OPERATORS[kind].items() if not o.shrinks]
 FITTED = {"ligo"}  # takes the maps of a fit, which mix whole tensors: see test_what_does_not_come_back
@@ -67,7 +67,7 @@ def grown_states(plan: GrowthPlan, states: States) -> States:
     return {state: realised(plan, reader(states), state) for state in states}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("kind,operator", [g for g in GROWTHS if g[1] not in FITTED])
 def test_growing_and_shrinking_changes_nothing(name: str, kind: str, operator: str) -> None:
     small = tiny.config_of(name)
@@ -121,7 +121,7 @@ def test_noise_of_training_cancels_as_the_maps_say() -> None:
         assert gap(made[name], 0.5 * (w[:8, :12] + w[8:, :12] + w[:8, 12:] + w[8:, 12:])) <= ROUNDING
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_decoalesce_keeps_the_function(name: str) -> None:
     config = tiny.config_of(name)
     grown = grow(name, {"embed": 2 * table_for(config).axis_sizes(config)["embed"]}, width="decoalesce")
@@ -129,9 +129,8 @@ def test_decoalesce_keeps_the_function(name: str) -> None:
     assert_gradient_rule(grown)
 
 
-@pytest.mark.parametrize(
-    "order,name", [("interleave", name) for name in FAMILIES] + [("stack", name) for name in SEVERAL]
-)
+@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("order", ["interleave", "stack"])
 def test_coalesce_undoes_decoalesce(name: str, order: str) -> None:
     """Bit for bit, moments too, but for the rounding of T5's √2."""
     small = tiny.config_of(name)

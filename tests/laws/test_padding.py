@@ -13,6 +13,7 @@ from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.cover import families
 from tests.laws.harness import (
     STATES,
     Grown,
@@ -63,7 +64,7 @@ def scaled(plan: GrowthPlan, state: dict[str, torch.Tensor], axis: str, factor: 
     return {n: x * factor if axis in axes.axes_of(plan.tensors[n].spec) else x for n, x in state.items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("times", [2, 3])
 def test_lemon_keeps_the_logits_at_multiples(name: str, times: int) -> None:
     _, sizes = table_and_sizes(name)
@@ -75,7 +76,7 @@ def test_lemon_keeps_the_logits_at_multiples(name: str, times: int) -> None:
     assert sum(not torch.equal(even.state[n], grown.state[n]) for n in even.state) > len(even.state) / 4
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_lemon_grows_units_to_any_number_with_exact_moments(name: str) -> None:
     grown = grow(name, more_units(name), width="lemon")
     assert_same_logits(grown)
@@ -83,7 +84,7 @@ def test_lemon_grows_units_to_any_number_with_exact_moments(name: str) -> None:
     assert grown.plan.moments == "exact"
 
 
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", families(PADDED))
 @pytest.mark.parametrize("times", [1, 2])
 def test_lemon_keeps_the_logits_at_any_width(name: str, times: int) -> None:
     grown = grow(name, indivisible(name, times), width="lemon")
@@ -96,7 +97,7 @@ def test_lemon_keeps_the_logits_at_any_width(name: str, times: int) -> None:
     assert_slices(grown.plan, grown.weights)
 
 
-@pytest.mark.parametrize("name", ON_STREAM)
+@pytest.mark.parametrize("name", families(ON_STREAM))
 @pytest.mark.parametrize("width", ["lemon", "gesmundo"])
 def test_no_padding_where_a_norm_writes_the_stream(name: str, width: str) -> None:
     with pytest.raises(UnsupportedGrowth, match=r"multiple of 8[^,]*, or use --width fpi with --lossy") as e:
@@ -104,7 +105,7 @@ def test_no_padding_where_a_norm_writes_the_stream(name: str, width: str) -> Non
     assert ("--width lemon," in str(e.value)) == (width == "gesmundo")
 
 
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", families(PADDED))
 def test_padding_needs_the_gain_and_the_epsilon(name: str) -> None:
     """Guards: the norms' factor and epsilon are what makes the law hold."""
     grown = grow(name, indivisible(name, 1), width="lemon")
@@ -186,7 +187,7 @@ def assert_old_moments(grown: Grown) -> None:
     assert beyond > WRONG
 
 
-@pytest.mark.parametrize("name", RMS)
+@pytest.mark.parametrize("name", families(RMS))
 def test_composable_expansions_keep_the_logits_and_old_moments(name: str) -> None:
     grown = grow(name, six(name), width="gesmundo")
     assert_same_logits(grown)
@@ -196,7 +197,7 @@ def test_composable_expansions_keep_the_logits_and_old_moments(name: str) -> Non
     assert_slices(grown.plan, grown.weights)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_each_expansion_alone_keeps_the_logits(name: str) -> None:
     """And the guard: what the zeros silence is heard without them."""
     table, sizes = table_and_sizes(name)

@@ -21,11 +21,9 @@ from bert2bert.operators.decisions import Layer, Pair
 from bert2bert.operators.width_scaled import sparkling
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.cover import families
 from tests.laws.harness import Grown, assert_same_logits, assert_slices, grow, reader, realised
 from tests.rounding import WRONG
-
-FAMILIES = sorted(tiny.VARIANTS)
-
 
 TOKENS = ("vocab", "pos", "types", "buckets")
 
@@ -84,7 +82,7 @@ def test_centre_is_tiling_from_the_middle_at_modernbert_large() -> None:
     assert plan.recipe["layers"]["layers"] == [str(round(i * 22 / 28)) for i in range(28)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("times", [1.5, 2, 3.5])
 def test_centre_copies_values_and_moments_as_they_are(name: str, times: float) -> None:
     grown = wider(name, times, width="centre")
@@ -128,7 +126,7 @@ def realistic(name: str, times: float) -> Pair:
     return Pair(table, small, large, table.axis_sizes(small), table.axis_sizes(large), 7)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("times,how", [(1.5, {}), (2.5, {"choice": "random"}), (1.5, {"fresh": "random"})])
 def test_sparkling_keeps_the_size_of_activations(name: str, times: float, how: dict[str, Any]) -> None:
     """Every linear map of a layer and of the head, with weights drawn as at the start of training, on inputs with
@@ -213,14 +211,14 @@ def test_sparkling_keeps_the_size_of_a_tied_heads_logits(name: str, fresh: str) 
     assert abs(sqrt(after / before) - 1) < 0.01
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_sparkling_keeps_the_function_where_copies_are_even(name: str) -> None:
     assert_same_logits(wider(name, 2, width="sparkling"))
     reasons = wider(name, 1.5, width="sparkling").plan.exactness.function
     assert any("keeps the size of activations on embed" in r for r in reasons)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("fresh,times", [("copies", 2), ("copies", 1.5), ("random", 2)])
 def test_sparkling_keeps_old_moments_and_zeroes_the_fresh(name: str, fresh: str, times: float) -> None:
     grown = wider(name, times, width=f"sparkling:fresh={fresh}")
@@ -251,7 +249,7 @@ def test_sparkling_with_carried_moments_keeps_none_apart() -> None:
 # ---- MSG ----
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_msg_is_the_source_in_a_corner_of_fresh_values(name: str) -> None:
     grown = wider(name, 2, width="msg")
     plan, table = grown.plan, table_for(grown.config)

@@ -13,6 +13,7 @@ from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import Parameter, table_for
 from tests import tiny
+from tests.cover import families
 from tests.laws.harness import detached, gradients, reader, realised, scrambled
 from tests.rounding import ROUNDING, allowed, gap, squared
 
@@ -52,7 +53,7 @@ def shared(plan: GrowthPlan) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", DEFINED)
+@pytest.mark.parametrize("name", families(DEFINED))
 @pytest.mark.parametrize("units,times", [(1, 3), (2, 2)])
 def test_the_unshared_model_is_the_shared_one_with_layers_of_its_own(name: str, units: int, times: int) -> None:
     config, plan = unshared(name, units, times)
@@ -74,7 +75,7 @@ def test_the_unshared_model_is_the_shared_one_with_layers_of_its_own(name: str, 
         assert gap(summed, g, limits[name_]) <= ROUNDING, name_
 
 
-@pytest.mark.parametrize("name", DEFINED)
+@pytest.mark.parametrize("name", families(DEFINED))
 @pytest.mark.parametrize("gradient", ["mean", "sum"])
 def test_each_layer_starts_with_the_moments_of_the_mean_gradient(name: str, gradient: str) -> None:
     config, plan = unshared(name, 1, 3, gradient)

@@ -17,6 +17,7 @@ from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.cover import families
 from tests.laws.harness import Grown, assert_gradient_rule, assert_slices, grow, reader, realised
 from tests.rounding import ROUNDING, WRONG, allowed, elementary, gap
 
@@ -36,7 +37,7 @@ def rows_of(grown: Grown) -> dict[str, torch.Tensor]:
     return {n: grown.state[n] for n, p in grown.plan.tensors.items() if "vocab" in axes.axes_of(p.spec)}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("vocab", ["mean", "copy:of=3+17", "normal", "zeros"])
 @pytest.mark.parametrize("how", [{}, {"wider": True}, {"wider": True, "breaker": "uneven"}])
 def test_old_logits_stay(name: str, vocab: str, how: dict[str, Any]) -> None:
@@ -49,7 +50,7 @@ def test_old_logits_stay(name: str, vocab: str, how: dict[str, Any]) -> None:
     assert gap(after, before) > WRONG  # that is why it is said
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_new_rows(name: str) -> None:
     """Means are those of the old rows, copies are copies, zeros zero, in every tensor with a row for each token."""
     made = {vocab: rows_of(grow(name, {"vocab": NEW}, vocab=vocab)) for vocab in ("mean", "copy:of=3+17", "zeros")}
@@ -210,7 +211,7 @@ def test_with_other_widths(width: str) -> None:
     assert 0.01 < grown.state[word][OLD:].std() < 0.03
 
 
-@pytest.mark.parametrize("name", TABLES_OF_POSITIONS)
+@pytest.mark.parametrize("name", families(TABLES_OF_POSITIONS))
 @pytest.mark.parametrize("sizes", [{}, {"embed": 16}])
 def test_positions(name: str, sizes: dict[str, int]) -> None:
     """Up to the old length nothing changes, and the tiled rows repeat the old ones from the first token's on."""
@@ -229,7 +230,7 @@ def test_positions(name: str, sizes: dict[str, int]) -> None:
         assert_gradient_rule(drawn)
 
 
-@pytest.mark.parametrize("name", TABLES_OF_POSITIONS)
+@pytest.mark.parametrize("name", families(TABLES_OF_POSITIONS))
 def test_interpolated_positions(name: str) -> None:
     """Ends stay, what lies between is on the line between neighbours, and the plan says that logits change."""
     grown = grow(name, {"pos": 21}, positions="interpolate")
@@ -245,7 +246,7 @@ def test_interpolated_positions(name: str) -> None:
     assert_slices(grown.plan, grown.weights)
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in TABLES_OF_POSITIONS])
+@pytest.mark.parametrize("name", families(set(FAMILIES) - set(TABLES_OF_POSITIONS)))
 def test_models_without_a_table_of_positions(name: str) -> None:
     config = tiny.config_of(name)
     with pytest.raises(UnsupportedGrowth, match="needs no operator"):
