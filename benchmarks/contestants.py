@@ -79,6 +79,7 @@ def make(folder: str, config: dict[str, Any], stage: int) -> dict[str, Any]:
     import torch
     from sparse import fresh_spec
 
+    from bert2bert.checkpoints.target import Target
     from bert2bert.checkpoints.write import write_checkpoint
 
     spec = fresh_spec(config)
@@ -94,7 +95,7 @@ def make(folder: str, config: dict[str, Any], stage: int) -> dict[str, Any]:
             parts.append(numbers[:left])
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(shape)
 
-    write_checkpoint(Path(folder), spec, values, form="zero", stage=stage, world_size=2, manifest_growth=None)
+    write_checkpoint(Path(folder), spec, values, Target("zero", stage, 2), manifest_growth=None)
     return {}
 
 
@@ -159,15 +160,17 @@ def _past_cache(path: Path, count: int) -> None:
 
 def grow(source: str, target: str, config: str, count: int, how: dict[str, Any], workers: int) -> dict[str, Any]:
     """`grow`, alone or by forked workers, the change of the function not measured."""
-    for module in ("drift", "realise", "shards.stage0", "shards.transfer", "shards.universal", "shards.zero"):
-        importlib.import_module(f"bert2bert.{module}")
+    for module in ("universal.reader", "zero.reader", "zero.stage0_reader"):
+        importlib.import_module(f"bert2bert.checkpoints.{module}")
+    from bert2bert.checkpoints.target import Target
     from bert2bert.commands import grow as grow_command
     from bert2bert.ranks import forked as processes
+    from bert2bert.ranks.comm import ALONE, Comm
 
-    def run(comm: Any = None) -> int:
+    def run(comm: Comm = ALONE) -> int:
         grow_command.grow(
-            Path(source), Path(target), Path(config), width="fpi", depth="stack", lossy=True, measure=False,
-            comm=comm, say=lambda text: None, **how,
+            Path(source), Path(target), Path(config), Target(**how), width="fpi", depth="stack", lossy=True,
+            measure=False, comm=comm, say=lambda text: None,
         )  # fmt: skip
         return 0
 

@@ -136,8 +136,8 @@ class Bench:
         """110M -> 335M from shards of a stage; the peak memory of the universal growth."""
         source, case = self.source("110M", stage), f"110M -> 335M, ZeRO-{stage}"
         size, model = size_of(source), 12 * self.numel["335M"]
-        forms = {"universal": {"form": "universal"}, "zero": {"form": "zero", "stage": stage, "world_size": 2}}
-        weights, rivals = {"form": "hub"}, ("ds_to_universal", "zero_to_fp32")
+        forms = {"universal": {"format": "universal"}, "zero": {"format": "zero", "stage": stage, "world_size": 2}}
+        weights, rivals = {"format": "hub"}, ("ds_to_universal", "zero_to_fp32")
         reads, writes = [], []
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*forms, "workers", "weights", *rivals)}
         for _ in range(self.rounds):
@@ -185,7 +185,7 @@ class Bench:
     def memory(self, small: float, stage: int) -> None:
         """335M -> 1.3B, and how memory rises with the model's bytes from 110M -> 335M on."""
         source, case = self.source("335M", stage), f"335M -> 1.3B, ZeRO-{stage} to universal"
-        found = self.grow(source, "1.3B", {"form": "universal"})
+        found = self.grow(source, "1.3B", {"format": "universal"})
         shutil.rmtree(source)
         self.row(case, "seconds", found["seconds"])
         self.row(case, "GB written a second", found["target"] / found["seconds"] / 1e9)

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,11 +23,10 @@ from bert2bert.algebra.realise import values
 from bert2bert.checkpoints import write as writing
 from bert2bert.checkpoints.groups import param_groups
 from bert2bert.checkpoints.hub import writer as hub_writer
-from bert2bert.checkpoints.hub.writer import MAX_FILE_BYTES
 from bert2bert.checkpoints.job import Job, Tally, TargetGroup, TargetSpec
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import STATES
-from bert2bert.checkpoints.zero.layout import SUB_GROUP_SIZE
+from bert2bert.checkpoints.target import Target
 from bert2bert.commands.grow import target_spec
 from bert2bert.commands.plan import describe
 from bert2bert.files import torch_writer, zip_writer
@@ -113,18 +113,18 @@ def _nothing(name: str, state: str, start: int, stop: int) -> torch.Tensor:
     raise RuntimeError(f"a dry run asked for {name} {state} {start}:{stop}")
 
 
-def lay_out(folder: Path, spec: TargetSpec, form: str, stage: int | None = None, ranks: int | None = None) -> int:
+def lay_out(folder: Path, spec: TargetSpec, target: Target) -> int:
     """Every file of a checkpoint, tensors as holes; the bytes of tensors in it."""
-    tag = folder if form == "hub" else folder / spec.tag
+    tag = folder if target.format == "hub" else folder / spec.tag
     with holes():
-        plans = writing._plan(Job(spec, _nothing, Tally.new()), form, stage, ranks, SUB_GROUP_SIZE, MAX_FILE_BYTES)
+        plans = writing.planned(Job(spec, _nothing, Tally.new()), target)
         for plan in plans:
             path = tag / plan.name
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
                 if plan.write(file) != plan.payload:  # type: ignore[arg-type]
                     raise RuntimeError(f"{plan.name} is not laid out as planned")
-    if form != "hub":
+    if target.format != "hub":
         (folder / "latest").write_text(spec.tag)
     return sum(plan.payload for plan in plans)
 
@@ -138,9 +138,10 @@ def _on_disk(folder: Path) -> tuple[int, int]:
 def dry_run(folder: Path, pair: str, width: str = "hyperclone", depth: str = "stack") -> dict[str, Any]:
     """Plan and lay out a growth over sparse files. Imports are done when this is called."""
     small, large, source_ranks, target_ranks = PAIRS[pair]
+    target = Target("zero", 3, target_ranks)
     sources = {"zero": folder / "zero", "hub": folder / "hub"}
-    lay_out(sources["zero"], fresh_spec(small), "zero", 3, source_ranks)
-    lay_out(sources["hub"], fresh_spec(small), "hub")
+    lay_out(sources["zero"], fresh_spec(small), Target("zero", 3, source_ranks))
+    lay_out(sources["hub"], fresh_spec(small), Target("hub"))
     config = folder / "large.json"
     config.write_text(json.dumps(large))
 
@@ -155,8 +156,8 @@ def dry_run(folder: Path, pair: str, width: str = "hyperclone", depth: str = "st
     found |= {"summary": text, "cost": expected, "parameters": list(described.parameters)}
 
     start = time.perf_counter()
-    spec = target_spec(growth, form="zero", layout=None, precision="bf16")
-    payload = lay_out(folder / "target", spec, "zero", 3, target_ranks)
+    spec = target_spec(growth, replace(target, precision="bf16"))
+    payload = lay_out(folder / "target", spec, target)
     found["lay_out_seconds"] = time.perf_counter() - start
     start = time.perf_counter()
     grown = open_source(folder / "target")

@@ -13,20 +13,19 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from typing import Any
 
 from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.ranks.comm import ALONE, Comm, Mpi, world
 from bert2bert.ranks.launcher import GRACE_SECONDS, discover, first_speaks, started_as
 from bert2bert.terminal import interrupts
 
 
-def check(comm: Any) -> None:
-    """Raise UserError if ``comm`` (None: one process) does not hold all the processes that were started."""
+def check(comm: Comm) -> None:
+    """Raise UserError if ``comm`` does not hold all the processes that were started."""
     started = discover()
-    joined = 1 if comm is None else comm.Get_size()
-    if joined != started.world:
+    if comm.size != started.world:
         raise InvalidConfig(
-            f"{started.launcher} started {started.world} processes, but MPI joins {joined}; start them with the "
+            f"{started.launcher} started {started.world} processes, but MPI joins {comm.size}; start them with the "
             "mpirun of the MPI that mpi4py loads (python -m mpi4py --mpi-library names it), or with srun --mpi=pmix"
         )
 
@@ -37,13 +36,11 @@ def main(argv: list[str], command_name: str = "grow") -> int:
 
     with first_speaks():
         args = parse([command_name, *argv])
-    from bert2bert.checkpoints.write import world  # imports torch: only once the words are known to be sound
-
-    comm = None
+    comm: Comm = ALONE
     try:
         comm = world()
         check(comm)
-        with interrupts.at_once(command_name, comm is None or comm.Get_rank() == 0):
+        with interrupts.at_once(command_name, comm.rank == 0):
             code = run(args, comm)
     except UserError as error:
         if started_as() > 0:
@@ -53,12 +50,12 @@ def main(argv: list[str], command_name: str = "grow") -> int:
     except Exception:  # a defect: say where, on the rank that has it
         traceback.print_exc()
         code = 1
-    if code and comm is not None:
+    if code and isinstance(comm, Mpi):
         # MPI's own exit waits for every rank, and another may wait for this one: end them all, after rank 0 has spoken.
         sys.stderr.flush()
-        if comm.Get_rank() > 0:
+        if comm.rank > 0:
             time.sleep(GRACE_SECONDS)
-        comm.Abort(code)
+        comm.abort(code)
     return code
 
 

@@ -18,7 +18,7 @@ ALLOWED = {
     "files": ("errors",),
     "terminal": ("errors",),
     "ranks": ("files", "errors"),
-    "checkpoints": ("ranks", "files", "terminal.progress", "errors"),
+    "checkpoints": ("ranks", "files", "errors"),
     "algebra": ("errors",),
     "tables": ("algebra", "errors"),
     "operators": ("tables", "algebra", "growth", "errors"),
@@ -34,7 +34,7 @@ ALLOWED = {
 ROOMS = ALLOWED.keys() | {"commands", "__init__", "__main__"}
 ONLY_IN = {
     "deepspeed": ("train/engine.py",),
-    "mpi4py": ("checkpoints/write.py", "ranks/comm.py"),
+    "mpi4py": ("ranks/comm.py",),
     "datasets": ("data/records.py",),
     "transformers": ("measure/transformers_models.py", "data/tokenizer_files.py"),
 }

@@ -12,12 +12,13 @@ import pytest
 from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.checkpoints.job import TargetGroup, TargetSpec
 from bert2bert.checkpoints.open import open_source
-from bert2bert.checkpoints.write import write_checkpoint
-from bert2bert.commands.grow import grow, target_spec
+from bert2bert.checkpoints.target import Target
+from bert2bert.commands.grow import target_spec
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.growth.opened import open_growth
 from tests.checkpoints.engines import hf_config
 from tests.checkpoints.targets import make_spec, make_tensors, reader
+from tests.doors import grow, write_checkpoint
 
 
 def config(folder: Path, **sizes: Any) -> Path:
@@ -29,19 +30,20 @@ def config(folder: Path, **sizes: Any) -> Path:
 def foreign(folder: Path, spec: TargetSpec) -> Path:
     """The spec as native shards of somebody's script, which writes no manifest."""
     written = write_checkpoint(
-        folder, spec, reader(make_tensors(spec)), form="zero", stage=2, world_size=2, manifest_growth=None
+        folder, spec, reader(make_tensors(spec)), format="zero", stage=2, world_size=2, manifest_growth=None
     )
     (written / MANIFEST).unlink()
     (written / "config.json").unlink()
     return folder
 
 
-def spec_of(source: Path, form: str = "zero", layout: str | None = None, precision: str | None = None) -> TargetSpec:
+def spec_of(source: Path, form: str = "zero", groups: str | None = None, precision: str | None = None) -> TargetSpec:
     config(source.parent)
+    native = (2, 2) if form == "zero" else ()
     growth = open_growth(
         source, config(source.parent, num_hidden_layers=4), source_config=source.parent / "config0.json"
     )
-    return target_spec(growth, form=form, layout=layout, precision=precision)
+    return target_spec(growth, Target(form, *native, precision=precision, groups=groups))
 
 
 def regrouped(change: Any) -> TargetSpec:
@@ -69,7 +71,7 @@ def test_groups_keep_the_order_of_the_sources_script(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedGrowth, match="neither in the model's order nor by name"):
         spec_of(source)
     assert [set(g.names) for g in spec_of(source, "universal").groups] == [set(g.names) for g in plain.groups]
-    assert spec_of(source, layout="decay").groups == plain.groups
+    assert spec_of(source, groups="decay").groups == plain.groups
 
 
 def test_a_loss_scale_is_that_of_an_fp16_run_only(tmp_path: Path) -> None:
@@ -84,16 +86,16 @@ def test_a_loss_scale_is_that_of_an_fp16_run_only(tmp_path: Path) -> None:
 def test_weights_without_groups_grow_on(tmp_path: Path) -> None:
     turned = foreign(tmp_path / "turned", regrouped(lambda groups: groups[::-1]))
     how = {"source_config": config(tmp_path), "say": lambda _: None, "measure": False}
-    grow(turned, tmp_path / "hub", config(tmp_path), form="hub", **how)
+    grow(turned, tmp_path / "hub", config(tmp_path), format="hub", **how)
     assert spec_of(tmp_path / "hub", "universal").group_layout == "layers"
     with pytest.raises(InvalidConfig, match=r"--groups source: .* holds weights only"):
-        spec_of(tmp_path / "hub", "universal", layout="source")
+        spec_of(tmp_path / "hub", "universal", groups="source")
     with pytest.raises(InvalidConfig, match="--groups: a Hugging Face folder"):
-        grow(turned, tmp_path / "t", config(tmp_path, num_hidden_layers=4), form="hub", layout="decay", **how)
+        grow(turned, tmp_path / "t", config(tmp_path, num_hidden_layers=4), format="hub", groups="decay", **how)
 
 
 def test_a_group_of_differently_trained_layers_has_the_most_steps(tmp_path: Path) -> None:
     source = foreign(tmp_path / "layers", make_spec(layout="layers"))
     steps = [g.step for g in spec_of(source).groups]
     assert len(set(steps)) == 10 == len(make_spec(layout="layers").groups)  # every pair of groups has its own
-    assert [g.step for g in spec_of(source, layout="single").groups] == [max(steps)]
+    assert [g.step for g in spec_of(source, groups="single").groups] == [max(steps)]

@@ -13,13 +13,14 @@ import torch
 
 from bert2bert.algebra.realise import realise
 from bert2bert.commands import cli
-from bert2bert.commands.grow import _tokenizer_digest, grow
+from bert2bert.commands.grow import _tokenizer_digest
 from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, LossyGrowth, UnsupportedGrowth
 from bert2bert.growth.opened import open_growth
 from bert2bert.growth.source_model import open_model
 from tests.checkpoints.engines import STATES, Case, build, hf_config, release, save_cases, tiny_bert, train, truth
 from tests.distributed import run_ranks
+from tests.doors import grow
 from tests.rounding import ROUNDING, SINGLE, gap, unit
 
 BIG = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 131}
@@ -118,7 +119,7 @@ def test_native_shards_of_every_stage_and_world_size(
         loads = []
         for stage in (1, 2, 3):
             target = tmp_path / f"s{stage}w{world}"
-            grow(folder / source, target, form="zero", stage=stage, world_size=world, **options(folder))
+            grow(folder / source, target, format="zero", stage=stage, world_size=world, **options(folder))
             loads.append((str(target), replace(case, stage=stage, sizes=BIG, seed=9)))
         losses = run_ranks(resume_and_compare, world, str(folder), source, loads)
         if world == 2:  # the same batches as the source's: the growth is exact, so is the loss
@@ -149,7 +150,7 @@ def test_group_layouts_and_precisions_are_those_of_the_source(folder: Path, sour
     case = next(c for c in SOURCES if c.name == source)
     loads = []
     for stage in (2, 3):
-        grow(folder / source, tmp_path / f"s{stage}", form="zero", stage=stage, world_size=2, **options(folder))
+        grow(folder / source, tmp_path / f"s{stage}", format="zero", stage=stage, world_size=2, **options(folder))
         loads.append((str(tmp_path / f"s{stage}"), replace(case, stage=stage, sizes=BIG, seed=9)))
     reference = run_ranks(next_loss, 2, str(folder), case)
     losses = run_ranks(resume_and_compare, 2, str(folder), source, loads)
@@ -161,7 +162,7 @@ def test_group_layouts_and_precisions_are_those_of_the_source(folder: Path, sour
 def test_verify_and_hub(folder: Path, tmp_path: Path) -> None:
     how = options(folder)
     grow(folder / "z2", tmp_path / "uni", **how)
-    grow(folder / "z2", tmp_path / "hub", form="hub", **how)
+    grow(folder / "z2", tmp_path / "hub", format="hub", **how)
     for grown, states in (("uni", 3), ("hub", 1)):
         found = verify(folder / "z2", tmp_path / grown, source_config=folder / "small.json")
         assert found["ok"], found
@@ -272,8 +273,8 @@ def test_refusals_write_nothing(folder: Path, tmp_path: Path) -> None:
         grow(folder / "z2", tmp_path / "t", **{**how, "source_config": wrong})
     with pytest.raises(InvalidConfig, match="no such file"):
         grow(folder / "z2", tmp_path / "t", **{**how, "config": tmp_path / "none.json"})
-    with pytest.raises(InvalidConfig, match="but for stage 0, --world-size N"):
-        grow(folder / "z2", tmp_path / "t", form="zero", **how)
+    with pytest.raises(InvalidConfig, match="except for stage 0, --world-size N"):
+        grow(folder / "z2", tmp_path / "t", format="zero", **how)
     with pytest.raises(InvalidConfig, match="belong to --format zero"):
         grow(folder / "z2", tmp_path / "t", stage=2, **how)
     with pytest.raises(UnsupportedGrowth, match="did you mean 'aki'"):

@@ -14,12 +14,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bert2bert.checkpoints.hub.beside import TOKENIZER
-from bert2bert.checkpoints.hub.writer import file_bytes
-from bert2bert.commands.grow import grow
+from bert2bert.checkpoints.target import file_bytes
 from bert2bert.commands.verify import render, verify
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.growth.source_model import open_model
 from tests import tiny
+from tests.doors import grow
 from tests.rounding import ROUNDING, SINGLE, allowed, gap
 from tests.test_verify_families import GROWN, save, silent, target
 
@@ -57,7 +57,7 @@ def logits(model: torch.nn.Module, config: dict[str, Any]) -> torch.Tensor:
 def test_from_pretrained_has_nothing_to_say(name: str, shard: str | None, tmp_path: Path, words: list[str]) -> None:
     small = save(tmp_path / "small", name)
     goal = target(tmp_path / "big.json", name)
-    grow(tmp_path / "small", tmp_path / "big", goal, form="hub", shard_size=shard, measure=False, say=silent)
+    grow(tmp_path / "small", tmp_path / "big", goal, format="hub", shard_size=shard, measure=False, say=silent)
     files = sorted(p.name for p in (tmp_path / "big").iterdir())
     assert ("model.safetensors.index.json" in files) == (shard is not None) == ("model.safetensors" not in files)
     words.clear()
@@ -84,7 +84,7 @@ def test_base_models_have_no_outer_name(cls: str, name: str, tmp_path: Path, wor
     opened = open_model(tmp_path / "small")
     assert opened.naming.lacks and opened.table.classes[cls] == opened.heads
     goal = target(tmp_path / "big.json", name)
-    grow(tmp_path / "small", tmp_path / "big", goal, form="hub", say=silent)
+    grow(tmp_path / "small", tmp_path / "big", goal, format="hub", say=silent)
     words.clear()
     load(tmp_path / "big", cls, words)
     assert json.loads((tmp_path / "big" / "config.json").read_text())["architectures"] == [cls]
@@ -139,7 +139,7 @@ def test_an_untied_t5(tmp_path: Path, words: list[str]) -> None:
     sizes = {"d_model": 16, "num_heads": 4, "d_ff": 24}
     goal = tmp_path / "big.json"
     goal.write_text(json.dumps(tiny.config_of("t5-untied", **sizes)))
-    grow(tmp_path / "small", tmp_path / "big", goal, form="hub", say=silent)
+    grow(tmp_path / "small", tmp_path / "big", goal, format="hub", say=silent)
     report = verify(tmp_path / "small", tmp_path / "big")
     assert report["ok"] and gap(report["drift"]["logits_relative"], 0.0, SINGLE) <= ROUNDING, render(report)
     assert "of the largest entry" in render(report)
@@ -155,7 +155,7 @@ def test_what_lies_beside_the_weights_is_kept(tmp_path: Path) -> None:
     for name in FILES:
         (tmp_path / "small" / name).write_bytes(f"{name} of the source\n".encode())
     goal = target(tmp_path / "big.json", "llama")
-    grow(tmp_path / "small", tmp_path / "big", goal, form="hub", measure=False, say=silent)
+    grow(tmp_path / "small", tmp_path / "big", goal, format="hub", measure=False, say=silent)
     for name in (*FILES, "generation_config.json"):
         assert (tmp_path / "big" / name).read_bytes() == (tmp_path / "small" / name).read_bytes()
     config = json.loads((tmp_path / "big" / "config.json").read_text())
@@ -163,7 +163,7 @@ def test_what_lies_beside_the_weights_is_kept(tmp_path: Path) -> None:
     assert {t.dtype for t in load_file(tmp_path / "big" / "model.safetensors").values()} == {torch.bfloat16}
     # without a generation config, one of the config's tokens; asked for, another dtype
     (tmp_path / "small" / "generation_config.json").unlink()
-    grow(tmp_path / "small", tmp_path / "b", goal, form="hub", precision="fp32", measure=False, say=silent)
+    grow(tmp_path / "small", tmp_path / "b", goal, format="hub", precision="fp32", measure=False, say=silent)
     made = transformers.GenerationConfig.from_pretrained(tmp_path / "b")
     asked = transformers.AutoConfig.for_model(**tiny.config_of("llama"))
     assert (made.bos_token_id, made.eos_token_id) == (asked.bos_token_id, asked.eos_token_id) != (None, None)
@@ -172,7 +172,7 @@ def test_what_lies_beside_the_weights_is_kept(tmp_path: Path) -> None:
     save(tmp_path / "bert", "bert")
     (tmp_path / "bert" / "generation_config.json").write_text("{}")
     goal = target(tmp_path / "bert.json", "bert")
-    grow(tmp_path / "bert", tmp_path / "bert-big", goal, form="hub", measure=False, say=silent)
+    grow(tmp_path / "bert", tmp_path / "bert-big", goal, format="hub", measure=False, say=silent)
     assert not (tmp_path / "bert-big" / "generation_config.json").exists()
 
 
@@ -181,7 +181,7 @@ def test_names_in_a_wrapper_become_transformers_own(tmp_path: Path, words: list[
     file = tmp_path / "small" / "model.safetensors"
     save_file({f"module.net.{name}": value for name, value in load_file(file).items()}, file)
     goal = target(tmp_path / "big.json", "gpt2")
-    grow(tmp_path / "small", tmp_path / "big", goal, form="hub", say=silent)
+    grow(tmp_path / "small", tmp_path / "big", goal, format="hub", say=silent)
     words.clear()
     load(tmp_path / "big", "GPT2LMHeadModel", words)
     assert verify(tmp_path / "small", tmp_path / "big")["ok"]

@@ -13,12 +13,11 @@ import pytest
 import torch
 import transformers
 
-from bert2bert.commands.grow import grow
-from bert2bert.commands.reshard import reshard
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.growth.source_model import open_model
 from tests import tiny
 from tests.checkpoints.engines import hf_model
+from tests.doors import grow, reshard
 from tests.test_names import FAMILIES, Tensors, deeper, read, save, silent
 
 TIED = {
@@ -44,9 +43,9 @@ def test_tensors_that_the_class_would_draw_anew_are_said(name: str, tmp_path: Pa
     model, info = getattr(transformers, cls).from_pretrained(tmp_path / "s", output_loading_info=True)
     drawn = {n for n, _ in model.named_parameters()} & info["missing_keys"]  # a tied one is there by its other name
     lines: list[str] = []
-    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), form="hub", measure=False,
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), format="hub", measure=False,
          say=lines.append)  # fmt: skip
-    reshard(tmp_path / "s", tmp_path / "z", form="zero", stage=1, world_size=1, say=lines.append)
+    reshard(tmp_path / "s", tmp_path / "z", format="zero", stage=1, world_size=1, say=lines.append)
     told = [line for text in lines for line in text.splitlines() if "that the source lacks" in line]
     if not drawn:  # GPT-2's head is the word embedding, which the base model has
         assert not told
@@ -92,7 +91,7 @@ def test_a_classifier_beside_the_head_of_words_is_of_its_own_shape(count: int, t
     save(tmp_path / "s", "bert", change, num_labels=2)
     ours = read(tmp_path / "s")
     assert ours["classifier.weight"].shape == (count, width)
-    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), form="hub", measure=False,
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), format="hub", measure=False,
          say=silent)  # fmt: skip
     grown = read(tmp_path / "g")
     assert torch.equal(grown["classifier.weight"], ours["classifier.weight"])

@@ -19,14 +19,13 @@ from safetensors.torch import load_file, save_file
 from bert2bert.checkpoints.hub.names import WRAPPERS
 from bert2bert.checkpoints.inspect import inspect, render
 from bert2bert.checkpoints.open import open_source
-from bert2bert.commands.grow import grow
 from bert2bert.commands.plan import source_notes
-from bert2bert.commands.reshard import reshard
 from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UnsupportedGrowth
 from bert2bert.growth.source_model import open_model, read_config
 from tests import tiny
 from tests.checkpoints.engines import hf_model
+from tests.doors import grow, reshard
 
 Tensors = dict[str, torch.Tensor]
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "mistral", "qwen2", "qwen3", "t5", "modernbert", "mixtral", "qwen3_moe",
@@ -117,11 +116,11 @@ def test_layouts_of_the_hub_read_as_transformers_reads_them(name: str, age: str,
     cls = tiny.VARIANTS[name].cls
     same(read(tmp_path / "s"), loaded(tmp_path / "s", cls))
     # grown by a layer, and written anew into shards, the names are those of transformers
-    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), depth="stack", form="hub",
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), depth="stack", format="hub",
          measure=False, say=silent)  # fmt: skip
     grown = loaded(tmp_path / "g", cls)
     lines: list[str] = []
-    reshard(tmp_path / "s", tmp_path / "z", form="zero", stage=2, world_size=2, say=lines.append)
+    reshard(tmp_path / "s", tmp_path / "z", format="zero", stage=2, world_size=2, say=lines.append)
     assert set(open_source(tmp_path / "z").tensors) == set(loaded(tmp_path / "s", cls))
     assert verify(tmp_path / "s", tmp_path / "z")["ok"] and verify(tmp_path / "s", tmp_path / "g", logits=False)["ok"]
     assert len(grown) > len(open_model(tmp_path / "s").parameters)
@@ -145,7 +144,7 @@ def test_wrappers_anywhere_in_a_name(wrapper: str, place: str, tmp_path: Path) -
     model = save(tmp_path / "s", "llama", lambda t: {at(n): v for n, v in t.items()})
     want = dict(model.named_parameters())
     same(read(tmp_path / "s"), want)
-    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), depth="stack", form="hub",
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), depth="stack", format="hub",
          measure=False, say=silent)  # fmt: skip
     grown = loaded(tmp_path / "g", "LlamaForCausalLM")
     assert all(torch.equal(value, grown[name]) for name, value in want.items() if "norm.weight" not in name)
@@ -236,7 +235,7 @@ def test_unknown_integers_are_refused_and_not_lost(tmp_path: Path) -> None:
     ):
         open_model(tmp_path / "s")
     # written anew as a folder, all is kept bit for bit
-    reshard(tmp_path / "s", tmp_path / "again", form="hub", say=silent)
+    reshard(tmp_path / "s", tmp_path / "again", format="hub", say=silent)
     one, other = (load_file(tmp_path / d / "model.safetensors") for d in ("s", "again"))
     same(one, other)
     assert verify(tmp_path / "s", tmp_path / "again")["ok"]
@@ -265,7 +264,7 @@ def test_a_wrong_config_does_not_keep_a_folder_from_being_written_anew(wrong: di
     with pytest.raises((InvalidCheckpoint, InvalidConfig), match=next(iter(wrong))):
         open_model(tmp_path / "s")
     with pytest.raises(UnsupportedGrowth, match="--format universal"):
-        reshard(tmp_path / "s", tmp_path / "z", form="zero", stage=1, world_size=1, say=silent)
+        reshard(tmp_path / "s", tmp_path / "z", format="zero", stage=1, world_size=1, say=silent)
     reshard(tmp_path / "s", tmp_path / "u", say=silent)
     again = open_source(tmp_path / "u")
     same({n: again.read(n, "fp32", 0, m.shape[0]) for n, m in again.tensors.items()},
@@ -282,7 +281,7 @@ def test_a_folder_that_names_no_class(cls: str, tmp_path: Path) -> None:
     del config["architectures"]
     file.write_text(json.dumps(config))
     assert type(model).__name__ == cls
-    reshard(tmp_path / "s", tmp_path / "z", form="zero", stage=1, world_size=1, say=silent)
+    reshard(tmp_path / "s", tmp_path / "z", format="zero", stage=1, world_size=1, say=silent)
     assert list(open_source(tmp_path / "z").tensors) == [name for name, _ in model.named_parameters()]
 
 
@@ -294,7 +293,7 @@ def test_tensors_beyond_the_class_are_kept_and_said(tmp_path: Path) -> None:
     _, info = transformers.BertForMaskedLM.from_pretrained(tmp_path / "s", output_loading_info=True)
     beyond = {name for name in info["unexpected_keys"] if "position_ids" not in name}
     lines: list[str] = []
-    reshard(tmp_path / "s", tmp_path / "z", form="zero", stage=1, world_size=1, say=lines.append)
+    reshard(tmp_path / "s", tmp_path / "z", format="zero", stage=1, world_size=1, say=lines.append)
     assert beyond <= open_source(tmp_path / "z").tensors.keys()
     assert f"BertForMaskedLM, which the config names, lacks {len(beyond)} tensors" in "\n".join(lines)
     assert set(open_source(tmp_path / "z").tensors) == {name for name, _ in model.named_parameters()}
@@ -311,6 +310,6 @@ def test_wrappers_among_experts(name: str, place: str, tmp_path: Path) -> None:
     model = save(tmp_path / "s", name, wrap)
     assert any("_orig_mod" in n for n in load_file(tmp_path / "s" / "model.safetensors"))
     same(read(tmp_path / "s"), dict(model.named_parameters()))
-    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "c.json"), form="hub", measure=False,
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "c.json"), format="hub", measure=False,
          say=silent)  # fmt: skip
     assert not any("_orig_mod" in n for n in load_file(tmp_path / "g" / "model.safetensors"))

@@ -12,13 +12,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bert2bert.checkpoints.open import open_source
-from bert2bert.commands.grow import grow
 from bert2bert.commands.verify import render, verify
 from bert2bert.errors import InvalidCheckpoint, UnsupportedGrowth
 from bert2bert.growth.plan import plan_growth
 from bert2bert.growth.source_model import open_model
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.doors import grow
 from tests.rounding import ROUNDING, SPARE, gap, largest, unit
 
 CLASSES = (
@@ -65,7 +65,7 @@ def test_a_folder_grows_and_says_the_same(cls: str, tmp_path: Path) -> None:
     model = open_model(tmp_path / "small")
     assert model.heads == model.table.classes[cls] and not model.left and not model.naming.renamed
     target = goal(tmp_path / "big.json", config)
-    grow(tmp_path / "small", tmp_path / "big", target, form="hub", width="fpi:choice=left", say=quiet)
+    grow(tmp_path / "small", tmp_path / "big", target, format="hub", width="fpi:choice=left", say=quiet)
     assert json.loads((tmp_path / "big" / "config.json").read_text())["architectures"] == [cls]
     old, new = said(tmp_path / "small", cls), said(tmp_path / "big", cls)
     assert old.keys() == new.keys()
@@ -88,9 +88,9 @@ def test_classes_with_an_outer_name_of_their_own(cls: str, prefix: str, tmp_path
     assert any(name.startswith("transformer.") for name in plain)
     save_file({prefix + name: value for name, value in plain.items()}, file)
     target = goal(tmp_path / "big.json", config)
-    grow(tmp_path / "small", tmp_path / "big", target, form="hub", say=quiet)
+    grow(tmp_path / "small", tmp_path / "big", target, format="hub", say=quiet)
     assert load_file(tmp_path / "big" / "model.safetensors").keys() == plain.keys()
-    grow(tmp_path / "small", tmp_path / "run", target, form="zero", stage=2, world_size=1, say=quiet)
+    grow(tmp_path / "small", tmp_path / "run", target, format="zero", stage=2, world_size=1, say=quiet)
     run = open_source(tmp_path / "run")
     assert set(run.tensors) - {prefix + name for name in plain} == set()
     assert open_model(tmp_path / "run").heads == table_for(config).classes[cls]
@@ -114,7 +114,7 @@ def test_labels_are_those_of_the_source(tmp_path: Path) -> None:
     config = save(tmp_path / "small", "LlamaForSequenceClassification")
     other = {k: v for k, v in config.items() if k not in ("id2label", "label2id", "num_labels")}
     with pytest.raises(UnsupportedGrowth, match="the target's id2label makes 2 labels, the source's 3"):
-        grow(tmp_path / "small", tmp_path / "big", goal(tmp_path / "big.json", other), form="hub", say=quiet)
+        grow(tmp_path / "small", tmp_path / "big", goal(tmp_path / "big.json", other), format="hub", say=quiet)
     moe = tiny.config_of("mixtral", tie_word_embeddings=True, rms_norm_eps=1e-6, architectures=None)
     with pytest.raises(UnsupportedGrowth, match="the target's id2label makes 2 labels, the source's 3"):
         plan_growth(config, moe, experts="upcycle", heads=frozenset({"score"}))
@@ -123,8 +123,9 @@ def test_labels_are_those_of_the_source(tmp_path: Path) -> None:
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**lm)).save_pretrained(tmp_path / "lm")
     without = {k: v for k, v in lm.items() if k not in ("id2label", "label2id", "num_labels")}
     grow(
-        tmp_path / "lm", tmp_path / "lm-big", goal(tmp_path / "lm.json", without), form="hub", measure=False, say=quiet
-    )
+        tmp_path / "lm", tmp_path / "lm-big", goal(tmp_path / "lm.json", without), format="hub", measure=False,
+        say=quiet,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("cls", ["RobertaForSequenceClassification", "BertForTokenClassification"])
@@ -135,7 +136,7 @@ def test_a_pooler_beside_the_head_grows_too(cls: str, tmp_path: Path) -> None:
     pooler = {f"{outer}pooler.dense.weight": torch.randn(8, 8), f"{outer}pooler.dense.bias": torch.randn(8)}
     save_file({**load_file(file), **pooler}, file, {"format": "pt"})
     target = goal(tmp_path / "big.json", {**config, "architectures": None})
-    grow(tmp_path / "small", tmp_path / "big", target, form="hub", say=quiet)
+    grow(tmp_path / "small", tmp_path / "big", target, format="hub", say=quiet)
     assert json.loads((tmp_path / "big" / "config.json").read_text())["architectures"] == [cls]
     grown = load_file(tmp_path / "big" / "model.safetensors")
     assert {name: grown[name].shape[0] for name in pooler} == dict.fromkeys(pooler, 16)
@@ -160,6 +161,6 @@ def test_what_pools_must_agree_where_something_is_pooled(tmp_path: Path) -> None
     config = save(tmp_path / "small", "ModernBertForSequenceClassification")
     target = goal(tmp_path / "big.json", config | {"classifier_pooling": "mean"})
     with pytest.raises(UnsupportedGrowth, match="classifier_pooling is 'cls' in the source and 'mean'"):
-        grow(tmp_path / "small", tmp_path / "big", target, form="hub", say=quiet)
+        grow(tmp_path / "small", tmp_path / "big", target, format="hub", say=quiet)
     save(tmp_path / "bare", "ModernBertModel")
-    grow(tmp_path / "bare", tmp_path / "bare-big", target, form="hub", say=quiet)
+    grow(tmp_path / "bare", tmp_path / "bare-big", target, format="hub", say=quiet)

@@ -12,7 +12,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bert2bert.commands import cli
-from bert2bert.commands.grow import grow
 from bert2bert.commands.verify import render, verify
 from bert2bert.errors import InvalidConfig, InvalidData
 from bert2bert.growth.source_model import open_model
@@ -20,6 +19,7 @@ from bert2bert.measure import transformers_models
 from bert2bert.tables import TABLES
 from tests import tiny
 from tests.data.fixtures import write_bins
+from tests.doors import grow
 from tests.rounding import ROUNDING, SINGLE, WRONG, allowed, gap
 
 BERT = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 25}
@@ -89,7 +89,7 @@ def change(file: Path, name: str, at: Any) -> None:
 
 def test_a_changed_weight_and_a_changed_function_fail(tmp_path: Path) -> None:
     save(tmp_path / "small", "gpt2")
-    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), form="hub", say=silent)
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), format="hub", say=silent)
     change(tmp_path / "big" / "model.safetensors", "transformer.h.1.mlp.c_fc.weight", (3, 4))
     report = verify(tmp_path / "small", tmp_path / "big")
     assert [c["name"] for c in report["checks"] if not c["ok"]] == ["weights", "logits"]
@@ -102,7 +102,7 @@ def test_a_wrong_rule_for_gradients_fails(tmp_path: Path, monkeypatch: pytest.Mo
     from bert2bert.algebra import realise
 
     save(tmp_path / "small", "gpt2")
-    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), form="hub", say=silent)
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), format="hub", say=silent)
     plain = dict(realise.STATES)
     monkeypatch.setitem(realise.STATES, "exp_avg", type(plain["exp_avg"])("exp_avg", gradient=False, power=1))
     report = verify(tmp_path / "small", tmp_path / "big")
@@ -122,7 +122,7 @@ def test_old_logits_are_judged_where_the_vocabulary_grows(name: str, tmp_path: P
     """They are promised though the loss is not; so a changed embedding of an old token fails."""
     save(tmp_path / "small", name)
     config = target(tmp_path / "big.json", name, vocab_size=34)
-    grow(tmp_path / "small", tmp_path / "big", config, vocab="mean", form="hub", say=silent)
+    grow(tmp_path / "small", tmp_path / "big", config, vocab="mean", format="hub", say=silent)
     ids = tmp_path / "ids.txt"
     ids.write_text("5 6 7 8 9 10")
     report = verify(tmp_path / "small", tmp_path / "big", tokens=ids)
@@ -144,7 +144,7 @@ def test_old_logits_are_judged_where_the_vocabulary_grows(name: str, tmp_path: P
 
 def test_sixteen_bit_files_are_compared_at_their_precision(tmp_path: Path) -> None:
     save(tmp_path / "small", "t5", torch.bfloat16)
-    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "t5"), form="hub", say=silent)
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "t5"), format="hub", say=silent)
     assert {m.dtype for m in open_model(tmp_path / "big").source.tensors.values()} == {"bfloat16"}
     report = verify(tmp_path / "small", tmp_path / "big")
     assert report["ok"] and "at most 0.15" in result(report, "logits")[1], render(report)
@@ -155,7 +155,7 @@ def test_a_model_that_magnifies_rounding_is_judged_before_it(tmp_path: Path) -> 
     save(tmp_path / "small", "t5")
     goal = target(tmp_path / "big.json", "t5")
     big = tmp_path / "big"
-    grow(tmp_path / "small", big, goal, form="hub", breaker="noise:scale=20", measure=False, say=silent)
+    grow(tmp_path / "small", big, goal, format="hub", breaker="noise:scale=20", measure=False, say=silent)
     report = verify(tmp_path / "small", big)
     told = next(c["detail"] for c in report["checks"] if c["name"] == "logits")
     assert report["ok"] and "before rounding" in told, render(report)
@@ -170,7 +170,7 @@ def test_a_long_comparison_is_announced(tmp_path: Path, monkeypatch: pytest.Monk
     config, lines = target(tmp_path / "big.json", "gpt2"), list[str]()
     for limit, words in ((1e9, ["logits differ"]), (1e3, ["being measured: ", "logits differ"])):
         monkeypatch.setattr("bert2bert.measure.drift._LONG", limit)
-        grow(tmp_path / "small", tmp_path / f"big{limit}", config, form="hub", say=lines.append)
+        grow(tmp_path / "small", tmp_path / f"big{limit}", config, format="hub", say=lines.append)
         said = [line for line in lines if line.startswith("drift")]
         assert len(said) == len(words) and all(word in line for word, line in zip(words, said, strict=True))
         lines.clear()
@@ -181,7 +181,7 @@ def test_drift_and_verify_look_at_what_was_written(tmp_path: Path) -> None:
     save(tmp_path / "small", "llama")
     big, ids = tmp_path / "big", tmp_path / "ids.txt"
     grow(
-        tmp_path / "small", big, target(tmp_path / "big.json", "llama"), form="hub", precision="bf16", say=silent
+        tmp_path / "small", big, target(tmp_path / "big.json", "llama"), format="hub", precision="bf16", say=silent
     )  # fmt: skip
     manifest = open_model(big).source.manifest
     assert manifest
@@ -223,7 +223,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     held = load_file(tmp_path / "small" / "model.safetensors")
     mask = torch.ones(10, 10).tril()[None, None]
     save_file({**held, "transformer.h.1.attn.bias": mask}, tmp_path / "small" / "model.safetensors", {"format": "pt"})
-    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), form="hub", say=silent)
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), format="hub", say=silent)
     report = verify(tmp_path / "small", tmp_path / "big", logits=False)
     assert report["ok"]
     counted = f"{len(held)} of the source's {len(held) + 1} tensors make the target's {len(held)}"
@@ -233,7 +233,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_given_tokens_and_held_out_text(name: str, tmp_path: Path) -> None:
     save(tmp_path / "small", name)
-    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", name), form="hub", say=silent)
+    grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", name), format="hub", say=silent)
     ids = tmp_path / "ids.txt"
     ids.write_text("[5, 6, 7, 8, 9]\n10 11 12 13 14\n\n")
     given = verify(tmp_path / "small", tmp_path / "big", tokens=ids)
@@ -309,7 +309,7 @@ def test_a_growth_that_scales_the_norms_epsilon(tmp_path: Path) -> None:
     """The grown config has another epsilon than the one that was asked for; the plan is rebuilt all the same."""
     save(tmp_path / "small", "gpt2")
     config = target(tmp_path / "big.json", "gpt2", n_embd=12, n_head=3)
-    grow(tmp_path / "small", tmp_path / "big", config, width="lemon", form="hub", say=silent)
+    grow(tmp_path / "small", tmp_path / "big", config, width="lemon", format="hub", say=silent)
     opened = open_model(tmp_path / "big")
     assert opened.config["layer_norm_epsilon"] == pytest.approx(1e-5 * 8 / 12)
     report = verify(tmp_path / "small", tmp_path / "big")

@@ -3,8 +3,7 @@
 Known are the Trainer of transformers, Accelerate and Lightning, by what they leave there. Their small files go along as
 they are, none is opened; weights of the model before its growth, and other checkpoints, stay behind.
 
-Refuses (InvalidCheckpoint) files that cannot be read or are git-lfs pointers, and (InvalidConfig) a tag that is no name
-of a folder.
+Refuses (InvalidCheckpoint) files that cannot be read or are git-lfs pointers.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.checkpoints.hub.beside import TOKENIZER, content_of
-from bert2bert.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from bert2bert.checkpoints.source import Source
+    from bert2bert.checkpoints.target import Target
 
 _RANK_STATES = ("rng_state*.pth", "random_states_*.pkl")
 _CARRIED = (
@@ -70,22 +68,20 @@ def beside(source: Source) -> dict[str, bytes]:
     return found
 
 
-def notes(source: Source, carried: Iterable[str], target: Path, form: str, world: int | None) -> list[str]:
-    """Sentences for the user: what was carried and left, who goes on from the target and how, what must be done anew.
-
-    ``world``: the target's ranks, where they are known.
-    """
-    client, folder, was = client_of(source), source.folder, source.world_size
+def notes(source: Source, carried: Iterable[str], folder: Path, target: Target) -> list[str]:
+    """Sentences for the user: what was carried and left, who continues from the target in ``folder`` and how, and what
+    starts again."""
+    client, home, was, world = client_of(source), source.folder.parent, source.world_size, target.world_size
     carried = [name for name in carried if name != "config.json"]  # which is the target's
-    if client is None or form == "hub":
+    if client is None or target.format == "hub":
         return []
     keep = {*carried, "config.json", "latest", "latest_universal"}
-    rest = [path.name + "/" * path.is_dir() for path in sorted(folder.parent.iterdir()) if path.name not in keep]
-    rest = [name for name in rest if name.rstrip("/") != folder.name]
+    rest = [path.name + "/" * path.is_dir() for path in sorted(home.iterdir()) if path.name not in keep]
+    rest = [name for name in rest if name.rstrip("/") != source.folder.name]
     told = [f"carried for {client.name}, as they are: {', '.join(carried)}"] if carried else []
-    told += [f"left behind in {folder.parent}: {', '.join(rest)}"] if rest else []
-    how = client.call.format(target=target) + " and a model of the target's config"
-    how += ', with "checkpoint": {"load_universal": true} in its ds_config' if form == "universal" else ""
+    told += [f"left behind in {home}: {', '.join(rest)}"] if rest else []
+    how = client.call.format(target=folder) + " and a model of the target's config"
+    how += ', with "checkpoint": {"load_universal": true} in its ds_config' if target.format == "universal" else ""
     told.append(f"{client.name} goes on with {how}")
     states = [name for name in carried if any(fnmatchcase(name, pattern) for pattern in _RANK_STATES)]
     if states and world is not None and was is not None and world != was:
@@ -94,10 +90,3 @@ def notes(source: Source, carried: Iterable[str], target: Path, form: str, world
             "place in the data, counted in batches, holds if batch size x ranks stays the same"
         )
     return told
-
-
-def check_tag(tag: str) -> None:
-    """Refuse (InvalidConfig) what cannot be a tag."""
-    taken = (".", "..", "latest", "latest_universal", MANIFEST)
-    if not tag.strip() or "/" in tag or "\0" in tag or tag in taken or tag.endswith(".partial"):
-        raise InvalidConfig(f"--target-tag is {tag!r}; expected the name of a folder, such as global_step100")

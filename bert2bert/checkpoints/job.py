@@ -22,6 +22,7 @@ from bert2bert.checkpoints.commit.pending import Pending
 from bert2bert.checkpoints.expert_parallel.layout import ExpertParallel
 from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import STATES
+from bert2bert.checkpoints.target import Target
 from bert2bert.checkpoints.zero.layout import Piece
 from bert2bert.errors import InvalidConfig
 from bert2bert.files.digest import combine, digest, hex16
@@ -37,59 +38,62 @@ Values = Callable[[str, str, int, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class TargetGroup:
-    """One optimizer group in the engine's order. ``hyper``: lr, weight_decay, betas, eps (more keys pass through);
-    ``step``: Adam steps taken by these parameters; ``moments``: state -> its name in the files, of those that the
-    group's optimizer keeps (see `moments`)."""
+    """One optimizer group, in the engine's order."""
 
     part: str
     decay: bool
     names: tuple[str, ...]
     hyper: dict[str, Any]
+    """lr, weight_decay, betas, eps; more keys pass through."""
     step: int
+    """Adam steps that these parameters have taken."""
     moments: dict[str, str] = field(default_factory=lambda: dict(ADAM))
+    """State -> its name in the files, of those that the group's optimizer keeps, see `optimizers`."""
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Everything about the checkpoint to write except its values.
-
-    ``shapes``: every parameter in model order, tied copies absent; ``aliases``: absent tied name -> kept name;
-    ``precision``: "fp32", "bf16" or "fp16" of the engine that will load it (of the file for hub, but for tensors that
-    ``dtypes`` names); ``states``: those that ``values`` can give, ("fp32",) or all
-    of `STATES` (missing moments are written as zeros: a fresh optimizer);
-    ``loss_scaler``: attributes of DeepSpeed's loss scaler, used with fp16 only; ``client_state``: extra top-level
-    entries of the model states; ``extras``: what the model's state dict holds beside parameters and ``buffers``; these
-    three may hold tensors and objects of any kind that `frames` writes;
-    ``extra_files``: name -> content, put beside the weights (tokenizer files);
-    ``frozen``: names of parameters that are in no group, for the engine does not train them; ``lists_frozen``: whether
-    the model is known to have no other such parameters; ``fused``: that engine
-    uses DeepSpeed's FusedAdam, and ``clip_grad`` is its gradient clipping (both matter at 16-bit stage 0 only);
-    ``expert_parallel``: how it splits its experts (native shards of stages 1 and 2 only); ``tag_name``: of the folder,
-    None = DeepSpeed's; ``beside``: name -> content, put beside that folder (what a training program keeps there).
-    """
+    """Everything about the checkpoint to write except its values."""
 
     shapes: dict[str, tuple[int, ...]]
+    """Every parameter in the model's order, tied copies absent."""
     aliases: dict[str, str]
+    """Absent tied name -> kept name."""
     config: dict[str, Any]
+    """The Hugging Face config; empty: there is none."""
     groups: tuple[TargetGroup, ...]
     group_layout: str
     precision: str
+    """fp32, bf16 or fp16, of the engine that will load it; of a Hugging Face folder's file, see ``dtypes``."""
     states: tuple[str, ...]
+    """What the values can give: ("fp32",) or all of `STATES`. Missing moments are written as zeros."""
     counters: dict[str, int]
     lr_scheduler: dict[str, Any] | None = None
     loss_scaler: dict[str, Any] | None = None
+    """Attributes of DeepSpeed's loss scaler, used with fp16 only."""
     client_state: dict[str, Any] = field(default_factory=dict)
+    """Extra top-level entries of the model states. Here, in buffers and extras: anything that `torch_writer` writes."""
     buffers: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
+    """What the model's state dict holds beside parameters and buffers."""
     extra_files: dict[str, bytes] = field(default_factory=dict)
+    """Name -> content, put beside the weights, such as a tokenizer."""
     frozen: tuple[str, ...] = ()
+    """Parameters that are in no group, for the engine does not train them."""
     lists_frozen: bool = True
+    """Whether the model is known to have no other such parameters."""
     fused: bool = False
+    """The engine uses DeepSpeed's FusedAdam. Matters at 16-bit stage 0 only, as does ``clip_grad``."""
     clip_grad: float | None = None
+    """The engine's gradient clipping."""
     expert_parallel: ExpertParallel | None = None
+    """How the engine splits its experts; native shards of stages 1 and 2 only."""
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    """Of tensors in a Hugging Face folder that are not of ``precision``."""
     tag_name: str | None = None
+    """Of the checkpoint's folder; None: DeepSpeed's name for this step."""
     beside: dict[str, bytes] = field(default_factory=dict)
+    """Name -> content, put beside that folder: what a training program keeps there."""
 
     def __post_init__(self) -> None:
         grouped = [*(name for group in self.groups for name in group.names), *self.frozen]
@@ -115,10 +119,10 @@ class TargetSpec:
         """Of a tensor in a Hugging Face folder."""
         return self.dtypes.get(name, self.dtype)
 
-    def widest_dtype(self, name: str, form: str) -> torch.dtype:
+    def widest_dtype(self, name: str, format: str) -> torch.dtype:
         """Of the widest copy of a weight that a target of this format stores: a run keeps masters of all but what is
         frozen."""
-        if form == "hub":
+        if format == "hub":
             return self.stored_dtype(name)
         return self.dtype if name in self.frozen else torch.float32
 
@@ -145,16 +149,16 @@ def write_bytes(content: bytes, file: Sink) -> int:
     return 0
 
 
-def pending(target: Path, spec: TargetSpec, form: str) -> Pending:
-    """The folder to write: ``target/<tag>``, or ``target`` itself for a Hugging Face folder."""
-    return Pending(target, None if form == "hub" else spec.tag)
+def pending(folder: Path, spec: TargetSpec, target: Target) -> Pending:
+    """The folder to write: ``folder/<tag>``, or ``folder`` itself for a Hugging Face folder."""
+    return Pending(folder, None if target.format == "hub" else spec.tag)
 
 
-def check_target(target: Path, spec: TargetSpec, form: str) -> None:
-    """Refuse (InvalidConfig), before any work is done, a target where `transfer.write_checkpoint` would not write."""
-    pending(Path(target), spec, form).refuse()
+def check_folder(folder: Path, spec: TargetSpec, target: Target) -> None:
+    """Refuse (InvalidConfig), before any work is done, a folder where `write.write_checkpoint` would not write."""
+    pending(folder, spec, target).refuse()
     for name, content in spec.beside.items():
-        file = Path(target) / name
+        file = folder / name
         if file.exists() and not (file.is_file() and file.read_bytes() == content):
             raise InvalidConfig(f"{file} is there already and is another than the source's. Name a new folder.")
 

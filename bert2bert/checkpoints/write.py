@@ -1,20 +1,17 @@
-"""Write a whole checkpoint, alone or over MPI ranks: the same bytes for any number of ranks.
+"""Write a whole checkpoint, alone or over several ranks: the same bytes for any number of ranks.
 
 Every file is written by one rank, files are dealt by bytes (the largest first, each to the rank with the least to
 do), and digests are taken of what is written and summed on rank 0, which alone commits. Files that an earlier run of
 the same job had finished are dealt out to be checked, and those that are as they were are not written again. A failure
-on one rank is raised by every rank once all have stopped, so nobody waits for a message that never comes.
+on one rank is raised by every rank once all have stopped.
 
-`mpi4py` is imported here only, and only under an MPI launcher. Refuses an unknown form and the sizes that a form
-needs or cannot use (InvalidConfig), a source that cannot be read or changes meanwhile (InvalidCheckpoint), and all that
-`commit` refuses.
+Refuses a source that cannot be read or changes meanwhile (InvalidCheckpoint), and all that `commit` refuses.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import prod
@@ -32,41 +29,19 @@ from bert2bert.checkpoints.commit.threads import files_at_once, write_files
 from bert2bert.checkpoints.expert_parallel.writer import expert_zero_files
 from bert2bert.checkpoints.hub.writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes
 from bert2bert.checkpoints.job import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries, write_bytes
+from bert2bert.checkpoints.target import Target
 from bert2bert.checkpoints.universal.writer import universal_files
 from bert2bert.checkpoints.zero.layout import SUB_GROUP_SIZE
 from bert2bert.checkpoints.zero.stage0_writer import stage0_files
 from bert2bert.checkpoints.zero.writer import zero_files
-from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError, did_you_mean
+from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_writer
 from bert2bert.files.digest import FILE_DIGEST, TENSOR_DIGEST
+from bert2bert.ranks.comm import ALONE, Comm, gather, on_first, together
 
 POINTERS = {"zero": ("latest",), "universal": ("latest_universal", "latest"), "hub": ()}
 """What is made to name the tag, in order, for each format; `latest` last, for it means that all is done."""
 _OVERHEAD = 1 << 16  # bytes allowed per file beyond its tensor data when looking for room
-_LAUNCHED_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")
-
-
-class _Alone:
-    """The part of an mpi4py communicator that is used here, for one process."""
-
-    rank, size = 0, 1
-
-    def allgather(self, item: Any) -> list[Any]:
-        return [item]
-
-
-def world() -> Any:
-    """The communicator of the MPI launcher that started this process (mpirun, or srun with PMI), else None."""
-    if not any(name in os.environ for name in _LAUNCHED_BY_MPI):
-        return None
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: the wheel finds no MPI library
-        raise UserError(
-            f"started by an MPI launcher, but mpi4py does not load: {error}. Install mpi4py for the MPI that "
-            "the launcher belongs to, or run without the launcher."
-        ) from None
-    return MPI.COMM_WORLD
 
 
 def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
@@ -80,45 +55,19 @@ def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     return hands
 
 
-def together(comm: Any, do: Callable[[], Any]) -> Any:
-    """Call ``do`` on every rank of ``comm`` (None: alone); if any rank failed, all fail: a UserError as it is, a defect
-    with its rank. No collective may be inside."""
-    comm = comm if comm is not None else _Alone()
-    result, error = None, None
-    try:
-        result = do()
-    except Exception as failure:
-        error = failure
-    shown = error if error is None or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    failures = [(rank, found) for rank, found in enumerate(comm.allgather(shown)) if found is not None]
-    if failures:
-        rank, first = failures[0]
-        if error is not None and not isinstance(error, UserError):
-            raise error  # with its own traceback, on the rank that knows it
-        raise first if isinstance(first, UserError) else RuntimeError(f"rank {rank} stopped: {first}")
-    return result
-
-
-def _plan(
-    job: Job, form: str, stage: int | None, world_size: int | None, sub_group_size: int, max_file_bytes: int
-) -> list[FilePlan]:
+def planned(job: Job, target: Target, sub_group_size: int = SUB_GROUP_SIZE) -> list[FilePlan]:
+    """The files of the checkpoint, each independent of the others."""
     _check_nesting(job.spec)
-    if form not in POINTERS:
-        raise InvalidConfig(f"there is no checkpoint format {form!r}; {did_you_mean(form, POINTERS)}")
-    if form == "zero":
-        if stage is None or world_size is None:
-            raise InvalidConfig(
-                "format zero needs a ZeRO stage (0, 1, 2, 3) and, but for 0, a world size: --stage S --world-size N."
-            )
-        if job.spec.expert_parallel:
-            plans = expert_zero_files(job, stage, world_size)
-        else:
-            plans = stage0_files(job, world_size) if stage == 0 else zero_files(job, stage, world_size, sub_group_size)
-    elif stage is not None or world_size is not None:
-        raise InvalidConfig(f"format {form} has no stage and no world size: leave out --stage and --world-size.")
+    stage, world = target.stage, target.ranks
+    if target.format == "hub":
+        plans = hub_files(job, target.shard_size or MAX_FILE_BYTES)
+    elif stage is None or world is None:
+        plans = universal_files(job)
+    elif job.spec.expert_parallel:
+        plans = expert_zero_files(job, stage, world)
     else:
-        plans = universal_files(job) if form == "universal" else hub_files(job, max_file_bytes)
-    config = hub_config(job.spec) if form == "hub" else job.spec.config
+        plans = zero_files(job, stage, world, sub_group_size) if stage else stage0_files(job, world)
+    config = hub_config(job.spec) if target.format == "hub" else job.spec.config
     extra = {**({"config.json": json_bytes(config)} if job.spec.config else {}), **job.spec.extra_files}
     return plans + [FilePlan(name, 0, partial(write_bytes, content)) for name, content in extra.items()]
 
@@ -152,30 +101,39 @@ def _reading(values: Values) -> Values:
 
 
 def _manifest(
-    spec: TargetSpec, form: str, stage: int | None, world_size: int | None, growth: dict[str, Any] | None,
-    entries: Mapping[str, Entry],
-) -> dict[str, Any]:  # fmt: skip
+    spec: TargetSpec, target: Target, growth: dict[str, Any] | None, entries: Mapping[str, Entry]
+) -> dict[str, Any]:
     groups = [
         {"part": g.part, "decay": g.decay, "names": list(g.names), "hyper": _plain(g.hyper), "step": g.step}
         for g in spec.groups
     ]
+    expert_parallel = {"expert_parallel": spec.expert_parallel.size} if spec.expert_parallel else {}
     return {
-        "format_version": FORMAT_VERSION, "kind": "growth", "tag": spec.tag, "form": form, "stage": stage,
-        "world_size": world_size, "precision": spec.precision, "group_layout": spec.group_layout, "model": spec.config,
-        "aliases": spec.aliases, "groups": groups, "buffers": sorted(spec.buffers),
+        "format_version": FORMAT_VERSION,
+        "kind": "growth",
+        "tag": spec.tag,
+        "form": target.format,
+        "stage": target.stage,
+        "world_size": target.ranks,
+        "precision": spec.precision,
+        "group_layout": spec.group_layout,
+        "model": spec.config,
+        "aliases": spec.aliases,
+        "groups": groups,
+        "buffers": sorted(spec.buffers),
         "tensors": tensor_entries(spec, (entry.tensors for entry in entries.values())),
         "files": {name: entry.size for name, entry in entries.items()},
         "digests": {
-            "kind": FILE_DIGEST, "tensors": TENSOR_DIGEST,
+            "kind": FILE_DIGEST,
+            "tensors": TENSOR_DIGEST,
             "files": {name: entry.digest for name, entry in entries.items()},
         },
         "counters": spec.counters,
-        "versions": {
-            "bert2bert": __version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed"),
-        },
-        "growth": growth, "training": None,
-        **({"expert_parallel": spec.expert_parallel.size} if spec.expert_parallel else {}),
-    }  # fmt: skip
+        "versions": {"bert2bert": __version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed")},
+        "growth": growth,
+        "training": None,
+        **expert_parallel,
+    }
 
 
 def _version(package: str) -> str | None:
@@ -197,30 +155,26 @@ def _plain(value: Any) -> Any:
 
 
 def write_checkpoint(
-    target: Path,
+    folder: Path,
     spec: TargetSpec,
     values: Values,
+    target: Target,
     *,
-    form: str,
-    stage: int | None = None,
-    world_size: int | None = None,
     manifest_growth: dict[str, Any] | None,
     manifest_more: dict[str, Any] | None = None,
     expected: Mapping[tuple[str, str], str] | None = None,
-    comm: Any = None,
+    comm: Comm = ALONE,
     progress: Callable[[int], None] | None = None,
     sub_group_size: int = SUB_GROUP_SIZE,
-    max_file_bytes: int = MAX_FILE_BYTES,
     watch: Watch | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write a checkpoint and return its folder: ``target/<tag>``, or ``target`` itself for format hub.
+    """Write a checkpoint and return its folder: ``folder/<tag>``, or ``folder`` itself for format hub.
 
-    ``values``: see writing.Values. ``stage``, ``world_size``: of the engine that will resume (format zero only).
-    ``comm``: an mpi4py communicator of which every rank makes this same call on a file system that all see, or None.
+    ``values``: see `job.Values`. ``comm``: ranks of which each makes this same call on a file system that all see.
     ``progress(bytes)``: called on each rank as it writes, with the bytes of tensors that are new.
-    ``sub_group_size``: DeepSpeed's option of stage 3. ``max_file_bytes``: where format hub starts another file.
-    ``watch``: of the source, asked before the commit. ``say(text)``: told by rank 0 what is resumed, discarded, kept.
+    ``sub_group_size``: DeepSpeed's option of stage 3. ``watch``: of the source, checked before the commit.
+    ``say(text)``: called on rank 0 with what is resumed, discarded, kept.
 
     ``manifest_more``: entries of the manifest in place of, or beside, those of a growth. ``expected``: (name, state) ->
     digest of what must have been written, where that is known; InvalidCheckpoint, before the commit, if it was not.
@@ -228,93 +182,129 @@ def write_checkpoint(
     What a killed or failed call has finished is used again if ``manifest_growth`` names plan and source
     (``plan_digest``, ``source``), and these, the spec and the layout are the same.
     """
-    comm = comm if comm is not None else _Alone()
-    say = say or (lambda text: None)
-    if stage == 0 and world_size is None:
-        world_size = 1  # any number of ranks loads it
-    tally = Tally.new(progress)
-    task = Job(spec, _reading(values), tally)
-    folder = pending(Path(target), spec, form)
+    manifest = manifest_more or {}
+    task = WriteJob(Path(folder), spec, values, target, comm, watch, progress, say or (lambda text: None))
+    return task.run(manifest_growth, manifest, expected or {}, sub_group_size)
 
-    def begin() -> tuple[bool, dict[str, list[Entry]]]:
-        if comm.rank != 0:
-            return False, {}
-        layout = [form, stage, world_size, sub_group_size, [(plan.name, plan.payload) for plan in plans]]
-        job = journal.job(manifest_growth, None if watch is None else watch.stamps, vars(spec), layout)
-        done = folder.begin(job, sum(plan.payload + _OVERHEAD for plan in plans), say)
-        return done, {} if done else journal.read(folder.partial)
 
-    def check() -> dict[str, Entry]:
-        if comm.rank != 0:
-            folder.join()
-        mine = _dealt([plan for plan in plans if plan.name in known], comm)
-        found = {plan: journal.verified(folder.files / plan.name, known[plan.name]) for plan in mine}
-        for plan in (plan for plan, entry in found.items() if entry is not None):
-            tally.wrote(plan.payload)
-        return {plan.name: entry for plan, entry in found.items() if entry is not None}
+class WriteJob:
+    """One rank's part in writing a checkpoint: the steps of `write_checkpoint`, in order."""
 
-    def clean() -> None:
-        if comm.rank == 0:
-            folder.keep_only(entries)
-            if known:
-                size = sum(entry.size for entry in entries.values())
-                say(f"resumed  {folder.partial}: {len(entries)} of {len(plans)} files ({size:,} bytes) were finished")
+    def __init__(
+        self,
+        folder: Path,
+        spec: TargetSpec,
+        values: Values,
+        target: Target,
+        comm: Comm,
+        watch: Watch | None,
+        progress: Callable[[int], None] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.spec, self.target, self.comm, self.watch, self.say = spec, target, comm, watch, say
+        self.tally = Tally.new(progress)
+        self.job = Job(spec, _reading(values), self.tally)
+        self.folder = pending(folder, spec, target)
+        self.plans: list[FilePlan] = []
+        self.entries: dict[str, Entry] = {}
+        """Of the files that are finished."""
 
-    def write() -> dict[str, Entry]:
-        finisher = Finisher(folder.files, folder.partial / f"finished.{comm.rank}.jsonl")
+    def run(
+        self,
+        growth: dict[str, Any] | None,
+        more: Mapping[str, Any],
+        expected: Mapping[tuple[str, str], str],
+        sub_group_size: int,
+    ) -> Path:
+        """Plan, resume, write, commit. A failure keeps what is finished, except on Ctrl-C without a message."""
+        comm = self.comm
         try:
-            missing = _dealt([plan for plan in plans if plan.name not in entries], comm)
-            row = max((4 * prod(shape[1:]) for shape in spec.shapes.values()), default=0)
-            write_files(folder.files, missing, tally, finisher, files_at_once(row))
+            self.plans = together(comm, lambda: planned(self.job, self.target, sub_group_size))
+            # No rank writes before rank 0 holds the folder.
+            done, known = on_first(comm, lambda: self._begin(growth, sub_group_size))
+            if not done:
+                self.entries = _merged(gather(comm, lambda: self._check(known)))
+                on_first(comm, lambda: self._clean(bool(known)))
+                self.entries = _merged([self.entries, *gather(comm, self._write)])
+                on_first(comm, lambda: self._commit(growth, more, expected))
+            return self.folder.final
+        except BaseException as error:
+            if comm.rank == 0:
+                self.folder.abort((lambda text: None) if isinstance(error, KeyboardInterrupt) else self.say)
+            raise
+        finally:
+            self.folder.close()
+
+    def _begin(self, growth: dict[str, Any] | None, sub_group_size: int) -> tuple[bool, dict[str, list[Entry]]]:
+        """Take the folder: whether the checkpoint is there already, and what an earlier run noted as finished."""
+        target, plans = self.target, self.plans
+        files = [(plan.name, plan.payload) for plan in plans]
+        layout = [target.format, target.stage, target.ranks, sub_group_size, files]
+        job = journal.job(growth, None if self.watch is None else self.watch.stamps, vars(self.spec), layout)
+        done = self.folder.begin(job, sum(plan.payload + _OVERHEAD for plan in plans), self.say)
+        return done, {} if done else journal.read(self.folder.partial)
+
+    def _check(self, known: Mapping[str, list[Entry]]) -> dict[str, Entry]:
+        """Those of this rank's share of the noted files that are as they were."""
+        if self.comm.rank != 0:
+            self.folder.join()
+        found = {}
+        for plan in self._mine(known.keys() & {plan.name for plan in self.plans}):
+            entry = journal.verified(self.folder.files / plan.name, known[plan.name])
+            if entry is not None:
+                found[plan.name] = entry
+                self.tally.wrote(plan.payload)
+        return found
+
+    def _clean(self, resumed: bool) -> None:
+        """Remove what is not finished, and report what is."""
+        self.folder.keep_only(self.entries)
+        if resumed:
+            size = sum(entry.size for entry in self.entries.values())
+            count = f"{len(self.entries)} of {len(self.plans)} files"
+            self.say(f"resumed  {self.folder.partial}: {count} ({size:,} bytes) were finished")
+
+    def _write(self) -> dict[str, Entry]:
+        """Write this rank's share of the files that are missing."""
+        finisher = Finisher(self.folder.files, self.folder.partial / f"finished.{self.comm.rank}.jsonl")
+        try:
+            missing = self._mine({plan.name for plan in self.plans} - self.entries.keys())
+            row = max((4 * prod(shape[1:]) for shape in self.spec.shapes.values()), default=0)
+            write_files(self.folder.files, missing, self.tally, finisher, files_at_once(row))
         except BaseException:
-            with contextlib.suppress(Exception):  # the first error is the one to tell
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 finisher.close()
             raise
         return finisher.close()
 
-    def commit() -> Path:
-        if comm.rank != 0:
-            return folder.final
-        if watch is not None:
-            watch.check()
-        if {name: entry.size for name, entry in entries.items()} != (found := file_sizes(folder.files)):
-            raise RuntimeError(f"{folder.files} does not hold the files planned: {entries.keys() ^ found.keys()}")
-        manifest = _manifest(spec, form, stage, world_size, manifest_growth, entries)
-        _check_digests(manifest["tensors"], expected or {})
-        return folder.commit({**manifest, **(manifest_more or {})}, POINTERS[form], spec.beside)
+    def _commit(
+        self, growth: dict[str, Any] | None, more: Mapping[str, Any], expected: Mapping[tuple[str, str], str]
+    ) -> None:
+        """Make the checkpoint visible, if its files and digests are those expected."""
+        if self.watch is not None:
+            self.watch.check()
+        files, found = self.folder.files, file_sizes(self.folder.files)
+        if {name: entry.size for name, entry in self.entries.items()} != found:
+            raise RuntimeError(f"{files} does not hold the files planned: {self.entries.keys() ^ found.keys()}")
+        manifest = _manifest(self.spec, self.target, growth, self.entries)
+        _check_digests(manifest["tensors"], expected)
+        self.folder.commit({**manifest, **more}, POINTERS[self.target.format], self.spec.beside)
 
-    try:
-        plans: list[FilePlan] = together(
-            comm, lambda: _plan(task, form, stage, world_size, sub_group_size, max_file_bytes)
-        )
-        done, known = comm.allgather(together(comm, begin))[0]  # no rank writes before rank 0 holds the folder
-        if not done:
-            entries = _merged(comm.allgather(together(comm, check)))
-            together(comm, clean)
-            entries = _merged([entries, *comm.allgather(together(comm, write))])
-            together(comm, commit)
-        return folder.final
-    except BaseException as error:
-        if comm.rank == 0:
-            folder.abort((lambda text: None) if isinstance(error, KeyboardInterrupt) else say)
-        raise
-    finally:
-        folder.close()
+    def _mine(self, names: Iterable[str]) -> list[FilePlan]:
+        """This rank's share, by bytes, of the files of these names."""
+        wanted = set(names)
+        plans = [plan for plan in self.plans if plan.name in wanted]
+        return [plans[i] for i in deal([plan.payload for plan in plans], self.comm.size)[self.comm.rank]]
 
 
 def _check_digests(tensors: Mapping[str, Any], expected: Mapping[tuple[str, str], str]) -> None:
-    for (name, state), told in expected.items():
+    for (name, state), recorded in expected.items():
         found = tensors[name]["digest"].get(state)
-        if found is not None and found != told:
+        if found is not None and found != recorded:
             raise InvalidCheckpoint(
-                f"the source's {state} of '{name}' has digest {found}, its manifest says {told}: it is damaged or was "
-                "changed. Nothing was committed. Restore the file (bert2bert inspect --check names it)."
+                f"the source's {state} of '{name}' has digest {found}, its manifest says {recorded}: it is damaged or "
+                "was changed. Nothing was committed. Restore the file (bert2bert inspect --check names it)."
             )
-
-
-def _dealt(plans: Sequence[FilePlan], comm: Any) -> list[FilePlan]:
-    """This rank's share of the files, by bytes."""
-    return [plans[i] for i in deal([plan.payload for plan in plans], comm.size)[comm.rank]]
 
 
 def _merged(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:

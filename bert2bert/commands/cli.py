@@ -14,11 +14,15 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bert2bert.commands.options import parser
 from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.ranks.comm import ALONE, Comm
 from bert2bert.terminal import interrupts
+
+if TYPE_CHECKING:
+    from bert2bert.checkpoints.target import Target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +46,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser(_RUNS).parse_args(argv)
 
 
-def run(args: argparse.Namespace, comm: Any = None) -> int:
-    """Run the command that was parsed. comm: an MPI communicator when every rank calls this alike (``grow``,
+def run(args: argparse.Namespace, comm: Comm = ALONE) -> int:
+    """Run the command that was parsed. comm: the ranks that a launcher started, where each calls this alike (``grow``,
     ``reshard``)."""
-    return _run(args, comm) if comm is not None or getattr(args, "workers", 1) == 1 else _watched(args)
+    return _run(args, comm) if comm is not ALONE or getattr(args, "workers", 1) == 1 else _watched(args)
 
 
 def _watched(args: argparse.Namespace) -> int:
@@ -61,11 +65,11 @@ def _watched(args: argparse.Namespace) -> int:
         return 2
 
 
-def _run(args: argparse.Namespace, comm: Any) -> int:
+def _run(args: argparse.Namespace, comm: Comm) -> int:
     try:
         return int(args.run(args, comm) or 0)
     except UserError as error:
-        if comm is None or comm.Get_rank() == 0:
+        if comm.rank == 0:
             print(f"bert2bert {args.command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
@@ -102,13 +106,13 @@ def _show(args: argparse.Namespace, found: dict[str, Any], text: Callable[[], st
 # ------------------------------------------------------------------------------------------------ commands
 
 
-def _prepare(args: argparse.Namespace, comm: Any) -> None:
+def _prepare(args: argparse.Namespace, comm: Comm) -> None:
     from bert2bert.commands.prepare import run
 
     _show(args, run(args, _say(args)))
 
 
-def _inspect(args: argparse.Namespace, comm: Any) -> int:
+def _inspect(args: argparse.Namespace, comm: Comm) -> int:
     from bert2bert.checkpoints.inspect import check, inspect, render, render_check
 
     if args.check:
@@ -120,7 +124,7 @@ def _inspect(args: argparse.Namespace, comm: Any) -> int:
     return 0
 
 
-def _operators(args: argparse.Namespace, comm: Any) -> None:
+def _operators(args: argparse.Namespace, comm: Comm) -> None:
     from bert2bert.commands.operators import describe, listing
 
     found = describe(args.name) if args.name else listing()
@@ -144,27 +148,29 @@ def _how(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _plan(args: argparse.Namespace, comm: Any) -> None:
+def _plan(args: argparse.Namespace, comm: Comm) -> None:
     from bert2bert.commands.plan import plan
 
     planned = plan(args.source, args.config, ranks=args.ranks, disk=args.disk_bandwidth, **_how(args))
     _show(args, planned.as_json(), planned.text)
 
 
-def _target(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "form": args.format,
-        "stage": args.stage,
-        "world_size": args.world_size,
-        "expert_parallel": args.expert_parallel,
-        "target_tag": args.target_tag,
-        "precision": args.precision,
-        "layout": args.groups,
-        "shard_size": args.shard_size,
-    }
+def _target(args: argparse.Namespace) -> Target:
+    from bert2bert.checkpoints.target import Target, file_bytes
+
+    return Target(
+        format=args.format,
+        stage=args.stage,
+        world_size=args.world_size,
+        expert_parallel=args.expert_parallel,
+        precision=args.precision,
+        groups=args.groups,
+        shard_size=None if args.shard_size is None else file_bytes(args.shard_size),
+        tag=args.target_tag,
+    )
 
 
-def _grow(args: argparse.Namespace, comm: Any) -> None:
+def _grow(args: argparse.Namespace, comm: Comm) -> None:
     from bert2bert.commands.grow import grow
 
     _check_workers(args, comm)
@@ -172,34 +178,34 @@ def _grow(args: argparse.Namespace, comm: Any) -> None:
         args.source,
         args.target,
         args.config,
+        _target(args),
         lossy=args.lossy,
         measure=not args.no_measure,
         bins=args.bins,
-        **_target(args),
         comm=comm,
         say=_say(args),
         bar=not args.quiet,
         **_how(args),
     )
-    if args.json and (comm is None or comm.Get_rank() == 0):
+    if args.json and comm.rank == 0:
         _show(args, _written(folder, "growth"))
 
 
-def _reshard(args: argparse.Namespace, comm: Any) -> None:
+def _reshard(args: argparse.Namespace, comm: Comm) -> None:
     from bert2bert.commands.reshard import reshard
 
     _check_workers(args, comm)
     folder = reshard(
         args.source,
         args.target,
-        **_target(args),
+        _target(args),
         source_config=args.source_config,
         tag=args.tag,
         comm=comm,
         say=_say(args),
         bar=not args.quiet,
     )
-    if args.json and (comm is None or comm.Get_rank() == 0):
+    if args.json and comm.rank == 0:
         _show(args, _written(folder, "reshard"))
 
 
@@ -212,12 +218,12 @@ def _written(folder: Path, how: str) -> dict[str, Any]:
     return {"folder": str(folder), **{key: manifest.get(key) for key in kept}}
 
 
-def _check_workers(args: argparse.Namespace, comm: Any) -> None:
-    if comm is not None and args.workers not in (1, comm.Get_size()):
-        raise InvalidConfig(f"--workers {args.workers}: the launcher has started {comm.Get_size()} ranks; leave it out")
+def _check_workers(args: argparse.Namespace, comm: Comm) -> None:
+    if args.workers not in (1, comm.size):
+        raise InvalidConfig(f"--workers {args.workers}: the launcher has started {comm.size} ranks; leave it out")
 
 
-def _learn(args: argparse.Namespace, comm: Any) -> None:
+def _learn(args: argparse.Namespace, comm: Comm) -> None:
     from bert2bert.commands.learn import learn
 
     how = ("source_config", "tag", "steps", "lr", "noise", "rows", "length", "seed", "device")
@@ -226,7 +232,7 @@ def _learn(args: argparse.Namespace, comm: Any) -> None:
     _show(args, {"output": args.output, "losses": fitted.losses, **fitted.about})
 
 
-def _verify(args: argparse.Namespace, comm: Any) -> int:
+def _verify(args: argparse.Namespace, comm: Comm) -> int:
     from bert2bert.commands.verify import render, verify
 
     found = verify(
@@ -250,7 +256,7 @@ def _verify(args: argparse.Namespace, comm: Any) -> int:
     return 0 if found["ok"] else 1
 
 
-def _report(args: argparse.Namespace, comm: Any) -> None:
+def _report(args: argparse.Namespace, comm: Comm) -> None:
     from bert2bert.report.compare import render, report
 
     found = report(args.runs, args.output)

@@ -9,38 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bert2bert.checkpoints.expert_parallel.target import notes, with_experts
-from bert2bert.checkpoints.target import (
-    check_form,
-    known_layout,
-    left,
-    make_spec,
-    own_precision,
-    progress,
-    regrouped,
-    rounding,
-    still_frozen,
-    tagged,
-    unopened,
-    versions,
-    widest,
-)
+from bert2bert.algebra.realise import values
+from bert2bert.checkpoints import clients
+from bert2bert.checkpoints.commit.source_guard import Watch
+from bert2bert.checkpoints.expert_parallel.target import notes as expert_notes
+from bert2bert.checkpoints.job import TargetSpec
+from bert2bert.checkpoints.notes import left, regrouped, rounding, still_frozen, unopened
+from bert2bert.checkpoints.source import Source
+from bert2bert.checkpoints.spec import Content, known_layout, make_spec, widest
+from bert2bert.checkpoints.target import Target
 from bert2bert.commands.plan import describe
+from bert2bert.commands.writing import completed, versions, write
 from bert2bert.errors import LossyGrowth, UnsupportedGrowth
 from bert2bert.growth import buffers
 from bert2bert.growth.exactness import reasons
 from bert2bert.growth.opened import Growth, open_growth
 from bert2bert.growth.source_model import beyond_class, class_name
+from bert2bert.measure.drift import Drift, report_drift
+from bert2bert.measure.tokens import Tokens, check
+from bert2bert.ranks.comm import ALONE, Comm, on_first, together
 from bert2bert.tables import table_for
-
-if TYPE_CHECKING:
-    from bert2bert.checkpoints.job import TargetSpec
-    from bert2bert.checkpoints.source import Source
-    from bert2bert.tables.table import Parameter
+from bert2bert.tables.table import Parameter
 
 
 def accept(growth: Growth, lossy: bool) -> None:
@@ -54,40 +46,37 @@ def accept(growth: Growth, lossy: bool) -> None:
         )
 
 
-def target_names(growth: Growth, form: str) -> dict[str, str]:
+def target_names(growth: Growth, format: str) -> dict[str, str]:
     """Canonical name -> the target's name of every tensor and tied copy: in a Hugging Face folder, and from one whose
     names have no prefix, those of transformers; else the training script's own, as in the source."""
     model, plan = growth.model, growth.plan
-    plain = form == "hub" or (model.source.form == "hub" and not model.naming.prefix)
+    plain = format == "hub" or (model.source.form == "hub" and not model.naming.prefix)
     return {
         name: class_name(model.table, plan.config, name) if plain else model.stored(name)
         for name in (*plan.tensors, *plan.aliases)
     }
 
 
-def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str | None) -> TargetSpec:
-    """Everything about the checkpoint to write but its values. layout: optimizer groups, None = as the source has."""
+def target_spec(growth: Growth, target: Target) -> TargetSpec:
+    """Everything about the checkpoint to write except its values."""
     model, plan = growth.model, growth.plan
-    source, named, made = model.source, target_names(growth, form), origins(growth)
+    source, named, made = model.source, target_names(growth, target.format), origins(growth)
     grown = table_for(plan.config).parameters(plan.config, model.heads)
-    spec = make_spec(
-        source,
+    own = source.form == "hub" and not target.precision  # each tensor's dtype is kept
+    content = Content(
         shapes={named[n]: t.shape for n, t in plan.tensors.items()},
-        members={named[n]: p for n, p in grown.items()},
-        known=known_layout(source, {model.stored(n): p for n, p in model.parameters.items()}),
         aliases={named[a]: named[b] for a, b in plan.aliases.items()},
         config=plan.config,
+        members={named[n]: p for n, p in grown.items()},
         made_of=_made_of(growth, named),
         akin={named[n]: model.stored(s) for n, s in _akin(growth, grown).items()},
-        reset={named[n] for n, t in plan.tensors.items() if t.reset},
-        order=lambda names: _as_in(source, names, form),
-        form=form,
-        layout=layout,
-        precision=precision or own_precision(source, form),
-        dtypes={named[n]: widest(d) for n, d in made.items() if d} if source.form == "hub" and not precision else {},
+        known=known_layout(source, {model.stored(n): p for n, p in model.parameters.items()}),
+        order=lambda names: _as_in(source, names, target.format),
+        reset=frozenset(named[n] for n, t in plan.tensors.items() if t.reset),
+        dtypes={named[n]: widest(dtypes) for n, dtypes in made.items() if dtypes} if own else {},
     )
-    carried = buffers.grown(growth, form)
-    return replace(spec, buffers=carried.buffers, extras=carried.extras)
+    carried = buffers.grown(growth, target.format)
+    return replace(make_spec(source, content, target), buffers=carried.buffers, extras=carried.extras)
 
 
 def origins(growth: Growth) -> dict[str, list[str]]:
@@ -125,7 +114,7 @@ def _akin(growth: Growth, grown: Mapping[str, Parameter]) -> dict[str, str]:
     return akin
 
 
-def _as_in(source: Source, names: list[str], form: str) -> list[str]:
+def _as_in(source: Source, names: list[str], format: str) -> list[str]:
     """The target's names, given in the model's order, in the order in which the source's groups hold theirs.
 
     A native shard is addressed by position, so the order must be the script's own: the model's, or by name. Raises
@@ -137,7 +126,7 @@ def _as_in(source: Source, names: list[str], form: str) -> list[str]:
         return names
     if all(group["names"] == sorted(group["names"]) for group in groups):
         return sorted(names)
-    if form == "zero":
+    if format == "zero":
         raise UnsupportedGrowth(
             f"{source.path}: its optimizer groups hold their parameters neither in the model's order nor by name, so "
             "the order that the training script will expect of a larger model is not known.\nUse --format universal, "
@@ -148,21 +137,14 @@ def _as_in(source: Source, names: list[str], form: str) -> list[str]:
 
 def grow(
     source: Path,
-    target: Path,
+    folder: Path,
     config: Path,
+    target: Target,
     *,
-    form: str = "universal",
-    stage: int | None = None,
-    world_size: int | None = None,
-    expert_parallel: int | None = None,
-    target_tag: str | None = None,
-    precision: str | None = None,
-    layout: str | None = None,
     lossy: bool = False,
     measure: bool = True,
     bins: Path | None = None,
-    shard_size: str | None = None,
-    comm: Any = None,
+    comm: Comm = ALONE,
     say: Callable[[str], None] = print,
     bar: bool = True,
     **how: Any,
@@ -172,59 +154,66 @@ def grow(
     Every rank of ``comm`` calls this alike; rank 0 reports, measures the change of the function (streamed, no
     model in memory) and commits. Raises UserError of all kinds; what is finished then, the same call uses again.
     """
-    from bert2bert.algebra.realise import values
-    from bert2bert.checkpoints import clients
-    from bert2bert.checkpoints.commit.source_guard import Watch
-    from bert2bert.checkpoints.job import check_target
-    from bert2bert.checkpoints.write import together, write_checkpoint
-    from bert2bert.measure.drift import report_drift
-    from bert2bert.measure.tokens import Tokens, check
-
-    largest = check_form(form, stage, world_size, layout, shard_size, expert_parallel)
-    first = comm is None or comm.Get_rank() == 0
+    tokens = Tokens(bins)
 
     def prepare() -> tuple[Growth, TargetSpec, Watch]:
         growth = open_growth(source, config, **how)
-        check(Tokens(bins), growth.model.table.axis_sizes(growth.model.config)["vocab"], growth.model)
+        check(tokens, growth.model.table.axis_sizes(growth.model.config)["vocab"], growth.model)
         watch = Watch(growth.model.source, *([growth.other.source] if growth.other else []))
         accept(growth, lossy)
-        spec = target_spec(growth, form=form, layout=layout, precision=precision)
-        spec = with_experts(
-            spec, growth.model.source, expert_parallel, form=form, stage=stage, world=world_size, layout=layout
-        )
-        spec = tagged(spec, target_tag, form)
-        if first:
-            check_target(target, spec, form)
+        spec = completed(target_spec(growth, target), growth.model.source, target, folder, comm)
         return growth, spec, watch
 
     growth, spec, watch = together(comm, prepare)
-    model, plan, named = growth.model, growth.plan, target_names(growth, form)
-    told = [*rounding(spec, form, {named[n]: dtypes for n, dtypes in origins(growth).items()}), *notes(spec)]
-    if form != "hub":
-        told += beyond_class(model.table, plan.config, model.heads)
-        told += [*regrouped(model.source, spec, _made_of(growth, named)), *still_frozen(spec)]
-    elif model.source.form == "hub":
-        told += left(model.source, spec)
-    told += [*buffers.left_out(model.source, form), *unopened(model.source, form)]
-    told += clients.notes(model.source, spec.beside, target, form, world_size)
-    if first:
-        say("\n".join([describe(growth).summary(), *(f"note     {text}" for text in told)]))
-    canonical = {stored: n for n, stored in named.items()}
-    grown = values(plan, growth.reads)
+    named = target_names(growth, target.format)
+    if comm.rank == 0:
+        noted = [f"note     {text}" for text in _notes(growth, spec, named, folder, target)]
+        say("\n".join([describe(growth).summary(), *noted]))
+    drift = on_first(comm, lambda: _drift(growth, spec, named, target, tokens, say)) if measure else None
+    canonical, grown = {stored: name for name, stored in named.items()}, values(growth.plan, growth.reads)
 
     def read(name: str, state: str, start: int, stop: int) -> Any:
         return grown(canonical[name], state, start, stop)
 
-    def written(name: str, start: int, stop: int) -> Any:
-        """Weights as the target will have them: rounded where it stores no wider copy."""
-        return grown(name, "fp32", start, stop).to(spec.widest_dtype(named[name], form))
+    return write(
+        folder, spec, read, target, watch, growth=_manifest(growth, watch, drift), comm=comm, say=say,
+        bar="growing" if bar else None,
+    )  # fmt: skip
 
-    measure = measure and first
-    if measure and "mlm" not in model.heads:
+
+def _notes(growth: Growth, spec: TargetSpec, named: dict[str, str], folder: Path, target: Target) -> list[str]:
+    """What the target does not hold, or holds otherwise, in sentences. named: as `target_names` gives it."""
+    model, source, format = growth.model, growth.model.source, target.format
+    found = rounding(spec, format, {named[n]: dtypes for n, dtypes in origins(growth).items()})
+    found += expert_notes(spec)
+    if format != "hub":
+        found += beyond_class(model.table, growth.plan.config, model.heads)
+        found += [*regrouped(source, spec, _made_of(growth, named)), *still_frozen(spec)]
+    elif source.form == "hub":
+        found += left(source, spec)
+    found += [*buffers.left_out(source, format), *unopened(source, format)]
+    return found + clients.notes(source, spec.beside, folder, target)
+
+
+def _drift(
+    growth: Growth, spec: TargetSpec, named: dict[str, str], target: Target, tokens: Tokens, say: Callable[[str], None]
+) -> Drift | None:
+    """How the function changes, on weights as the target will have them: rounded where it stores no wider copy."""
+    if "mlm" not in growth.model.heads:
         say("drift    not measured: there is no language-model head")
-        measure = False
-    measured = together(comm, lambda: report_drift(growth, written, Tokens(bins), say) if measure else None)
-    manifest = {
+        return None
+    grown = values(growth.plan, growth.reads)
+
+    def written(name: str, start: int, stop: int) -> Any:
+        return grown(name, "fp32", start, stop).to(spec.widest_dtype(named[name], target.format))
+
+    return report_drift(growth, written, tokens, say)
+
+
+def _manifest(growth: Growth, watch: Watch, drift: Drift | None) -> dict[str, Any]:
+    """The manifest's section ``growth``."""
+    model, plan = growth.model, growth.plan
+    return {
         "operators": plan.recipe,
         "plan_digest": plan.digest(),
         "source": watch.identity,
@@ -235,18 +224,9 @@ def grow(
         "prefix": model.naming.prefix,
         "exactness": reasons(plan.exactness),
         "warnings": list(plan.warnings),
-        "drift": measured.as_dict() if measured else None,
+        "drift": drift.as_dict() if drift else None,
         "versions": versions(),
     }
-    total = len(spec.states) * 4 * sum(prod(s) for s in spec.shapes.values())
-    with progress(total, comm, "growing", bar) as done:
-        folder = write_checkpoint(
-            target, spec, read, form=form, stage=stage, world_size=world_size, manifest_growth=manifest, comm=comm,
-            progress=done.update, max_file_bytes=largest, watch=watch, say=say,
-        )  # fmt: skip
-    if first:
-        say(f"written  {folder}")
-    return folder
 
 
 def _spent(manifest: dict[str, Any] | None) -> dict[str, float] | None:

@@ -1,8 +1,8 @@
-"""The command ``reshard``: a checkpoint in another form, stage, number of ranks or precision: a growth by the identity.
+"""The command ``reshard``: a checkpoint in another format, stage, world size or precision: a growth by identity.
 
 Any model: tensors go by name, bit for bit, with what belongs to them (tied names, frozen ones, buffers, groups and
 their hyper-parameters, steps, scheduler, loss scale, counters, client state), so no config and no table is needed;
-a config is carried where there is one. What a form cannot hold is said.
+a config is carried where there is one. What a format cannot hold is reported.
 
 Refuses what readers and writers refuse; float64 and integer parameters, which the writers would round
 (UnsupportedGrowth); a ``--source-config`` for a source that has its own (InvalidConfig).
@@ -10,36 +10,31 @@ Refuses what readers and writers refuse; float64 and integer parameters, which t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bert2bert.checkpoints import clients
 from bert2bert.checkpoints.commit.pending import check_contents
+from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.expert_parallel.target import notes as expert_notes
-from bert2bert.checkpoints.expert_parallel.target import with_experts
-from bert2bert.checkpoints.target import (
-    check_form,
-    known_layout,
-    left,
-    make_spec,
-    own_precision,
-    progress,
-    regrouped,
-    rounding,
-    tagged,
-    unopened,
-    versions,
-)
+from bert2bert.checkpoints.hub.beside import all_beside
+from bert2bert.checkpoints.job import TargetSpec
+from bert2bert.checkpoints.notes import left, regrouped, rounding, unopened
+from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.source import Source
+from bert2bert.checkpoints.spec import Content, known_layout, make_spec
+from bert2bert.checkpoints.target import Target
+from bert2bert.commands.writing import completed, versions, write
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.growth.source_model import read_config
 from bert2bert.growth.target_names import Names
+from bert2bert.ranks.comm import ALONE, Comm, together
 
 if TYPE_CHECKING:
     import torch
-
-    from bert2bert.checkpoints.job import TargetSpec
-    from bert2bert.checkpoints.source import Source
 
 PLAN = "identity"
 _EXACT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # dtypes that go through float32 unchanged
@@ -48,57 +43,36 @@ _RANDOM = "bert2bert_rng_rank_*.pt"  # of a training run's ranks
 
 def reshard(
     source: Path,
-    target: Path,
+    folder: Path,
+    target: Target,
     *,
-    form: str = "universal",
-    stage: int | None = None,
-    world_size: int | None = None,
-    expert_parallel: int | None = None,
-    target_tag: str | None = None,
-    precision: str | None = None,
-    layout: str | None = None,
-    shard_size: str | None = None,
     source_config: Path | None = None,
     tag: str | None = None,
-    comm: Any = None,
+    comm: Comm = ALONE,
     say: Callable[[str], None] = print,
     bar: bool = True,
 ) -> Path:
-    """Write the checkpoint at ``source`` anew and commit it; the folder written.
+    """Write the checkpoint at ``source`` again and commit it; the folder written. tag: the source's.
 
     Every rank of ``comm`` calls this alike. Raises UserError of all kinds; what is finished then, the same call uses
     again.
     """
-    from bert2bert.checkpoints import clients
-    from bert2bert.checkpoints.commit.source_guard import Watch
-    from bert2bert.checkpoints.job import check_target
-    from bert2bert.checkpoints.write import together, write_checkpoint
-
-    largest = check_form(form, stage, world_size, layout, shard_size, expert_parallel)
-    first = comm is None or comm.Get_rank() == 0
 
     def prepare() -> tuple[Source, Names, TargetSpec, Watch]:
         opened = _open(source, tag, source_config)
-        names = Names.of(opened, form, opened.config)
-        spec = identity_spec(
-            opened, names, form=form, stage=stage, world_size=world_size, layout=layout, precision=precision
-        )
-        spec = with_experts(spec, opened, expert_parallel, form=form, stage=stage, world=world_size, layout=layout)
-        spec = tagged(spec, target_tag, form)
-        if first:
-            check_target(target, spec, form)
+        names = Names.of(opened, target.format, opened.config)
+        spec = completed(identity_spec(opened, names, target), opened, target, folder, comm)
         return opened, names, spec, Watch(opened)
 
     opened, names, spec, watch = together(comm, prepare)
-    told = [*notes(opened, names, spec, form), *expert_notes(spec)]
-    beside = clients.notes(opened, spec.beside, target, form, world_size)
-    if first:
-        say(_summary(opened, spec, form, stage, world_size, [*told, *beside]))
+    noted = [*notes(opened, names, spec, target), *expert_notes(spec)]
+    if comm.rank == 0:
+        say(_summary(opened, spec, target, [*noted, *clients.notes(opened, spec.beside, folder, target)]))
 
     def read(name: str, state: str, start: int, stop: int) -> torch.Tensor:
         return opened.read(names.stored[name], state, start, stop).float()
 
-    about = {"source": watch.identity, "plan_digest": PLAN, "notes": told, "versions": versions()}
+    about = {"source": watch.identity, "plan_digest": PLAN, "notes": noted, "versions": versions()}
     was = opened.manifest or {}
     more = {
         "kind": was.get("kind", "growth"),  # of what it is, not of how it was written: a run goes on from it
@@ -106,34 +80,25 @@ def reshard(
         "training": was.get("training"),
         "reshard": about,
     }
-    total = len(spec.states) * 4 * sum(prod(shape) for shape in spec.shapes.values())
-    with progress(total, comm, "writing", bar) as done:
-        folder = write_checkpoint(
-            target, spec, read, form=form, stage=stage, world_size=world_size, manifest_growth=about,
-            manifest_more=more, expected=_digests(opened, names, spec, form), comm=comm, progress=done.update,
-            max_file_bytes=largest, watch=watch, say=say,
-        )  # fmt: skip
-    if first:
-        say(f"written  {folder}")
-    return folder
+    return write(
+        folder, spec, read, target, watch, growth=about, more=more, expected=_digests(opened, names, spec, target),
+        comm=comm, say=say, bar="writing" if bar else None,
+    )  # fmt: skip
 
 
-def _digests(source: Source, names: Names, spec: TargetSpec, form: str) -> dict[tuple[str, str], str]:
+def _digests(source: Source, names: Names, spec: TargetSpec, target: Target) -> dict[tuple[str, str], str]:
     """The digests that the source's manifest knows, of what source and target both hold as float32."""
     known = (source.manifest or {}).get("tensors", {})
     return {
         (name, state): digest
         for name, stored in names.stored.items()
         if source.tensors[stored].trainable and source.tensors[stored].dtype == "float32"
-        and not (form == "hub" and spec.stored_dtype(name).itemsize < 4)
+        and not (target.format == "hub" and spec.stored_dtype(name).itemsize < 4)
         for state, digest in known.get(stored, {}).get("digest", {}).items()
     }  # fmt: skip
 
 
 def _open(path: Path, tag: str | None, config: Path | None) -> Source:
-    from bert2bert.checkpoints.open import open_source
-    from bert2bert.growth.source_model import read_config
-
     source = open_source(path, tag)
     if config is not None:
         if source.config:
@@ -148,108 +113,105 @@ def _open(path: Path, tag: str | None, config: Path | None) -> Source:
     return source
 
 
-def identity_spec(
-    source: Source,
-    names: Names,
-    *,
-    form: str,
-    stage: int | None,
-    world_size: int | None,
-    layout: str | None,
-    precision: str | None,
-) -> TargetSpec:
-    """The target as the source is. layout: None or "source" keeps its groups, their order, and the order in them."""
-    from bert2bert.checkpoints.hub.beside import all_beside
-
+def identity_spec(source: Source, names: Names, target: Target) -> TargetSpec:
+    """The target as the source is. Groups None or "source": the source's groups, their order, and the order in them."""
     stored = names.stored
-    kept = layout in (None, "source") and bool(source.groups)
+    kept = target.groups in (None, "source") and bool(source.groups)
     known = known_layout(source, names.members)
-    spec = make_spec(
-        source,
+    content = Content(
         shapes={name: source.tensors[old].shape for name, old in stored.items()},
-        members=names.members,
-        known=known,
         aliases={a: name for a, name in names.aliases.items() if a not in stored and name in stored},
         config=dict(source.config or {}),
+        members=names.members,
         made_of={name: [old] for name, old in stored.items()},
-        akin={},
-        reset=set(),
+        known=known,
         order=lambda _: [name for group in source.groups for name in group["names"]],
-        form=form,
-        layout="source" if kept else layout,
-        precision=precision or own_precision(source, form),
-        dtypes={} if precision else {name: source.tensors[old].dtype for name, old in stored.items()},
+        dtypes={} if target.precision else {name: source.tensors[old].dtype for name, old in stored.items()},
     )
+    spec = make_spec(source, content, replace(target, groups="source") if kept and target.format != "hub" else target)
     spec = replace(spec, buffers={n: buffer for n, buffer in source.buffers.items() if n not in names.left})
-    if kept and form != "hub":
-        parts = {tuple(g["names"]): str(g["part"]) for g in (source.manifest or {}).get("groups", ())}
-        groups = tuple(replace(group, part=parts.get(group.names, group.part)) for group in spec.groups)
-        spec = replace(spec, groups=groups, group_layout=known or "source")
-    if form == "hub" and source.form == "hub":
-        spec = replace(spec, extra_files={**spec.extra_files, **all_beside(source.folder)})
-    if form != "hub":  # however the target is cut: a run goes on with them on as many ranks as it had
-        found = _random_states(source)
-        check_contents(source.folder, [file.name for file in found])
-        random = {file.name: file.read_bytes() for file in found}
-        spec = replace(spec, extra_files={**spec.extra_files, **random})
-    return spec
+    if target.format == "hub":
+        files = all_beside(source.folder) if source.form == "hub" else {}
+    else:
+        files = _random_states(source)  # however the target is cut: a run goes on with them on as many ranks as it had
+        if kept:
+            parts = {tuple(g["names"]): str(g["part"]) for g in (source.manifest or {}).get("groups", ())}
+            groups = tuple(replace(group, part=parts.get(group.names, group.part)) for group in spec.groups)
+            spec = replace(spec, groups=groups, group_layout=known or "source")
+    return replace(spec, extra_files={**spec.extra_files, **files})
 
 
-def _random_states(source: Source) -> list[Path]:
-    return sorted(source.folder.glob(_RANDOM))
+def _random_states(source: Source) -> dict[str, bytes]:
+    """Name -> content of the random states of a run's ranks."""
+    files = sorted(source.folder.glob(_RANDOM))
+    check_contents(source.folder, [file.name for file in files])
+    return {file.name: file.read_bytes() for file in files}
 
 
-def notes(source: Source, names: Names, spec: TargetSpec, form: str) -> list[str]:
+def notes(source: Source, names: Names, spec: TargetSpec, target: Target) -> list[str]:
     """What the target does not hold, or holds otherwise, in sentences."""
-    told = []
-    if form == "hub" and source.form != "hub":
-        held = [*source.states[1:], *(["groups"] if source.groups else [])]
+    hub = target.format == "hub"
+    found = _folder_notes(source, spec) if hub else []
+    if source.form == "hub" and not hub:
+        found.append("the source holds weights only: moments of zero, step 0, hyper-parameters of a fresh AdamW")
+    found += unopened(source, target.format)
+    if source.unread:
+        found.append(f"not in the source, so not in the target: {', '.join(source.unread)}")
+    found += source.notes
+    origins = {name: [source.tensors[names.stored[name]].dtype] for name in spec.shapes}
+    found += [*rounding(spec, target.format, origins), *_renamed(names)]
+    if hub:
+        return found + (left(source, spec) if source.form == "hub" else [])
+    found += regrouped(source, spec, {name: [names.stored[name]] for name in spec.shapes})
+    mixed = [group.part for group in spec.groups if len({source.step(names.stored[n]) for n in group.names}) > 1]
+    if mixed and len(source.states) > 1:
+        found.append(f"{', '.join(mixed)}: parameters with different Adam steps share a group, which has the largest")
+    return found
+
+
+def _folder_notes(source: Source, spec: TargetSpec) -> list[str]:
+    """What a Hugging Face folder does not hold of a run, and how it holds the rest."""
+    found = []
+    if source.form != "hub":
+        held = [*source.states[1:]]
+        held += ["groups"] if source.groups else []
         held += ["learning-rate scheduler"] if source.lr_scheduler else []
         held += ["client state"] if spec.client_state else []
-        held += [*source.extras]
-        held += ["random states"] if _random_states(source) else []
+        held += source.extras
+        held += ["random states"] if any(source.folder.glob(_RANDOM)) else []
         held += ["which parameters are frozen"] if not all(m.trainable for m in source.tensors.values()) else []
-        told.append(f"a Hugging Face folder holds weights only; left out: {', '.join([*held, 'counters'])}")
-    if form == "hub" and not spec.config:
-        told.append("the source has no config, so the folder has no config.json (--source-config FILE gives one)")
-    if form == "hub" and spec.aliases:
-        told.append(f"tied tensors are stored once: {', '.join(f'{a} = {k}' for a, k in spec.aliases.items())}")
-    if source.form == "hub" and form != "hub":
-        told.append("the source holds weights only: moments of zero, step 0, hyper-parameters of a fresh AdamW")
-    told += unopened(source, form)
-    if source.unread:
-        told.append(f"not in the source, so not in the target: {', '.join(source.unread)}")
-    told += source.notes
-    told += rounding(spec, form, {name: [source.tensors[names.stored[name]].dtype] for name in spec.shapes})
+        found.append(f"a Hugging Face folder holds weights only; left out: {', '.join([*held, 'counters'])}")
+    if not spec.config:
+        found.append("the source has no config, so the folder has no config.json (--source-config FILE gives one)")
+    if spec.aliases:
+        found.append(f"tied tensors are stored once: {', '.join(f'{a} = {k}' for a, k in spec.aliases.items())}")
+    return found
+
+
+def _renamed(names: Names) -> list[str]:
+    """Which tensors have other names in the target, or are not in it."""
+    found = []
     if renamed := {name: old for name, old in names.stored.items() if name != old}:
         name, old = next(iter(renamed.items()))
-        told.append(f"{len(renamed)} tensors get the names that transformers gives them, first {old}: {name}")
-    told += names.notes
+        found.append(f"{len(renamed)} tensors get the names that transformers gives them, first {old}: {name}")
+    found += names.notes
     if names.left:
-        told.append(f"left out, for no current model has them: {', '.join(names.left)}")
-    if form == "hub" and source.form == "hub":
-        told += left(source, spec)
-    if form != "hub":
-        told += regrouped(source, spec, {name: [names.stored[name]] for name in spec.shapes})
-    mixed = [g.part for g in spec.groups if len({source.step(names.stored[n]) for n in g.names}) > 1 and form != "hub"]
-    if mixed and len(source.states) > 1:
-        told.append(f"{', '.join(mixed)}: parameters with different Adam steps share a group, which has the largest")
-    return told
+        found.append(f"left out, for no current model has them: {', '.join(names.left)}")
+    return found
 
 
-def _summary(source: Source, spec: TargetSpec, form: str, stage: int | None, world: int | None, told: list[str]) -> str:
+def _summary(source: Source, spec: TargetSpec, target: Target, noted: Iterable[str]) -> str:
     def shape(stage: int | None, world: int | None) -> str:
         return f", stage {stage}, world size {world}" if stage and world else ", stage 0" if stage == 0 else ""
 
     count = sum(prod(s) for s in spec.shapes.values())
     step = f", step {source.counters['global_steps']}" if "global_steps" in source.counters else ""
+    groups = f", {len(spec.groups)} optimizer groups" if target.format != "hub" else ""
     return "\n".join(
         [
             f"source   {source.path} ({source.form}{shape(source.stage, source.world_size)}, {source.precision}{step})",
-            f"target   {form}{shape(stage, world)}, {spec.precision}, {len(spec.groups)} optimizer groups"
-            if form != "hub"
-            else f"target   hub, {spec.precision}",
+            f"target   {target.format}{shape(target.stage, target.world_size)}, {spec.precision}{groups}",
             f"size     {len(spec.shapes)} tensors, {count:,} parameters ({', '.join(spec.states)})",
-            *(f"note     {text}" for text in told),
+            *(f"note     {text}" for text in noted),
         ]
     )

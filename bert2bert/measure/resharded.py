@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bert2bert.checkpoints.target import OWN_STATE
+from bert2bert.checkpoints.spec import OWN_STATE
+from bert2bert.checkpoints.zero.layout import row_blocks
 from bert2bert.errors import some
 from bert2bert.files.torch_writer import bits, equal
 from bert2bert.growth.target_names import Names
@@ -29,48 +30,73 @@ def is_reshard(source: Source, target: Source) -> bool:
     return grown_from.get("sha256") is None or grown_from["sha256"] != source.identity()["sha256"]
 
 
-def compare(source: Source, target: Source, check: Callable[[str, bool, str], None]) -> None:
+Check = Callable[[str, bool, str], None]
+"""``check(what, whether it holds, found)`` receives one result."""
+
+
+def compare(source: Source, target: Source, check: Check) -> None:
     """Check the target against the source: every bit of every state that it holds, names, steps and groups."""
+    _compare_source(source, target, check)
+    names = Names.of(source, target.form, source.config or target.config)
+    both = _compare_tensors(source, target, names, check)
+    _compare_buffers(source, target, names, check)
+    if target.form == "hub":
+        return
+    _compare_steps(source, target, names, check)
+    moved = [name for name in both if source.tensors[names.stored[name]].trainable != target.tensors[name].trainable]
+    check("frozen", not moved, f"{moved[0]} differs" if moved else "frozen parameters are the same")
+    for what in ("counters", "lr_scheduler", "client_state", "extras"):
+        one, other = getattr(source, what) or {}, getattr(target, what) or {}
+        wanted = [key for key in one if key not in OWN_STATE]
+        lost = [key for key in wanted if key not in other or not equal(one[key], other[key])]
+        if wanted:
+            check(what.replace("_", " "), not lost, f"{lost[0]} differs" if lost else "kept")
+
+
+def _compare_source(source: Source, target: Source, check: Check) -> None:
+    """Whether the target was written from this source."""
     recorded = target.manifest["reshard"]["source"] if target.manifest else {}
     mine = source.identity()
     odd = [key for key in recorded if key != "path" and mine.get(key) != recorded[key]]
-    said = f"written from tag {recorded.get('tag')}, this is {mine.get('tag')} (differs in {', '.join(odd)})"
-    check("source", not odd, said if odd else "the checkpoint that was written anew")
-    names = Names.of(source, target.form, source.config or target.config)
-    want = {name: source.tensors[old] for name, old in names.stored.items()}
-    have = {name: meta for name, meta in target.tensors.items() if name not in source.buffers}
-    lost = [n for n in {**want, **have} if n not in have or n not in want or have[n].shape != want[n].shape]
-    counted = f"{len(want)} on both sides" + (
-        f"; not in the source's files: {some(source.unread)}" if source.unread else ""
-    )
-    check("tensors", not lost, f"{len(lost)} differ, first {lost[0]}" if lost else counted)
+    found = f"written from tag {recorded.get('tag')}, this is {mine.get('tag')} (differs in {', '.join(odd)})"
+    check("source", not odd, found if odd else "the checkpoint that was written anew")
+
+
+def _compare_tensors(source: Source, target: Source, names: Names, check: Check) -> list[str]:
+    """Names, shapes and every bit of every state; the names that both have."""
+    want = {name: source.tensors[old].shape for name, old in names.stored.items()}
+    have = {name: meta.shape for name, meta in target.tensors.items() if name not in source.buffers}
+    lost = [name for name in {**want, **have} if want.get(name) != have.get(name)]
+    unread = f"; not in the source's files: {some(source.unread)}" if source.unread else ""
+    check("tensors", not lost, f"{len(lost)} differ, first {lost[0]}" if lost else f"{len(want)} on both sides{unread}")
     both = [name for name in want if name not in lost]
     for state in target.states:
         compared = Comparison()
         for name in both:
             compared.add(name, _blocks(source, names.stored[name], target, name, state))
         compared.report("weights" if state == "fp32" else state, check)
-    changed = [n for n, buffer in source.buffers.items() if n not in names.left and not _kept(buffer, target, n)]
-    changed += [n for n in target.buffers if n not in source.buffers]
-    kept = len(source.buffers.keys() - set(names.left))
-    check("buffers", not changed, f"{len(changed)} differ, first {changed[0]}" if changed else f"{kept}, bit for bit")
+    return both
+
+
+def _compare_buffers(source: Source, target: Source, names: Names, check: Check) -> None:
+    wanted = [name for name in source.buffers if name not in names.left]
+    changed = [name for name in wanted if not _kept(source.buffers[name], target, name)]
+    changed += [name for name in target.buffers if name not in source.buffers]
+    found = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(wanted)}, bit for bit"
+    check("buffers", not changed, found)
     if names.left:
         check("left out", True, f"{len(names.left)} that no current model has, first {names.left[0]}")
-    if target.form == "hub":
+
+
+def _compare_steps(source: Source, target: Source, names: Names, check: Check) -> None:
+    """Adam's steps: a group that joins parameters has the largest of theirs."""
+    if len(source.states) == 1:
         return
-    if len(source.states) > 1:
-        old = names.stored
-        most = {n: max(source.step(old[m]) for m in g["names"]) for g in target.groups for n in g["names"] if n in want}
-        off = [f"{n}: {source.step(old[n])} -> {target.step(n)}" for n in most if target.step(n) != most[n]]
-        check("step", not off, off[0] if off else f"kept ({', '.join(sorted({str(s) for s in most.values()}))})")
-    moved = [name for name in both if want[name].trainable != have[name].trainable]
-    check("frozen", not moved, f"{moved[0]} differs" if moved else "frozen parameters are the same")
-    for what in ("counters", "lr_scheduler", "client_state", "extras"):
-        one, other = getattr(source, what), getattr(target, what)
-        wanted = [key for key in one or () if key not in OWN_STATE]
-        lost = [key for key in wanted if key not in (other or {}) or not equal(one[key], other[key])]
-        if wanted:
-            check(what.replace("_", " "), not lost, f"{lost[0]} differs" if lost else "kept")
+    old = names.stored
+    known = [[name for name in group["names"] if name in old] for group in target.groups]
+    most = {name: max(source.step(old[other]) for other in group) for group in known for name in group}
+    off = [f"{n}: {source.step(old[n])} -> {target.step(n)}" for n in most if target.step(n) != most[n]]
+    check("step", not off, off[0] if off else f"kept ({', '.join(sorted({str(s) for s in most.values()}))})")
 
 
 def _kept(buffer: Any, target: Source, name: str) -> bool:
@@ -84,8 +110,6 @@ def _kept(buffer: Any, target: Source, name: str) -> bool:
 
 
 def _blocks(source: Source, old: str, target: Source, name: str, state: str) -> Blocks:
-    from bert2bert.checkpoints.zero.layout import row_blocks
-
     for start, stop in row_blocks(target.tensors[name].shape):
         found = target.read(name, state, start, stop)
         yield (source.read(old, state, start, stop) if state in source.states else torch.zeros_like(found)), found

@@ -1,7 +1,7 @@
 """Ranks without MPI: processes of this machine that run one growth together, and one more that watches them.
 
 The ranks are forked before any tensor is computed on (threads do not survive a fork) and talk through pipes to rank 0,
-with the few calls of an mpi4py communicator that this project uses, so all else is the code that MPI ranks run. The
+as a `comm.Comm`, so all else is the code that MPI ranks run. The
 process that forked them only waits: a rank that is killed, or that dies of reading a memory-mapped file that was cut
 short (SIGBUS, which no process can handle), becomes an error message, and no rank outlives another or the watcher.
 
@@ -21,6 +21,7 @@ from multiprocessing import connection
 from typing import Any
 
 from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.ranks.comm import Comm, T
 
 _LOST = 70  # exit status of a rank that another has left alone
 _GRACE = 10.0  # seconds in which ranks end after the first has
@@ -30,25 +31,18 @@ _CAUSES = {
 }
 
 
-class Comm:
-    """The part of an mpi4py communicator that this project uses. ``links``: on rank 0 to each other rank in order, on
-    the others to rank 0 alone."""
+class Forked:
+    """The forked ranks. ``links``: on rank 0 to each other rank in order, on the others to rank 0 alone."""
 
     def __init__(self, rank: int, size: int, links: list[Any]) -> None:
         self.rank, self.size, self._links = rank, size, links
 
-    def Get_rank(self) -> int:
-        return self.rank
-
-    def Get_size(self) -> int:
-        return self.size
-
-    def allgather(self, item: Any) -> list[Any]:
+    def allgather(self, item: T) -> list[T]:
         """The items of all ranks, in their order, on every rank. Ends this process if another rank is gone."""
         try:
             if self.rank > 0:
                 self._links[0].send(item)
-                received: list[Any] = self._links[0].recv()
+                received: list[T] = self._links[0].recv()
                 return received
             items = [item, *(link.recv() for link in self._links)]
             for link in self._links:
@@ -73,7 +67,7 @@ def _rank(rank: int, pipes: list[tuple[Any, Any]], alive: tuple[int, int], call:
     links = [near for near, _ in pipes] if rank == 0 else [pipes[rank - 1][1]]
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(max(1, torch.get_num_threads() // (len(pipes) + 1)))
-    sys.exit(call(Comm(rank, len(pipes) + 1, links)))
+    sys.exit(call(Forked(rank, len(pipes) + 1, links)))
 
 
 def run(count: int, call: Callable[[Comm], int]) -> int:

@@ -116,6 +116,16 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def asked(stop: Stop) -> list[float]:
+    """This rank's share in asking all to stop: numbers to be summed over the ranks, for `answer`."""
+    return [float(stop.caught is number) for number in SIGNALS]
+
+
+def answer(totals: list[float]) -> str | None:
+    """The name of the signal that some rank got, from sums of what `asked` gave."""
+    return next((number.name for number, ranks in zip(SIGNALS, totals, strict=True) if ranks), None)
+
+
 def _say(text: str) -> None:
     """On rank 0, past Python's streams, which the main thread may be in the middle of."""
     from bert2bert.errors import UserError

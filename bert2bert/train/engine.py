@@ -25,14 +25,14 @@ from deepspeed.accelerator import get_accelerator
 from pydantic import ValidationError
 
 from bert2bert.checkpoints.groups import Group, param_groups
-from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.errors import InvalidConfig
 from bert2bert.model.batch import Batch
 from bert2bert.model.bert import Bert, hf_config
 from bert2bert.model.program import LayerProgram
+from bert2bert.ranks.distributed import RANKS, total
 from bert2bert.ranks.launcher import device_number
 from bert2bert.ranks.rendezvous import INIT, meet
 from bert2bert.ranks.stopping import Stop
-from bert2bert.ranks.together import total
 from bert2bert.tables import table_for
 from bert2bert.train.ds_config import resolve
 
@@ -107,7 +107,7 @@ class Engine:
         self.names = tuple(self.parameters)
         self.stage = int(ds.zero_optimization_stage())
         self.precision = "bf16" if ds.bfloat16_enabled() else "fp16" if ds.fp16_enabled() else "fp32"
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world = RANKS.rank, RANKS.size
         self.micro_rows = int(ds.train_micro_batch_size_per_gpu())
         self.accumulation = int(ds.gradient_accumulation_steps())
         self.grad_norm: float | None = None
@@ -238,30 +238,6 @@ class Engine:
         summed = values.to(self.device)
         dist.all_reduce(summed)
         return summed.cpu()
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value (any picklable object) on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value (any picklable object), on every rank, by rank."""
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
-
-    def agree(self, act: Callable[[], Any]) -> Any:
-        """Do something without collectives on every rank; a UserError of any is raised on all, so that none hangs."""
-        result, refusal = None, None
-        try:
-            result = act()
-        except UserError as error:
-            refusal = error
-        raised = [error for error in self.gather(refusal) if error is not None]
-        if raised:
-            raise raised[0]
-        return result
 
     def barrier(self) -> None:
         """Wait for all ranks."""

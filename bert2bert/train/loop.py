@@ -28,7 +28,7 @@ from bert2bert.model.batch import IGNORE
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import peak_flops, step_flops
-from bert2bert.ranks import stopping, together
+from bert2bert.ranks import distributed, stopping
 from bert2bert.ranks.rendezvous import Stopped
 from bert2bert.recipe import Recipe
 from bert2bert.recipe.programs import draw
@@ -80,10 +80,10 @@ def train(
             device = engines.start(timeout, stop)
         except Stopped as stopped:
             return _not_begun(str(stopped))
-        if name := together.answer(together.total(together.asked(stop), device)):
+        if name := stopping.answer(distributed.total(stopping.asked(stop), device)):
             return _not_begun(name)
         with run_folder.locked(output) as lock:
-            continued, source = together.on_first(output, lambda: run_folder.claim(output, resume))
+            continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, resume))
             torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
             model = Bert(config, compile_layers=device.type == "cuda" and _stage(ds_config) < 3)
             engine = engines.build(recipe, ds_config, model)
@@ -169,7 +169,7 @@ class _Run:
             versions=versions(), data={**self.digests, "heldout_unigram_entropy": self.held_entropy}, command=command,
             source=source, continued=continued, step=self.step, bins=self.bins.folder, recipe_file=recipe_file,
         )  # fmt: skip
-        together.on_first(self.output, describe)
+        distributed.write_on_first(self.output, describe)
         self.say(banner(recipe, engine, self.config, self.bins, self.output, self.step))
 
     def _take(self, found: Resumed) -> None:
@@ -219,7 +219,7 @@ class _Run:
             else:
                 at = self.output / tag_of(self.step)
                 self.say(ending(recipe, self.step, self.spent, self.loss, self.result, at))
-            together.on_first(self.output, lambda: run_folder.finish(self.output))
+            distributed.write_on_first(self.output, lambda: run_folder.finish(self.output))
         elif self.saved == self.step:
             self.warn(
                 f"stopped by {stopped} after step {self.step} of {recipe.steps}; checkpoint written. "
@@ -253,11 +253,11 @@ class _Run:
                 engine.backward(micro_loss)
                 loss += micro_loss.detach().float()
         local = [float(loss) / engine.accumulation / engine.world, tokens, attended, predicted]
-        mean, *totals = engine.sum([*local, float(self.lock.lost), *together.asked(self.stop)])
+        mean, *totals = engine.sum([*local, float(self.lock.lost), *stopping.asked(self.stop)])
         tokens, attended, predicted = (int(total) for total in totals[:3])
         if totals[3]:
-            together.on_first(self.output, self.lock.check)
-        stopped = together.answer(totals[4:])
+            distributed.write_on_first(self.output, self.lock.check)
+        stopped = stopping.answer(totals[4:])
         self.spent["flops"] += step_flops(self.config, tokens, attended, predicted, program)
         self.spent["tokens"] += tokens
         self.spent["steps"] += 1
@@ -274,7 +274,7 @@ class _Run:
 
     def _asked(self) -> str | None:
         """The signal that any rank got, if any. Collective."""
-        return together.answer(self.engine.sum(together.asked(self.stop)))
+        return stopping.answer(self.engine.sum(stopping.asked(self.stop)))
 
     def _check_finite(self, loss: float, phase: str) -> None:
         """fp16 has its loss scale to recover with; in fp32 and bf16 what is not finite stays so."""

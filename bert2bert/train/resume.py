@@ -29,6 +29,8 @@ from bert2bert.checkpoints.source import Source
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.files import torch_reader
 from bert2bert.model.config import BertConfig
+from bert2bert.ranks.comm import together
+from bert2bert.ranks.distributed import RANKS
 from bert2bert.recipe import Recipe
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
@@ -66,12 +68,12 @@ def load(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) ->
     ``data``: {"digest", "tokenizer_digest"} of the bins the run will read. Raises InvalidCheckpoint or InvalidConfig,
     the same on every rank.
     """
-    found = engine.agree(lambda: _open_and_fill(engine, path, recipe, data))
+    found = together(RANKS, lambda: _open_and_fill(engine, path, recipe, data))
     source, resumed = found
     partitions.publish(engine)
     _compare(engine, source)
     files = [MANIFEST, *file_sizes(source.folder)][engine.rank :: engine.world]
-    engine.agree(lambda: check_contents(source.folder, files))
+    together(RANKS, lambda: check_contents(source.folder, files))
     return resumed
 
 

@@ -21,7 +21,7 @@ from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.errors import InvalidConfig
 from bert2bert.files.disk import replace
 from bert2bert.files.lock import Lock
-from bert2bert.ranks.together import first, on_first
+from bert2bert.ranks.distributed import RANKS, write_on_first
 from bert2bert.recipe import Recipe
 from bert2bert.train.save import whole
 
@@ -73,9 +73,9 @@ def locked(output: Path) -> Iterator[Lock]:
     """Hold the run's folder for as long as the statement lasts. Every rank calls it; raises InvalidConfig on all when
     another process has the folder."""
     lock = Lock(output / LOCK)
-    on_first(output, lambda: lock.acquire(lambda text: print(text, file=sys.stderr, flush=True)))
+    write_on_first(output, lambda: lock.acquire(lambda text: print(text, file=sys.stderr, flush=True)))
     try:
-        if not first():
+        if RANKS.rank != 0:
             lock.join()
         yield lock
     finally:

@@ -28,7 +28,8 @@ from bert2bert.checkpoints.commit.pending import FORMAT_VERSION, MANIFEST, file_
 from bert2bert.errors import UserError
 from bert2bert.files.digest import FILE_DIGEST, TENSOR_DIGEST, file_digest
 from bert2bert.files.disk import disk_errors, fsync_file, fsync_tree, replace
-from bert2bert.ranks.together import on_first
+from bert2bert.ranks.comm import gather
+from bert2bert.ranks.distributed import RANKS, write_on_first
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
 from bert2bert.train.position import Progress
@@ -83,12 +84,11 @@ def save(
     """
     tag = tag_of(progress.step)
     folder = root / tag
-    on_first(root, check, lambda: _make_room(engine, root, folder))
+    write_on_first(root, check, lambda: _make_room(engine, root, folder))
     engine.thaw()
     with disk_errors(folder), _stream_errors(folder):
         engine.save(root, tag)
-    own = engine.agree(lambda: _finish_own(engine, folder))
-    parts = engine.gather(own)  # every rank's files are there from here on
+    parts = gather(RANKS, lambda: _finish_own(engine, folder))  # every rank's files are there from here on
     contents = {name: content for part in parts for name, content in part.items()}
     digests = partitions.digests(engine)
     steps = partitions.steps(engine)
@@ -132,7 +132,7 @@ def save(
             "data": {**data, "rows": progress.rows},
         },
     }
-    on_first(root, check, lambda: _commit(root, folder, manifest, keep))
+    write_on_first(root, check, lambda: _commit(root, folder, manifest, keep))
     return folder
 
 

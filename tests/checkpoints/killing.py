@@ -18,14 +18,15 @@ from unittest import mock
 
 from bert2bert.checkpoints import write as writing
 from bert2bert.checkpoints.commit import journal, threads
-from bert2bert.commands.grow import grow
+from bert2bert.ranks.comm import ALONE
 from tests.checkpoints.engines import hf_config
 from tests.checkpoints.targets import make_spec, make_tensors, reader
+from tests.doors import grow
 
 FORMS: dict[str, dict[str, Any]] = {
-    "zero": {"form": "zero", "stage": 2, "world_size": 5},
-    "universal": {"form": "universal"},
-    "hub": {"form": "hub", "shard_size": "20KB"},
+    "zero": {"format": "zero", "stage": 2, "world_size": 5},
+    "universal": {"format": "universal"},
+    "hub": {"format": "hub", "shard_size": "20KB"},
 }
 
 
@@ -34,14 +35,14 @@ def make_source(folder: Path) -> None:
     spec = make_spec()
     values = reader(make_tensors(spec))
     writing.write_checkpoint(
-        folder / "small", spec, values, form="zero", stage=2, world_size=2, manifest_growth=None
+        folder / "small", spec, values, format="zero", stage=2, world_size=2, manifest_growth=None
     )  # fmt: skip
     sizes = {"hidden_size": 48, "intermediate_size": 60, "num_hidden_layers": 3, "num_attention_heads": 3}
     (folder / "big.json").write_text(json.dumps({"model_type": "bert", **hf_config(**sizes)}))
 
 
 def grow_small(
-    target: Path, form: str, *, at: int = 0, comm: Any = None, say: Callable[[str], None] = lambda text: None
+    target: Path, form: str, *, at: int = 0, comm: Any = ALONE, say: Callable[[str], None] = lambda text: None
 ) -> int:
     """Grow the source beside ``target``; SIGKILL this process at the ``at``-th call that Python makes, in any thread,
     since the writing began (0: never). Returns how many calls there were."""

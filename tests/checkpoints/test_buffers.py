@@ -14,14 +14,13 @@ import torch
 
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import Source
-from bert2bert.commands.grow import grow
-from bert2bert.commands.reshard import reshard
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.checkpoints.engines import Case, build, hf_config, hf_model, release, save_cases, train
 from tests.checkpoints.test_readers_zero import edit
 from tests.distributed import run_ranks
+from tests.doors import grow, reshard
 
 FAMILIES = ["bert", "roberta", "gpt2", "llama-tied", "mistral", "qwen2", "qwen3", "t5", "modernbert", "mixtral"]
 FAMILIES += ["qwen2_moe", "qwen3_moe"]
@@ -78,11 +77,11 @@ def test_buffers_that_transformers_once_stored_grow_with_every_family(tmp_path: 
         how: dict[str, Any] = {"width": "fpi", "depth": "stack", "measure": False, "lossy": True, **QUIET}
         how |= {"positions": "tile"} if "pos" in table_for(goal).sizes else {}
         stage = 1 + (i + 1) % 3
-        for name, form in {"z": {"form": "zero", "stage": stage, "world_size": 1}, "u": {}}.items():
+        for name, form in {"z": {"format": "zero", "stage": stage, "world_size": 1}, "u": {}}.items():
             grow(source, tmp_path / f"{case.name}.{name}", tmp_path / "goal.json", **how, **form)  # type: ignore[arg-type]
             config = {"checkpoint": {"load_universal": True}} if name == "u" else {}
             loads.append((f"{tmp_path}/{case.name}.{name}", replace(case, stage=stage, hf=goal, config=config)))
-        reshard(source, tmp_path / f"{case.name}.r", form="zero", stage=stage, world_size=1, **QUIET)
+        reshard(source, tmp_path / f"{case.name}.r", format="zero", stage=stage, world_size=1, **QUIET)
         loads.append((f"{tmp_path}/{case.name}.r", replace(case, stage=stage)))
     run_ranks(resume, 1, loads)
 
@@ -162,7 +161,7 @@ def test_what_would_have_to_grow_is_refused_by_name_before_anything_is_written(
         grown(source, goal, positions="tile")
     assert not (tmp_path / "target").exists()
     said: list[str] = []
-    grown(source, goal, positions="tile", form="hub", say=said.append)
+    grown(source, goal, positions="tile", format="hub", say=said.append)
     assert f"left out, for transformers makes buffers anew: {name}" in said[0]
 
 
@@ -252,7 +251,7 @@ def test_buffers_of_two_names_and_tensors_of_modules_own_are_no_frozen_parameter
         assert not any(part in name for name in source.tensors for part in ("table", "steps", "absmax"))
         for stage in (1, 2, 3):
             target = tmp_path / f"{case.name}.{stage}"
-            reshard(tmp_path / case.name, target, form="zero", stage=stage, world_size=1, **QUIET)
+            reshard(tmp_path / case.name, target, format="zero", stage=stage, world_size=1, **QUIET)
             again = open_source(target)
             assert again.buffers.keys() == source.buffers.keys() and again.tensors.keys() == source.tensors.keys()
             loads.append((str(target), replace(case, stage=stage)))

@@ -32,12 +32,12 @@ from torch import nn
 
 from bert2bert.checkpoints.inspect import inspect, render
 from bert2bert.checkpoints.open import open_source
-from bert2bert.commands.reshard import reshard
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader, torch_writer
 from bert2bert.growth.source_model import match
 from tests.checkpoints.engines import Case, hf_config, release, save_cases
 from tests.distributed import run_ranks
+from tests.doors import reshard
 
 QUIET: dict[str, Any] = {"say": lambda _: None}
 RAN: list[str] = []
@@ -240,7 +240,7 @@ def test_a_run_with_classes_in_its_client_state(run: Path, tmp_path: Path, stage
     found = inspect(run / f"z{stage}")
     text = render(json.loads(json.dumps(found)))
     assert "not opened" in text and f"{__name__}.Colour" in found["unopened"]
-    for name, how in {"z": {"form": "zero", "stage": (stage + 2) % 4, "world_size": 2}, "u": {}}.items():
+    for name, how in {"z": {"format": "zero", "stage": (stage + 2) % 4, "world_size": 2}, "u": {}}.items():
         reshard(run / f"z{stage}", tmp_path / name, say=said.append, **how)  # type: ignore[arg-type]
         assert "carried as it is, unopened" in said[0]
         assert not [line for line in verified(run / f"z{stage}", tmp_path / name) if "FAILED" in line]
@@ -381,7 +381,7 @@ def test_state_dicts_of_any_kind_between_all_stages(tmp_path: Path) -> None:
             assert len(found.extras) == len(EXTRAS) and found.buffers.keys() == BUFFERS.keys()
             for stage in (1, 2, 3):
                 target = Path(f"{home}-{stage}")
-                reshard(home, target, form="zero", stage=stage, world_size=1, **QUIET)
+                reshard(home, target, format="zero", stage=stage, world_size=1, **QUIET)
                 assert not [line for line in verified(home, target) if "FAILED" in line]
     run_ranks(load_keepers, 1, str(tmp_path))
 

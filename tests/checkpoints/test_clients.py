@@ -12,10 +12,9 @@ import pytest
 from bert2bert.checkpoints.inspect import inspect
 from bert2bert.checkpoints.open import locate
 from bert2bert.commands.cli import main
-from bert2bert.commands.grow import grow
-from bert2bert.commands.reshard import reshard
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from tests.checkpoints.engines import Case, hf_config, hf_model, save_cases
+from tests.doors import grow, reshard
 
 CONFIG = {"model_type": "bert", "architectures": ["BertForPreTraining"], **hf_config()}
 LARGER = {**CONFIG, "num_hidden_layers": 4}
@@ -46,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("form", [{"form": "zero", "stage": 3, "world_size": 3}, {}])
+@pytest.mark.parametrize("form", [{"format": "zero", "stage": 3, "world_size": 3}, {}])
 @pytest.mark.parametrize("client", CLIENTS)
 def test_what_a_client_needs_goes_along(runs: Path, tmp_path: Path, client: str, form: dict[str, Any]) -> None:
     files, tag, call = CLIENTS[client]
@@ -81,7 +80,7 @@ def test_another_tag(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         with pytest.raises(InvalidConfig, match=r"--target-tag is .*; expected the name of a folder"):
             reshard(runs / "run", tmp_path / "n", target_tag=odd)
     with pytest.raises(InvalidConfig, match="--target-tag: a Hugging Face folder has no tags"):
-        reshard(runs / "run", tmp_path / "n", target_tag="a", form="hub")
+        reshard(runs / "run", tmp_path / "n", target_tag="a", format="hub")
     assert not (tmp_path / "n").exists()
 
 
@@ -111,7 +110,7 @@ def test_a_folder_of_checkpoints_names_the_last(runs: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("client", CLIENTS)
 def test_an_interrupted_growth_of_a_clients_run_is_finished(runs: Path, tmp_path: Path, client: str) -> None:
     """Killed after the folder had its name and before the pointers: the same command puts everything there."""
-    target, how = tmp_path / "r", {"form": "zero", "stage": 2, "world_size": 2, "say": lambda _: None}
+    target, how = tmp_path / "r", {"format": "zero", "stage": 2, "world_size": 2, "say": lambda _: None}
     from bert2bert.checkpoints.commit import pending
 
     def dies(*_: Any, **__: Any) -> None:

@@ -23,15 +23,18 @@ from bert2bert.checkpoints.commit import journal, pending
 from bert2bert.checkpoints.commit.pending import Pending, check_complete, file_sizes, sealed, set_latest, write_manifest
 from bert2bert.checkpoints.hub.reader import HubSource
 from bert2bert.checkpoints.inspect import check
-from bert2bert.checkpoints.job import check_target
+from bert2bert.checkpoints.job import check_folder
 from bert2bert.checkpoints.open import open_source, read_manifest
-from bert2bert.checkpoints.write import write_checkpoint
+from bert2bert.checkpoints.target import Target
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.files import lock
 from bert2bert.files.sink import Sink
 from tests.checkpoints.targets import make_tensors, plain_spec, reader
+from tests.doors import write_checkpoint
 
-FORMS: list[dict[str, Any]] = [{"form": "zero", "stage": 2, "world_size": 2}, {"form": "universal"}, {"form": "hub"}]
+FORMS: list[dict[str, Any]] = [
+    {"format": "zero", "stage": 2, "world_size": 2}, {"format": "universal"}, {"format": "hub"}
+]  # fmt: skip
 
 
 def write(target: Path, how: dict[str, Any], values: Callable[..., torch.Tensor] | None = None) -> Path:
@@ -80,7 +83,7 @@ def half_way(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[P
     os.close(heard)
 
 
-@pytest.mark.parametrize("half_way", FORMS, indirect=True, ids=lambda how: how["form"])
+@pytest.mark.parametrize("half_way", FORMS, indirect=True, ids=lambda how: how["format"])
 def test_a_killed_writer_leaves_nothing_complete_and_a_rerun_finishes(
     half_way: tuple[Path, dict[str, Any], int], tmp_path: Path
 ) -> None:
@@ -127,7 +130,7 @@ def test_a_writer_killed_at_the_very_end_is_finished_by_a_rerun(
     assert tree(tmp_path / "d") == tree(tmp_path / "clean")
 
 
-@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
 def test_a_second_growth_into_a_finished_folder_is_refused(tmp_path: Path, how: dict[str, Any]) -> None:
     write(tmp_path / "d", how)
     before = tree(tmp_path)
@@ -135,12 +138,12 @@ def test_a_second_growth_into_a_finished_folder_is_refused(tmp_path: Path, how: 
         with pytest.raises(InvalidConfig, match="already holds a checkpoint"):
             write(tmp_path / "d", other)
         with pytest.raises(InvalidConfig, match="already holds a checkpoint"):
-            check_target(tmp_path / "d", plain_spec(), other["form"])
+            check_folder(tmp_path / "d", plain_spec(), Target(**other))
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("remains", [("job.json", "lock"), ("lock",), ()], ids=str)
-@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
 def test_what_a_finished_writer_could_not_remove_is_removed(
     tmp_path: Path, how: dict[str, Any], remains: tuple[str, ...]
 ) -> None:
@@ -157,7 +160,7 @@ def test_what_a_finished_writer_could_not_remove_is_removed(
     assert tree(tmp_path) == before and not partial.exists()
 
 
-@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
 @pytest.mark.parametrize(
     "name",
     ["latest", "model.safetensors", "pytorch_model.bin", "global_step3/mp_rank_00_model_states.pt", "global_step7/x"],
@@ -189,13 +192,13 @@ def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: 
     check_complete(write(tmp_path / "d", FORMS[0]))
 
 
-@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
 def test_an_empty_folder_is_a_fine_target(tmp_path: Path, how: dict[str, Any]) -> None:
     (tmp_path / "d").mkdir()
     check_complete(write(tmp_path / "d", how))
 
 
-@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
 def test_a_target_may_be_a_link_to_a_folder(tmp_path: Path, how: dict[str, Any]) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "d").symlink_to("disk")
@@ -246,7 +249,7 @@ def test_a_run_in_the_target_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "d", FORMS[0])
 
 
-@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
 def test_a_target_that_cannot_be_written_is_refused(tmp_path: Path, how: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match="the parent of the target d, is no folder"):
         write(tmp_path / "missing" / "d", how)
@@ -258,7 +261,7 @@ def test_a_target_that_cannot_be_written_is_refused(tmp_path: Path, how: dict[st
     assert tree(tmp_path) == {"file": b"x"}
 
 
-@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
 @pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
 @pytest.mark.parametrize(("place", "call"), [(journal, "fsync_file"), (Sink, "write")], ids=["sync", "write"])
 def test_a_disk_that_fails_in_the_middle(
@@ -279,7 +282,7 @@ def test_a_disk_that_fails_in_the_middle(
     assert list(tmp_path.iterdir()) == []  # nothing says what the values are, so no run could go on
 
 
-@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
 @pytest.mark.parametrize("failure", [OSError(errno.EIO, "Input/output error", "a.pt"), ZeroDivisionError()], ids=str)
 def test_a_source_that_fails_in_the_middle(tmp_path: Path, how: dict[str, Any], failure: Exception) -> None:
     values, count = reader(make_tensors(plain_spec())), [0]
@@ -296,7 +299,7 @@ def test_a_source_that_fails_in_the_middle(tmp_path: Path, how: dict[str, Any], 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["form"])
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
 def test_room_is_looked_for_before_anything_is_written(
     tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,10 +393,10 @@ def test_permissions_follow_the_umask_and_no_file_is_elsewhere(tmp_path: Path, m
         before = os.umask(mask)
         try:
             for how in FORMS:
-                write(tmp_path / f"{how['form']}{mask}", how)
+                write(tmp_path / f"{how['format']}{mask}", how)
         finally:
             os.umask(before)
-        paths = [p for how in FORMS for p in (tmp_path / f"{how['form']}{mask}").rglob("*")]
+        paths = [p for how in FORMS for p in (tmp_path / f"{how['format']}{mask}").rglob("*")]
         assert {p.stat().st_mode & 0o777 for p in paths if p.is_file()} == {file}
         assert {p.stat().st_mode & 0o777 for p in paths if p.is_dir()} == {folder}
     assert not list((tmp_path / "tmp").iterdir()) and len(list(tmp_path.iterdir())) == 7

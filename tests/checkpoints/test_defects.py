@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.checkpoints.write import write_checkpoint
 from tests.checkpoints.engines import Case, build, release, train, truth
 from tests.checkpoints.targets import BETAS, DECAY, LR, make_tensors, reader
 from tests.checkpoints.test_readers_universal import convert
 from tests.checkpoints.test_readers_zero import edit
 from tests.checkpoints.test_stage0 import spec_of
 from tests.distributed import run_ranks
+from tests.doors import write_checkpoint
 
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
 NAME = "bert.pooler.dense.weight"
@@ -29,9 +29,9 @@ NAME = "bert.pooler.dense.weight"
 def write(folder: Path, case: Case, world: int = 1, **over: Any) -> Path:
     """What this project writes for a case: native shards, or a universal folder."""
     spec = replace(spec_of(case), **over)
-    how: dict[str, Any] = {"form": "zero", "stage": case.stage, "world_size": world}
+    how: dict[str, Any] = {"format": "zero", "stage": case.stage, "world_size": world}
     if case.config == UNIVERSAL:
-        how = {"form": "universal"}
+        how = {"format": "universal"}
     return write_checkpoint(folder, spec, reader(make_tensors(spec)), manifest_growth=None, **how)
 
 

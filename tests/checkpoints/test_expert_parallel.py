@@ -28,13 +28,12 @@ from bert2bert.checkpoints.inspect import inspect
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import Source
 from bert2bert.commands.cli import main
-from bert2bert.commands.grow import grow
-from bert2bert.commands.reshard import reshard
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UnsupportedGrowth
 from bert2bert.growth.opened import open_growth
 from tests import tiny
 from tests.checkpoints.engines import STATES, Case, hf_model, release, save_cases
 from tests.distributed import run_ranks
+from tests.doors import grow, reshard
 
 Whole = dict[str, dict[str, torch.Tensor]]
 """[name][state]"""
@@ -433,7 +432,7 @@ def test_what_is_written_is_what_deepspeed_writes(home: Home, tmp_path: Path, na
     """File by file and entry by entry, but for those that are left out or added on purpose."""
     case, world = CASES[name]
     reshard(
-        home[name], tmp_path / "t", form="zero", stage=case.stage, world_size=world, expert_parallel=case.size,
+        home[name], tmp_path / "t", format="zero", stage=case.stage, world_size=world, expert_parallel=case.size,
         say=lambda _: None,
     )  # fmt: skip
     mine, theirs = (next(folder.glob("global_step*")) for folder in (tmp_path / "t", home[name]))
@@ -466,14 +465,14 @@ def test_engines_resume_what_was_written(home: Home, tmp_path: Path) -> None:
     """Weights, master weights, moments, steps, hyper-parameters, counters and scheduler of a live engine, after its own
     load of what growing and resharding wrote; and it trains on."""
     quiet = {"say": lambda _: None}
-    reshard(home["qwen3-2"], tmp_path / "plain3", form="zero", stage=3, world_size=3, **quiet)  # type: ignore[arg-type]
+    reshard(home["qwen3-2"], tmp_path / "plain3", format="zero", stage=3, world_size=3, **quiet)  # type: ignore[arg-type]
     reshard(home["qwen2-4"], tmp_path / "universal", **quiet)  # type: ignore[arg-type]
     runs: dict[int, list[tuple[Ep, str, str | None]]] = {2: [], 4: []}
     wanted: dict[str, tuple[Whole, Path]] = {}
     for source, case, world in WAYS:
         target, place = tmp_path / case.name, home[source] if home[source].exists() else tmp_path / source
         how: dict[str, Any] = {
-            "form": "zero", "stage": case.stage, "world_size": world, "expert_parallel": case.size, **quiet,
+            "format": "zero", "stage": case.stage, "world_size": world, "expert_parallel": case.size, **quiet,
         }  # fmt: skip
         if source in ("upcycled", "grown"):
             small, config, ways = {
@@ -515,9 +514,9 @@ def test_engines_resume_what_was_written(home: Home, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name,size", [("mixtral-2", 2), ("qwen3-2", None), ("llama", None)])
 def test_from_a_hugging_face_folder(home: Home, tmp_path: Path, name: str, size: int | None) -> None:
     """Its files hold tensors by name, not in the model's order, by which native shards are addressed."""
-    reshard(home[name], tmp_path / "hub", form="hub", precision="fp32", say=lambda _: None)
+    reshard(home[name], tmp_path / "hub", format="hub", precision="fp32", say=lambda _: None)
     (tmp_path / "hub/bert2bert.json").unlink()
-    where: dict[str, Any] = {"form": "zero", "stage": 2, "world_size": 2, "layout": "single", "say": lambda _: None}
+    where: dict[str, Any] = {"format": "zero", "stage": 2, "world_size": 2, "groups": "single", "say": lambda _: None}
     reshard(tmp_path / "hub", tmp_path / "t", expert_parallel=size, **where)
     reshard(home[name], tmp_path / "wanted", expert_parallel=size, **where)
     assert [*open_source(tmp_path / "hub").tensors] != [*open_source(home[name]).tensors]
@@ -553,7 +552,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "experts": ("mixtral-2", {"stage": 2, "world_size": 8, "expert_parallel": 8}, "the 4 experts.*1, 2, 4"),
     "stage 3": ("mixtral-2", {"stage": 3, "world_size": 2, "expert_parallel": 2}, "--stage 1 or 2"),
     "stage 0": ("mixtral-2", {"stage": 0, "world_size": 2, "expert_parallel": 2}, "--stage 1 or 2"),
-    "universal": ("mixtral-2", {"form": "universal", "expert_parallel": 2}, "--format zero --stage 1 or 2"),
+    "universal": ("mixtral-2", {"format": "universal", "expert_parallel": 2}, "--format zero --stage 1 or 2"),
     "dense": ("llama", {"stage": 2, "world_size": 2, "expert_parallel": 2}, "no experts that DeepSpeed splits"),
     "classic": ("classic-2", {"stage": 2, "world_size": 2}, "--expert-parallel N"),
 }  # fmt: skip
@@ -563,7 +562,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_sizes_that_do_not_fit_are_refused_by_name(home: Home, tmp_path: Path, what: str) -> None:
     name, how, message = REFUSED[what]
     with pytest.raises(InvalidConfig, match=message):
-        reshard(home[name], tmp_path / "t", **{"form": "zero", "say": lambda _: None, **how})
+        reshard(home[name], tmp_path / "t", **{"format": "zero", "say": lambda _: None, **how})
     assert not (tmp_path / "t").exists()
 
 
@@ -573,7 +572,7 @@ def test_experts_in_several_groups(
 ) -> None:
     """As in models whose experts are too large for one group of DeepSpeed's."""
     monkeypatch.setattr("bert2bert.checkpoints.expert_parallel.writer.cut", lambda *given: cut(*given, most=300))
-    reshard(home[name], tmp_path / "t", form="zero", stage=1, world_size=4, expert_parallel=size, say=lambda _: None)
+    reshard(home[name], tmp_path / "t", format="zero", stage=1, world_size=4, expert_parallel=size, say=lambda _: None)
     states = torch.load(next((tmp_path / "t").glob("*/zero_pp_rank_3*")), weights_only=False)
     assert sum(bool(g.get("moe")) for g in states["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]) > 2
     assert not same(open_source(tmp_path / "t"), home.whole[name])
@@ -582,12 +581,12 @@ def test_experts_in_several_groups(
 def test_models_and_orders_that_are_not_known_are_refused(home: Home, tmp_path: Path) -> None:
     shutil.copytree(home["mixtral-2"], tmp_path / "bare")
     (tmp_path / "bare/config.json").unlink()
-    reshard(tmp_path / "bare", tmp_path / "two", form="zero", stage=2, world_size=2, expert_parallel=1, say=print)
+    reshard(tmp_path / "bare", tmp_path / "two", format="zero", stage=2, world_size=2, expert_parallel=1, say=print)
     with pytest.raises(UnsupportedGrowth, match=r"(?s)before or after its experts.*--source-config"):
-        reshard(tmp_path / "bare", tmp_path / "t", form="zero", stage=2, world_size=2, say=print)
+        reshard(tmp_path / "bare", tmp_path / "t", format="zero", stage=2, world_size=2, say=print)
     with pytest.raises(UnsupportedGrowth, match=r"(?s)groups do not hold experts and routers in the order.*--groups"):
-        reshard(home["chunks-2"], tmp_path / "t", form="zero", stage=2, world_size=2, expert_parallel=2, say=print)
-    first = {"form": "zero", "stage": 2, "world_size": 4, "say": print}
+        reshard(home["chunks-2"], tmp_path / "t", format="zero", stage=2, world_size=2, expert_parallel=2, say=print)
+    first = {"format": "zero", "stage": 2, "world_size": 4, "say": print}
     with pytest.raises(UnsupportedGrowth, match=r"(?s)use_data_before_expert_parallelism.*--expert-parallel 4 or 1"):
         reshard(home["classic-first-4"], tmp_path / "t", expert_parallel=2, **first)  # type: ignore[arg-type]
     reshard(home["classic-first-4"], tmp_path / "all", expert_parallel=4, **first)  # type: ignore[arg-type]
@@ -595,7 +594,7 @@ def test_models_and_orders_that_are_not_known_are_refused(home: Home, tmp_path: 
     reshard(tmp_path / "bare", tmp_path / "universal", say=print)
     with pytest.raises(UnsupportedGrowth, match="how an AutoEP engine names the routers of a model without a config"):
         reshard(
-            tmp_path / "universal", tmp_path / "t", form="zero", stage=2, world_size=2, expert_parallel=1, say=print
+            tmp_path / "universal", tmp_path / "t", format="zero", stage=2, world_size=2, expert_parallel=1, say=print
         )
 
 

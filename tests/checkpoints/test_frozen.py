@@ -11,13 +11,13 @@ import torch
 
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import STATES
-from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.errors import UnsupportedGrowth
 from tests.checkpoints.engines import Case, build, hf_config, release, save_cases, train, truth
 from tests.checkpoints.targets import make_tensors, reader
 from tests.checkpoints.test_readers_zero import edit
 from tests.checkpoints.test_stage0 import spec_of
 from tests.distributed import run_ranks
+from tests.doors import write_checkpoint
 
 FROZEN = ("layer.0.", "LayerNorm.bias")
 CASES = [
@@ -52,7 +52,7 @@ def test_unmodified_engines_restore_them(tmp_path: Path) -> None:
         spec = spec_of(case)
         tensors, target = make_tensors(spec), tmp_path / case.name
         write_checkpoint(
-            target, spec, reader(tensors), form="zero", stage=case.stage, world_size=2, manifest_growth=None
+            target, spec, reader(tensors), format="zero", stage=case.stage, world_size=2, manifest_growth=None
         )
         if case.stage > 1:  # DeepSpeed's tool looks for frozen ones from stage 2 on
             found = get_fp32_state_dict_from_zero_checkpoint(str(target))
@@ -63,7 +63,7 @@ def test_unmodified_engines_restore_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"form": "universal"}, *({"form": "zero", "stage": s, "world_size": 3} for s in (1, 2, 3))]
+    "how", [{"format": "universal"}, *({"format": "zero", "stage": s, "world_size": 3} for s in (1, 2, 3))]
 )
 def test_they_read_back_without_moments(tmp_path: Path, how: dict[str, Any]) -> None:
     spec = spec_of(Case("", precision="bf16", frozen=FROZEN, buffer=True))
@@ -85,7 +85,7 @@ def test_they_read_back_without_moments(tmp_path: Path, how: dict[str, Any]) -> 
 
 def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
     """A ZeRO-3 run with a frozen layer, grown in width and depth into native and universal checkpoints."""
-    from bert2bert.commands.grow import grow
+    from tests.doors import grow
 
     case = Case("run", 3, frozen=("layer.0.",), buffer=True)
     save_cases(tmp_path, 2, [case])
@@ -95,8 +95,8 @@ def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
     (tmp_path / "target.json").write_text(json.dumps(target))
     said: list[str] = []
     common: dict[str, Any] = {"measure": False, "say": said.append}
-    native = {"form": "zero", "stage": 2, "world_size": 2}
-    for name, how in {"native": native, "universal": {}, "hub": {"form": "hub"}}.items():
+    native = {"format": "zero", "stage": 2, "world_size": 2}
+    for name, how in {"native": native, "universal": {}, "hub": {"format": "hub"}}.items():
         folder = grow(tmp_path / "run", tmp_path / name, tmp_path / "target.json", **how, **common)
         source = open_source(folder)
         frozen = {n for n, meta in source.tensors.items() if not meta.trainable}
@@ -113,7 +113,7 @@ def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
 
 
 def test_growth_names_the_state_that_it_cannot_carry(tmp_path: Path) -> None:
-    from bert2bert.commands.grow import grow
+    from tests.doors import grow
 
     case = Case("run", 2, steps=1)
     save_cases(tmp_path, 1, [case])
@@ -132,5 +132,5 @@ def test_growth_names_the_state_that_it_cannot_carry(tmp_path: Path) -> None:
         )  # fmt: skip
     grow(
         tmp_path / "run", tmp_path / "hub", tmp_path / "config.json", source_config=tmp_path / "config.json",
-        form="hub", measure=False,
+        format="hub", measure=False,
     )  # fmt: skip

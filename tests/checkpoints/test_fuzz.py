@@ -32,15 +32,15 @@ import torch
 from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.checkpoints.inspect import check, inspect, render
 from bert2bert.checkpoints.open import open_source
-from bert2bert.checkpoints.write import write_checkpoint
-from bert2bert.commands.reshard import reshard
 from bert2bert.errors import UserError
 from bert2bert.growth.source_model import open_model
 from tests.checkpoints.targets import make_tensors, plain_spec, reader
+from tests.doors import reshard, write_checkpoint
 
 FORMS: dict[str, dict[str, Any]] = {
-    "zero0": {"form": "zero", "stage": 0}, "zero2": {"form": "zero", "stage": 2, "world_size": 2},
-    "zero3": {"form": "zero", "stage": 3, "world_size": 3}, "universal": {"form": "universal"}, "hub": {"form": "hub"},
+    "zero0": {"format": "zero", "stage": 0}, "zero2": {"format": "zero", "stage": 2, "world_size": 2},
+    "zero3": {"format": "zero", "stage": 3, "world_size": 3}, "universal": {"format": "universal"},
+    "hub": {"format": "hub"},
 }  # fmt: skip
 SECONDS, BYTES = 5.0, 1 << 30
 EACH = 200
@@ -215,7 +215,7 @@ def damaged(target: Path, form: str, manifest: bool) -> bool:
         if check(target)["bad"]:
             return True
         shutil.rmtree(target.parent / "anew", ignore_errors=True)
-        reshard(target, target.parent / "anew", form="hub" if form == "hub" else "universal", say=lambda _: None)
+        reshard(target, target.parent / "anew", format="hub" if form == "hub" else "universal", say=lambda _: None)
     except UserError:
         return True
     return False

@@ -14,13 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from bert2bert.checkpoints.inspect import inspect
 from bert2bert.checkpoints.open import open_source
-from bert2bert.commands.grow import grow
-from bert2bert.commands.reshard import reshard
 from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.growth.source_model import read_config
 from tests import tiny
 from tests.checkpoints.engines import hf_model
+from tests.doors import grow, reshard
 
 INDEX = "model.safetensors.index.json"
 
@@ -107,7 +106,7 @@ def test_the_file_that_the_config_names(tmp_path: Path) -> None:
     same_as_transformers(tmp_path)
     # a folder made of it has a file of another name
     before = loaded(tmp_path)
-    reshard(tmp_path, tmp_path / "again", form="hub", say=silent)
+    reshard(tmp_path, tmp_path / "again", format="hub", say=silent)
     assert loaded(tmp_path / "again").keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in loaded(tmp_path / "again").items())
     assert verify(tmp_path, tmp_path / "again")["ok"]
@@ -182,7 +181,7 @@ def test_links_to_nothing(lost: str, tmp_path: Path) -> None:
     file = sorted(snapshot.glob("*.safetensors"))[-1] if lost == "last shard" else snapshot / lost
     file.resolve().rename(repo / "blobs" / "x.incomplete")
     with pytest.raises(InvalidCheckpoint, match=rf"{file.name}: a link to \.\./\.\./blobs/\w+, which is not there"):
-        grow(repo, tmp_path / "g", tmp_path / "big.json", form="hub", measure=False, say=silent)
+        grow(repo, tmp_path / "g", tmp_path / "big.json", format="hub", measure=False, say=silent)
     assert not (tmp_path / "g").exists()
 
 
@@ -220,7 +219,7 @@ def test_quantised_weights_are_refused_by_name(scheme: str, tmp_path: Path) -> N
     save_file(change(load_file(file)), file)
     told = json.loads((tmp_path / "s" / "config.json").read_text())
     (tmp_path / "s" / "config.json").write_text(json.dumps(told | config))
-    for command in (open_source, inspect, lambda p: reshard(p, tmp_path / "t", form="hub", say=silent)):
+    for command in (open_source, inspect, lambda p: reshard(p, tmp_path / "t", format="hub", say=silent)):
         with pytest.raises(InvalidCheckpoint, match=f"its weights are quantised: .*{message}"):
             command(tmp_path / "s")
     assert not (tmp_path / "t").exists()
@@ -236,8 +235,8 @@ def test_a_quantisation_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(told | {"quantization_config": {}}))
     with pytest.raises(ValueError, match="quant_method"):
         loaded(tmp_path)
-    grow(tmp_path, tmp_path / "g", tmp_path, form="hub", measure=False, say=silent)
-    reshard(tmp_path, tmp_path / "r", form="hub", say=silent)
+    grow(tmp_path, tmp_path / "g", tmp_path, format="hub", measure=False, say=silent)
+    reshard(tmp_path, tmp_path / "r", format="hub", say=silent)
     for made in ("g", "r"):
         assert all(torch.equal(value, theirs[name]) for name, value in loaded(tmp_path / made).items())
     assert verify(tmp_path, tmp_path / "g")["ok"]
@@ -321,7 +320,7 @@ def test_each_tensor_keeps_its_precision(name: str, wide: str, key: str, low: to
         deep["layer_types"] = [*config["layer_types"], config["layer_types"][-1]]
     (tmp_path / "c.json").write_text(json.dumps(config | deep))
     lines: list[str] = []
-    grow(tmp_path / "s", tmp_path / "g", tmp_path / "c.json", depth="stack", form="hub", measure=False,
+    grow(tmp_path / "s", tmp_path / "g", tmp_path / "c.json", depth="stack", format="hub", measure=False,
          say=lines.append)  # fmt: skip
     grown = load_file(tmp_path / "g" / "model.safetensors")
     assert all(value.dtype == (torch.float32 if wide in n else low) for n, value in grown.items())
@@ -329,7 +328,7 @@ def test_each_tensor_keeps_its_precision(name: str, wide: str, key: str, low: to
         assert torch.equal(value, grown[n]), n
     assert not any("rounded" in line for line in lines)
     assert json.loads((tmp_path / "g" / "config.json").read_text())["dtype"] == str(low).removeprefix("torch.")
-    reshard(tmp_path / "s", tmp_path / "r", form="hub", shard_size="2KB", say=silent)
+    reshard(tmp_path / "s", tmp_path / "r", format="hub", shard_size="2KB", say=silent)
     again = {n: v for f in (tmp_path / "r").glob("*.safetensors") for n, v in load_file(f).items()}
     assert again.keys() == tensors.keys() and all(torch.equal(again[n], v) and again[n].dtype == v.dtype
                                                   for n, v in tensors.items())  # fmt: skip
@@ -345,8 +344,8 @@ def test_a_folder_is_loaded_in_the_dtype_of_its_source(
     """from_pretrained goes by the config, whose word keeps wide tensors among narrow ones from being rounded."""
     half(tmp_path / "s", "llama", "norm", low)
     declare(tmp_path / "s", str(low).removeprefix("torch.") if said == "low" else said, key)
-    reshard(tmp_path / "s", tmp_path / "r", form="hub", say=silent)
-    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", form="hub", measure=False, say=silent)
+    reshard(tmp_path / "s", tmp_path / "r", format="hub", say=silent)
+    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", format="hub", measure=False, say=silent)
     file = load_file(tmp_path / "s" / "model.safetensors")
     theirs = loaded(tmp_path / "s") if said else {name: value.float() for name, value in file.items()}
     for made in ("r", "g"):
@@ -362,8 +361,8 @@ def test_experts_of_several_precisions_are_rounded_to_none(narrow: str, tmp_path
     file = tmp_path / "s" / "model.safetensors"
     save_file({n: v.bfloat16() if narrow in n else v for n, v in load_file(file).items()}, file, {"format": "pt"})
     theirs = loaded(tmp_path / "s")
-    reshard(tmp_path / "s", tmp_path / "r", form="hub", say=silent)
-    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", form="hub", measure=False, say=silent)
+    reshard(tmp_path / "s", tmp_path / "r", format="hub", say=silent)
+    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", format="hub", measure=False, say=silent)
     for made in ("r", "g"):
         assert all(torch.equal(value, theirs[name]) for name, value in loaded(tmp_path / made).items())
 
@@ -371,16 +370,17 @@ def test_experts_of_several_precisions_are_rounded_to_none(narrow: str, tmp_path
 def test_what_is_rounded_is_said(tmp_path: Path) -> None:
     tensors = half(tmp_path / "s", "llama", "norm", torch.bfloat16)
     lines: list[str] = []
-    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", form="hub", precision="bf16", measure=False, say=lines.append)
+    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", format="hub", precision="bf16", measure=False,
+         say=lines.append)  # fmt: skip
     wide = sum("norm" in name for name in tensors)
     assert f"rounded to bfloat16: {wide} tensors that are wider in the source" in "\n".join(lines)
     lines.clear()
-    reshard(tmp_path / "s", tmp_path / "r", form="hub", precision="bf16", say=lines.append)
+    reshard(tmp_path / "s", tmp_path / "r", format="hub", precision="bf16", say=lines.append)
     assert f"rounded to bfloat16: {wide} tensors" in "\n".join(lines)
     # float64 is held by no checkpoint that is written
     save_file({n: v.double() for n, v in tensors.items()}, tmp_path / "s" / "model.safetensors")
     lines.clear()
-    grow(tmp_path / "s", tmp_path / "d", tmp_path / "s", form="hub", measure=False, say=lines.append)
+    grow(tmp_path / "s", tmp_path / "d", tmp_path / "s", format="hub", measure=False, say=lines.append)
     assert f"rounded to float32: {len(tensors)} tensors" in "\n".join(lines)
 
 
@@ -400,7 +400,7 @@ def test_a_folder_with_its_own_code_written_anew_still_loads(tmp_path: Path) -> 
         (tmp_path / "s" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "s" / name).write_text(f"{name} of the source")
     lines: list[str] = []
-    reshard(tmp_path / "s", tmp_path / "r", form="hub", say=lines.append)
+    reshard(tmp_path / "s", tmp_path / "r", format="hub", say=lines.append)
     assert type(transformers.AutoConfig.from_pretrained(tmp_path / "r", trust_remote_code=True)).__name__ == "OwnConfig"
     for name in (*kept, "configuration_own.py"):
         assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "s" / name).read_bytes()
@@ -413,9 +413,9 @@ def test_a_growth_names_what_it_leaves_behind(tmp_path: Path) -> None:
     for name in ("README.md", "tokenizer.json", "modeling_own.py", "preprocessor_config.json"):
         (tmp_path / "s" / name).write_text("{}")
     lines: list[str] = []
-    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", form="hub", measure=False, say=lines.append)
+    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", format="hub", measure=False, say=lines.append)
     assert (tmp_path / "g" / "tokenizer.json").read_text() == "{}"
     assert "README.md, modeling_own.py, preprocessor_config.json" in "\n".join(lines)
     (tmp_path / "s" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
     with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.json: a git-lfs pointer"):
-        grow(tmp_path / "s", tmp_path / "h", tmp_path / "s", form="hub", measure=False, say=silent)
+        grow(tmp_path / "s", tmp_path / "h", tmp_path / "s", format="hub", measure=False, say=silent)

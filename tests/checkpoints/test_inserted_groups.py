@@ -10,10 +10,10 @@ import deepspeed
 import pytest
 import torch
 
-from bert2bert.commands.grow import grow
 from tests import tiny
 from tests.checkpoints.engines import hf_model, release
 from tests.distributed import run_ranks
+from tests.doors import grow
 
 
 def kind(name: str) -> int:
@@ -69,7 +69,7 @@ def test_an_inserted_blocks_zeros_join_the_group_of_their_kind(tmp_path: Path, s
     before = run_ranks(saved, 2, small, str(tmp_path / "run"))[0]
     grow(
         tmp_path / "run", tmp_path / "grown", tmp_path / "deep.json", source_config=tmp_path / "small.json",
-        depth="insert_identity", form="zero", stage=stage, world_size=2, measure=False, say=lambda _: None,
+        depth="insert_identity", format="zero", stage=stage, world_size=2, measure=False, say=lambda _: None,
     )  # fmt: skip
     manifest = json.loads(next((tmp_path / "grown").glob("*/bert2bert.json")).read_text())
     assert all(kind(name) == i for i, group in enumerate(manifest["groups"]) for name in group["names"])

@@ -177,7 +177,7 @@ def test_a_lost_rank_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_workers_write_the_same_bytes(form: str, clean: tuple[Path, dict[str, int]], folder: Path) -> None:
-    options = {key.replace("_", "-"): value for key, value in FORMS[form].items() if key != "form"}
+    options = {key.replace("_", "-"): value for key, value in FORMS[form].items() if key != "format"}
     command = [
         "grow",
         str(folder / "small"),

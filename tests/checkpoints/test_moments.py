@@ -13,11 +13,11 @@ from bert2bert.checkpoints.job import TargetGroup
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.optimizers import ADAM, moment_keys, unknown
 from bert2bert.checkpoints.source import STATES, Source
-from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.errors import InvalidConfig
 from tests.checkpoints.engines import Case, ds_config, release, tiny_bert, train
 from tests.checkpoints.targets import make_spec
 from tests.distributed import run_ranks
+from tests.doors import write_checkpoint
 from tests.rounding import ROUNDING, gap, unit
 
 STAGES = {0: {}, 1: {}, 2: {}, 3: {"reduce_scatter": False}}
@@ -120,7 +120,8 @@ def test_momentum_goes_on_at_any_stage(tmp_path: Path, kind: str, origins: list[
         targets = list(STAGES) if origin == origins[0] else [1]
         for stage in targets:
             (tmp_path / f"from{origin}").mkdir(exist_ok=True)
-            folder = rewrite(source, tmp_path / f"from{origin}" / f"to{stage}", form="zero", stage=stage, world_size=2)
+            place = tmp_path / f"from{origin}" / f"to{stage}"
+            folder = rewrite(source, place, format="zero", stage=stage, world_size=2)
             again = open_source(folder)
             assert again.moments == source.moments
             for tensor, meta in source.tensors.items():
@@ -131,7 +132,7 @@ def test_momentum_goes_on_at_any_stage(tmp_path: Path, kind: str, origins: list[
             limit = unit(torch.bfloat16) / 8 * max(losses) if kind == "muon" else None
             assert gap(found, losses, limit) <= ROUNDING, (origin, found, losses)
     with pytest.raises(InvalidConfig, match=r"universal holds Adam's two moments, and the optimizer of .* keeps"):
-        rewrite(source, tmp_path / "universal", form="universal")
+        rewrite(source, tmp_path / "universal", format="universal")
 
 
 def test_which_states_are_known() -> None:

@@ -23,7 +23,6 @@ import transformers
 from bert2bert import growths
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.algebra.realise import values
-from bert2bert.commands.grow import grow
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.growth.source_model import CheckpointModel, open_model
 from bert2bert.operators.registry import OPERATORS
@@ -31,6 +30,7 @@ from tests import tiny
 from tests.checkpoints.engines import STATES, Case, build, load_truth, release, save_cases, train, truth
 from tests.checkpoints.growths import FAMILIES, GROWTHS, UNDEFINED, Growth
 from tests.distributed import run_ranks
+from tests.doors import grow
 
 STEPS = 2
 
@@ -197,7 +197,7 @@ def test_real_engines_resume_what_was_grown(folder: Path, trained: Callable[[str
             folder / family,
             target,
             tmp_path / f"{family}.json",
-            form=form,
+            format=form,
             lossy=True,
             measure=False,
             say=lambda _: None,

@@ -9,7 +9,7 @@ import torch
 from bert2bert.checkpoints.job import TargetGroup, TargetSpec
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import STATES
-from bert2bert.checkpoints.write import write_checkpoint
+from tests.doors import write_checkpoint
 
 SHAPES = {"emb.weight": (61, 8), "a.weight": (8, 8), "a.bias": (8,), "scale": (), "tiny": (1,), "b.weight": (5, 8)}
 VALUES = {
@@ -47,13 +47,13 @@ def spec(precision: str) -> TargetSpec:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "how",
-    [{"form": "zero", "stage": s, "world_size": w} for s in (1, 2, 3) for w in (1, 2, 5)] + [{"form": "universal"}],
+    [{"format": "zero", "stage": s, "world_size": w} for s in (1, 2, 3) for w in (1, 2, 5)] + [{"format": "universal"}],
     ids=lambda how: "-".join(map(str, how.values())),
 )
 def test_optimizer_checkpoints(tmp_path: Path, how: dict[str, Any], precision: str) -> None:
     write_checkpoint(tmp_path / "out", spec(precision), values, manifest_growth=None, **how)
     source = open_source(tmp_path / "out")
-    assert (source.form, source.precision, source.states) == (how["form"], precision, STATES)
+    assert (source.form, source.precision, source.states) == (how["format"], precision, STATES)
     assert (source.stage, source.world_size) == (how.get("stage"), how.get("world_size"))
     assert list(source.tensors) == list(SHAPES) and source.aliases == {"head.weight": "emb.weight"}
     for (name, state), want in VALUES.items():
@@ -75,7 +75,7 @@ def test_optimizer_checkpoints(tmp_path: Path, how: dict[str, Any], precision: s
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_hub_folder(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
-    write_checkpoint(tmp_path / "out", spec(precision), values, form="hub", manifest_growth=None)
+    write_checkpoint(tmp_path / "out", spec(precision), values, format="hub", manifest_growth=None)
     source = open_source(tmp_path / "out")
     assert (source.form, source.precision, source.states) == ("hub", precision, ("fp32",))
     assert list(source.tensors) == list(SHAPES) and source.aliases == {"head.weight": "emb.weight"}

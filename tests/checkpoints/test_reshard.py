@@ -16,12 +16,12 @@ from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.checkpoints.inspect import check
 from bert2bert.checkpoints.open import open_source
 from bert2bert.commands import cli
-from bert2bert.commands.reshard import reshard
 from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from tests.checkpoints.engines import STATES, Case, release, save_cases, truth
 from tests.checkpoints.test_commit import tree
 from tests.distributed import run_ranks
+from tests.doors import reshard
 
 FROZEN = "4.bias"
 ROOT = Path(__file__).parents[2]
@@ -161,10 +161,10 @@ def test_every_form_and_back(home: Path, tmp_path: Path) -> None:
     """A round trip through every form gives every byte of the tensors again, and the same files where it ends alike."""
     start = home / "z2"
     chain = [
-        {"form": "zero", "stage": 0}, {"form": "universal"}, {"form": "zero", "stage": 3, "world_size": 4},
-        {"form": "zero", "stage": 1, "world_size": 3}, {"form": "zero", "stage": 2, "world_size": 2},
+        {"format": "zero", "stage": 0}, {"format": "universal"}, {"format": "zero", "stage": 3, "world_size": 4},
+        {"format": "zero", "stage": 1, "world_size": 3}, {"format": "zero", "stage": 2, "world_size": 2},
     ]  # fmt: skip
-    before = reshard(start, tmp_path / "direct", form="zero", stage=2, world_size=2, say=lambda _: None)
+    before = reshard(start, tmp_path / "direct", format="zero", stage=2, world_size=2, say=lambda _: None)
     last = start
     for i, how in enumerate(chain):
         reshard(last, tmp_path / str(i), **how, say=lambda _: None)
@@ -184,7 +184,7 @@ def test_every_form_and_back(home: Path, tmp_path: Path) -> None:
 
 def test_weights_alone_and_what_is_left_out(home: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    reshard(home / "z2", tmp_path / "hub", form="hub", say=said.append)
+    reshard(home / "z2", tmp_path / "hub", format="hub", say=said.append)
     assert "left out: exp_avg, exp_avg_sq, groups, learning-rate scheduler, client state, which" in said[0]
     assert not (tmp_path / "hub" / "config.json").exists() and "no config.json" in said[0]
     assert verify(home / "z2", tmp_path / "hub")["ok"]
@@ -198,7 +198,7 @@ def test_weights_alone_and_what_is_left_out(home: Path, tmp_path: Path) -> None:
 
 
 def test_verify_finds_a_changed_bit_and_another_source(home: Path, tmp_path: Path) -> None:
-    folder = reshard(home / "z2", tmp_path / "t", form="universal", say=lambda _: None)
+    folder = reshard(home / "z2", tmp_path / "t", format="universal", say=lambda _: None)
     assert not verify(home / "z3", tmp_path / "t")["ok"]
     file = folder / "zero" / "0.weight" / "exp_avg.pt"
     content = bytearray(file.read_bytes())
@@ -214,7 +214,7 @@ def test_verify_finds_a_changed_bit_and_another_source(home: Path, tmp_path: Pat
 def test_groups_precision_and_a_config_of_ones_own(home: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine"}))
     folder = reshard(
-        home / "z2", tmp_path / "t", form="zero", stage=1, world_size=2, precision="bf16", layout="single",
+        home / "z2", tmp_path / "t", format="zero", stage=1, world_size=2, precision="bf16", groups="single",
         source_config=tmp_path / "config.json", say=lambda _: None,
     )  # fmt: skip
     found = open_source(folder)
@@ -224,7 +224,7 @@ def test_groups_precision_and_a_config_of_ones_own(home: Path, tmp_path: Path) -
     with pytest.raises(InvalidConfig, match="already holds a checkpoint"):
         reshard(home / "z2", tmp_path / "t")
     with pytest.raises(InvalidConfig, match="--format zero needs --stage"):
-        reshard(home / "z2", tmp_path / "u", form="zero")
+        reshard(home / "z2", tmp_path / "u", format="zero")
 
 
 def test_what_would_be_rounded_is_refused(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_mixed_folder_keeps_every_bit(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     tensors = {"a": torch.tensor([1.5, float("nan"), -0.0]).bfloat16(), "b": torch.randn(2, 2)}
     save_file(tensors, tmp_path / "s" / "model.safetensors")
-    reshard(tmp_path / "s", tmp_path / "t", form="hub", say=lambda _: None)
+    reshard(tmp_path / "s", tmp_path / "t", format="hub", say=lambda _: None)
     assert verify(tmp_path / "s", tmp_path / "t")["ok"]
     found = load_file(tmp_path / "t" / "model.safetensors")
     for name, tensor in tensors.items():
@@ -253,7 +253,7 @@ def test_a_mixed_folder_keeps_every_bit(tmp_path: Path) -> None:
 
 def test_tied_names_follow_and_a_run_stays_a_run(tmp_path: Path) -> None:
     save_cases(tmp_path, 2, [Case("bert", stage=3)])
-    reshard(tmp_path / "bert", tmp_path / "t", form="zero", stage=2, world_size=3, say=lambda _: None)
+    reshard(tmp_path / "bert", tmp_path / "t", format="zero", stage=2, world_size=3, say=lambda _: None)
     one, other = open_source(tmp_path / "bert"), open_source(tmp_path / "t")
     assert one.aliases == other.aliases != {}
     manifest = json.loads((other.folder / MANIFEST).read_text())
@@ -273,5 +273,5 @@ def test_mpirun_writes_the_same_bytes(home: Path, tmp_path: Path) -> None:
         [*command, str(home / "z2"), str(tmp_path / "mpi"), *how], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    reshard(home / "z2", tmp_path / "alone", form="zero", stage=3, world_size=2, say=lambda _: None)
+    reshard(home / "z2", tmp_path / "alone", format="zero", stage=3, world_size=2, say=lambda _: None)
     assert tree(tmp_path / "mpi") == tree(tmp_path / "alone")

@@ -21,12 +21,12 @@ import torch
 from bert2bert.algebra.realise import values
 from bert2bert.checkpoints.groups import by_name, param_groups
 from bert2bert.checkpoints.open import open_source
-from bert2bert.checkpoints.write import write_checkpoint
+from bert2bert.checkpoints.target import Target
 from bert2bert.checkpoints.zero.layout import zero12_layout
 from bert2bert.commands.grow import target_spec
-from bert2bert.commands.reshard import reshard
 from bert2bert.growth.opened import Growth, open_growth
 from tests.checkpoints.engines import STATES, Case, hf_config, load_truth, save_cases
+from tests.doors import reshard, write_checkpoint
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 """[state][name]"""
@@ -128,14 +128,14 @@ def test_growing_and_consolidating_commute(home: Path, tmp_path: Path, stage: in
         assert not same(before, {state: {name: live[name][state] for name in live} for state in STATES})
     growth = open_growth(source, home / "large.json", source_config=home / "small.json", width="fpi", seed=4)
     wanted = grown(growth, before)
-    spec = target_spec(growth, form="zero", layout=None, precision=None)
+    spec = target_spec(growth, Target("zero", 0))
     rows = values(growth.plan, growth.reads)
     assert same(wanted, {**wanted, "exp_avg": wanted["exp_avg_sq"]})  # the comparison can fail
     for out_stage in STAGES:
         for out_world in WORLDS:
             target = tmp_path / f"{out_stage}.{out_world}"
             folder = write_checkpoint(
-                target, spec, rows, form="zero", stage=out_stage, world_size=out_world, manifest_growth=None
+                target, spec, rows, format="zero", stage=out_stage, world_size=out_world, manifest_growth=None
             )
             assert not same(merged(folder, out_stage), wanted), (out_stage, out_world)
 
@@ -146,13 +146,13 @@ def test_through_every_form_and_back(home: Path, tmp_path: Path, stage: int, wor
     last = home / case(stage, world).name
     names, tensors = open_source(last).tensors, merged(open_source(last).folder, stage)
     wanted = {state: {name: tensors[state][name] for name in names} for state in STATES}  # tied ones once
-    way: list[dict[str, Any]] = [{"form": "zero", "stage": s, "world_size": w} for s, w in ((3, 3), (1, 4), (0, 1))]
-    for i, how in enumerate([*way, {"form": "universal"}, *reversed(way), {**way[0], "stage": 2}]):
+    way: list[dict[str, Any]] = [{"format": "zero", "stage": s, "world_size": w} for s, w in ((3, 3), (1, 4), (0, 1))]
+    for i, how in enumerate([*way, {"format": "universal"}, *reversed(way), {**way[0], "stage": 2}]):
         reshard(last, tmp_path / str(i), say=lambda _: None, **how)
         last = tmp_path / str(i)
-        if how["form"] == "zero":
+        if how["format"] == "zero":
             assert not same(merged(open_source(last).folder, how["stage"]), wanted), how
-    reshard(last, tmp_path / "hub", form="hub", say=lambda _: None)
+    reshard(last, tmp_path / "hub", format="hub", say=lambda _: None)
     hub = open_source(tmp_path / "hub")
     assert all(
         torch.equal(hub.read(n, "fp32", 0, t.shape[0]), t) for n, t in wanted["fp32"].items() if n in hub.tensors

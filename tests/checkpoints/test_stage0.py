@@ -15,13 +15,13 @@ import torch
 from bert2bert.checkpoints.job import TargetSpec
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import STATES
-from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from tests.checkpoints import engines
 from tests.checkpoints.engines import Case, build, release, train
 from tests.checkpoints.targets import DECAY, LR, make_spec, make_tensors, reader
 from tests.checkpoints.test_readers_zero import edit, equal
 from tests.distributed import run_ranks
+from tests.doors import write_checkpoint
 from tests.rounding import ROUNDING, gap
 
 CASES = [
@@ -303,7 +303,7 @@ def test_what_is_written_resumes_in_unmodified_engines(tmp_path: Path, world: in
     for case in WRITTEN:
         spec = spec_of(case)
         target = tmp_path / case.name
-        write_checkpoint(target, spec, reader(make_tensors(spec)), form="zero", stage=0, manifest_growth=None)
+        write_checkpoint(target, spec, reader(make_tensors(spec)), format="zero", stage=0, manifest_growth=None)
         source = open_source(target)
         assert (source.stage, source.world_size, source.fused) == (0, 1, spec.fused)
         for name, states in make_tensors(spec).items():
@@ -346,12 +346,12 @@ def rewrite(source: Any, target: Path, stage: int) -> None:
         lr_scheduler=source.lr_scheduler,
         client_state=source.client_state,
     )
-    write_checkpoint(target, spec, source.read, form="zero", stage=stage, world_size=2, manifest_growth=None)
+    write_checkpoint(target, spec, source.read, format="zero", stage=stage, world_size=2, manifest_growth=None)
 
 
 def test_impossible_worlds_are_refused(tmp_path: Path) -> None:
     spec = make_spec()
-    with pytest.raises(InvalidConfig, match="world size 0"):
+    with pytest.raises(InvalidConfig, match="--world-size is 0"):
         write_checkpoint(
-            tmp_path / "d", spec, reader(make_tensors(spec)), form="zero", stage=0, world_size=0, manifest_growth=None
+            tmp_path / "d", spec, reader(make_tensors(spec)), format="zero", stage=0, world_size=0, manifest_growth=None
         )

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.commands.grow import grow
 from tests.checkpoints.engines import VOCAB, hf_config, hf_model, release
 from tests.distributed import run_ranks
+from tests.doors import grow
 
 pytest.importorskip("accelerate")
 
@@ -60,7 +60,7 @@ def test_the_trainer_goes_on_from_the_growth_of_its_checkpoint(tmp_path: Path) -
     out, stage = tmp_path / "out", 2
     truth = run_ranks(train, 2, str(out), stage, CONFIG, 4, None)[0]
     (tmp_path / "wider.json").write_text(json.dumps(WIDER))
-    native = {"form": "zero", "stage": stage, "world_size": 2}
+    native = {"format": "zero", "stage": stage, "world_size": 2}
     for name, how in {"native": native, "universal": {}}.items():
         target = tmp_path / name
         grow(out / "checkpoint-2", target, tmp_path / "wider.json", measure=False, say=lambda _: None, **how)  # type: ignore[arg-type]

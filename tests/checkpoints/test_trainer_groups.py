@@ -14,8 +14,6 @@ import transformers
 from bert2bert.algebra.realise import values
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import STATES
-from bert2bert.commands.grow import grow
-from bert2bert.commands.reshard import reshard
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.growth.opened import open_growth
 from bert2bert.growth.source_model import open_model
@@ -25,6 +23,7 @@ from tests.checkpoints.engines import Case, build, release, train, truth
 from tests.checkpoints.test_readers_zero import edit, equal
 from tests.checkpoints.test_stage0 import live_states
 from tests.distributed import run_ranks
+from tests.doors import grow, reshard
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "t5", "modernbert", "mixtral")
 STEPS = 2
@@ -145,7 +144,7 @@ def test_unmodified_scripts_load_what_was_grown(home: Path, tmp_path: Path, worl
         rows = values(growth.plan, growth.reads)
         whole = {s: {n: rows(n, s, 0, t.shape[0]) for n, t in growth.plan.tensors.items()} for s in STATES}
         torch.save(whole, tmp_path / f"{name}.pt")
-        native = {"form": "zero", "stage": stage, "world_size": world, "say": lambda _: None}
+        native = {"format": "zero", "stage": stage, "world_size": world, "say": lambda _: None}
         case = Case(name, stage, layout="trainer", steps=STEPS, hf=open_model(home / name).config | config)
         target = tmp_path / f"{name}-kept"
         grow(home / name, target, tmp_path / f"{name}.json", measure=False, **native | {"say": kept.append})
@@ -157,12 +156,12 @@ def test_unmodified_scripts_load_what_was_grown(home: Path, tmp_path: Path, worl
         words: list[str] = []
         grow(
             home / name, one, tmp_path / f"{name}.json", measure=False,
-            **native | {"layout": "single", "say": words.append},
+            **native | {"groups": "single", "say": words.append},
         )  # fmt: skip
         assert any("--groups: weight_decay changes for" in text and "0.0 -> 0.1" in text for text in words)
         assert [g["weight_decay"] for g in open_source(one).groups] == [0.1]
         words.clear()
-        reshard(one, again, **native | {"layout": "decay", "say": words.append})
+        reshard(one, again, **native | {"groups": "decay", "say": words.append})
         assert "--groups: weight_decay changes for" in words[0] and "0.1 -> 0.0" in words[0]
         assert [g["weight_decay"] for g in open_source(again).groups] == [0.1, 0.0]
         loads.append((str(again), str(tmp_path / f"{name}.pt"), case))
@@ -176,13 +175,13 @@ def test_a_folder_without_groups_gets_a_pair_a_layer_or_the_trainers(tmp_path: P
     tiny.scramble(model)
     model.save_pretrained(tmp_path / "small")
     (tmp_path / "goal.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
-    grow(tmp_path / "small", tmp_path / "big", tmp_path / "goal.json", form="zero", stage=2, world_size=1,
-         layout="layers", measure=False, say=lambda _: None)  # fmt: skip
+    grow(tmp_path / "small", tmp_path / "big", tmp_path / "goal.json", format="zero", stage=2, world_size=1,
+         groups="layers", measure=False, say=lambda _: None)  # fmt: skip
     groups = open_source(tmp_path / "big").groups
     assert [len(g["names"]) for g in groups] == [1, *(7, 2) * 5, 1, 1]
     assert [bool(g["weight_decay"]) for g in groups] == [True, *(True, False) * 5, True, False]
     reshard(
-        tmp_path / "big", tmp_path / "again", form="zero", stage=2, world_size=1, layout="decay", say=lambda _: None
+        tmp_path / "big", tmp_path / "again", format="zero", stage=2, world_size=1, groups="decay", say=lambda _: None
     )
     again = open_source(tmp_path / "again")
     assert [(len(g["names"]), bool(g["weight_decay"])) for g in again.groups] == [(37, True), (11, False)]

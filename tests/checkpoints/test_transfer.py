@@ -6,16 +6,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bert2bert.checkpoints.write import deal, world, write_checkpoint
+from bert2bert.checkpoints.write import deal
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
+from bert2bert.ranks.comm import ALONE, gather, on_first, together, world
 from tests.checkpoints.targets import make_tensors, plain_spec, reader
 from tests.checkpoints.test_commit import FORMS, tree
+from tests.doors import write_checkpoint
 
 
 class Room:
@@ -27,7 +30,7 @@ class Room:
 
 
 class ThreadComm:
-    """The part of an mpi4py communicator that the writer uses."""
+    """Ranks that are threads."""
 
     def __init__(self, room: Room, rank: int) -> None:
         self.room, self.rank, self.size = room, rank, len(room.slots)
@@ -38,10 +41,6 @@ class ThreadComm:
         items = list(self.room.slots)
         self.room.barrier.wait()
         return items
-
-    def gather(self, item: Any, root: int = 0) -> list[Any] | None:
-        items = self.allgather(item)
-        return items if self.rank == root else None
 
 
 def on_ranks(size: int, call: Callable[[Any], Any]) -> list[Any]:
@@ -62,13 +61,13 @@ def on_ranks(size: int, call: Callable[[Any], Any]) -> list[Any]:
     return results
 
 
-def write(target: Path, how: dict[str, Any], comm: Any = None, values: Any = None, **more: Any) -> Path:
+def write(target: Path, how: dict[str, Any], comm: Any = ALONE, values: Any = None, **more: Any) -> Path:
     spec = plain_spec()
     values = values or reader(make_tensors(spec))
     return write_checkpoint(target, spec, values, manifest_growth={"seed": 1}, comm=comm, **how, **more)
 
 
-@pytest.mark.parametrize("how", [*FORMS, {"form": "zero", "stage": 3, "world_size": 3}], ids=str)
+@pytest.mark.parametrize("how", [*FORMS, {"format": "zero", "stage": 3, "world_size": 3}], ids=str)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_bytes_do_not_depend_on_the_ranks(tmp_path: Path, how: dict[str, Any], ranks: int) -> None:
     alone = write(tmp_path / "alone", how)
@@ -84,7 +83,7 @@ def test_the_bytes_do_not_depend_on_the_ranks(tmp_path: Path, how: dict[str, Any
     assert tree(tmp_path / "together") == tree(tmp_path / "alone")
     whole = [0]
     write(tmp_path / "again", how, progress=lambda count: whole.__setitem__(0, whole[0] + count))
-    assert sum(counts) == whole[0] > 3000 and (how["form"] == "hub" or min(counts[:2]) > 0)
+    assert sum(counts) == whole[0] > 3000 and (how["format"] == "hub" or min(counts[:2]) > 0)
 
 
 @pytest.mark.parametrize("how", FORMS[:2], ids=str)
@@ -122,9 +121,32 @@ def test_a_refusal_by_rank_zero_reaches_all_and_touches_nothing(tmp_path: Path) 
 
 
 def test_a_rank_that_plans_otherwise_stops_all(tmp_path: Path) -> None:
-    found = on_ranks(2, lambda comm: write(tmp_path / "d", {**FORMS[0], "stage": 2 + 5 * comm.rank}, comm))
-    assert all(isinstance(e, InvalidConfig) and "stage 7" in str(e) for e in found)
+    def call(comm: Any) -> Path:
+        nested: list[Any] = []
+        for _ in range(100_000 * comm.rank):
+            nested = [nested]
+        spec = replace(plain_spec(), client_state={"nested": nested})
+        return write_checkpoint(
+            tmp_path / "d", spec, reader(make_tensors(spec)), **FORMS[0], manifest_growth=None, comm=comm
+        )
+
+    found = on_ranks(2, call)
+    assert all(isinstance(e, InvalidCheckpoint) and "nested hundreds deep" in str(e) for e in found)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_first_rank_does_all_learn() -> None:
+    def fail(error: Exception) -> int:
+        raise error
+
+    assert on_ranks(3, lambda comm: on_first(comm, lambda: comm.rank + 7)) == [7, 7, 7]
+    assert on_ranks(3, lambda comm: gather(comm, lambda: comm.rank)) == [[0, 1, 2]] * 3
+    found = on_ranks(2, lambda comm: on_first(comm, lambda: fail(InvalidConfig("no"))))
+    assert [(type(e), str(e)) for e in found] == [(InvalidConfig, "no")] * 2
+    found = on_ranks(2, lambda comm: on_first(comm, lambda: fail(KeyError("x"))))
+    assert isinstance(found[0], KeyError) and str(found[1]) == "rank 0 stopped: KeyError: 'x'"
+    local = on_ranks(2, lambda comm: together(comm, lambda: lambda: comm.rank))  # which nothing could pickle
+    assert [call() for call in local] == [0, 1]
 
 
 def test_files_are_dealt_evenly_by_bytes() -> None:
@@ -140,7 +162,7 @@ def test_a_single_process_needs_no_mpi(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # importing it would fail
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS"):
         monkeypatch.delenv(name, raising=False)
-    assert world() is None
+    assert world() is ALONE
     write(tmp_path / "d", FORMS[0], world())
     monkeypatch.setenv("PMI_SIZE", "2")
     with pytest.raises(UserError, match="mpi4py does not load"):
@@ -159,5 +181,5 @@ def test_mpirun_writes_the_same_bytes(tmp_path: Path, ranks: int) -> None:
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == f"ranks {ranks}\n", done.stderr
     spec = plain_spec()
-    write_checkpoint(tmp_path / "alone", spec, reader(make_tensors(spec)), form="universal", manifest_growth=None)
+    write_checkpoint(tmp_path / "alone", spec, reader(make_tensors(spec)), format="universal", manifest_growth=None)
     assert tree(tmp_path / "mpi") == tree(tmp_path / "alone")

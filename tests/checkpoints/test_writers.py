@@ -25,13 +25,13 @@ import torch
 
 from bert2bert.checkpoints import job
 from bert2bert.checkpoints.job import STATES, TargetGroup, TargetSpec, flat_values
-from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.errors import InvalidConfig
 from bert2bert.files import torch_reader, torch_writer, zip_writer
 from bert2bert.files.digest import digest, file_digest, hex16
 from bert2bert.files.sink import Sink
 from bert2bert.files.torch_writer import Blank, Foreign
 from tests.checkpoints.targets import make_spec, make_tensors, reader
+from tests.doors import write_checkpoint
 
 
 def parts(tensor: torch.Tensor, size: int = 7) -> Iterator[torch.Tensor]:
@@ -123,7 +123,7 @@ def most_memory(folder: Path, rows: int) -> int:
         seen.append(anonymous_memory())
         return found
 
-    write_checkpoint(folder / str(rows), tiny_spec({"w": (rows, 1000)}), values, form="hub", manifest_growth=None)
+    write_checkpoint(folder / str(rows), tiny_spec({"w": (rows, 1000)}), values, format="hub", manifest_growth=None)
     assert len(seen) > 30
     return max(seen)
 
@@ -193,19 +193,19 @@ def test_a_spec_that_contradicts_itself_is_a_defect() -> None:
 def test_client_state_may_not_replace_deepspeeds_entries(tmp_path: Path) -> None:
     spec = make_spec(client_state={"global_steps": 9})
     with pytest.raises(ValueError, match="global_steps"):
-        write_checkpoint(tmp_path / "d", spec, reader(make_tensors(spec)), form="universal", manifest_growth=None)
+        write_checkpoint(tmp_path / "d", spec, reader(make_tensors(spec)), format="universal", manifest_growth=None)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"form": "zero"}, "--stage S --world-size N"),
-        ({"form": "zero", "stage": 4, "world_size": 2}, "stage 4"),
-        ({"form": "zero", "stage": 2}, "--stage S --world-size N"),
-        ({"form": "zero", "stage": 2, "world_size": 0}, "world size 0"),
-        ({"form": "universal", "stage": 2}, "leave out --stage"),
-        ({"form": "hubb"}, "did you mean 'hub'"),
+        ({"format": "zero"}, "needs --stage"),
+        ({"format": "zero", "stage": 4, "world_size": 2}, "--stage is 4"),
+        ({"format": "zero", "stage": 2}, "needs --stage"),
+        ({"format": "zero", "stage": 2, "world_size": 0}, "--world-size is 0"),
+        ({"format": "universal", "stage": 2}, "leave them out"),
+        ({"format": "hubb"}, "did you mean 'hub'"),
     ],
 )
 def test_impossible_formats_are_refused_with_nothing_written(tmp_path: Path, how: dict[str, Any], message: str) -> None:
@@ -225,7 +225,7 @@ def test_transformers_loads_the_hub_folder_silently(
     spec = make_spec(precision, states=("fp32",), extra_files={"tokenizer.json": b"{}\n"})
     tensors = make_tensors(spec)
     folder = write_checkpoint(
-        tmp_path / "hub", spec, reader(tensors), form="hub", manifest_growth={"operator": "x"}, max_file_bytes=limit
+        tmp_path / "hub", spec, reader(tensors), format="hub", manifest_growth={"operator": "x"}, shard_size=limit
     )
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert (files == ["model.safetensors"]) == (limit > 9_000) and (len(files) == 1 or len(files) > 3)
@@ -252,7 +252,7 @@ def test_the_manifest_says_what_was_written(tmp_path: Path) -> None:
     tensors = make_tensors(spec)
     growth = {"operator": "aki", "seed": 3}
     folder = write_checkpoint(
-        tmp_path / "d", spec, reader(tensors), form="zero", stage=2, world_size=3, manifest_growth=growth
+        tmp_path / "d", spec, reader(tensors), format="zero", stage=2, world_size=3, manifest_growth=growth
     )
     manifest = json.loads((folder / "bert2bert.json").read_text())
     assert folder == tmp_path / "d" / "global_step7" and (tmp_path / "d" / "latest").read_text() == "global_step7"
@@ -278,7 +278,7 @@ def test_stage_three_files_hold_no_garbage(tmp_path: Path) -> None:
     spec = tiny_spec({"a": (5,), "b": (3,)})
     tensors = {name: {state: torch.ones(shape) for state in STATES} for name, shape in spec.shapes.items()}
     folder = write_checkpoint(
-        tmp_path / "d", spec, reader(tensors), form="zero", stage=3, world_size=4, manifest_growth=None
+        tmp_path / "d", spec, reader(tensors), format="zero", stage=3, world_size=4, manifest_growth=None
     )
     last = torch.load(folder / "zero_pp_rank_3_mp_rank_00_optim_states.pt", weights_only=False)
     assert last["optimizer_state_dict"]["fp32_flat_groups"][0].tolist() == [0, 0, 0]
@@ -289,7 +289,7 @@ def test_stage_three_files_hold_no_garbage(tmp_path: Path) -> None:
 def test_param_groups_have_every_key_that_torch_adamw_has(tmp_path: Path) -> None:
     spec = make_spec()
     folder = write_checkpoint(
-        tmp_path / "d", spec, reader(make_tensors(spec)), form="zero", stage=1, world_size=1, manifest_growth=None
+        tmp_path / "d", spec, reader(make_tensors(spec)), format="zero", stage=1, world_size=1, manifest_growth=None
     )
     saved = torch.load(folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt", weights_only=False)["optimizer_state_dict"]
     groups = saved["base_optimizer_state"]["param_groups"]
@@ -300,7 +300,7 @@ def test_param_groups_have_every_key_that_torch_adamw_has(tmp_path: Path) -> Non
 def test_another_precision_drops_the_sources_loss_scale(tmp_path: Path) -> None:
     spec = replace(make_spec("bf16"), loss_scaler={"cur_scale": 4096.0, "dynamic": True})
     folder = write_checkpoint(
-        tmp_path / "d", spec, reader(make_tensors(spec)), form="zero", stage=2, world_size=1, manifest_growth=None
+        tmp_path / "d", spec, reader(make_tensors(spec)), format="zero", stage=2, world_size=1, manifest_growth=None
     )
     saved = torch.load(folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", weights_only=False)
     assert saved["optimizer_state_dict"]["loss_scaler"].cur_scale == 1.0

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from bert2bert.checkpoints.job import TargetSpec
-from bert2bert.checkpoints.write import write_checkpoint
 from tests.checkpoints.engines import STATES, Case, build, release, train, truth
 from tests.checkpoints.targets import BETAS, DECAY, EPS, LR, make_spec, make_tensors, reader
 from tests.distributed import run_ranks
+from tests.doors import write_checkpoint
 
 SCALER = {"cur_scale": 2048.0, "cur_iter": 11, "last_overflow_iter": 4, "scale_window": 500, "cur_hysteresis": 1}
 SMALL = {"sub_group_size": 5000}  # several sub-groups in stage 3
@@ -125,7 +125,7 @@ def test_native_checkpoints_resume_in_unmodified_engines(tmp_path: Path, world: 
         spec = spec_of(case)
         folder = tmp_path / case.name
         write_checkpoint(
-            folder, spec, reader(make_tensors(spec)), form="zero", stage=case.stage, world_size=world,
+            folder, spec, reader(make_tensors(spec)), format="zero", stage=case.stage, world_size=world,
             manifest_growth=None, **case.zero,
         )  # fmt: skip
         loads.append(Load(str(folder), case))
@@ -140,10 +140,10 @@ def universal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for layout, precision in [("decay", "fp32"), ("layers", "fp32"), ("decay", "fp16")]:
         spec = spec_of(Case("", precision=precision, layout=layout))
         folders[f"{layout}-{precision}"] = folder = root / f"{layout}-{precision}"
-        write_checkpoint(folder, spec, reader(make_tensors(spec)), form="universal", manifest_growth=None)
+        write_checkpoint(folder, spec, reader(make_tensors(spec)), format="universal", manifest_growth=None)
     spec = without_moments(make_spec())
     folders["fresh"] = root / "fresh"
-    write_checkpoint(root / "fresh", spec, reader(make_tensors(spec)), form="universal", manifest_growth=None)
+    write_checkpoint(root / "fresh", spec, reader(make_tensors(spec)), format="universal", manifest_growth=None)
     return folders
 
 
@@ -170,7 +170,7 @@ def test_native_checkpoint_without_moments_is_a_fresh_optimizer(tmp_path: Path) 
         spec = without_moments(make_spec())
         folder = tmp_path / f"z{stage}"
         write_checkpoint(
-            folder, spec, reader(make_tensors(spec)), form="zero", stage=stage, world_size=1, manifest_growth=None
+            folder, spec, reader(make_tensors(spec)), format="zero", stage=stage, world_size=1, manifest_growth=None
         )
         loads.append(Load(str(folder), Case(f"z{stage}", stage), fresh=True))
     run_ranks(check_all, 1, loads)
@@ -183,7 +183,7 @@ def test_deepspeeds_own_zero_to_fp32_reads_the_shards(tmp_path: Path, stage: int
     spec = spec_of(Case("", buffer=True))
     tensors = make_tensors(spec)
     write_checkpoint(
-        tmp_path / "d", spec, reader(tensors), form="zero", stage=stage, world_size=world, manifest_growth=None,
+        tmp_path / "d", spec, reader(tensors), format="zero", stage=stage, world_size=world, manifest_growth=None,
         sub_group_size=5000,
     )  # fmt: skip
     found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "d"))

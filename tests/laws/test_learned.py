@@ -16,7 +16,6 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from bert2bert.algebra.plan import GrowthPlan
-from bert2bert.commands.grow import grow
 from bert2bert.commands.learn import Fit, Fitted, learn, rows_of
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.corpus import books
@@ -29,6 +28,7 @@ from bert2bert.tables import table_for
 from tests import tiny
 from tests.cover import families
 from tests.data.fixtures import write_bins
+from tests.doors import grow
 from tests.laws.harness import STATES, assert_slices, detached, reader, realised, scrambled
 from tests.rounding import ROUNDING, WRONG, allowed, gap, largest
 
@@ -214,7 +214,7 @@ def test_a_fit_beats_its_start_on_held_out_text(tmp_path: Path) -> None:
         say=said.append,
     )
     assert "nats on held-out text" in said[-2] and found.about["heldout"][0] > found.about["heldout"][1]
-    folder = grow(tmp_path / "small", tmp_path / "grown", tmp_path / "large.json", form="hub", measure=False,
+    folder = grow(tmp_path / "small", tmp_path / "grown", tmp_path / "large.json", format="hub", measure=False,
                   width=f"ligo:maps={tmp_path / 'maps'}", say=said.append)  # fmt: skip
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     source = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "small").eval()

@@ -14,11 +14,11 @@ import torch
 
 from bert2bert.checkpoints.groups import by_name, param_groups
 from bert2bert.checkpoints.job import STATES, TargetGroup, TargetSpec
-from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.recipe import Phase
 from tests.distributed import run_ranks
+from tests.doors import write_checkpoint
 from tests.train import runs, tiny
 
 GROWTH = {"operator": {"width": "aki"}, "source_spent": {"flops": 5.0, "seconds": 6.0, "tokens": 7, "steps": 8}}
@@ -109,7 +109,7 @@ def check(result: dict[str, Any], precision: str) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_universal_loads_at_any_stage_and_world_size(bins: Path, tmp_path: Path, world: int) -> None:
     precision = "fp16" if world == 2 else "fp32"
-    write_checkpoint(tmp_path / "grown", spec(precision), values, form="universal", manifest_growth=GROWTH)
+    write_checkpoint(tmp_path / "grown", spec(precision), values, format="universal", manifest_growth=GROWTH)
     cases = {1: [(2, "fp32"), (0, "fp32")], 2: [(1, "fp16"), (3, "fp16")], 3: [(1, "fp32"), (3, "fp32")]}[world]
     for results in run_ranks(load, world, bins, tmp_path / "grown", cases, timeout=90):
         for result in results:
@@ -121,11 +121,11 @@ def test_native_shards_and_hub_folders(bins: Path, tmp_path: Path) -> None:
     for stage in (0, 1, 2, 3):
         target = tmp_path / f"zero{stage}"
         write_checkpoint(
-            target, spec("bf16"), values, form="zero", stage=stage, world_size=2, manifest_growth=GROWTH
+            target, spec("bf16"), values, format="zero", stage=stage, world_size=2, manifest_growth=GROWTH
         )  # fmt: skip
         for results in run_ranks(load, 2, bins, target, [(stage, "bf16")], timeout=60):
             check(results[0], "bf16")
-    write_checkpoint(tmp_path / "hub", spec("fp32", STATES[:1]), values, form="hub", manifest_growth=GROWTH)
+    write_checkpoint(tmp_path / "hub", spec("fp32", STATES[:1]), values, format="hub", manifest_growth=GROWTH)
     for results in run_ranks(load, 2, bins, tmp_path / "hub", [(2, "fp32")], timeout=60):
         assert results[0]["kind"] == "weights" and results[0]["worst"] == 0.0
         assert set(results[0]["steps"]) == {0} and "weights only" in results[0]["notes"]
@@ -150,7 +150,7 @@ def load_hub(bins: Path, path: Path, told: dict[str, str]) -> tuple[str, bool]:
 @pytest.mark.timeout(60)
 def test_a_hub_folder_of_16_bit_weights_and_the_tokenizer_of_its_source(bins: Path, tmp_path: Path) -> None:
     growth = {**GROWTH, "tokenizer_digest": "mine"}
-    write_checkpoint(tmp_path / "hub", spec("bf16", STATES[:1]), values, form="hub", manifest_growth=growth)
+    write_checkpoint(tmp_path / "hub", spec("bf16", STATES[:1]), values, format="hub", manifest_growth=growth)
     data = {"digest": "", "tokenizer_digest": "mine"}
     assert run_ranks(load_hub, 1, bins, tmp_path / "hub", data, timeout=50) == [("weights", True)]
     (refusal, _), *_ = run_ranks(load_hub, 1, bins, tmp_path / "hub", {**data, "tokenizer_digest": "other"}, timeout=50)
@@ -166,7 +166,7 @@ def run_then_continue(bins: Path, grown: Path, output: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_a_run_from_a_grown_checkpoint_keeps_its_origin(bins: Path, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "grown", spec("fp32"), values, form="universal", manifest_growth=GROWTH)
+    write_checkpoint(tmp_path / "grown", spec("fp32"), values, format="universal", manifest_growth=GROWTH)
     run_ranks(run_then_continue, 2, bins, tmp_path / "grown", tmp_path / "run", timeout=90)
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["source"]["growth"] == GROWTH and about["source"]["spent"] == GROWTH["source_spent"]

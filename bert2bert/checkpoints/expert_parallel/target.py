@@ -7,40 +7,23 @@ say over how many ranks they are split; as UnsupportedGrowth, what DeepSpeed's o
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from bert2bert.checkpoints.expert_parallel.layout import CAPTURED, Block, ExpertParallel, blocks
+from bert2bert.checkpoints.expert_parallel.writer import check
+from bert2bert.checkpoints.job import TargetSpec
+from bert2bert.checkpoints.source import Source
+from bert2bert.checkpoints.target import Target
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 
-if TYPE_CHECKING:
-    from bert2bert.checkpoints.expert_parallel.layout import Block, ExpertParallel
-    from bert2bert.checkpoints.job import TargetSpec
-    from bert2bert.checkpoints.source import Source
 
-
-def with_experts(
-    spec: TargetSpec, source: Source, size: int | None, *, form: str, stage: int | None, world: int | None,
-    layout: str | None,
-) -> TargetSpec:  # fmt: skip
-    """The same target for an engine of which ``size`` ranks share the experts; None: for one that does not split them.
-    layout: as asked for (`targets.make_spec`)."""
-    from bert2bert.checkpoints.expert_parallel.layout import CAPTURED, ExpertParallel, blocks
-    from bert2bert.checkpoints.expert_parallel.writer import check
-
-    found = blocks(spec.shapes)
-    numbered, auto = ([block for block in found if block.auto is kind] for kind in (False, True))
-    kept = source.expert_parallel if layout in (None, "source") else None
-    if size is None:
-        if numbered and form == "zero":
-            raise InvalidConfig(
-                f"{source.path}: the experts of {numbered[0].prefix[:-1]} are those of a deepspeed.moe.layer.MoE, "
-                "which loads expert-parallel files only.\nGive the number of ranks that share them (its ep_size): "
-                "--expert-parallel N."
-            )
-        if not (auto and form == "zero" and source.expert_parallel):
-            return spec
-        _last(spec, source, kept)
-        return _in_model_order(spec, source, auto)
-    if source.expert_parallel and source.expert_parallel.data_first and 1 < size < (world or 0):
+def with_experts(spec: TargetSpec, source: Source, target: Target) -> TargetSpec:
+    """The same target for an engine whose ranks share the experts as ``target`` says, or that does not split them."""
+    kept = source.expert_parallel if target.groups in (None, "source") else None
+    auto = [block for block in blocks(spec.shapes) if block.auto]
+    if target.expert_parallel is None:
+        return _whole(spec, source, kept, auto) if target.format == "zero" else spec
+    size, world = target.expert_parallel, target.world_size or 1
+    if source.expert_parallel and source.expert_parallel.data_first and 1 < size < world:
         raise UnsupportedGrowth(
             f"{source.path}: of a run with use_data_before_expert_parallelism, which places experts on other ranks "
             f"than the files that are written for {size} of {world} ranks.\nGive --expert-parallel {world} or 1, where "
@@ -55,8 +38,23 @@ def with_experts(
         )
     captured = kind in CAPTURED or bool(kept and kept.captured)
     spec = replace(spec, expert_parallel=ExpertParallel(size, last, captured))
-    check(spec, stage, world)
+    check(spec, world)
     return spec
+
+
+def _whole(spec: TargetSpec, source: Source, kept: ExpertParallel | None, auto: list[Block]) -> TargetSpec:
+    """For an engine that does not split its experts: the order of groups that have been an expert-parallel engine's."""
+    numbered = [block for block in blocks(spec.shapes) if not block.auto]
+    if numbered:
+        raise InvalidConfig(
+            f"{source.path}: the experts of {numbered[0].prefix[:-1]} are those of a deepspeed.moe.layer.MoE, "
+            "which loads expert-parallel files only.\nGive the number of ranks that share them (its ep_size): "
+            "--expert-parallel N."
+        )
+    if not (auto and source.expert_parallel):
+        return spec
+    _last(spec, source, kept)
+    return _in_model_order(spec, source, auto)
 
 
 def _last(spec: TargetSpec, source: Source, kept: ExpertParallel | None) -> bool:
@@ -73,8 +71,6 @@ def _last(spec: TargetSpec, source: Source, kept: ExpertParallel | None) -> bool
 
 def notes(spec: TargetSpec) -> list[str]:
     """What the training script must do for the engine's groups to be those that were written, in sentences."""
-    from bert2bert.checkpoints.expert_parallel.layout import blocks
-
     if not spec.expert_parallel or not any(block.auto for block in blocks(spec.shapes)):
         return []
     lists = 'lists of parameters (with a "name" in each group)'
@@ -92,8 +88,6 @@ def _called(spec: TargetSpec) -> str:
 def _in_model_order(spec: TargetSpec, source: Source, auto: list[Block]) -> TargetSpec:
     """The tensors that an expert-parallel engine wrote in the order of the model that does not split its experts: the
     engine has every router before its experts, not every model has."""
-    from bert2bert.checkpoints.expert_parallel.layout import CAPTURED
-
     before = CAPTURED.get(str(spec.config.get("model_type")))
     if before is None:
         raise UnsupportedGrowth(

@@ -6,7 +6,7 @@
                                                    among the ranks with the same experts: R, R ± E, R ± 2 E, …
 
 Refuses, as InvalidConfig: a model without experts that DeepSpeed splits; a size that divides neither the ranks nor
-the experts; stage 3, which splits experts in another way; Muon.
+the experts; Muon. Stage 3 splits experts in another way: `Target` refuses it.
 """
 
 from __future__ import annotations
@@ -42,14 +42,9 @@ from bert2bert.files.torch_writer import Blank
 _VERSION = 0.4  # of DeepSpeed's universal checkpoints, which its converter looks for
 
 
-def check(spec: TargetSpec, stage: int | None, world: int | None) -> None:
+def check(spec: TargetSpec, world: int) -> None:
     """Raise InvalidConfig for a target that DeepSpeed could not load."""
     size = spec.expert_parallel.size if spec.expert_parallel else 0
-    if stage not in (1, 2) or not world:
-        raise InvalidConfig(
-            f"--expert-parallel {size} belongs to --format zero with --stage 1 or 2 and --world-size N; stage {stage} "
-            "keeps experts in another form, which is not written. Leave one of the two out."
-        )
     if size < 1 or world % size:
         raise InvalidConfig(
             f"--expert-parallel {size} does not divide --world-size {world}: as many ranks share the experts. Choose "
@@ -81,7 +76,7 @@ def _divisors(number: int) -> str:
 
 def expert_zero_files(job: Job, stage: int, world: int) -> list[FilePlan]:
     """The files of the checkpoint, each independent of the others. Raises InvalidConfig as `check` does."""
-    check(job.spec, stage, world)
+    check(job.spec, world)
     return rank_files(job, _Experts(job, stage, world), world)
 
 

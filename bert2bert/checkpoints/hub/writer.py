@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -23,12 +22,11 @@ import torch
 from bert2bert.checkpoints.hub import experts
 from bert2bert.checkpoints.hub.beside import json_bytes
 from bert2bert.checkpoints.job import FilePlan, Job, TargetSpec, flat_values, write_bytes
-from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.errors import UnsupportedGrowth
 from bert2bert.files.sink import Sink
 from bert2bert.files.torch_writer import Blank, stream
 
 MAX_FILE_BYTES = 5 * 10**9
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32",
@@ -79,15 +77,6 @@ def _dtype_key() -> str:
     except importlib.metadata.PackageNotFoundError:
         return "dtype"
     return "dtype" if tuple(int(number) for number in release) >= (4, 56) else "torch_dtype"
-
-
-def file_bytes(text: str) -> int:
-    """A size such as 5GB, 200MB or 1000000 in bytes. Raises InvalidConfig."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", text.strip().upper())
-    size = int(float(match[1]) * _UNITS.get(match[2], 1)) if match else 0
-    if size < 1:
-        raise InvalidConfig(f"--shard-size is {text!r}; expected a size such as 5GB, 200MB or 1000000 (bytes)")
-    return size
 
 
 def _blanks(job: Job) -> dict[str, Blank]:

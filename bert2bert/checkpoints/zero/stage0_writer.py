@@ -4,8 +4,6 @@ The optimizer's state is addressed by position, so the script that resumes must 
 16 bits there are two forms: master weights and moments tensor by tensor for torch's AdamW and most others
 (FP16_UnfusedOptimizer), and flat by group for DeepSpeed's FusedAdam (FP16_Optimizer), which takes its gradient clipping
 from the file over the config: 0, no clipping, is written where the source did not say.
-
-Refuses world sizes below 1 (InvalidConfig).
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from bert2bert.checkpoints.job import FilePlan, Job, TargetGroup
 from bert2bert.checkpoints.zero.layout import zero12_layout
 from bert2bert.checkpoints.zero.model_states import MODEL
 from bert2bert.checkpoints.zero.writer import adam_state, hyper_parameters, model_states, scaler_attributes
-from bert2bert.errors import InvalidConfig
 from bert2bert.files import torch_writer
 from bert2bert.files.sink import Sink
 from bert2bert.files.torch_writer import Blank
@@ -29,8 +26,6 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale
 
 def stage0_files(job: Job, world: int) -> list[FilePlan]:
     """The one file of the checkpoint. ``world``: ranks of the run, which DeepSpeed notes and does not check."""
-    if world < 1:
-        raise InvalidConfig(f"world size {world} is impossible: --world-size is the number of ranks that will resume.")
     spec = job.spec
     low = 0 if spec.precision == "fp32" else spec.dtype.itemsize
     payload = sum(
@@ -72,8 +67,8 @@ def _write(job: Job, world: int, file: Sink) -> int:
 
 def _scaler(job: Job) -> dict[str, Any]:
     dynamic, state = scaler_attributes(job.spec)
-    told = {key: state[key] for key in _SCALER if key in state}
-    return {"cur_iter": 0, **told, "dynamic_loss_scale": dynamic}
+    known = {key: state[key] for key in _SCALER if key in state}
+    return {"cur_iter": 0, **known, "dynamic_loss_scale": dynamic}
 
 
 def _by_tensor(job: Job) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 zero, not garbage, so equal input gives equal bytes; and `clip_grad` is left out, for stages 1 and 2 would take it
 from the file over the config's value.
 
-Refuses stages other than 1, 2, 3 and world sizes below 1 (InvalidConfig); expert-parallel targets: `expert_writer`.
+Expert-parallel targets: `expert_parallel.writer`. Stages and world sizes are checked by `Target`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import torch
 
 from bert2bert.checkpoints.job import FilePlan, Job, TargetGroup, TargetSpec, flat_values, zeros
 from bert2bert.checkpoints.zero.layout import SUB_GROUP_SIZE, Piece, SubGroup, Zero12Layout, zero3_layout, zero12_layout
-from bert2bert.errors import InvalidConfig
 from bert2bert.files import torch_writer
 from bert2bert.files.sink import Sink
 from bert2bert.files.torch_writer import Blank, Foreign
@@ -129,10 +128,6 @@ def zero_files(job: Job, stage: int, world: int, sub_group_size: int = SUB_GROUP
 
     ``sub_group_size``: the engine's option of stage 3, in elements of a rank.
     """
-    if stage not in (1, 2, 3):
-        raise InvalidConfig(f"ZeRO stage {stage} cannot be written: choose --stage 0, 1, 2 or 3.")
-    if world < 1:
-        raise InvalidConfig(f"world size {world} is impossible: --world-size is the number of ranks that will resume.")
     layout = _Zero3(job, world, sub_group_size) if stage == 3 else Zero12(job, stage, world)
     return rank_files(job, layout, world)
 

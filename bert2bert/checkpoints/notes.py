@@ -1,0 +1,67 @@
+"""What a target holds otherwise than its source, or does not hold, in sentences for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from bert2bert.checkpoints.hub.beside import left_beside
+from bert2bert.errors import some
+
+if TYPE_CHECKING:
+    from bert2bert.checkpoints.job import TargetSpec
+    from bert2bert.checkpoints.source import Source
+
+
+def rounding(spec: TargetSpec, format: str, dtypes: Mapping[str, Iterable[str]]) -> list[str]:
+    """What is stored in a narrower dtype than it has in the source, in a sentence. dtypes: of what a tensor is made."""
+    narrower: dict[str, list[str]] = {}
+    for name, origins in dtypes.items():
+        stored = str(spec.widest_dtype(name, format)).removeprefix("torch.")
+        if any(origin not in (stored, "float16", "bfloat16") or (origin != stored != "float32") for origin in origins):
+            narrower.setdefault(stored, []).append(name)
+    return [
+        f"rounded to {stored}: {len(names)} tensors that are wider in the source, first {names[0]}"
+        for stored, names in narrower.items()
+    ]
+
+
+def still_frozen(spec: TargetSpec) -> list[str]:
+    """Which parameters of a growth a script must freeze, in a sentence."""
+    names = spec.frozen
+    return [
+        f"frozen, as all that they are made of: {len(names)} parameters, first {names[0]} (`bert2bert inspect --json` "
+        "lists them); a script that goes on must freeze these and no others"
+    ] if names else []  # fmt: skip
+
+
+def regrouped(source: Source, spec: TargetSpec, made_of: Mapping[str, Sequence[str]]) -> list[str]:
+    """Where new groups give parameters other hyper-parameters than the source's, in sentences. made_of: see
+    `spec.Content`."""
+    of = {name: group for group in source.groups for name in group["names"]}
+    found = []
+    for key in ("lr", "betas", "eps", "weight_decay") if of else ():
+        changed = [
+            (name, was[key], group.hyper.get(key))
+            for group in spec.groups
+            for name in group.names
+            for was in [of.get(next(iter(made_of[name]), ""), {})]
+            if key in was and was[key] != group.hyper.get(key)
+        ]
+        if changed:
+            name, was, now = changed[0]
+            found.append(f"--groups: {key} changes for {len(changed)} parameters, first {name}: {was} -> {now}")
+    return found
+
+
+def left(source: Source, spec: TargetSpec) -> list[str]:
+    """What lies beside the weights of a Hugging Face folder and is not carried into another, in a sentence."""
+    found = left_beside(source.folder, spec.extra_files, source.files)
+    return [f"left behind in {source.folder}: {', '.join(found)}"] if found else []
+
+
+def unopened(source: Source, format: str) -> list[str]:
+    """A sentence about what a target keeps and nobody here has looked into."""
+    names = source.unopened() if format != "hub" else []
+    what = "carried as it is, unopened: what the run saved of classes not known here"
+    return [f"{what} ({some(names, 4)})"] if names else []
