@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bert2bert import __version__
-from bert2bert.ranks.comm import Comm
 from bert2bert.terminal.arguments import Parser
 
-Run = Callable[[argparse.Namespace, Comm], int | None]
+Run = Callable[[argparse.Namespace, Any], int | None]
 
 _CHECKPOINT = (
     "a DeepSpeed checkpoint folder (ZeRO stage 0 to 3 of any world size, or universal; the folder with the file "
