@@ -260,7 +260,7 @@ def _report(args: argparse.Namespace, comm: Comm) -> None:
     from bert2bert.report.compare import render, report
 
     found = report(args.runs, args.output)
-    _show(args, found, lambda: render(found))
+    _show(args, found.as_json(), lambda: render(found))
 
 
 _RUNS = {

@@ -2,8 +2,8 @@
 
 The first run is the reference. Its final held-out loss is the mark; every other run is asked where its held-out curve
 first reaches it. ``saving = 1 - spent there / spent by the reference in all``, once for the run alone (as the
-bert2BERT paper counts) and once with what its source model had cost added. A run that does not reach the mark
-is said not to, with the gap. A run that another was grown from is a source: shown, not compared.
+bert2BERT paper counts) and once with what its source model had cost added. For a run that does not reach the mark, the
+gap is given. A run that another was grown from is a source: shown, not compared.
 
 Refuses runs whose held-out losses are not comparable (other data, tokenizer, sequence length, masking or evaluation
 size), the same run twice, and a reference that diverged. Light: matplotlib is imported only to write the picture.
@@ -14,26 +14,24 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bert2bert.errors import InvalidData
 from bert2bert.report.curves import Run, crossing, read_run
 from bert2bert.report.markdown import render
+from bert2bert.report.result import CurvePoint, Heldout, Report, RunEntry, Saving, SourceCost
 
 __all__ = ["render", "report"]
 
-AXES = ("flops", "seconds")
 
-
-def report(runs: list[Path], output: Path | None = None) -> dict[str, Any]:
+def report(runs: list[Path], output: Path | None = None) -> Report:
     """Compare run folders, the first being the reference; see `render` for the table.
 
     With `output` (a folder, made if need be) writes report.md, report.png and report.json into it. A grown run's source
-    is looked up at the path its manifest names and shown too when that is a run on the same held-out text.
-
-    Returns {"mark", "reference", "heldout": {...}, "runs": [...], "notes": [...], "files": {...}}; FLOPs are counts,
-    times are seconds of training, losses are nats a masked token. Raises InvalidData (see the module's text).
+    is looked up at the path its manifest names and shown too when that is a run on the same held-out text. Raises
+    InvalidData (see the module's text).
     """
     if not runs:
         raise InvalidData("report: no run given. Name at least the reference run's folder.")
@@ -49,33 +47,11 @@ def report(runs: list[Path], output: Path | None = None) -> dict[str, Any]:
             f"{reference.path}: the reference run ended with a held-out loss of {mark}, so nothing can be measured "
             "against it.\n  The first run given is the reference; give one that did not diverge."
         )
-    sources = {id(source) for run in shown if (source := _source_among(run, shown)) is not None}
-    entries = [
-        _entry(
-            run,
-            "reference" if run is reference else "source" if id(run) in sources else "grown" if run.source else "run",
-        )
-        for run in shown
-    ]
-    for run, entry in zip(shown, entries, strict=True):
-        entry["source"] = _source_entry(run, shown)
-        if entry["role"] in ("grown", "run"):
-            _compare(run, entry, reference)
-    notes += _notes(shown, entries)
-    result: dict[str, Any] = {
-        "mark": mark,
-        "reference": reference.label,
-        "heldout": {
-            "digest": reference.data.get("digest"),
-            "unigram_entropy": reference.data.get("heldout_unigram_entropy"),
-        },
-        "runs": entries,
-        "notes": notes,
-        "files": {},
-    }
-    if output is not None:
-        _write(result, Path(output))
-    return result
+    entries = tuple(_entry(run, role, shown) for run, role in zip(shown, _roles(shown), strict=True))
+    heldout = Heldout(reference.data.get("digest"), reference.data.get("heldout_unigram_entropy"))
+    notes += _notes(reference, entries)
+    result = Report(mark, reference.label, heldout, entries, tuple(notes), files={})
+    return result if output is None else _write(result, Path(output))
 
 
 def _check_comparable(runs: list[Run]) -> None:
@@ -101,7 +77,7 @@ def _difference(run: Run, other: Run) -> tuple[str, Any, Any] | None:
 
 
 def _source_path(run: Run) -> tuple[Path, str | None] | None:
-    """The folder a run's source checkpoint came from, and its tag, as the growth manifest tells them."""
+    """The folder a run's source checkpoint came from, and its tag, as recorded in the growth manifest."""
     identity = ((run.source or {}).get("growth") or {}).get("source") or {}
     if not isinstance(identity, dict) or not identity.get("path"):
         return None
@@ -147,30 +123,41 @@ def _labelled(runs: list[Run]) -> list[Run]:
     ]
 
 
-def _entry(run: Run, role: str) -> dict[str, Any]:
+def _roles(runs: list[Run]) -> list[str]:
+    """The role of each run (see `RunEntry`)."""
+    sources = {id(source) for run in runs if (source := _source_among(run, runs)) is not None}
+    return [
+        "reference" if run is runs[0] else "source" if id(run) in sources else "grown" if run.source else "run"
+        for run in runs
+    ]
+
+
+def _entry(run: Run, role: str, runs: list[Run]) -> RunEntry:
     entropy = run.data.get("heldout_unigram_entropy")
-    return {
-        "name": run.label,
-        "path": os.fspath(run.path),
-        "role": role,
-        "model": _model(run),
-        "finished": bool(run.about.get("finished")),
-        "world_size": run.about.get("world_size"),
-        "initial_loss": run.initial.loss if run.initial else None,
-        "final_loss": run.final.loss,
-        "final_accuracy": run.final.accuracy,
-        "below_unigram": None if entropy is None else run.final.loss < entropy,
-        "steps": run.final.step,
-        "tokens": run.final.tokens,
-        "flops": run.final.flops,
-        "seconds": run.final.seconds,
-        "reaches": None,
-        "gap": None,
-        "saving": None,
-        "saving_with_source": None,
-        "curve": [[p.step, p.flops, p.seconds, p.loss, p.accuracy] for p in run.points],
-        "boundaries": list(run.boundaries),
-    }
+    found = RunEntry(
+        name=run.label,
+        path=os.fspath(run.path),
+        role=role,
+        model=_model(run),
+        finished=bool(run.about.get("finished")),
+        world_size=run.about.get("world_size"),
+        initial_loss=run.initial.loss if run.initial else None,
+        final_loss=run.final.loss,
+        final_accuracy=run.final.accuracy,
+        below_unigram=None if entropy is None else run.final.loss < entropy,
+        steps=run.final.step,
+        tokens=run.final.tokens,
+        flops=run.final.flops,
+        seconds=run.final.seconds,
+        reaches=None,
+        gap=None,
+        saving=None,
+        saving_with_source=None,
+        curve=tuple(CurvePoint(p.step, p.flops, p.seconds, p.loss, p.accuracy) for p in run.points),
+        boundaries=run.boundaries,
+        source=_source_cost(run, runs),
+    )
+    return _compared(run, found, runs[0]) if role in ("grown", "run") else found
 
 
 def _model(run: Run) -> str:
@@ -178,7 +165,7 @@ def _model(run: Run) -> str:
     return f"{config.get('num_hidden_layers', '?')} × {config.get('hidden_size', '?')}"
 
 
-def _source_entry(run: Run, runs: list[Run]) -> dict[str, Any] | None:
+def _source_cost(run: Run, runs: list[Run]) -> SourceCost | None:
     """What the run was grown from: its cost, and its held-out loss at the step where it was grown, where known."""
     if run.source is None:
         return None
@@ -189,58 +176,52 @@ def _source_entry(run: Run, runs: list[Run]) -> dict[str, Any] | None:
         digits = (named[1] or "").removeprefix("global_step")
         point = source.at(int(digits)) if digits.isdigit() else source.final
         loss = point.loss if point else None
-    return {
-        "name": source.label if source else (os.fspath(named[0]) if named else None),
-        "loss": loss,
-        "flops": spent.get("flops"),
-        "seconds": spent.get("seconds"),
-    }
+    name = source.label if source else (os.fspath(named[0]) if named else None)
+    return SourceCost(name, loss, spent.get("flops"), spent.get("seconds"))
 
 
-def _compare(run: Run, entry: dict[str, Any], reference: Run) -> None:
-    entry["reaches"] = reached = crossing(run.points, reference.final.loss)
+def _compared(run: Run, entry: RunEntry, reference: Run) -> RunEntry:
+    """The entry with what was saved, or the gap that was left."""
+    whole, cost = reference.final, entry.source
+    reached = crossing(run.points, whole.loss)
     if reached is None:
         best = min((p.loss for p in run.points if math.isfinite(p.loss)), default=math.inf)
-        entry["gap"] = best - reference.final.loss
-        return
-    whole = {"flops": reference.final.flops, "seconds": reference.final.seconds}
-    entry["saving"] = {axis: _saving(reached[axis], whole[axis]) for axis in AXES}
-    if entry["source"] is not None:
-        cost = {axis: entry["source"][axis] for axis in AXES}
-        entry["saving_with_source"] = {
-            axis: None if cost[axis] is None else _saving(reached[axis] + cost[axis], whole[axis]) for axis in AXES
-        }
+        return replace(entry, gap=best - whole.loss)
+    saving = Saving(_saved(reached.flops, 0, whole.flops), _saved(reached.seconds, 0, whole.seconds))
+    counted = None
+    if cost is not None:
+        counted = Saving(
+            _saved(reached.flops, cost.flops, whole.flops), _saved(reached.seconds, cost.seconds, whole.seconds)
+        )
+    return replace(entry, reaches=reached, saving=saving, saving_with_source=counted)
 
 
-def _saving(spent: float, whole: float) -> float | None:
-    return 1 - spent / whole if whole > 0 else None
+def _saved(spent: float, source: float | None, whole: float) -> float | None:
+    return None if source is None or whole <= 0 else 1 - (spent + source) / whole
 
 
-def _notes(runs: list[Run], entries: list[dict[str, Any]]) -> list[str]:
-    reference, notes = runs[0], []
+def _notes(reference: Run, entries: tuple[RunEntry, ...]) -> list[str]:
+    notes = []
     for entry in entries:
-        if not entry["finished"]:
-            notes.append(f"{entry['name']} has not finished: its last evaluation is the one at step {entry['steps']}.")
-        if entry["initial_loss"] is None:
-            notes.append(f"{entry['name']} has no evaluation before its first step, so its initial loss is not known.")
-        if entry["below_unigram"] is False:
+        if not entry.finished:
+            notes.append(f"{entry.name} has not finished: its last evaluation is the one at step {entry.steps}.")
+        if entry.initial_loss is None:
+            notes.append(f"{entry.name} has no evaluation before its first step, so its initial loss is not known.")
+        if entry.below_unigram is False:
             notes.append(
-                f"{entry['name']} ends at or above the unigram entropy: it has learnt how often tokens occur, "
+                f"{entry.name} ends at or above the unigram entropy: it has learnt how often tokens occur, "
                 "and nothing from context."
             )
-        if (
-            entry["role"] == "grown"
-            and entry["reaches"]
-            and None in (entry["source"]["flops"], entry["source"]["seconds"])
-        ):
-            notes.append(f"What the source of {entry['name']} cost is not recorded, so it cannot be counted in full.")
-    sizes = {entry["world_size"] for entry in entries if entry["role"] != "source"}
-    if len(sizes) > 1:
-        shown = ", ".join(f"{e['name']} on {e['world_size']}" for e in entries if e["role"] != "source")
+        cost = entry.source
+        if entry.role == "grown" and entry.reaches and cost and None in (cost.flops, cost.seconds):
+            notes.append(f"What the source of {entry.name} cost is not recorded, so it cannot be counted in full.")
+    compared = [entry for entry in entries if entry.role != "source"]
+    if len({entry.world_size for entry in compared}) > 1:
+        shown = ", ".join(f"{entry.name} on {entry.world_size}" for entry in compared)
         notes.append(f"The runs used different numbers of ranks ({shown}): their wall clocks are not comparable.")
     own = crossing(reference.points, reference.final.loss)
-    if own is not None and own["flops"] < 0.98 * reference.final.flops:
-        share = own["flops"] / reference.final.flops
+    if own is not None and own.flops < 0.98 * reference.final.flops:
+        share = own.flops / reference.final.flops
         notes.append(
             f"The reference {reference.label} itself first reached its final loss after {share:.0%} of its FLOPs: "
             f"savings below {1 - share:.0%} are within its own fluctuation."
@@ -248,19 +229,21 @@ def _notes(runs: list[Run], entries: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _write(result: dict[str, Any], folder: Path) -> None:
-    from bert2bert.report.plot import draw
+def _write(result: Report, folder: Path) -> Report:
+    """Write the report into a folder; it then names the files. Raises InvalidData."""
+    from bert2bert.report.plot import draw  # keeps matplotlib out of reports that draw nothing
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = {kind: folder / f"report.{kind}" for kind in ("md", "png", "json")}
-        result["files"] = {kind: os.fspath(file) for kind, file in files.items()}
+        result = replace(result, files={kind: os.fspath(file) for kind, file in files.items()})
         draw(result, files["png"])
         files["md"].write_text(render(result) + "\n![Held-out loss](report.png)\n", encoding="utf-8")
-        strict = json.loads(json.dumps(result), parse_constant=lambda _: None)  # NaN and infinity are no JSON
+        strict = json.loads(json.dumps(result.as_json()), parse_constant=lambda _: None)  # NaN and infinity are no JSON
         files["json"].write_text(json.dumps(strict, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise InvalidData(
             f"{folder}: the report cannot be written ({error.strerror or error}).\n"
             "  Expected a folder that can be made or written to; name another with --output."
         ) from error
+    return result

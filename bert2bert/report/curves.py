@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,36 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A place on a run's curve, which may lie between two evaluations."""
+
+    step: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where a phase gave way to the next, ``to``."""
+
+    step: int
+    flops: float
+    seconds: float
+    to: str
+
+
+@dataclass(frozen=True)
 class Run:
+    """A training run, as its folder describes it."""
+
     path: Path
     label: str
-    about: dict[str, Any]  # run.json
-    points: tuple[Point, ...]  # evaluations, ascending by step, one a step
-    boundaries: tuple[dict[str, Any], ...]  # where a phase gave way to the next: {"to", "step", "flops", "seconds"}
+    """What the report calls it."""
+    about: dict[str, Any]
+    """The content of run.json."""
+    points: tuple[Point, ...]
+    """Evaluations, ascending by step, one a step."""
+    boundaries: tuple[Boundary, ...]
 
     @property
     def final(self) -> Point:
@@ -66,8 +90,8 @@ class Run:
         return next((p for p in reversed(self.points) if p.step <= step), None)
 
 
-def crossing(points: tuple[Point, ...], loss: float) -> dict[str, float] | None:
-    """Where a held-out curve first falls to `loss`, linear between evaluations: {"step", "flops", "seconds"} or None.
+def crossing(points: tuple[Point, ...], loss: float) -> Place | None:
+    """Where a held-out curve first falls to `loss`, linear between evaluations; None where it does not.
 
     A curve that starts at or below `loss` reaches it at its first evaluation. Evaluations that are not finite (a run
     that diverged) end no interval.
@@ -76,12 +100,13 @@ def crossing(points: tuple[Point, ...], loss: float) -> dict[str, float] | None:
     for point in (p for p in points if math.isfinite(p.loss)):
         if point.loss <= loss:
             if before is None:
-                return {"step": float(point.step), "flops": point.flops, "seconds": point.seconds}
+                return Place(float(point.step), point.flops, point.seconds)
             share = (before.loss - loss) / (before.loss - point.loss)
-            return {
-                axis: getattr(before, axis) + share * (getattr(point, axis) - getattr(before, axis))
-                for axis in ("step", "flops", "seconds")
-            }
+            return Place(
+                before.step + share * (point.step - before.step),
+                before.flops + share * (point.flops - before.flops),
+                before.seconds + share * (point.seconds - before.seconds),
+            )
         before = point
     return None
 
@@ -101,32 +126,7 @@ def read_run(path: Path) -> Run:
         raise InvalidData(f"{about_file}: cannot be read as JSON ({error}). Is the run's folder complete?") from error
     if not isinstance(about, dict):
         raise InvalidData(f"{about_file}: found a {type(about).__name__}, expected an object that describes the run.")
-    points: dict[int, Point] = {}
-    boundaries: list[dict[str, Any]] = []
-    last: dict[str, Any] | None = None
-    for number, entry in _entries(metrics_file):
-        try:
-            step, phase = int(entry["step"]), str(entry["phase"])
-            here = {"step": step, "flops": float(entry["flops"]), "seconds": float(entry["seconds"])}
-            if entry["kind"] == "eval":
-                points[step] = Point(
-                    step=step,
-                    phase=phase,
-                    loss=_real(entry["loss"]),
-                    accuracy=_real(entry["accuracy"]),
-                    tokens=float(entry["tokens"]),
-                    flops=here["flops"],
-                    seconds=here["seconds"],
-                )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidData(
-                f"{metrics_file}, line {number}: {type(error).__name__} {error}.\n"
-                "  Expected an entry of kind 'train' or 'eval' with step, phase, loss, tokens, flops and seconds."
-            ) from error
-        if last is not None and phase != last["phase"]:
-            # The last entry of the old phase is its end; the first of the new one already lies a log interval later.
-            boundaries.append({key: last[key] for key in ("step", "flops", "seconds")} | {"to": phase})
-        last = {**here, "phase": phase}
+    points, boundaries = _read_metrics(metrics_file)
     if not points:
         raise InvalidData(
             f"{path}: the run has no evaluation on held-out text yet, so there is nothing to compare.\n"
@@ -135,6 +135,30 @@ def read_run(path: Path) -> Run:
         )
     ordered = tuple(points[step] for step in sorted(points))
     return Run(path, path.resolve().name, about, ordered, tuple(boundaries))
+
+
+def _read_metrics(file: Path) -> tuple[dict[int, Point], list[Boundary]]:
+    """(step -> evaluation, the boundaries of phases) of metrics.jsonl. Raises InvalidData."""
+    points: dict[int, Point] = {}
+    boundaries: list[Boundary] = []
+    last: Boundary | None = None
+    for number, entry in _entries(file):
+        try:
+            step, phase = int(entry["step"]), str(entry["phase"])
+            flops, seconds = float(entry["flops"]), float(entry["seconds"])
+            if entry["kind"] == "eval":
+                loss, accuracy, tokens = _real(entry["loss"]), _real(entry["accuracy"]), float(entry["tokens"])
+                points[step] = Point(step, phase, loss, accuracy, tokens, flops, seconds)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidData(
+                f"{file}, line {number}: {type(error).__name__} {error}.\n"
+                "  Expected an entry of kind 'train' or 'eval' with step, phase, loss, tokens, flops and seconds."
+            ) from error
+        if last is not None and phase != last.to:
+            # The last entry of the old phase is its end; the first of the new one already lies a log interval later.
+            boundaries.append(replace(last, to=phase))
+        last = Boundary(step, flops, seconds, to=phase)
+    return points, boundaries
 
 
 def _real(value: float | None) -> float:

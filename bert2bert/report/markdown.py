@@ -2,85 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Any
+from bert2bert.report.result import Report, RunEntry
+
+_RUNS = ["run", "layers × width", "initial loss", "final loss", "accuracy", "steps", "tokens", "FLOPs", "training time"]
+_SAVINGS = [
+    "run", "reaches it after", "FLOPs saved", "time saved", "FLOPs saved, source counted", "time saved, source counted",
+]  # fmt: skip
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: Report) -> str:
     """The report as Markdown that also reads well in a terminal."""
-    entropy = result["heldout"]["unigram_entropy"]
+    entropy = result.heldout.unigram_entropy
     lines = ["# Training runs compared", ""]
     if entropy is not None:
         lines += [
             f"Unigram entropy of the held-out text: {entropy:.3f} nats. A model below it has learnt from context.",
             "",
         ]
-    lines += _table(
-        [
-            "run",
-            "layers × width",
-            "initial loss",
-            "final loss",
-            "accuracy",
-            "steps",
-            "tokens",
-            "FLOPs",
-            "training time",
-        ],
-        [
-            [
-                f"{e['name']} ({e['role']})" if e["role"] != "run" else e["name"],
-                e["model"],
-                _number(e["initial_loss"]),
-                _number(e["final_loss"]),
-                f"{e['final_accuracy']:.1%}",
-                f"{e['steps']:,}",
-                _count(e["tokens"]),
-                _count(e["flops"]),
-                _time(e["seconds"]),
-            ]
-            for e in result["runs"]
-        ],
-    )
-    for e in result["runs"]:
-        source = e["source"]
-        if e["role"] != "source" and source and source["loss"] is not None and e["initial_loss"] is not None:
+    lines += _table(_RUNS, [_run_row(run) for run in result.runs])
+    for run in result.runs:
+        source = run.source
+        if run.role != "source" and source and source.loss is not None and run.initial_loss is not None:
             lines += [
                 "",
-                f"{e['name']} starts at {e['initial_loss']:.3f}; "
-                f"its source {source['name']} was at {source['loss']:.3f} when it was grown.",
+                f"{run.name} starts at {run.initial_loss:.3f}; "
+                f"its source {source.name} was at {source.loss:.3f} when it was grown.",
             ]
-    compared = [e for e in result["runs"] if e["role"] in ("grown", "run")]
-    if compared:
-        lines += ["", f"Final held-out loss of the reference {result['reference']}: {result['mark']:.3f}.", ""]
-        lines += _table(
-            [
-                "run",
-                "reaches it after",
-                "FLOPs saved",
-                "time saved",
-                "FLOPs saved, source counted",
-                "time saved, source counted",
-            ],
-            [_savings_row(e) for e in compared],
-        )
-    if result["notes"]:
-        lines += ["", *(f"* {note}" for note in result["notes"])]
+    if compared := [run for run in result.runs if run.role in ("grown", "run")]:
+        lines += ["", f"Final held-out loss of the reference {result.reference}: {result.mark:.3f}.", ""]
+        lines += _table(_SAVINGS, [_savings_row(run) for run in compared])
+    if result.notes:
+        lines += ["", *(f"* {note}" for note in result.notes)]
     return "\n".join(lines) + "\n"
 
 
-def _savings_row(e: dict[str, Any]) -> list[str]:
-    if e["reaches"] is None:
-        return [e["name"], f"not reached: {e['gap']:.3f} nats above at its best", "–", "–", "–", "–"]
-    at = f"{_count(e['reaches']['flops'])} FLOPs, {_time(e['reaches']['seconds'])}"
-    alone, counted = e["saving"], e["saving_with_source"]
-    if counted is None:
-        return [e["name"], at, *(_share(alone[axis]) for axis in ("flops", "seconds")), "no source", "no source"]
+def _run_row(run: RunEntry) -> list[str]:
     return [
-        e["name"],
-        at,
-        *(_share(alone[axis]) for axis in ("flops", "seconds")),
-        *(_share(counted[axis]) for axis in ("flops", "seconds")),
+        f"{run.name} ({run.role})" if run.role != "run" else run.name,
+        run.model,
+        _number(run.initial_loss),
+        _number(run.final_loss),
+        f"{run.final_accuracy:.1%}",
+        f"{run.steps:,}",
+        _count(run.tokens),
+        _count(run.flops),
+        _time(run.seconds),
     ]
+
+
+def _savings_row(run: RunEntry) -> list[str]:
+    if run.reaches is None or run.saving is None:
+        return [run.name, f"not reached: {run.gap:.3f} nats above at its best", "–", "–", "–", "–"]
+    at = f"{_count(run.reaches.flops)} FLOPs, {_time(run.reaches.seconds)}"
+    counted = run.saving_with_source
+    with_source = [_share(counted.flops), _share(counted.seconds)] if counted else ["no source", "no source"]
+    return [run.name, at, _share(run.saving.flops), _share(run.saving.seconds), *with_source]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

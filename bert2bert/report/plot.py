@@ -16,29 +16,31 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from bert2bert.report.result import CurvePoint, Report, RunEntry
+
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-PANELS = ((1, "flops"), (2, "seconds"))  # place in a curve's row, name
+AXES = ("flops", "seconds")  # of the panels, as the report's fields are called
 GREY = "#666666"
 
 
-def draw(report: dict[str, Any], file: Path) -> None:
-    """Write the picture of a report (`report.compare.report`'s dictionary) as PNG. Raises OSError when it cannot."""
+def draw(report: Report, file: Path) -> None:
+    """Write the picture of a report as PNG. Raises OSError when it cannot."""
     figure_of(report).savefig(file, format="png")
 
 
-def figure_of(report: dict[str, Any]) -> Figure:
+def figure_of(report: Report) -> Figure:
     """The picture itself, unwritten."""
     figure = Figure(figsize=(11, 5.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     handles: list[Line2D] = []
-    for axes, (column, axis) in zip(panels, PANELS, strict=True):
+    for axes, axis in zip(panels, AXES, strict=True):
         scale, unit = _unit(axis, report)
-        handles = [_curve(axes, run, i, column, axis, scale) for i, run in enumerate(report["runs"])]
-        for i, run in enumerate(report["runs"]):
-            handles += _counted(axes, run, i, column, axis, scale)
-            _boundaries(axes, run, i, column, axis, scale)
+        handles = [_curve(axes, run, i, axis, scale) for i, run in enumerate(report.runs)]
+        for i, run in enumerate(report.runs):
+            handles += _counted(axes, run, i, axis, scale)
+            _boundaries(axes, run, i, axis, scale)
         _levels(axes, report)
         axes.set_xlabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -46,7 +48,7 @@ def figure_of(report: dict[str, Any]) -> Figure:
         axes.grid(True, color="#e5e5e5", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("held-out loss (nats a masked token)")
-    if any(run["boundaries"] for run in report["runs"]):
+    if any(run.boundaries for run in report.runs):
         handles.append(
             Line2D([], [], color=GREY, marker="|", markersize=10, linestyle="none", label="start of the phase named")
         )
@@ -55,9 +57,9 @@ def figure_of(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _unit(axis: str, report: dict[str, Any]) -> tuple[float, str]:
+def _unit(axis: str, report: Report) -> tuple[float, str]:
     """A scale that keeps the tick labels short, and the axis's title."""
-    largest = max((run[axis] for run in report["runs"]), default=0)
+    largest = max((getattr(run, axis) for run in report.runs), default=0)
     if axis == "flops":
         power = 3 * (math.floor(math.log10(largest)) // 3) if largest > 0 else 0
         return 10.0**power, f"FLOPs spent ($\\times 10^{{{power}}}$)"
@@ -76,50 +78,49 @@ def _style(i: int) -> dict[str, Any]:
     }
 
 
-def _curve(axes: Axes, run: dict[str, Any], i: int, column: int, axis: str, scale: float) -> Line2D:
-    label = run["name"] if run["role"] == "run" else f"{run['name']} ({run['role']})"
-    x, y = [row[column] / scale for row in run["curve"]], [row[3] for row in run["curve"]]
+def _curve(axes: Axes, run: RunEntry, i: int, axis: str, scale: float) -> Line2D:
+    label = run.name if run.role == "run" else f"{run.name} ({run.role})"
+    x, y = [getattr(point, axis) / scale for point in run.curve], [point.loss for point in run.curve]
     (line,) = axes.plot(x, y, label=label, **_style(i))
     return line
 
 
-def _counted(axes: Axes, run: dict[str, Any], i: int, column: int, axis: str, scale: float) -> list[Line2D]:
+def _counted(axes: Axes, run: RunEntry, i: int, axis: str, scale: float) -> list[Line2D]:
     """The same curve moved right by what the source had cost."""
-    cost = (run["source"] or {}).get(axis)
+    cost = getattr(run.source, axis) if run.source else None
     if cost is None:
         return []
-    x, y = [(row[column] + cost) / scale for row in run["curve"]], [row[3] for row in run["curve"]]
+    x, y = [(getattr(point, axis) + cost) / scale for point in run.curve], [point.loss for point in run.curve]
     colour = COLOURS[i % len(COLOURS)]
-    return axes.plot(
-        x, y, linestyle="--", linewidth=1.2, color=colour, alpha=0.75, label=f"{run['name']}, source counted"
-    )
+    return axes.plot(x, y, linestyle="--", linewidth=1.2, color=colour, alpha=0.75, label=f"{run.name}, source counted")
 
 
-def _boundaries(axes: Axes, run: dict[str, Any], i: int, column: int, axis: str, scale: float) -> None:
+def _boundaries(axes: Axes, run: RunEntry, i: int, axis: str, scale: float) -> None:
     """A tall bar across the curve where a phase gives way to the next, with the new phase's name."""
-    for boundary in run["boundaries"]:
-        y = _height(run["curve"], column, boundary[axis])
-        x, colour = boundary[axis] / scale, COLOURS[i % len(COLOURS)]
+    for boundary in run.boundaries:
+        at = getattr(boundary, axis)
+        x, y, colour = at / scale, _height(run.curve, axis, at), COLOURS[i % len(COLOURS)]
         axes.plot([x], [y], "|", color=colour, markersize=22, markeredgewidth=1.8, linestyle="none")
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
         axes.annotate(
-            boundary["to"], (x, y), xytext=(3, 13), textcoords="offset points", fontsize=8, color=colour, bbox=box
+            boundary.to, (x, y), xytext=(3, 13), textcoords="offset points", fontsize=8, color=colour, bbox=box
         )
 
 
-def _height(curve: list[list[float]], column: int, x: float) -> float:
+def _height(curve: tuple[CurvePoint, ...], axis: str, x: float) -> float:
     """The curve's height at x, linear between evaluations, flat beyond its ends."""
     for before, after in pairwise(curve):
-        if before[column] <= x <= after[column]:
-            width = after[column] - before[column]
-            return before[3] + (after[3] - before[3]) * ((x - before[column]) / width if width else 0.0)
-    return curve[0][3] if x < curve[0][column] else curve[-1][3]
+        left, right = getattr(before, axis), getattr(after, axis)
+        if left <= x <= right:
+            share = (x - left) / (right - left) if right > left else 0.0
+            return before.loss + (after.loss - before.loss) * share
+    return curve[0].loss if x < getattr(curve[0], axis) else curve[-1].loss
 
 
-def _levels(axes: Axes, report: dict[str, Any]) -> None:
+def _levels(axes: Axes, report: Report) -> None:
     """The two losses that matter: the reference's last one and the unigram entropy."""
-    levels = [(report["mark"], "final loss of " + report["reference"], "top")]
-    if (entropy := report["heldout"]["unigram_entropy"]) is not None:
+    levels = [(report.mark, "final loss of " + report.reference, "top")]
+    if (entropy := report.heldout.unigram_entropy) is not None:
         levels.append((entropy, "unigram entropy", "bottom"))
     for height, text, side in levels:
         axes.axhline(height, color=GREY, linestyle=":", linewidth=1.1)

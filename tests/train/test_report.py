@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from bert2bert.errors import InvalidData
 from bert2bert.report.compare import render, report
-from bert2bert.report.curves import crossing, read_run
+from bert2bert.report.curves import Boundary, Place, crossing, read_run
+from bert2bert.report.result import Report, RunEntry, Saving
 
 DATA = {"digest": "aa", "tokenizer_digest": "bb", "heldout_unigram_entropy": 6.0}
 
@@ -75,22 +77,22 @@ def three(tmp_path: Path) -> tuple[Path, Path, Path]:
     return scratch, base, small
 
 
-def entry(result: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(e for e in result["runs"] if e["name"] == name)
+def entry(result: Report, name: str) -> RunEntry:
+    return next(e for e in result.runs if e.name == name)
 
 
 def test_savings_without_and_with_the_source(three: tuple[Path, Path, Path]) -> None:
     scratch, base, small = three
     result = report([scratch, base, small])
     grown = entry(result, "base")
-    assert result["mark"] == 5.0
-    assert [e["role"] for e in result["runs"]] == ["reference", "grown", "source"]
-    assert grown["reaches"] == pytest.approx({"step": 75, "flops": 300, "seconds": 20})
-    assert grown["saving"] == pytest.approx({"flops": 0.7, "seconds": 0.8})
-    assert grown["saving_with_source"] == pytest.approx({"flops": 0.6, "seconds": 0.5})
-    assert grown["initial_loss"] == 5.4
-    assert grown["source"]["loss"] == 5.3  # at the step it was grown at, not at its end
-    assert entry(result, "small")["saving"] is None
+    assert result.mark == 5.0
+    assert [e.role for e in result.runs] == ["reference", "grown", "source"]
+    assert astuple(grown.reaches) == pytest.approx((75, 300, 20))
+    assert astuple(grown.saving) == pytest.approx((0.7, 0.8))
+    assert astuple(grown.saving_with_source) == pytest.approx((0.6, 0.5))
+    assert grown.initial_loss == 5.4
+    assert grown.source.loss == 5.3  # at the step it was grown at, not at its end
+    assert entry(result, "small").saving is None
 
 
 def test_rendered_table(three: tuple[Path, Path, Path]) -> None:
@@ -106,22 +108,22 @@ def test_rendered_table(three: tuple[Path, Path, Path]) -> None:
 
 def test_source_is_found_through_the_manifest(three: tuple[Path, Path, Path]) -> None:
     scratch, base, small = three
-    assert entry(report([scratch, base]), "small")["role"] == "source"
+    assert entry(report([scratch, base]), "small").role == "source"
     about = json.loads((small / "run.json").read_text())
     about["data"] = {**DATA, "digest": "other"}
     (small / "run.json").write_text(json.dumps(about))
     result = report([scratch, base])
-    assert [e["name"] for e in result["runs"]] == ["scratch", "base"]
-    assert any("data digest" in note for note in result["notes"])
-    assert entry(result, "base")["saving_with_source"] is not None  # its cost is known from run.json all the same
+    assert [e.name for e in result.runs] == ["scratch", "base"]
+    assert any("data digest" in note for note in result.notes)
+    assert entry(result, "base").saving_with_source is not None  # its cost is known from run.json all the same
 
 
 def test_mark_not_reached_says_by_how_much(tmp_path: Path) -> None:
     scratch = write_run(tmp_path / "scratch", [(0, 0, 0, 7), (10, 10, 1, 5.0)])
     other = write_run(tmp_path / "other", [(0, 0, 0, 7), (10, 10, 1, 5.25), (20, 20, 2, 5.5)])
     result = report([scratch, other])
-    assert entry(result, "other")["reaches"] is None
-    assert entry(result, "other")["gap"] == pytest.approx(0.25)
+    assert entry(result, "other").reaches is None
+    assert entry(result, "other").gap == pytest.approx(0.25)
     assert "not reached: 0.250 nats above at its best" in render(result)
 
 
@@ -133,16 +135,16 @@ def test_run_without_source_and_source_without_cost(tmp_path: Path) -> None:
     )
     result = report([scratch, plain, hub])
     text = render(result)
-    assert entry(result, "plain")["saving_with_source"] is None
-    assert entry(result, "hub")["saving_with_source"] == {"flops": None, "seconds": None}
+    assert entry(result, "plain").saving_with_source is None
+    assert entry(result, "hub").saving_with_source == Saving(None, None)
     assert "no source" in text and "unknown" in text
-    assert any("What the source of hub cost is not recorded" in note for note in result["notes"])
+    assert any("What the source of hub cost is not recorded" in note for note in result.notes)
 
 
 def test_notes_on_unfinished_plateau_ranks_and_noise(tmp_path: Path) -> None:
     scratch = write_run(tmp_path / "scratch", [(0, 0, 0, 7), (10, 10, 1, 5.0), (20, 20, 2, 4.8), (30, 30, 3, 5.0)])
     other = write_run(tmp_path / "other", [(5, 5, 1, 6.5), (10, 10, 1, 6.1)], finished=False, world_size=4)
-    notes = "\n".join(report([scratch, other])["notes"])
+    notes = "\n".join(report([scratch, other]).notes)
     for part in (
         "other has not finished",
         "other has no evaluation before its first step",
@@ -155,9 +157,9 @@ def test_notes_on_unfinished_plateau_ranks_and_noise(tmp_path: Path) -> None:
 
 def test_crossing_at_the_start_at_a_point_and_past_a_divergence(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "a", [(0, 0, 0, 7), (10, 10, 1, math.nan), (20, 20, 3, 5), (30, 30, 9, 4)]))
-    assert crossing(run.points, 7.5) == {"step": 0, "flops": 0, "seconds": 0}
-    assert crossing(run.points, 5.0) == {"step": 20, "flops": 20, "seconds": 3}
-    assert crossing(run.points, 4.5) == {"step": 25, "flops": 25, "seconds": 6}
+    assert crossing(run.points, 7.5) == Place(0, 0, 0)
+    assert crossing(run.points, 5.0) == Place(20, 20, 3)
+    assert crossing(run.points, 4.5) == Place(25, 25, 6)
     assert crossing(run.points, 3.9) is None
 
 
@@ -167,7 +169,7 @@ def test_an_evaluation_repeated_after_a_resume_counts_once(tmp_path: Path) -> No
 
 
 def test_phase_boundaries(three: tuple[Path, Path, Path]) -> None:
-    assert read_run(three[1]).boundaries == ({"step": 50, "flops": 200, "seconds": 10, "to": "full"},)
+    assert read_run(three[1]).boundaries == (Boundary(50, 200, 10, "full"),)
     assert read_run(three[0]).boundaries == ()
 
 
@@ -188,7 +190,7 @@ def test_picture_shows_every_curve_in_both_panels(three: tuple[Path, Path, Path]
     from bert2bert.report.plot import figure_of
 
     result = report(list(three))
-    curve = entry(result, "base")["curve"]
+    curve = entry(result, "base").curve
     for axes, column, cost, unit in zip(figure_of(result).axes, (1, 2), (100, 30), (1000, 1), strict=True):
         lines = {line.get_label(): line for line in axes.lines}
         assert {"scratch (reference)", "base (grown)", "small (source)", "base, source counted"} <= set(lines)
@@ -201,7 +203,7 @@ def test_picture_shows_every_curve_in_both_panels(three: tuple[Path, Path, Path]
 def test_equal_folder_names_are_told_apart(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a" / "run", [(0, 0, 0, 7), (10, 10, 1, 5.0)])
     b = write_run(tmp_path / "b" / "run", [(0, 0, 0, 7), (10, 10, 1, 5.0)])
-    assert [e["name"] for e in report([a, b])["runs"]] == [str(a), str(b)]
+    assert [e.name for e in report([a, b]).runs] == [str(a), str(b)]
 
 
 def test_refuses_what_is_no_run(tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_refuses_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     diverged = write_run(tmp_path / "diverged", [(0, 0, 0, 7), (1, 1, 1, math.nan)])
     with pytest.raises(InvalidData, match="ended with a held-out loss of nan"):
         report([diverged, scratch])
-    assert entry(report([scratch, diverged]), "diverged")["reaches"] is not None  # it began at the mark
+    assert entry(report([scratch, diverged]), "diverged").reaches is not None  # it began at the mark
 
 
 def test_refuses_a_run_without_evaluations_and_damaged_metrics(tmp_path: Path) -> None:
