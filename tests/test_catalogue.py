@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bert2bert.commands.cli import main
+from bert2bert.operators.evidence import EVIDENCE
 from bert2bert.operators.registry import FLAGS, OPERATORS
 
 NAMES = sorted({name for known in OPERATORS.values() for name in known})
@@ -34,6 +35,14 @@ def test_every_operator_has_a_page(name: str, capsys: pytest.CaptureFixture[str]
         assert f"{FLAGS[one['kind']]} {name}" in page and one["formula"] and one["paper"] in page
         for key in one["options"]:
             assert f"option     {key}=" in page
+
+
+def test_evidence_is_of_operators_that_exist() -> None:
+    assert all(name in OPERATORS[kind] for kind, name in EVIDENCE)
+    assert (
+        OPERATORS["width"]["aki"].evidence.startswith("Paper: 38.4 %")
+        and OPERATORS["width"]["centre"].evidence == "none"
+    )
 
 
 def test_what_must_be_given_has_no_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,7 @@ def describe(name: str) -> dict[str, Any]:
 def _page(operator: Operator) -> str:
     lines = [f"{FLAGS[operator.kind]} {operator.name}   {operator.paper}", "", operator.formula, ""]
     lines += [f"preserves  {operator.keeps}", f"needs      {operator.needs}", f"moments    {operator.moments}"]
+    lines += textwrap.wrap(operator.evidence, _WIDTH, initial_indent="evidence   ", subsequent_indent=" " * 11)
     for key, (kind, default) in operator.options.items():
         value = " | ".join(typing.get_args(kind)) or kind.__name__
         known = "" if default in (0, "") and kind is not float else f" (default: {default})"  # 0: as the target asks
@@ -60,6 +61,7 @@ def _plain(operator: Operator) -> dict[str, Any]:
         "preserves": operator.keeps,
         "needs": operator.needs,
         "moments": operator.moments,
+        "evidence": operator.evidence,
         "options": {key: default for key, (_, default) in operator.options.items()},
         "formula": operator.formula,
     }

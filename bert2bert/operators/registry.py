@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, did_you_mean
+from bert2bert.operators.evidence import EVIDENCE
 
 FLAGS = {
     "width": "--width",
@@ -62,6 +63,11 @@ class Operator:
     def formula(self) -> str:
         """The operator's own description."""
         return inspect.getdoc(self.make) or ""
+
+    @property
+    def evidence(self) -> str:
+        """What has been measured for it, and by whom; 'none' if nothing was."""
+        return EVIDENCE.get((self.kind, self.name), "none")
 
 
 OPERATORS: dict[str, dict[str, Operator]] = {kind: {} for kind in FLAGS}
