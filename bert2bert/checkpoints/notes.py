@@ -55,7 +55,7 @@ def regrouped(source: Source, spec: TargetSpec, made_of: Mapping[str, Sequence[s
 
 
 def left(source: Source, spec: TargetSpec) -> list[str]:
-    """What lies beside the weights of a Hugging Face folder and is not carried into another, in a sentence."""
+    """What lies beside the weights of a Hugging Face folder and is not carried into the target, in a sentence."""
     found = left_beside(source.folder, spec.extra_files, source.files)
     return [f"left behind in {source.folder}: {', '.join(found)}"] if found else []
 

@@ -189,7 +189,7 @@ def _notes(growth: Growth, spec: TargetSpec, named: dict[str, str], folder: Path
     if format != "hub":
         found += beyond_class(model.table, growth.plan.config, model.heads)
         found += [*regrouped(source, spec, _made_of(growth, named)), *still_frozen(spec)]
-    elif source.form == "hub":
+    if source.form == "hub":
         found += left(source, spec)
     found += [*buffers.left_out(source, format), *unopened(source, format)]
     return found + clients.notes(source, spec.beside, folder, target)

@@ -176,6 +176,8 @@ def source_notes(model: CheckpointModel) -> list[str]:
                 f"{len(renamed)} tensors have other names in the files than in transformers (first {old}: {new})"
             )
     found += short_of_class(model.table, model.config, model.heads)
+    if copies := model.copies():
+        found.append(f"copies of tied tensors, of which one counts: {some([f'{a} = {k}' for a, k in copies.items()])}")
     if model.left:
         found.append(f"left out, for no current {model.table.model_type} has them: {some(model.left)}")
     return found

@@ -160,8 +160,10 @@ def notes(source: Source, names: Names, spec: TargetSpec, target: Target) -> lis
     found += source.notes
     origins = {name: [source.tensors[names.stored[name]].dtype] for name in spec.shapes}
     found += [*rounding(spec, target.format, origins), *_renamed(names)]
+    if source.form == "hub":
+        found += left(source, spec)
     if hub:
-        return found + (left(source, spec) if source.form == "hub" else [])
+        return found
     found += regrouped(source, spec, {name: [names.stored[name]] for name in spec.shapes})
     mixed = [group.part for group in spec.groups if len({source.step(names.stored[n]) for n in group.names}) > 1]
     if mixed and len(source.states) > 1:
@@ -195,6 +197,9 @@ def _renamed(names: Names) -> list[str]:
         name, old = next(iter(renamed.items()))
         found.append(f"{len(renamed)} tensors get the names that transformers gives them, first {old}: {name}")
     found += names.notes
+    if names.copies:
+        copies = [f"{a} = {k}" for a, k in names.copies.items()]
+        found.append(f"copies of tied tensors, stored once: {', '.join(copies)}")
     if names.left:
         found.append(f"left out, for no current model has them: {', '.join(names.left)}")
     return found

@@ -63,6 +63,11 @@ class CheckpointModel:
         """Absent tied name -> kept name, both canonical."""
         return self.table.aliases(self.config, self.heads)
 
+    def copies(self) -> dict[str, str]:
+        """Copies of tied tensors that the source's files hold beside them -> the tensor that counts, stored names."""
+        tied = {self.stored(alias): self.stored(kept) for alias, kept in self.aliases().items()}
+        return {alias: kept for alias, kept in tied.items() if alias != kept and alias in self.source.tensors}
+
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of dim 0 of a canonical tensor's state."""
         return self.source.read(self.stored(name), state, start, stop)
@@ -190,6 +195,20 @@ def match(source: Source, config: Mapping[str, Any], file: Path | None = None) -
         ) from error
 
 
+def _in_place(source: Source, name: str) -> str:
+    """What to say of a parameter that is not there: what its module has instead that is no floating-point number."""
+    module = name.rpartition(".")[0] + "."
+    found = {n: buffer for n, buffer in source.buffers.items() if n.startswith(module) and hasattr(buffer, "dtype")}
+    if not found:
+        return "Is this the config of this checkpoint?"
+    first = name if name in found else min(found)
+    kind = str(found[first].dtype).removeprefix("torch.")
+    return (
+        f"In its place stands {first} ({kind}): weights that are quantised or packed cannot be grown. Use the "
+        "checkpoint they were made from, or save the model again with its weights as floating-point numbers."
+    )
+
+
 def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     _check_adapter(source)
     table = table_for(config)
@@ -208,7 +227,7 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
             said["tie_word_embeddings"] = table.tied(config)
             raise InvalidCheckpoint(
                 f"{source.path}: tensor {naming.stored(name)} is missing, which the config asks for "
-                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\nIs this the config of this checkpoint?"
+                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\n{_in_place(source, naming.stored(name))}"
             )
         if canonical[name].shape != parameter.shape:
             raise InvalidCheckpoint(_shape_error(source, table, config, parameter, canonical[name].shape))

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 class Names:
     """stored: target's name -> source's, in the model's order where that is known; aliases: absent tied name -> kept
     name, target's names; members: target's name -> what decides its optimizer group; left: source's names that the
-    target does not get, each of an old buffer; notes: what to know of the names, in sentences."""
+    target does not get, each of an old buffer; copies: those of tied tensors that it does not get -> what they equal,
+    source's names; notes: what to know of the names, in sentences."""
 
     stored: dict[str, str]
     aliases: dict[str, str]
     members: Mapping[str, Member] = field(default_factory=dict)
     left: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -68,5 +70,6 @@ class Names:
             {called[a]: called[k] for a, k in model.aliases().items()},
             {called[name]: parameter for name, parameter in model.parameters.items()},
             model.left,
+            model.copies(),
             tuple(short_of_class(*said) + (beyond_class(*said) if form != "hub" else [])),
         )

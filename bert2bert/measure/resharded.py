@@ -67,8 +67,10 @@ def _compare_tensors(source: Source, target: Source, names: Names, check: Check)
     want = {name: source.tensors[old].shape for name, old in names.stored.items()}
     have = {name: meta.shape for name, meta in target.tensors.items() if name not in source.buffers}
     lost = [name for name in {**want, **have} if want.get(name) != have.get(name)]
-    unread = f"; not in the source's files: {some(source.unread)}" if source.unread else ""
-    check("tensors", not lost, f"{len(lost)} differ, first {lost[0]}" if lost else f"{len(want)} on both sides{unread}")
+    counted = f"{len(want)} on both sides"
+    counted += f"; copies of tied tensors in the source: {some([*names.copies])}" if names.copies else ""
+    counted += f"; not in the source's files: {some(source.unread)}" if source.unread else ""
+    check("tensors", not lost, f"{len(lost)} differ, first {lost[0]}" if lost else counted)
     both = [name for name in want if name not in lost]
     for state in target.states:
         compared = Comparison()

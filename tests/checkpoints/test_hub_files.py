@@ -16,7 +16,7 @@ from bert2bert.checkpoints.inspect import inspect
 from bert2bert.checkpoints.open import open_source
 from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint
-from bert2bert.growth.source_model import read_config
+from bert2bert.growth.source_model import open_model, read_config
 from tests import tiny
 from tests.checkpoints.engines import hf_model
 from tests.doors import grow, reshard
@@ -204,6 +204,15 @@ QUANTISED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "aqlm": (lambda t: t | {"bert.x.codebooks": torch.ones(1, 4, 1, 8)}, {}, "codebooks is of a packed weight"),
     "vptq": (lambda t: t | {"bert.x.centroids.weight": torch.ones(1, 4)}, {}, "centroids.weight is of a packed"),
     "mxfp4": (lambda t: t | {"bert.x.up_proj_blocks": torch.zeros(2, dtype=torch.uint8)}, {}, "up_proj_blocks is of"),
+    "exl2": (lambda t: t | {"bert.x.q_weight": torch.zeros(2, 2, dtype=torch.int32)}, {}, "q_weight is of a packed"),
+    "exl3": (lambda t: t | {"bert.x.trellis": torch.zeros(1, 1, 2, dtype=torch.int16)}, {}, "trellis is of a packed"),
+    "sparse": (lambda t: t | {"bert.x.bitmask": torch.zeros(2, 2, dtype=torch.uint8)}, {}, "bitmask is of a packed"),
+    "one-bit": (lambda t: {n: v > 0 if n.endswith("query.weight") else v for n, v in t.items()}, {}, "is BOOL"),
+    "experts": (
+        lambda t: t | {"m.mlp.experts.down_proj": torch.ones(2, 2, 2, dtype=torch.int8)},
+        {},
+        "down_proj is I8",
+    ),
     "config": (dict, {"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantization_config \(awq\)"),
     "modelopt": (dict, {"quantization_config": {"quant_algo": "FP8"}}, r"quantization_config \(FP8\)"),
     "mlx": (dict, {"quantization": {"group_size": 64, "bits": 4}}, r"quantization \(4\)"),
@@ -223,6 +232,19 @@ def test_quantised_weights_are_refused_by_name(scheme: str, tmp_path: Path) -> N
         with pytest.raises(InvalidCheckpoint, match=f"its weights are quantised: .*{message}"):
             command(tmp_path / "s")
     assert not (tmp_path / "t").exists()
+
+
+def test_what_stands_in_place_of_a_missing_weight_is_named(tmp_path: Path) -> None:
+    """A scheme that nothing here knows by its names (Marlin's `B` and `s`)."""
+    save(tmp_path, "llama")
+    file = tmp_path / "model.safetensors"
+    tensors, module = load_file(file), "model.layers.0.self_attn.q_proj"
+    del tensors[f"{module}.weight"]
+    tensors |= {f"{module}.B": torch.zeros(2, 2, dtype=torch.int32), f"{module}.s": torch.ones(1, 2)}
+    save_file(tensors, file)
+    message = rf"{module}\.weight is missing, [^\n]+\nIn its place stands {module}\.B \(int32\): .* quantised"
+    with pytest.raises(InvalidCheckpoint, match=message):
+        open_model(tmp_path)
 
 
 def test_a_quantisation_that_is_none(tmp_path: Path) -> None:
@@ -419,3 +441,24 @@ def test_a_growth_names_what_it_leaves_behind(tmp_path: Path) -> None:
     (tmp_path / "s" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
     with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.json: a git-lfs pointer"):
         grow(tmp_path / "s", tmp_path / "h", tmp_path / "s", format="hub", measure=False, say=silent)
+
+
+@pytest.mark.parametrize("form", ["universal", "zero"])
+def test_what_a_run_does_not_get_of_a_folder_is_said(form: str, tmp_path: Path) -> None:
+    model = save(tmp_path / "s", "t5")
+    save_file({n: v.clone() for n, v in model.state_dict().items()}, tmp_path / "s" / "model.safetensors")
+    copies = sorted(model.state_dict().keys() - dict(model.named_parameters()).keys())
+    assert copies == ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight", "lm_head.weight"]
+    save_file({"ema": torch.ones(1)}, tmp_path / "s" / "ema.safetensors")
+    how: dict[str, Any] = {"format": form, "stage": 2, "world_size": 1} if form == "zero" else {"format": form}
+    lines: list[str] = []
+    reshard(tmp_path / "s", tmp_path / "r", **how, say=lines.append)
+    grow(tmp_path / "s", tmp_path / "g", tmp_path / "s" / "config.json", **how, measure=False, say=lines.append)
+    said = "\n".join(lines)
+    for name in copies:
+        assert said.count(f"{name} = shared.weight") == 2
+    assert said.count(f"left behind in {tmp_path / 's'}: ema.safetensors") == 2
+    for target in ("r", "g"):
+        report = verify(tmp_path / "s", tmp_path / target, logits=False)
+        (counted,) = [check for check in report["checks"] if check["name"] == "tensors"]
+        assert report["ok"] and all(name in counted["detail"] for name in copies)

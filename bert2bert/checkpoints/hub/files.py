@@ -39,10 +39,13 @@ _OTHERS = {  # files with weights in another format -> what to do with them
 _PACKED = re.compile(
     r"(.+\.)?(qweight|qzeros|g_idx|W_q|weight_packed|weight_scale(_inv|_2)?|weight_zero_point|SCB|weight_format|"
     r"(nested_)?(absmax|quant_map)|quant_state\..+|_packed_params.*|weight_quantizer\..+|dqweight|weight\._data|"
-    r"_?weight_+(\w+_)?qdata|codebooks|centroids\.weight|Qidxs|\w+_blocks)"
+    r"_?weight_+(\w+_)?qdata|codebooks|centroids\.weight|Qidxs|\w+_blocks|q_weight|q_scale(_max)?|q_invperm|trellis|"
+    r"bitmask)"
 )
 """Tensors that GPTQ, AWQ, HQQ, compressed-tensors, fp8, bitsandbytes, ModelOpt, torch.ao, FP-Quant, Quanto, torchao,
-AQLM, VPTQ, QuIP# and MXFP4 store."""
+AQLM, VPTQ, QuIP#, MXFP4, EXL2 and EXL3 store."""
+_WEIGHT = re.compile(r"(.+[._])?weight|.+\.experts\.(gate_up|down)_proj")
+"""Parameters of linear maps and embeddings, of whole numbers only where they are quantised."""
 _QUANTISED = ("quantization_config", "quantization", "compression_config")
 _EIGHT_BITS = re.compile(r"F8_|F6_|F4|I4$|U4$")
 
@@ -183,7 +186,8 @@ def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Map
             said.append(f"config.json has {key} ({method})")
     packed = [name for name in dtypes if _PACKED.fullmatch(name)]
     narrow = [name for name, dtype in dtypes.items() if _EIGHT_BITS.match(dtype)]
-    whole = [n for n, t in dtypes.items() if n.endswith(".weight") and t.startswith(("I", "U")) and n not in packed]
+    kinds = ("I", "U", "BOOL")
+    whole = [n for n, t in dtypes.items() if _WEIGHT.fullmatch(n) and t.startswith(kinds) and n not in packed]
     said += [f"{packed[0]} is of a packed weight"] if packed else []
     said += [f"{names[0]} is {dtypes[names[0]]}" for names in (narrow, whole) if names]
     if said:
