@@ -1,4 +1,4 @@
-"""DeepSpeed's defects in loading and saving (docs/checkpoints.md), each as it is in the version supported.
+"""DeepSpeed's defects in loading and saving (docs/deepspeed-defects.md), each as it is in the version supported.
 
 A test that fails here says that DeepSpeed has changed: then look whether what goes round the defect is still right, or
 can go. Those of training are in tests/train.
