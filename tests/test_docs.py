@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import runpy
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests import test_architecture
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -40,3 +43,21 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         there = (page.parent / path).resolve() if path else page
         assert there.exists() and there.is_relative_to(ROOT), f"{link}: there is no {there}"
         assert not anchor or anchor in anchors(there), f"{link}: {there.name} has {sorted(anchors(there))}"
+
+
+def test_pictures_are_what_the_script_draws() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    again = "run: python docs/pictures.py"
+    for name, draw in made["PICTURES"].items():
+        assert (made["FOLDER"] / f"{name}.svg").read_text("utf-8") == draw(), again
+    assert {p.stem for p in made["FOLDER"].glob("*.svg")} == set(made["PICTURES"]), again
+
+
+def test_the_picture_of_the_house_is_true() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    files = {"growths", "__init__", "__main__"}  # files of the top floor, no rooms
+    assert set(made["ROOMS"]) == test_architecture.ROOMS - files
+    for user, used in made["ARROWS"]:
+        assert made["ROOMS"][user][0] < made["ROOMS"][used][0], "arrows lead down"
+        allowed = test_architecture.ALLOWED.get(user)
+        assert allowed is None or used in {room.partition(".")[0] for room in allowed}, (user, used)
