@@ -165,20 +165,20 @@ def test_verify_and_hub(folder: Path, tmp_path: Path) -> None:
     grow(folder / "z2", tmp_path / "hub", format="hub", **how)
     for grown, states in (("uni", 3), ("hub", 1)):
         found = verify(folder / "z2", tmp_path / grown, source_config=folder / "small.json")
-        assert found["ok"], found
-        assert sum(c["name"] in ("weights", "exp_avg", "exp_avg_sq") for c in found["checks"]) == states
-        assert gap(found["drift"]["logits_relative"], 0.0, SINGLE) <= ROUNDING
+        assert found.ok, found
+        assert sum(c.name in ("weights", "exp_avg", "exp_avg_sq") for c in found.checks) == states
+        assert gap(found.drift.logits_relative, 0.0, SINGLE) <= ROUNDING
     # another source, then one flipped mantissa bit: each is found
     found = verify(folder / "bf16", tmp_path / "uni", source_config=folder / "small.json")
-    assert not found["ok"] and {c["name"] for c in found["checks"] if not c["ok"]} >= {"source", "weights"}
+    assert not found.ok and {c.name for c in found.checks if not c.ok} >= {"source", "weights"}
     file = next((tmp_path / "uni").glob("*/zero/bert.encoder.layer.1.output.dense.weight/exp_avg.pt"))
     content = bytearray(file.read_bytes())
     at = content.find(torch.load(file)["param"].numpy().tobytes()[:64])
     content[at + 1] ^= 1
     file.write_bytes(content)
     found = verify(folder / "z2", tmp_path / "uni", source_config=folder / "small.json")
-    assert [c["name"] for c in found["checks"] if not c["ok"]] == ["exp_avg"]
-    assert "layer.1.output.dense.weight" in next(c["detail"] for c in found["checks"] if not c["ok"])
+    assert [c.name for c in found.checks if not c.ok] == ["exp_avg"]
+    assert "layer.1.output.dense.weight" in next(c.detail for c in found.checks if not c.ok)
     # the hub folder is a transformers model with the source's logits
     from transformers import BertForPreTraining
 
@@ -204,7 +204,7 @@ def test_random_width_starts_a_fresh_optimizer(folder: Path, tmp_path: Path) -> 
     grown = open_model(tmp_path / "t").source
     assert {grown.step(name) for name in grown.tensors} == {0}
     assert not any(grown.read(n, "exp_avg_sq", 0, m.shape[0]).any() for n, m in grown.tensors.items())
-    assert verify(folder / "z2", tmp_path / "t", source_config=folder / "small.json")["ok"]
+    assert verify(folder / "z2", tmp_path / "t", source_config=folder / "small.json").ok
 
 
 def test_wrapped_names_are_found_and_kept(folder: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_wrapped_names_are_found_and_kept(folder: Path, tmp_path: Path) -> None:
         assert not prefix or any(repr(prefix) in line for line in lines)
         grown = open_model(source / "grown")
         assert set(grown.source.tensors) == set(opened.source.tensors)
-        assert verify(source, source / "grown", source_config=folder / "small.json")["ok"]
+        assert verify(source, source / "grown", source_config=folder / "small.json").ok
 
 
 def test_lossy_width_has_to_be_accepted_and_is_measured(folder: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_lossy_width_has_to_be_accepted_and_is_measured(folder: Path, tmp_path: 
     assert manifest and manifest["growth"]["drift"]["logits_relative"] > 1e-4
     assert manifest["growth"]["exactness"]["function"]
     assert any("logits differ by" in line for line in lines)
-    assert verify(folder / "z2", tmp_path / "t", source_config=folder / "small.json")["ok"]
+    assert verify(folder / "z2", tmp_path / "t", source_config=folder / "small.json").ok
 
 
 def test_a_config_that_contradicts_the_checkpoints_own_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bert2bert.checkpoints.hub.beside import TOKENIZER
 from bert2bert.checkpoints.target import file_bytes
-from bert2bert.commands.verify import render, verify
+from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.growth.source_model import open_model
 from tests import tiny
@@ -89,7 +89,7 @@ def test_base_models_have_no_outer_name(cls: str, name: str, tmp_path: Path, wor
     load(tmp_path / "big", cls, words)
     assert json.loads((tmp_path / "big" / "config.json").read_text())["architectures"] == [cls]
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert report["ok"] and "no language-model head" in render(report)
+    assert report.ok and "no language-model head" in report.text()
 
 
 def test_a_tied_head_is_told_by_the_class_or_the_outer_name(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def test_an_untied_t5(tmp_path: Path, words: list[str]) -> None:
     goal.write_text(json.dumps(tiny.config_of("t5-untied", **sizes)))
     grow(tmp_path / "small", tmp_path / "big", goal, format="hub", say=silent)
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert report["ok"] and gap(report["drift"]["logits_relative"], 0.0, SINGLE) <= ROUNDING, render(report)
-    assert "of the largest entry" in render(report)
+    assert report.ok and gap(report.drift.logits_relative, 0.0, SINGLE) <= ROUNDING, report.text()
+    assert "of the largest entry" in report.text()
     model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "big")
     grown = load_file(tmp_path / "big" / "model.safetensors")
     assert torch.equal(model.lm_head.weight, grown["lm_head.weight"])
@@ -184,7 +184,7 @@ def test_names_in_a_wrapper_become_transformers_own(tmp_path: Path, words: list[
     grow(tmp_path / "small", tmp_path / "big", goal, format="hub", say=silent)
     words.clear()
     load(tmp_path / "big", "GPT2LMHeadModel", words)
-    assert verify(tmp_path / "small", tmp_path / "big")["ok"]
+    assert verify(tmp_path / "small", tmp_path / "big").ok
 
 
 def test_experts_that_are_not_all_there(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_layouts_of_the_hub_read_as_transformers_reads_them(name: str, age: str,
     lines: list[str] = []
     reshard(tmp_path / "s", tmp_path / "z", format="zero", stage=2, world_size=2, say=lines.append)
     assert set(open_source(tmp_path / "z").tensors) == set(loaded(tmp_path / "s", cls))
-    assert verify(tmp_path / "s", tmp_path / "z")["ok"] and verify(tmp_path / "s", tmp_path / "g", logits=False)["ok"]
+    assert verify(tmp_path / "s", tmp_path / "z").ok and verify(tmp_path / "s", tmp_path / "g", logits=False).ok
     assert len(grown) > len(open_model(tmp_path / "s").parameters)
     # what no model has is left with a word
     model = open_model(tmp_path / "s")
@@ -238,7 +238,7 @@ def test_unknown_integers_are_refused_and_not_lost(tmp_path: Path) -> None:
     reshard(tmp_path / "s", tmp_path / "again", format="hub", say=silent)
     one, other = (load_file(tmp_path / d / "model.safetensors") for d in ("s", "again"))
     same(one, other)
-    assert verify(tmp_path / "s", tmp_path / "again")["ok"]
+    assert verify(tmp_path / "s", tmp_path / "again").ok
 
 
 def test_a_config_from_before_model_type(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bert2bert.checkpoints.open import open_source
-from bert2bert.commands.verify import render, verify
+from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint, UnsupportedGrowth
 from bert2bert.growth.plan import plan_growth
 from bert2bert.growth.source_model import open_model
@@ -75,7 +75,7 @@ def test_a_folder_grows_and_says_the_same(cls: str, tmp_path: Path) -> None:
         # a whole model in float32: more than a few operations
         assert gap(new[name], wanted, SPARE * unit(torch.float32) * largest(before)) <= ROUNDING, name
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert report["ok"] and "no language-model head" in render(report)
+    assert report.ok and "no language-model head" in report.text()
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "net._orig_mod."])

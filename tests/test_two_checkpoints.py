@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from bert2bert.commands import cli
-from bert2bert.commands.verify import render, verify
+from bert2bert.commands.verify import verify
 from tests import tiny
 from tests.rounding import ROUNDING, gap
 from tests.test_verify_families import GROWN, result, target
@@ -42,7 +42,7 @@ def test_the_v_cycle(name: str, form: str, tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert f"with     0.75 of {large}, 0.25 of the grown" in out and "width decoalesce" in out
     report = verify(small, tmp_path / "mixed", other=large)
-    assert report["ok"], render(report)
+    assert report.ok, report.text()
     assert result(report, "with")[0] and "not promised" in result(report, "logits")[1]
     if form == "hub":
         assert cli.main(["grow", str(small), str(tmp_path / "plain"), *how, "--no-measure"]) == 0

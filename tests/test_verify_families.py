@@ -12,10 +12,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bert2bert.commands import cli
-from bert2bert.commands.verify import render, verify
+from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidConfig, InvalidData
 from bert2bert.growth.source_model import open_model
 from bert2bert.measure import transformers_models
+from bert2bert.measure.checks import Verified
 from bert2bert.tables import TABLES
 from tests import tiny
 from tests.data.fixtures import write_bins
@@ -56,9 +57,9 @@ def target(path: Path, name: str, **changes: Any) -> Path:
     return path
 
 
-def result(report: dict[str, Any], name: str) -> tuple[bool, str]:
+def result(report: Verified, name: str) -> tuple[bool, str]:
     """One check's outcome and detail."""
-    return next((c["ok"], c["detail"]) for c in report["checks"] if c["name"] == name)
+    return next((c.ok, c.detail) for c in report.checks if c.name == name)
 
 
 @pytest.mark.parametrize("name", GROWN)
@@ -69,13 +70,13 @@ def test_an_exact_growth_passes_everything(name: str, tmp_path: Path) -> None:
     (drift,) = (line for line in lines if line.startswith("drift"))
     assert drift.startswith("drift    logits differ by") and "loss" not in drift and "random tokens" in drift
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert report["ok"], render(report)
-    assert [c["name"] for c in report["checks"]] == [
+    assert report.ok, report.text()
+    assert [c.name for c in report.checks] == [
         "source", "plan", "tensors", "weights", "exp_avg", "exp_avg_sq", "logits", "gradients",
     ]  # fmt: skip
     assert "of the largest entry" in result(report, "gradients")[1]
-    assert gap(report["drift"]["logits_relative"], 0.0, SINGLE) <= ROUNDING and report["drift"]["dtype"] == "float64"
-    assert report["drift"]["loss_source"] is report["drift"]["loss_grown"] is None  # of random tokens
+    assert gap(report.drift.logits_relative, 0.0, SINGLE) <= ROUNDING and report.drift.dtype == "float64"
+    assert report.drift.loss_source is report.drift.loss_grown is None  # of random tokens
 
 
 def change(file: Path, name: str, at: Any) -> None:
@@ -92,7 +93,7 @@ def test_a_changed_weight_and_a_changed_function_fail(tmp_path: Path) -> None:
     grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), format="hub", say=silent)
     change(tmp_path / "big" / "model.safetensors", "transformer.h.1.mlp.c_fc.weight", (3, 4))
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert [c["name"] for c in report["checks"] if not c["ok"]] == ["weights", "logits"]
+    assert [c.name for c in report.checks if not c.ok] == ["weights", "logits"]
     assert "transformer.h.1.mlp.c_fc.weight" in result(report, "weights")[1]
     assert cli.main(["verify", str(tmp_path / "small"), str(tmp_path / "big")]) == 1
 
@@ -106,14 +107,14 @@ def test_a_wrong_rule_for_gradients_fails(tmp_path: Path, monkeypatch: pytest.Mo
     plain = dict(realise.STATES)
     monkeypatch.setitem(realise.STATES, "exp_avg", type(plain["exp_avg"])("exp_avg", gradient=False, power=1))
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert [c["name"] for c in report["checks"] if not c["ok"]] == ["gradients"]
+    assert [c.name for c in report.checks if not c.ok] == ["gradients"]
 
 
 def test_what_is_not_promised_is_reported_and_not_judged(tmp_path: Path) -> None:
     save(tmp_path / "small", "llama")
     grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "llama"), width="aki", say=silent)
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert report["ok"] and report["drift"]["logits_relative"] > 1e-3
+    assert report.ok and report.drift.logits_relative > 1e-3
     assert "not promised" in result(report, "logits")[1] and "not promised" in result(report, "gradients")[1]
 
 
@@ -126,9 +127,9 @@ def test_old_logits_are_judged_where_the_vocabulary_grows(name: str, tmp_path: P
     ids = tmp_path / "ids.txt"
     ids.write_text("5 6 7 8 9 10")
     report = verify(tmp_path / "small", tmp_path / "big", tokens=ids)
-    assert report["ok"] and "at most" in result(report, "logits")[1], render(report)
+    assert report.ok and "at most" in result(report, "logits")[1], report.text()
     assert "new tokens enter the softmax" in result(report, "loss")[1]
-    assert abs(report["drift"]["loss_source"] - report["drift"]["loss_grown"]) > 1e-3
+    assert abs(report.drift.loss_source - report.drift.loss_grown) > 1e-3
     file = tmp_path / "big" / "model.safetensors"
     kept = load_file(file)
     (words,) = (n for n in kept if n.endswith(("word_embeddings.weight", "embed_tokens.weight")))
@@ -137,7 +138,7 @@ def test_old_logits_are_judged_where_the_vocabulary_grows(name: str, tmp_path: P
     kept[words][20] += 1
     content[at : at + kept[words].nbytes] = kept[words].numpy().tobytes()
     file.write_bytes(content)
-    assert [c["name"] for c in verify(tmp_path / "small", tmp_path / "big")["checks"] if not c["ok"]] == [
+    assert [c.name for c in verify(tmp_path / "small", tmp_path / "big").checks if not c.ok] == [
         "weights", "logits",
     ]  # fmt: skip
 
@@ -147,7 +148,7 @@ def test_sixteen_bit_files_are_compared_at_their_precision(tmp_path: Path) -> No
     grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "t5"), format="hub", say=silent)
     assert {m.dtype for m in open_model(tmp_path / "big").source.tensors.values()} == {"bfloat16"}
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert report["ok"] and "at most 0.15" in result(report, "logits")[1], render(report)
+    assert report.ok and "at most 0.15" in result(report, "logits")[1], report.text()
 
 
 def test_a_model_that_magnifies_rounding_is_judged_before_it(tmp_path: Path) -> None:
@@ -157,12 +158,12 @@ def test_a_model_that_magnifies_rounding_is_judged_before_it(tmp_path: Path) -> 
     big = tmp_path / "big"
     grow(tmp_path / "small", big, goal, format="hub", breaker="noise:scale=20", measure=False, say=silent)
     report = verify(tmp_path / "small", big)
-    told = next(c["detail"] for c in report["checks"] if c["name"] == "logits")
-    assert report["ok"] and "before rounding" in told, render(report)
+    told = next(c.detail for c in report.checks if c.name == "logits")
+    assert report.ok and "before rounding" in told, report.text()
     # a file that is not the plan's is judged as it is
     change(big / "model.safetensors", "encoder.final_layer_norm.weight", 0)
-    checks = {c["name"]: c for c in verify(tmp_path / "small", big)["checks"]}
-    assert not checks["logits"]["ok"] and "before rounding" not in checks["logits"]["detail"]
+    checks = {c.name: c for c in verify(tmp_path / "small", big).checks}
+    assert not checks["logits"].ok and "before rounding" not in checks["logits"].detail
 
 
 def test_a_long_comparison_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,12 +187,12 @@ def test_drift_and_verify_look_at_what_was_written(tmp_path: Path) -> None:
     manifest = open_model(big).source.manifest
     assert manifest
     report = verify(tmp_path / "small", big)
-    assert report["ok"] and report["drift"] == manifest["growth"]["drift"]
+    assert report.ok and report.drift.as_dict() == manifest["growth"]["drift"]
     many = sum(1 for _ in load_file(big / "model.safetensors"))
     assert f"{many} tensors, bit for bit, " in result(report, "weights")[1]
     assert "of them rounded to bfloat16" in result(report, "weights")[1]
     ids.write_text("5 6 7 8 9\n10 11 12 13 14")
-    found = verify(tmp_path / "small", big, tokens=ids)["drift"]
+    found = verify(tmp_path / "small", big, tokens=ids).drift
     given = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
     x, y = (
         tiny.build(tiny.config_of("llama", **changes))
@@ -212,9 +213,9 @@ def test_drift_and_verify_look_at_what_was_written(tmp_path: Path) -> None:
         )
 
     limits = allowed(measured)
-    assert found["logits_relative"] > WRONG * limits["logits_relative"]
+    assert found.logits_relative > WRONG * limits["logits_relative"]
     for what, value in measured().items():
-        assert gap(torch.tensor(found[what], dtype=torch.float64), value, limits[what]) <= ROUNDING, what
+        assert gap(torch.tensor(getattr(found, what), dtype=torch.float64), value, limits[what]) <= ROUNDING, what
 
 
 def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     save_file({**held, "transformer.h.1.attn.bias": mask}, tmp_path / "small" / "model.safetensors", {"format": "pt"})
     grow(tmp_path / "small", tmp_path / "big", target(tmp_path / "big.json", "gpt2"), format="hub", say=silent)
     report = verify(tmp_path / "small", tmp_path / "big", logits=False)
-    assert report["ok"]
+    assert report.ok
     counted = f"{len(held)} of the source's {len(held) + 1} tensors make the target's {len(held)}"
     assert result(report, "tensors")[1] == f"{counted}; what no current model has: transformer.h.1.attn.bias"
 
@@ -237,11 +238,11 @@ def test_given_tokens_and_held_out_text(name: str, tmp_path: Path) -> None:
     ids = tmp_path / "ids.txt"
     ids.write_text("[5, 6, 7, 8, 9]\n10 11 12 13 14\n\n")
     given = verify(tmp_path / "small", tmp_path / "big", tokens=ids)
-    assert given["ok"] and given["drift"]["tokens"] == 10 and str(ids) in given["drift"]["text"]
+    assert given.ok and given.drift.tokens == 10 and str(ids) in given.drift.text
     write_bins(tmp_path / "bins", [30], 29, heldout=[90, 50])
     held = verify(tmp_path / "small", tmp_path / "big", bins=tmp_path / "bins")
-    assert held["ok"] and held["drift"]["text"] == "held-out text"
-    assert held["drift"]["loss_source"] != given["drift"]["loss_source"]
+    assert held.ok and held.drift.text == "held-out text"
+    assert held.drift.loss_source != given.drift.loss_source
     for text, words in (("1 2 3\n1 2\n", "rows of 2, 3 token ids"), ("1 29 3", "both models know 0 to 28"), ("", "no")):
         ids.write_text(text)
         with pytest.raises(InvalidData, match=words):
@@ -269,13 +270,14 @@ def test_a_model_too_large_for_memory_is_refused_and_can_be_left_out(
     assert json.loads(file.read_text())["drift"] is None
     # enough for logits, which need a layer, in float32 alone; not for both models' gradients
     monkeypatch.setattr(transformers_models, "free_memory", lambda: 50_000_000)
-    for module in ("drift", "verify"):
-        monkeypatch.setattr(f"bert2bert.{module}.gradients_memory", lambda *of: 20_000_000)
+    for module in ("drift", "grown"):
+        monkeypatch.setattr(f"bert2bert.measure.{module}.gradients_memory", lambda *of: 20_000_000)
     assert cli.main(["verify", str(small), str(big), "--json"]) == 0
     shown = capsys.readouterr()
     report = json.loads(shown.out)
     assert report["ok"] and report["drift"]["dtype"] == "float32" and "gradients will" not in shown.err
-    assert "not compared: the gradients of both models takes" in result(report, "gradients")[1]
+    detail = next(check["detail"] for check in report["checks"] if check["name"] == "gradients")
+    assert "not compared: the gradients of both models takes" in detail
     monkeypatch.setattr(transformers_models, "free_memory", lambda: 200_000_000)
     assert cli.main(["verify", str(small), str(big), "--json"]) == 0
     assert "both models whole, which takes 0.16 GB of memory; --no-logits" in capsys.readouterr().err
@@ -300,7 +302,7 @@ def test_without_transformers_only_a_bert_is_run(tmp_path: Path, monkeypatch: py
     drifts = [line for line in lines if line.startswith("drift")]
     assert "logits differ by" in drifts[0] and "pip install transformers" in drifts[1]
     report = verify(tmp_path / "bert", tmp_path / "bert-big")
-    assert report["ok"] and "not compared" in result(report, "gradients")[1]
+    assert report.ok and "not compared" in result(report, "gradients")[1]
     with pytest.raises(transformers_models.NoReference, match="--no-logits"):
         verify(tmp_path / "gpt2", tmp_path / "gpt2-big")
 
@@ -313,7 +315,7 @@ def test_a_growth_that_scales_the_norms_epsilon(tmp_path: Path) -> None:
     opened = open_model(tmp_path / "big")
     assert opened.config["layer_norm_epsilon"] == pytest.approx(1e-5 * 8 / 12)
     report = verify(tmp_path / "small", tmp_path / "big")
-    assert report["ok"] and gap(report["drift"]["logits_relative"], 0.0, SINGLE) <= ROUNDING, render(report)
+    assert report.ok and gap(report.drift.logits_relative, 0.0, SINGLE) <= ROUNDING, report.text()
 
 
 def test_a_config_that_transformers_refuses_is_no_reference(tmp_path: Path) -> None:

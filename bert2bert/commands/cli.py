@@ -233,7 +233,7 @@ def _learn(args: argparse.Namespace, comm: Comm) -> None:
 
 
 def _verify(args: argparse.Namespace, comm: Comm) -> int:
-    from bert2bert.commands.verify import render, verify
+    from bert2bert.commands.verify import verify
 
     found = verify(
         args.source,
@@ -249,11 +249,11 @@ def _verify(args: argparse.Namespace, comm: Comm) -> int:
     )
     if args.output:
         try:
-            args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            args.output.write_text(json.dumps(found.as_json(), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise InvalidConfig(f"--output {args.output}: cannot be written ({error.strerror}); name another") from None
-    _show(args, found, lambda: render(found))
-    return 0 if found["ok"] else 1
+    _show(args, found.as_json(), found.text)
+    return 0 if found.ok else 1
 
 
 def _report(args: argparse.Namespace, comm: Comm) -> None:

@@ -5,7 +5,6 @@ A check that fails is a result, not an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from bert2bert.checkpoints.zero.layout import row_blocks
 from bert2bert.errors import some
 from bert2bert.files.torch_writer import bits, equal
 from bert2bert.growth.target_names import Names
+from bert2bert.measure.checks import Check
 from bert2bert.measure.rounding import Blocks, Comparison
 
 if TYPE_CHECKING:
@@ -28,10 +28,6 @@ def is_reshard(source: Source, target: Source) -> bool:
         return False
     grown_from = (manifest.get("growth") or {}).get("source") or {}
     return grown_from.get("sha256") is None or grown_from["sha256"] != source.identity()["sha256"]
-
-
-Check = Callable[[str, bool, str], None]
-"""``check(what, whether it holds, found)`` receives one result."""
 
 
 def compare(source: Source, target: Source, check: Check) -> None:

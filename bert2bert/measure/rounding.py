@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from bert2bert.files.torch_writer import bits
+from bert2bert.measure.checks import Check
 
 Blocks = Iterable[tuple[Tensor, Tensor]]
 """(expected, found) values, block by block."""
@@ -34,10 +35,10 @@ class Comparison:
         if rounded:
             self.rounded[rounded] += 1
 
-    def report(self, what: str, check: Callable[[str, bool, str], None]) -> None:
+    def report(self, what: str, check: Check) -> None:
         """As a check: what differs, or how many tensors are equal and how many are rounded."""
         if self.wrong:
             check(what, False, f"{len(self.wrong)} differ, first {self.wrong[0]}")
             return
-        said = [f", {n} of them rounded to {dtype}, which is all that is stored" for dtype, n in self.rounded.items()]
-        check(what, True, f"{self.count} tensors, bit for bit" + "".join(said))
+        notes = [f", {n} of them rounded to {dtype}, which is all that is stored" for dtype, n in self.rounded.items()]
+        check(what, True, f"{self.count} tensors, bit for bit" + "".join(notes))

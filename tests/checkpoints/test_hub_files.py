@@ -109,7 +109,7 @@ def test_the_file_that_the_config_names(tmp_path: Path) -> None:
     reshard(tmp_path, tmp_path / "again", format="hub", say=silent)
     assert loaded(tmp_path / "again").keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in loaded(tmp_path / "again").items())
-    assert verify(tmp_path, tmp_path / "again")["ok"]
+    assert verify(tmp_path, tmp_path / "again").ok
     (tmp_path / "other.safetensors").unlink()
     with pytest.raises(InvalidCheckpoint, match=r"other\.safetensors: no such file, though config\.json names it"):
         open_source(tmp_path)
@@ -261,7 +261,7 @@ def test_a_quantisation_that_is_none(tmp_path: Path) -> None:
     reshard(tmp_path, tmp_path / "r", format="hub", say=silent)
     for made in ("g", "r"):
         assert all(torch.equal(value, theirs[name]) for name, value in loaded(tmp_path / made).items())
-    assert verify(tmp_path, tmp_path / "g")["ok"]
+    assert verify(tmp_path, tmp_path / "g").ok
 
 
 @pytest.mark.parametrize("beside", [None, "base", "pickled"])
@@ -427,7 +427,7 @@ def test_a_folder_with_its_own_code_written_anew_still_loads(tmp_path: Path) -> 
     for name in (*kept, "configuration_own.py"):
         assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "s" / name).read_bytes()
     assert f"left behind in {tmp_path / 's'}: logs/, onnx/" in "\n".join(lines)
-    assert verify(tmp_path / "s", tmp_path / "r")["ok"]
+    assert verify(tmp_path / "s", tmp_path / "r").ok
 
 
 def test_a_growth_names_what_it_leaves_behind(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_every_form_and_back(home: Path, tmp_path: Path) -> None:
     for i, how in enumerate(chain):
         reshard(last, tmp_path / str(i), **how, say=lambda _: None)
         report = verify(last, tmp_path / str(i))
-        assert report["ok"], report
+        assert report.ok, report
         assert not check(tmp_path / str(i))["bad"]
         last = tmp_path / str(i)
     one, other = tree(before), tree(open_source(last).folder)
@@ -187,19 +187,19 @@ def test_weights_alone_and_what_is_left_out(home: Path, tmp_path: Path) -> None:
     reshard(home / "z2", tmp_path / "hub", format="hub", say=said.append)
     assert "left out: exp_avg, exp_avg_sq, groups, learning-rate scheduler, client state, which" in said[0]
     assert not (tmp_path / "hub" / "config.json").exists() and "no config.json" in said[0]
-    assert verify(home / "z2", tmp_path / "hub")["ok"]
+    assert verify(home / "z2", tmp_path / "hub").ok
     one, other = open_source(home / "z2"), open_source(tmp_path / "hub")
     assert one.tensors.keys() == other.tensors.keys()
     said.clear()
     reshard(tmp_path / "hub", tmp_path / "again", say=said.append)
-    assert "moments of zero" in said[0] and verify(tmp_path / "hub", tmp_path / "again")["ok"]
+    assert "moments of zero" in said[0] and verify(tmp_path / "hub", tmp_path / "again").ok
     again = open_source(tmp_path / "again")
     assert all(again.read(n, s, 0, 0).numel() == 0 for n, m in again.tensors.items() for s in STATES if m.shape)
 
 
 def test_verify_finds_a_changed_bit_and_another_source(home: Path, tmp_path: Path) -> None:
     folder = reshard(home / "z2", tmp_path / "t", format="universal", say=lambda _: None)
-    assert not verify(home / "z3", tmp_path / "t")["ok"]
+    assert not verify(home / "z3", tmp_path / "t").ok
     file = folder / "zero" / "0.weight" / "exp_avg.pt"
     content = bytearray(file.read_bytes())
     values = open_source(tmp_path / "t").read("0.weight", "exp_avg", 0, 13).clone()
@@ -207,7 +207,7 @@ def test_verify_finds_a_changed_bit_and_another_source(home: Path, tmp_path: Pat
     content[at + 8] ^= 1
     file.write_bytes(content)
     report = verify(home / "z2", tmp_path / "t")
-    assert [c["name"] for c in report["checks"] if not c["ok"]] == ["exp_avg"]
+    assert [c.name for c in report.checks if not c.ok] == ["exp_avg"]
     assert check(tmp_path / "t")["bad"].keys() == {"zero/0.weight/exp_avg.pt"}
 
 
@@ -244,7 +244,7 @@ def test_a_mixed_folder_keeps_every_bit(tmp_path: Path) -> None:
     tensors = {"a": torch.tensor([1.5, float("nan"), -0.0]).bfloat16(), "b": torch.randn(2, 2)}
     save_file(tensors, tmp_path / "s" / "model.safetensors")
     reshard(tmp_path / "s", tmp_path / "t", format="hub", say=lambda _: None)
-    assert verify(tmp_path / "s", tmp_path / "t")["ok"]
+    assert verify(tmp_path / "s", tmp_path / "t").ok
     found = load_file(tmp_path / "t" / "model.safetensors")
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype, name
