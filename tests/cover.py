@@ -29,6 +29,7 @@ def facts(name: str) -> frozenset[tuple[Any, ...]]:
     found: set[tuple[Any, ...]] = {
         ("norm", table.norm, table.prenorm, table.normalised),
         ("head", table.tied(config), bool(table.aliases(config, heads)), table.norm, table.prenorm),
+        ("heads", heads, table.norm, table.prenorm, len(table.depth)),
         ("depth", table.depth),
         ("kinds", len({table.layer_kind(config, i) for i in layers["layers"]}), bool(table.every[0])),
         ("first position", table.first_position),

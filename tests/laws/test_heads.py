@@ -20,6 +20,7 @@ from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.checkpoints.growths import GROWTHS, Growth
+from tests.cover import families
 from tests.laws.harness import Grown, reader
 from tests.rounding import ROUNDING, allowed, gap
 
@@ -108,7 +109,7 @@ def check(config: dict[str, Any], growth: Growth) -> bool:
     return True
 
 
-@pytest.mark.parametrize("cls", tiny.OTHERS)
+@pytest.mark.parametrize("cls", families(tiny.OTHERS))
 def test_what_a_model_says_is_kept(cls: str) -> None:
     config = tiny.config_of(cls)
     kind = str(config["model_type"])
