@@ -1,7 +1,7 @@
 """Thirty-four single mistakes, each of which the short suite must catch: python -m tests.mutations [WORDS] [--jobs N].
 
 Each is a small replacement in a copy of the package in a temporary folder, where the tests that should see it run until
-the first failure. Only mistakes whose name has one of WORDS run. The status is 1 if one is not caught, breaks the
+the first failure; that test must pass without the mistake. Only mistakes whose name has one of WORDS run. The status is 1 if one is not caught, breaks the
 collection of tests, or no longer applies because its text is not in the file exactly once.
 """
 
@@ -103,15 +103,24 @@ def run(mistake: Mistake) -> str:
         if text.count(mistake.old) != 1:
             return f"DOES NOT APPLY: its text is in the file {text.count(mistake.old)} times; write it anew"
         file.write_text(text.replace(mistake.old, mistake.new), "utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mistake.tests.split()],
-            cwd=folder, capture_output=True, text=True, check=False,
-            env={**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
-        )  # fmt: skip
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode == 1 and failed:
-        return f"caught by {failed[0].split(' ')[1]}"
-    return "NOT CAUGHT" if done.returncode == 0 else f"BREAKS THE TESTS: {(failed or done.stdout.splitlines())[-1:]}"
+        status, found = pytest(folder, mistake.tests.split())
+        if status != 1:
+            return "NOT CAUGHT" if status == 0 else f"BREAKS THE TESTS: {found}"
+        file.write_text(text, "utf-8")
+        return f"caught by {found}" if pytest(folder, [found])[0] == 0 else f"FAILS WITHOUT IT, TOO: {found}"
+
+
+def pytest(folder: str, arguments: Sequence[str]) -> tuple[int, str]:
+    """The exit status, and the first test that failed, else the last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    lines = done.stdout.splitlines() or done.stderr.splitlines() or [""]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    test = failed[0].partition(" ")[2].partition(" - ")[0] if failed else lines[-1]
+    return done.returncode, test
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,15 +6,19 @@ hide errors below 1e-7, so every such cast is lifted while a model of `build` ru
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
 from bert2bert.measure.transformers_models import Double
 from bert2bert.tables import TABLES, table_for
+
+Made = TypeVar("Made")
 
 TOKENS = range(2, 23)  # below every vocabulary, so that a grown or shrunk model reads the same ids; 0 and 1 may pad
 
@@ -107,8 +111,29 @@ def _others() -> dict[str, Variant]:
 OTHERS = _others()
 
 
+def remembered(function: Callable[..., Made]) -> Callable[..., Made]:
+    """Keep a function's last results, by its arguments as text: dicts may be among them. Nobody may change a result."""
+    kept: dict[str, Made] = {}
+
+    @wraps(function)
+    def call(*args: Any, **more: Any) -> Made:
+        key = repr((args, more))
+        if key not in kept:
+            kept[key] = function(*args, **more)
+            if len(kept) > 64:
+                del kept[next(iter(kept))]
+        return kept[key]
+
+    return call
+
+
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
     """The full Hugging Face config of a variant without dropout; changes by config key."""
+    return copy.deepcopy(_config_of(name, **changes))
+
+
+@remembered
+def _config_of(name: str, **changes: Any) -> dict[str, Any]:
     variant = VARIANTS.get(name) or OTHERS[name]
     asked = variant.base | {"architectures": [variant.cls]} | changes
     config = transformers.AutoConfig.for_model(**asked).to_dict()
@@ -127,11 +152,16 @@ def _doubled(cls: type) -> Any:
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
+@remembered
+def _settings(config: dict[str, Any]) -> transformers.PreTrainedConfig:
+    return transformers.AutoConfig.for_model(**config)
+
+
 def build(config: dict[str, Any]) -> transformers.PreTrainedModel:
     """The transformers model of a config, float64, eval mode, eager attention."""
     cls = _doubled(getattr(transformers, config["architectures"][0]))
     model = cls._from_config(
-        transformers.AutoConfig.for_model(**config), attn_implementation="eager", experts_implementation="eager"
+        copy.deepcopy(_settings(config)), attn_implementation="eager", experts_implementation="eager"
     )
     untie(model, config)
     return model.double().eval()

@@ -41,6 +41,22 @@ def detached(model: torch.nn.Module, config: dict[str, Any]) -> dict[str, Tensor
     return {n: p.detach().clone() for n, p in tiny.parameters(model, config).items()}
 
 
+@tiny.remembered
+def source_of(config: dict[str, Any], seed: int) -> torch.nn.Module:
+    """The scrambled model of a config and a seed, which many growths start from."""
+    return scrambled(config, seed)
+
+
+@tiny.remembered
+def source_logits(config: dict[str, Any], seed: int) -> Tensor:
+    return tiny.logits(source_of(config, seed), config)
+
+
+@tiny.remembered
+def source_gradients(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    return gradients(source_of(config, seed), config)
+
+
 def gradients(model: torch.nn.Module, config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Canonical name -> gradient of the loss; parameters that do not enter it are left out."""
     model.zero_grad()
@@ -64,7 +80,7 @@ class Grown:
 
     @cached_property
     def source(self) -> torch.nn.Module:
-        return scrambled(self.config, self.seed)
+        return source_of(self.config, self.seed)
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -84,12 +100,13 @@ class Grown:
 
     def drift_of(self, target: torch.nn.Module, config: dict[str, Any]) -> float:
         """The same of another target."""
-        a = tiny.logits(self.source, self.config)
+        a = source_logits(self.config, self.seed)
 
         def logits() -> Tensor:
             return tiny.logits(target, config)[:, : a.shape[1]]
 
-        return gap(logits(), a, allowed(logits))
+        found = logits()
+        return gap(found, a, allowed(logits, plain=found))
 
 
 def grow(name: str, sizes: Mapping[str, int] | None = None, seed: int = 1, keys: Mapping[str, Any] | None = None,
@@ -110,8 +127,8 @@ def assert_same_logits(grown: Grown) -> None:
 def assert_gradient_rule(grown: Grown) -> int:
     """Gradients, and so the moments, of the grown network are what the plan says; the number of tensors checked."""
     assert grown.plan.exactness.moments == (), grown.plan.exactness
-    g, measured = gradients(grown.source, grown.config), gradients(grown.target, grown.plan.config)
-    limits = allowed(lambda: gradients(grown.target, grown.plan.config))
+    g, measured = source_gradients(grown.config, grown.seed), gradients(grown.target, grown.plan.config)
+    limits = allowed(lambda: gradients(grown.target, grown.plan.config), plain=measured)
     states = reader({"exp_avg": g, "exp_avg_sq": {n: x.square() for n, x in g.items()}})
     checked = 0
     for name, tensor in grown.plan.tensors.items():

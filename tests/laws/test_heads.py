@@ -91,14 +91,14 @@ def check(config: dict[str, Any], growth: Growth) -> bool:
     ), plan.notes
     old, new, index = tiny.outputs(model.source, config), tiny.outputs(model.target, plan.config), features(plan)
     assert old.keys() == new.keys() and old
-    limits = allowed(lambda: tiny.outputs(model.target, plan.config))
+    limits = allowed(lambda: tiny.outputs(model.target, plan.config), plain=new)
     for name, said in old.items():
         wanted = grown(said, index) if name in HIDDEN else said
         assert gap(new[name], wanted, limits[name]) <= ROUNDING, (str(growth), name)
     if plan.exactness.moments:
         return True
     g, measured = gradients(model.source, config), gradients(model.target, plan.config, index)
-    limits = allowed(lambda: gradients(model.target, plan.config, index))
+    limits = allowed(lambda: gradients(model.target, plan.config, index), plain=measured)
     states, checked = reader({"exp_avg": g}), 0
     for name, tensor in plan.tensors.items():
         if name in measured and all(s in g for s in tensor.sources):
