@@ -1,8 +1,9 @@
 """Thirty-four single mistakes, each of which the short suite must catch: python -m tests.mutations [WORDS] [--jobs N].
 
 Each is a small replacement in a copy of the package in a temporary folder, where the tests that should see it run until
-the first failure; that test must pass without the mistake. Only mistakes whose name has one of WORDS run. The status is 1 if one is not caught, breaks the
-collection of tests, or no longer applies because its text is not in the file exactly once.
+the first failure; that test must pass without the mistake. Only mistakes whose name has one of WORDS run. The status is
+1 if one is not caught, breaks the collection of tests, or no longer applies because its text is not in the file exactly
+once.
 """
 
 from __future__ import annotations
