@@ -253,7 +253,8 @@ def rival(kind: str, source: str, target: str, config: str, count: int) -> dict[
 def dry_run(folder: str, pair: str) -> dict[str, Any]:
     import sparse
 
-    for module in ("hub", "stage0", "universal", "zero"):  # readers are imported when they are needed
+    # readers are imported when they are needed
+    for module in ("hub.reader", "universal.reader", "zero.reader", "zero.stage0_reader"):
         importlib.import_module(f"bert2bert.checkpoints.{module}")
     found: dict[str, Any] = {}
     with measured(found):

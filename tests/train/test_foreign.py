@@ -54,7 +54,7 @@ def pretrain(words: list[str]) -> int:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.ranks.GRACE_SECONDS = 0.0
+    module.launcher.GRACE_SECONDS = 0.0
     return int(module.main(words))
 
 

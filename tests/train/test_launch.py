@@ -89,7 +89,7 @@ def test_only_rank_0_tells_the_usage(
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     pretrain = entry("pretrain")
-    monkeypatch.setattr(pretrain.ranks, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(pretrain.launcher, "GRACE_SECONDS", 0.0)
     with pytest.raises(SystemExit) as ended:
         pretrain.main(words)
     assert ended.value.code == (0 if words == ["--help"] else 2)
