@@ -20,11 +20,11 @@ from unittest import mock
 import torch
 
 from bert2bert.algebra.realise import values
-from bert2bert.checkpoints import write as writing
 from bert2bert.checkpoints.groups import param_groups
 from bert2bert.checkpoints.hub import writer as hub_writer
 from bert2bert.checkpoints.job import Job, Tally, TargetGroup, TargetSpec
 from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.planned import planned
 from bert2bert.checkpoints.source import STATES
 from bert2bert.checkpoints.target import Target
 from bert2bert.commands.grow import target_spec
@@ -117,7 +117,7 @@ def lay_out(folder: Path, spec: TargetSpec, target: Target) -> int:
     """Every file of a checkpoint, tensors as holes; the bytes of tensors in it."""
     tag = folder if target.format == "hub" else folder / spec.tag
     with holes():
-        plans = writing.planned(Job(spec, _nothing, Tally.new()), target)
+        plans = planned(Job(spec, _nothing, Tally.new()), target)
         for plan in plans:
             path = tag / plan.name
             path.parent.mkdir(parents=True, exist_ok=True)

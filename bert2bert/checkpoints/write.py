@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,11 @@ from bert2bert.checkpoints.commit.journal import Entry, Finisher
 from bert2bert.checkpoints.commit.pending import FORMAT_VERSION, file_sizes
 from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.commit.threads import files_at_once, write_files
-from bert2bert.checkpoints.expert_parallel.writer import expert_zero_files
-from bert2bert.checkpoints.hub.writer import MAX_FILE_BYTES, hub_config, hub_files, json_bytes
-from bert2bert.checkpoints.job import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries, write_bytes
+from bert2bert.checkpoints.job import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries
+from bert2bert.checkpoints.planned import planned
 from bert2bert.checkpoints.target import Target
-from bert2bert.checkpoints.universal.writer import universal_files
 from bert2bert.checkpoints.zero.layout import SUB_GROUP_SIZE
-from bert2bert.checkpoints.zero.stage0_writer import stage0_files
-from bert2bert.checkpoints.zero.writer import zero_files
 from bert2bert.errors import InvalidCheckpoint
-from bert2bert.files import torch_writer
 from bert2bert.files.digest import FILE_DIGEST, TENSOR_DIGEST
 from bert2bert.ranks.comm import ALONE, Comm, gather, on_first, together
 
@@ -53,35 +47,6 @@ def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
         loads[rank] += sizes[index] + 1  # files without data take time too
         hands[rank].append(index)
     return hands
-
-
-def planned(job: Job, target: Target, sub_group_size: int = SUB_GROUP_SIZE) -> list[FilePlan]:
-    """The files of the checkpoint, each independent of the others."""
-    _check_nesting(job.spec)
-    stage, world = target.stage, target.ranks
-    if target.format == "hub":
-        plans = hub_files(job, target.shard_size or MAX_FILE_BYTES)
-    elif stage is None or world is None:
-        plans = universal_files(job)
-    elif job.spec.expert_parallel:
-        plans = expert_zero_files(job, stage, world)
-    else:
-        plans = zero_files(job, stage, world, sub_group_size) if stage else stage0_files(job, world)
-    config = hub_config(job.spec) if target.format == "hub" else job.spec.config
-    extra = {**({"config.json": json_bytes(config)} if job.spec.config else {}), **job.spec.extra_files}
-    return plans + [FilePlan(name, 0, partial(write_bytes, content)) for name, content in extra.items()]
-
-
-def _check_nesting(spec: TargetSpec) -> None:
-    """Refuse (InvalidCheckpoint) what a pickle cannot hold: values inside each other without end, or nearly so."""
-    for name in ("client_state", "extras", "buffers", "lr_scheduler"):
-        try:
-            torch_writer.structure(getattr(spec, name))
-        except RecursionError:
-            raise InvalidCheckpoint(
-                f"the source's {name.replace('_', ' ')} holds values nested hundreds deep, which cannot be written. "
-                "Save the checkpoint without them."
-            ) from None
 
 
 def _reading(values: Values) -> Values:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bert2bert.checkpoints import write as writing
 from bert2bert.checkpoints.commit import journal, threads
-from bert2bert.ranks.comm import ALONE
+from bert2bert.commands import writing
+from bert2bert.ranks.comm import ALONE, world
 from tests.checkpoints.engines import hf_config
 from tests.checkpoints.targets import make_spec, make_tensors, reader
-from tests.doors import grow
+from tests.doors import grow, write_checkpoint
 
 FORMS: dict[str, dict[str, Any]] = {
     "zero": {"format": "zero", "stage": 2, "world_size": 5},
@@ -34,7 +34,7 @@ def make_source(folder: Path) -> None:
     """A ZeRO-2 checkpoint of two ranks, ``folder/small``, and beside it ``big.json``, the config of a larger model."""
     spec = make_spec()
     values = reader(make_tensors(spec))
-    writing.write_checkpoint(
+    write_checkpoint(
         folder / "small", spec, values, format="zero", stage=2, world_size=2, manifest_growth=None
     )  # fmt: skip
     sizes = {"hidden_size": 48, "intermediate_size": 60, "num_hidden_layers": 3, "num_attention_heads": 3}
@@ -74,6 +74,6 @@ def grow_small(
 
 
 if __name__ == "__main__":
-    ranks = writing.world()
+    ranks = world()
     target, form, rank, call = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     print("calls", grow_small(target, form, at=call if ranks.rank == rank else 0, comm=ranks, say=print))

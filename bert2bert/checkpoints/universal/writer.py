@@ -19,7 +19,7 @@ import torch
 
 from bert2bert.checkpoints.job import STATES, FilePlan, Job, TargetSpec, write_bytes
 from bert2bert.checkpoints.optimizers import ADAM
-from bert2bert.checkpoints.zero.writer import DS_VERSION, hyper_parameters, model_states, scaler_fields, step_tensor
+from bert2bert.checkpoints.zero.contents import DS_VERSION, hyper_parameters, model_states, scaler_fields, step_tensor
 from bert2bert.errors import InvalidConfig
 from bert2bert.files import torch_writer
 from bert2bert.files.sink import Sink
