@@ -48,7 +48,7 @@ _CLIENTS = (
 
 
 def client_of(source: Source) -> Client | None:
-    """Whose run a checkpoint is of, where that can be told by its tag's folder and what lies beside it."""
+    """Whose run a checkpoint is of, as far as its folder's name and the files beside it show it."""
     folder = source.folder
     for client in _CLIENTS if source.form != "hub" else ():
         marked = any(any(folder.parent.glob(mark)) for mark in client.marks) or not client.marks
@@ -78,15 +78,15 @@ def notes(source: Source, carried: Iterable[str], folder: Path, target: Target) 
     keep = {*carried, "config.json", "latest", "latest_universal"}
     rest = [path.name + "/" * path.is_dir() for path in sorted(home.iterdir()) if path.name not in keep]
     rest = [name for name in rest if name.rstrip("/") != source.folder.name]
-    told = [f"carried for {client.name}, as they are: {', '.join(carried)}"] if carried else []
-    told += [f"left behind in {home}: {', '.join(rest)}"] if rest else []
+    found = [f"carried for {client.name}, as they are: {', '.join(carried)}"] if carried else []
+    found += [f"left behind in {home}: {', '.join(rest)}"] if rest else []
     how = client.call.format(target=folder) + " and a model of the target's config"
     how += ', with "checkpoint": {"load_universal": true} in its ds_config' if target.format == "universal" else ""
-    told.append(f"{client.name} goes on with {how}")
+    found.append(f"{client.name} goes on with {how}")
     states = [name for name in carried if any(fnmatchcase(name, pattern) for pattern in _RANK_STATES)]
     if states and world is not None and was is not None and world != was:
-        told.append(
-            f"the random states are those of {was} ranks, {world} will go on: dropout and shuffling draw anew, and the "
-            "place in the data, counted in batches, holds if batch size x ranks stays the same"
+        found.append(
+            f"the random states are those of {was} ranks, {world} will go on: dropout and shuffling draw again, and "
+            "the place in the data, counted in batches, holds if batch size x ranks stays the same"
         )
-    return told
+    return found

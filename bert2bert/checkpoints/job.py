@@ -1,6 +1,6 @@
-"""What every checkpoint writer is told and shares: the target, where its values come from, and the files to write.
+"""What every checkpoint writer receives and shares: the target, where its values come from, and the files to write.
 
-A writer sees neither plans nor operators: only names, shapes and a callable that gives rows. Values are asked for in
+A writer sees neither plans nor operators: only names, shapes and a callable that gives rows. Values are requested in
 blocks of whole rows of at most about `BLOCK` elements, so no thread holds more than a few blocks (a single row is the
 least it asks for: of fused experts, a whole expert). Refuses a `TargetSpec` that contradicts itself (ValueError: the
 caller's mistake, not the user's).
@@ -33,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCK = 1 << 20  # elements read and written at a time: few enough for a cache, and for many threads of many ranks
 
 Values = Callable[[str, str, int, int], torch.Tensor]
-"""``values(name, state, start, stop)`` -> fp32 rows [start, stop) of dim 0; a 0-dim tensor is asked with (0, 1)."""
+"""``values(name, state, start, stop)`` -> fp32 rows [start, stop) of dim 0; a 0-dim tensor is requested with (0, 1)."""
 
 
 @dataclass(frozen=True)

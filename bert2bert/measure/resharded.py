@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def is_reshard(source: Source, target: Source) -> bool:
-    """Whether the target says that it is some checkpoint anew, and the source is not that which it was grown from."""
+    """Whether the target says that `reshard` wrote it, and the source is not the one that it was grown from."""
     manifest = target.manifest or {}
     if not manifest.get("reshard"):
         return False
@@ -55,7 +55,7 @@ def _compare_source(source: Source, target: Source, check: Check) -> None:
     mine = source.identity()
     odd = [key for key in recorded if key != "path" and mine.get(key) != recorded[key]]
     found = f"written from tag {recorded.get('tag')}, this is {mine.get('tag')} (differs in {', '.join(odd)})"
-    check("source", not odd, found if odd else "the checkpoint that was written anew")
+    check("source", not odd, found if odd else "the checkpoint that it was written from")
 
 
 def _compare_tensors(source: Source, target: Source, names: Names, check: Check) -> list[str]:

@@ -119,7 +119,7 @@ def device_number(count: int, environ: MutableMapping[str, str] = os.environ) ->
 
 
 def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
-    """The ranks that the launcher's variables tell of. Raises InvalidConfig where they are broken."""
+    """The ranks that the launcher's variables describe. Raises InvalidConfig where they are broken."""
     ranks = _find(environ)
     if not (ranks.rank < ranks.world and ranks.local < ranks.world):
         raise InvalidConfig(

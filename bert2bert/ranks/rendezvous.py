@@ -70,7 +70,7 @@ class _Wait:
 
     def __init__(self, rank: int, world: int, where: str, timeout: float, stop: Stop | None) -> None:
         self.rank, self.world, self.where, self.timeout, self.stop = rank, world, where, timeout, stop
-        self.began, self.told, self.asked = time.monotonic(), False, 0.0
+        self.began, self.reported, self.signalled = time.monotonic(), False, 0.0
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world}"
@@ -87,17 +87,17 @@ class _Wait:
     @property
     def leaves(self) -> str | None:
         """The signal's name once rank 0 has had `PATIENCE` seconds to come since, so that all leave together."""
-        if self.signal and not self.asked:
-            self.asked = time.monotonic()
-        waited = self.asked and time.monotonic() - self.asked >= PATIENCE
+        if self.signal and not self.signalled:
+            self.signalled = time.monotonic()
+        waited = self.signalled and time.monotonic() - self.signalled >= PATIENCE
         return self.signal if waited or self.left <= 0 else None
 
     def pause(self, why: str) -> bool:
         """Sleep a little, after saying once why if that has lasted; whether there is time left."""
-        if not self.told and time.monotonic() - self.began >= PATIENCE:
-            self.told = True
-            told = f"{self} waits: {why} (gives up after {self.timeout:g} s; --timeout sets that)"
-            print(told, file=sys.stderr, flush=True)
+        if not self.reported and time.monotonic() - self.began >= PATIENCE:
+            self.reported = True
+            text = f"{self} waits: {why} (gives up after {self.timeout:g} s; --timeout sets that)"
+            print(text, file=sys.stderr, flush=True)
         time.sleep(max(0.0, min(_POLL, self.left)))
         return self.left > 0
 
@@ -173,7 +173,7 @@ def _reach(wait: _Wait, address: str, port: int) -> Any:
 
 
 def _sign_in(store: Any, wait: _Wait) -> None:
-    """Leave this rank's name, and wait for all; rank 0 looks who is there and tells the others how it ends."""
+    """Leave this rank's name, and wait for all; rank 0 looks who is there and lets the others know how it ends."""
     me = f"process {os.getpid()} on {socket.gethostname()}"
     key = f"rank/{wait.rank}"
     if store.add(f"taken/{wait.rank}", 1) > 1:
@@ -189,7 +189,7 @@ def _sign_in(store: Any, wait: _Wait) -> None:
         if verdict:
             time.sleep(2 * _POLL)  # the store ends with this process: let the others read it
     else:
-        wait.told = True  # rank 0 tells for all
+        wait.reported = True  # rank 0 reports for all
         while not store.check(["verdict"]):
             if wait.signal:
                 store.set("signal", wait.signal)
