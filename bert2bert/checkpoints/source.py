@@ -101,6 +101,12 @@ class Source:
         names = map(str, foreign([self.client_state, self.buffers, self.extras, self.lr_scheduler]))
         return sorted(name for name in names if name not in USUAL and not name.startswith("torch."))
 
+    @property
+    def kept(self) -> list[str]:
+        """What there is of a parameter, by its names in the files: fp32, then what each group's optimizer keeps."""
+        names = [name for group in self.moments for name in group.values()] or self.states[1:] * (not self.moments)
+        return [self.states[0], *dict.fromkeys(names)]
+
     def meta(self, name: str) -> TensorMeta:
         """The tensor's description; tied names lead to the kept one. InvalidCheckpoint if there is none."""
         found = self.tensors.get(self.aliases.get(name, name))

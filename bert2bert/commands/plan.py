@@ -88,7 +88,7 @@ class Description:
             *_operators(recipe, model.trained),
             f"size     {self.parameters[0]:,} -> {self.parameters[1]:,} parameters, "
             f"{self.bytes_read / 1e9:.3g} GB read, {self.bytes_written / 1e9:.3g} GB written "
-            f"({', '.join(model.source.states)})",
+            f"({', '.join(model.source.kept)})",
             *(f"note     {text}" for text in source_notes(model)),
         ]
         if self.forward_flops:

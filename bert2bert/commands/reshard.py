@@ -210,13 +210,14 @@ def _summary(source: Source, spec: TargetSpec, target: Target, noted: Iterable[s
         return f", stage {stage}, world size {world}" if stage and world else ", stage 0" if stage == 0 else ""
 
     count = sum(prod(s) for s in spec.shapes.values())
+    states = source.kept if len(spec.states) > 1 else spec.states
     step = f", step {source.counters['global_steps']}" if "global_steps" in source.counters else ""
     groups = f", {len(spec.groups)} optimizer groups" if target.format != "hub" else ""
     return "\n".join(
         [
             f"source   {source.path} ({source.form}{shape(source.stage, source.world_size)}, {source.precision}{step})",
             f"target   {target.format}{shape(target.stage, target.world_size)}, {spec.precision}{groups}",
-            f"size     {len(spec.shapes)} tensors, {count:,} parameters ({', '.join(spec.states)})",
+            f"size     {len(spec.shapes)} tensors, {count:,} parameters ({', '.join(states)})",
             *(f"note     {text}" for text in noted),
         ]
     )

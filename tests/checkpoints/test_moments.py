@@ -115,6 +115,8 @@ def test_momentum_goes_on_at_any_stage(tmp_path: Path, kind: str, origins: list[
         source = open_source(tmp_path / str(origin))
         assert source.states == STATES and not source.other_states
         assert source.moments == ([MOMENTUM, ADAM] if kind == "muon" else [{"exp_avg": "exp_avg"}] * 2)
+        kept = ["fp32", "momentum_buffer", "exp_avg", "exp_avg_sq"] if kind == "muon" else ["fp32", "exp_avg"]
+        assert source.kept == kept
         name = source.groups[0]["names"][-1]
         assert source.read(name, "exp_avg", 0, 1).any() and not source.read(name, "exp_avg_sq", 0, 1).any()
         targets = list(STAGES) if origin == origins[0] else [1]
