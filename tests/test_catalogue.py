@@ -58,7 +58,7 @@ def test_no_operator_of_that_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_documented_policies_are_those_of_the_operators() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "explanation" / "which-operator.md").read_text("utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "explanation" / "moments.md").read_text("utf-8")
     rows = {line.split("|")[1].strip(): line.split("|")[3] for line in page.splitlines() if line.count("|") == 4}
     known = {o.name: o for kind in ("depth", "width") for o in OPERATORS[kind].values()}
     for policy in ("asymmetric", "reset"):

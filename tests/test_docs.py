@@ -61,3 +61,9 @@ def test_the_picture_of_the_house_is_true() -> None:
         assert made["ROOMS"][user][0] < made["ROOMS"][used][0], "arrows lead down"
         allowed = test_architecture.ALLOWED.get(user)
         assert allowed is None or used in {room.partition(".")[0] for room in allowed}, (user, used)
+
+
+def test_generated_pages_are_what_the_code_states() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    for name, page in made["PAGES"].items():
+        assert (made["FOLDER"] / f"{name}.md").read_text("utf-8") == page(), "run: python docs/generate.py"
