@@ -102,7 +102,7 @@ class Case:
 
 
 def ours(engine: Any, program: Any, config: BertConfig, lr: float) -> Callable[[Batch], float]:
-    """What bert2bert.train.loop does in a step, the sums over ranks included."""
+    """What bert2bert.train.loop.Loop does in a step, the sums over ranks included."""
 
     def run(batch: Batch) -> float:
         engine.apply(program)

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         config = ds_config.resolve(ds_config.read(options.ds_config), recipe, found.world)
 
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log is no result
-            from bert2bert.train.loop import train  # torch and DeepSpeed: only once the input is known to be sound
+            from bert2bert.train.run import train  # torch and DeepSpeed: only once the input is known to be sound
 
             command = ["launch/pretrain.py", *words]
             result = train(

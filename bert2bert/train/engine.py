@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from bert2bert.ranks.rendezvous import INIT, meet
 from bert2bert.ranks.stopping import Stop
 from bert2bert.tables import table_for
 from bert2bert.train.ds_config import resolve
+from bert2bert.train.optimizer import FreezableAdamW
 
 if TYPE_CHECKING:
     from bert2bert.recipe import Recipe
@@ -44,20 +45,6 @@ TIMEOUT = 600.0
 
 GROUP_LAYOUT = "layers"
 """Parameter groups of every run of this project (`checkpoints.groups`): one pair a layer, so that a layer can rest."""
-
-
-class FreezableAdamW(torch.optim.AdamW):
-    """torch's AdamW that passes over every group marked ``frozen``: no update, no decay, no moments, no step count."""
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group.get("frozen", False)]
-        try:
-            # ZeRO steps one group at a time, the others' lists empty: an all-frozen call must not reach the kernel
-            return super().step(closure) if any(group["params"] for group in self.param_groups) else None
-        finally:
-            self.param_groups = groups
 
 
 def start(timeout: float = TIMEOUT, stop: Stop | None = None) -> torch.device:

@@ -1,8 +1,9 @@
-"""What a run can die of that the user can mend, said with its remedy. Anything else passes through as it is."""
+"""Failures of a run that the user can remedy, explained with the remedy. Any other error passes through as it is."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -17,11 +18,25 @@ _LOST = re.compile(r"gloo/|Connection (closed|reset) by peer|Socket closed|Broke
 _SLOW = re.compile(r"[Tt]imed? ?out")
 
 
+def check_finite(loss: float, norm: float | None, where: str, newest: Callable[[], str]) -> None:
+    """Raise UserError for a loss or a gradient norm that is not finite: in fp32 and bf16 it stays so.
+
+    ``where``: the step; ``newest``: as for `explained`.
+    """
+    if math.isfinite(loss) and (norm is None or (math.isfinite(norm) and norm >= 0)):
+        return
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm} (loss {loss:.4g})"
+    raise UserError(
+        f"{what} in {where}: training diverged. Lower the learning rate, lengthen the warm-up, or set "
+        f"gradient_clipping. {newest()}"
+    )
+
+
 @contextlib.contextmanager
 def explained(where: str, newest: Callable[[], str] = str) -> Iterator[None]:
-    """Turn what DeepSpeed, Triton, the device and the network give up on into what the user can do.
+    """Raise UserError with a remedy for errors of DeepSpeed, Triton, the device and the network.
 
-    ``newest``: a sentence on the newest checkpoint and what to do, for a run that another rank's end ends.
+    ``newest``: gives a sentence on the newest checkpoint and how to continue from it.
     """
     try:
         yield

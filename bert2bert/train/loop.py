@@ -1,4 +1,4 @@
-"""Pre-train: phases of optimizer steps, each under the layer program drawn for it, with evaluations and checkpoints.
+"""The training loop: phases of optimizer steps, with evaluations and checkpoints.
 
 Everything that decides a step (program, learning rate, rows, masks) is a pure function of the recipe and the step, so
 a run continued from a checkpoint is the run that was never stopped. A signal (`stopping.SIGNALS`) to any rank ends the
@@ -8,8 +8,6 @@ checkpoint is written of it.
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,96 +19,28 @@ import torch
 
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader, eval_batches
-from bert2bert.errors import InvalidConfig, UserError
-from bert2bert.files.disk import disk_errors
 from bert2bert.files.lock import Lock
 from bert2bert.model.batch import IGNORE
-from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import peak_flops, step_flops
 from bert2bert.ranks import distributed, stopping
-from bert2bert.ranks.rendezvous import Stopped
 from bert2bert.recipe import Recipe
 from bert2bert.recipe.programs import draw
 from bert2bert.recipe.schedules import lr_at, peak_of
 from bert2bert.train import engine as engines
 from bert2bert.train import run_folder
 from bert2bert.train.banner import banner, ending
-from bert2bert.train.errors import explained
+from bert2bert.train.errors import check_finite, explained
 from bert2bert.train.evaluate import MASK_SEED, evaluate
-from bert2bert.train.metrics import MetricsWriter
+from bert2bert.train.metrics import Interval, MetricsWriter
 from bert2bert.train.position import Progress, start
 from bert2bert.train.resume import Resumed, load
 from bert2bert.train.rng import seed_all
 from bert2bert.train.save import save, tag_of, versions
 
 
-def train(
-    recipe: Recipe,
-    ds_config: Mapping[str, Any],
-    output: Path,
-    resume: Path | None = None,
-    command: Sequence[str] | None = None,
-    recipe_file: Path | None = None,
-    quiet: bool = False,
-    timeout: float = engines.TIMEOUT,
-) -> dict[str, Any]:
-    """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.ranks.launcher.set_up).
-
-    ``resume``: a run folder (``output`` itself: the run goes on, or starts if no checkpoint is there yet), a tag's
-    folder, a grown checkpoint, or a Hugging Face folder. ``command``: what run.json says started it (default sys.argv);
-    ``recipe_file`` is copied into the folder; ``quiet``: print warnings only; ``timeout``: seconds that a rank waits
-    for another, at the start and in a collective.
-    Returns {"step", "loss" and "accuracy" (of the last evaluation on held-out text), "flops", "seconds", "tokens",
-    "stopped" (the signal's name or None)}. Raises UserError for every mistake of the user.
-    """
-    output = Path(output)
-    resume = None if resume is None else Path(resume)
-    config = BertConfig.from_hf(recipe.model)
-    bins = TokenBins.open(recipe.data.bins)
-    if bins.vocab_size > config.vocab_size:
-        raise InvalidConfig(
-            f"the tokenizer of {bins.folder} has {bins.vocab_size} ids, the model's vocab_size is {config.vocab_size}; "
-            f"set model.vocab_size to at least {bins.vocab_size}"
-        )
-    run_folder.check_folder(output)
-    begun = "No step was made; run the same command again"
-    with stopping.held() as stop, disk_errors(output), explained("before the first step", lambda: begun):
-        try:
-            device = engines.start(timeout, stop)
-        except Stopped as stopped:
-            return _not_begun(str(stopped))
-        if name := stopping.answer(distributed.total(stopping.asked(stop), device)):
-            return _not_begun(name)
-        with run_folder.locked(output) as lock:
-            continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, resume))
-            torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
-            model = Bert(config, compile_layers=device.type == "cuda" and _stage(ds_config) < 3)
-            engine = engines.build(recipe, ds_config, model)
-            try:
-                run = _Run(recipe, engine, config, bins, output, stop, lock, quiet)
-                if resume is not None and source is None:
-                    run.say(f"no checkpoint in {output} yet: the run starts")
-                run.begin(ds_config, source, continued, command, recipe_file)
-                with explained("between two steps", run.newest):
-                    return run.go()
-            finally:
-                engine.destroy()
-
-
-def _stage(ds_config: Mapping[str, Any]) -> int:
-    return int((ds_config.get("zero_optimization") or {}).get("stage", 0))
-
-
-def _not_begun(signal: str) -> dict[str, Any]:
-    """Said, and returned by `train`, if a signal came before anything was done."""
-    if os.environ["RANK"] == "0":
-        print(f"stopped by {signal} before the first step. Run the same command again", file=sys.stderr, flush=True)
-    return {"step": 0, "loss": None, "accuracy": None, "flops": 0.0, "seconds": 0.0, "tokens": 0, "stopped": signal}
-
-
-class _Run:
-    """One run's state: engine, data, position and what was spent."""
+class Loop:
+    """The state of one run: engine, data, position and what was spent. Every rank makes the same calls in order."""
 
     def __init__(
         self,
@@ -180,16 +110,16 @@ class _Run:
             self.saved = self.step
 
     def say(self, text: str) -> None:
-        """Tell the user, on rank 0, unless there is to be quiet."""
+        """Print on rank 0, unless only warnings are to be printed."""
         if not self.quiet:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        """Tell the user, on rank 0."""
+        """Print on rank 0."""
         if self.engine.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    def go(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Train to the recipe's end, or to the end of the step in which a signal came."""
         recipe = self.recipe
         rank, show = self.engine.rank, not self.quiet
@@ -198,7 +128,7 @@ class _Run:
             if self.step == 0 and not stopped:
                 self._evaluate(metrics)
                 stopped = self._asked()
-            interval = _Interval(self.spent)
+            interval = Interval(self.spent)
             while self.step < recipe.steps and not stopped:
                 record, stopped = self._optimizer_step()
                 phase, phase_step = record["phase"], record["phase_step"]
@@ -206,12 +136,17 @@ class _Run:
                 metrics.advance(phase)
                 if self.step % recipe.log_every == 0 or phase_step == steps or stopped:
                     metrics.write(record | interval.rates(self.spent, self.engine.world, self.peak))
-                    interval = _Interval(self.spent)
+                    interval = Interval(self.spent)
                 last = self.step == recipe.steps
                 if self.step % recipe.eval_every == 0 or last:
                     self._evaluate(metrics)
                 if self.step % recipe.checkpoint_every == 0 or last or stopped:
                     self._save()
+        return self._end(stopped)
+
+    def _end(self, stopped: str | None) -> dict[str, Any]:
+        """Print how the run ended; the result of `train`. stopped: the signal that ended it, if one did."""
+        recipe = self.recipe
         if self.step == recipe.steps:
             stopped = None  # it came too late: the run is complete
             if not self.result:
@@ -262,7 +197,8 @@ class _Run:
         self.spent["tokens"] += tokens
         self.spent["steps"] += 1
         self.spent["seconds"] += time.perf_counter() - began
-        self._check_finite(mean, phase.name)
+        if engine.precision != "fp16":  # which has its loss scale to recover with
+            check_finite(mean, engine.grad_norm, f"step {self.step + 1} (phase {phase.name!r})", self.newest)
         self.step, self.loss = self.step + 1, mean
         record = {
             "kind": "train", "step": self.step, "phase": phase.name, "phase_step": phase_step + 1, "loss": mean,
@@ -276,20 +212,8 @@ class _Run:
         """The signal that any rank got, if any. Collective."""
         return stopping.answer(self.engine.sum(stopping.asked(self.stop)))
 
-    def _check_finite(self, loss: float, phase: str) -> None:
-        """fp16 has its loss scale to recover with; in fp32 and bf16 what is not finite stays so."""
-        norm = self.engine.grad_norm
-        sound = math.isfinite(loss) and (norm is None or (math.isfinite(norm) and norm >= 0))
-        if sound or self.engine.precision == "fp16":
-            return
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm} (loss {loss:.4g})"
-        raise UserError(
-            f"{what} in step {self.step + 1} (phase {phase!r}): training diverged. Lower the learning rate, lengthen "
-            f"the warm-up, or set gradient_clipping. {self.newest()}"
-        )
-
     def newest(self) -> str:
-        """What an end in between leaves to go on from."""
+        """A sentence: which checkpoint is the newest, and how to continue from it."""
         if self.saved < 0:
             return "No checkpoint was written yet; the same command starts again"
         return f"The newest checkpoint is of step {self.saved}; continue with --resume {self.output}"
@@ -315,16 +239,3 @@ class _Run:
             check=self.lock.check,
         )  # fmt: skip
         self.saved = self.step
-
-
-class _Interval:
-    """Speed since the last record."""
-
-    def __init__(self, spent: Mapping[str, float]) -> None:
-        self.start = dict(spent)
-
-    def rates(self, spent: Mapping[str, float], world: int, peak: float | None) -> dict[str, float | None]:
-        """tokens_per_s over all ranks, and mfu (None where the peak is not known)."""
-        tokens, flops, seconds = (spent[key] - self.start[key] for key in ("tokens", "flops", "seconds"))
-        seconds = max(seconds, 1e-9)
-        return {"tokens_per_s": tokens / seconds, "mfu": None if peak is None else flops / seconds / (peak * world)}

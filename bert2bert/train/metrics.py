@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,19 @@ KINDS = ("train", "eval")
 _NOT_PLOTTED = ("kind", "step", "phase", "phase_step")
 _SHOWN = {"loss": "{:.3f}", "accuracy": "{:.3f}", "lr": "{:.1e}", "grad_norm": "{:.2f}", "tokens_per_s": "{:,.0f}"}
 _ON_BAR = ("loss", "accuracy", "lr", "tokens_per_s")  # there is less room
+
+
+class Interval:
+    """Speed since the last record. spent: the run's totals so far: "flops", "seconds", "tokens"."""
+
+    def __init__(self, spent: Mapping[str, float]) -> None:
+        self.start = dict(spent)
+
+    def rates(self, spent: Mapping[str, float], world: int, peak: float | None) -> dict[str, float | None]:
+        """tokens_per_s over all ranks; mfu, the share of the devices' peak FLOP/s (None where that is not known)."""
+        tokens, flops, seconds = (spent[key] - self.start[key] for key in ("tokens", "flops", "seconds"))
+        seconds = max(seconds, 1e-9)
+        return {"tokens_per_s": tokens / seconds, "mfu": None if peak is None else flops / seconds / (peak * world)}
 
 
 def keep_until(path: Path, step: int) -> None:

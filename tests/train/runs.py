@@ -45,8 +45,9 @@ def recipe(bins: Path, **other: Any) -> Recipe:
 def run(
     plan: Recipe, config: dict[str, Any], output: Path, resume: Path | None = None, stop_at: int | None = None
 ) -> dict[str, Any]:
-    """`loop.train` in this rank; ``stop_at``: the last rank gets a SIGTERM in that 0-based step."""
+    """`train` in this rank; ``stop_at``: the last rank gets a SIGTERM in that 0-based step."""
     from bert2bert.train import loop
+    from bert2bert.train.run import train
 
     original = loop.draw
 
@@ -57,7 +58,7 @@ def run(
 
     loop.draw = draw
     try:
-        return loop.train(plan, config, output, resume)
+        return train(plan, config, output, resume)
     finally:
         loop.draw = original
 

@@ -99,15 +99,15 @@ def test_only_rank_0_tells_the_usage(
 
 def test_the_options_reach_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    loop = types.ModuleType("bert2bert.train.loop")
+    module = types.ModuleType("bert2bert.train.run")
     stopped = None
 
     def train(*given: object, **named: object) -> dict:
         calls.append((*given, named))
         return {"stopped": stopped}
 
-    loop.train = train  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "bert2bert.train.loop", loop)
+    module.train = train  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bert2bert.train.run", module)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
         monkeypatch.delenv(name)

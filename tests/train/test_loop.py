@@ -108,7 +108,7 @@ def test_what_a_step_dies_of_isexplained(error: Exception, words: str) -> None:
 
 def one_rank(bins: Path, root: Path) -> dict[str, Any]:
     """Everything that one rank can show, in one process."""
-    from bert2bert.train import loop
+    from bert2bert.train.engine import Engine
 
     def refused(*args: Any, **more: Any) -> tuple[str, str]:
         try:
@@ -133,18 +133,18 @@ def one_rank(bins: Path, root: Path) -> dict[str, Any]:
     out["nothing"] = refused(plan, config, root / "new", resume=root / "nowhere")
     out["new"] = (root / "new").exists()
 
-    original = loop.engines.Engine.forward
+    original = Engine.forward
 
     def diverge(self: Any, batch: Any, program: Any = None) -> Any:
         loss, *rest = original(self, batch, program)
         return (loss * float("nan") if self.model.training and self.ds.global_steps == 2 else loss, *rest)
 
-    loop.engines.Engine.forward = diverge
+    Engine.forward = diverge
     try:
         every = replace(plan, checkpoint_every=2)
         out["diverged"] = refused(every, config, root / "nan")
     finally:
-        loop.engines.Engine.forward = original
+        Engine.forward = original
     out["left"] = sorted(p.name for p in (root / "nan").glob("global_step*"))
 
     misspelt = {**config, "zero_optimization": {"stage": 1, "overlap_com": True}}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-import bert2bert.train.loop  # noqa: F401
+import bert2bert.train.run  # noqa: F401
 from bert2bert.model.batch import Batch
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
