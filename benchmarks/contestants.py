@@ -79,6 +79,7 @@ def make(folder: str, config: dict[str, Any], stage: int) -> dict[str, Any]:
     import torch
     from sparse import fresh_spec
 
+    from bert2bert.checkpoints.manifest import Manifest
     from bert2bert.checkpoints.target import Target
     from bert2bert.checkpoints.write import write_checkpoint
 
@@ -95,7 +96,7 @@ def make(folder: str, config: dict[str, Any], stage: int) -> dict[str, Any]:
             parts.append(numbers[:left])
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(shape)
 
-    write_checkpoint(Path(folder), spec, values, Target("zero", stage, 2), manifest_growth=None)
+    write_checkpoint(Path(folder), spec, values, Target("zero", stage, 2), manifest=Manifest(kind="growth"))
     return {}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from bert2bert.checkpoints import write
 from bert2bert.checkpoints.job import TargetSpec, Values
+from bert2bert.checkpoints.manifest import Grown, Manifest
 from bert2bert.checkpoints.target import Target, file_bytes
 from bert2bert.commands import grow as growing
 from bert2bert.commands import reshard as resharding
@@ -30,5 +31,9 @@ def reshard(source: Path, folder: Path, **how: Any) -> Path:
     return resharding.reshard(source, folder, target(how), **how)
 
 
-def write_checkpoint(folder: Path, spec: TargetSpec, values: Values, **how: Any) -> Path:
-    return write.write_checkpoint(folder, spec, values, target(how), **how)
+def write_checkpoint(
+    folder: Path, spec: TargetSpec, values: Values, *, manifest_growth: dict[str, Any] | None, **how: Any
+) -> Path:
+    growth = None if manifest_growth is None else Grown.from_json(manifest_growth)
+    manifest = Manifest(kind="growth", growth=growth)
+    return write.write_checkpoint(folder, spec, values, target(how), manifest=manifest, **how)

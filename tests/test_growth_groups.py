@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.checkpoints.job import TargetGroup, TargetSpec
+from bert2bert.checkpoints.manifest import MANIFEST
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.target import Target
 from bert2bert.commands.grow import target_spec

@@ -234,8 +234,9 @@ def test_lossy_width_has_to_be_accepted_and_is_measured(folder: Path, tmp_path: 
     lines: list[str] = []
     grow(folder / "z2", tmp_path / "t", lossy=True, **{**how, "say": lines.append})
     manifest = open_model(tmp_path / "t").source.manifest
-    assert manifest and manifest["growth"]["drift"]["logits_relative"] > 1e-4
-    assert manifest["growth"]["exactness"]["function"]
+    assert manifest and manifest.growth and manifest.growth.drift
+    assert manifest.growth.drift["logits_relative"] > 1e-4
+    assert manifest.growth.exactness["function"]
     assert any("logits differ by" in line for line in lines)
     assert verify(folder / "z2", tmp_path / "t", source_config=folder / "small.json").ok
 

@@ -17,7 +17,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bert2bert.checkpoints.hub.names import WRAPPERS
-from bert2bert.checkpoints.inspect import inspect, render
+from bert2bert.checkpoints.inspect import inspect
+from bert2bert.checkpoints.inspect_text import render
 from bert2bert.checkpoints.open import open_source
 from bert2bert.commands.plan import source_notes
 from bert2bert.commands.verify import verify

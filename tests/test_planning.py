@@ -87,7 +87,7 @@ def test_nothing_is_said_of_an_optimizer_that_is_not_there(
     told = capsys.readouterr().out.replace(str(tmp_path), "").replace("note     --moments reset changes nothing", "")
     for word in ("moment", "adam", "optimizer state", "epsilon weighs"):
         assert word not in told.lower(), told
-    assert not [w for w in open_model(out).source.manifest["growth"]["warnings"] if "moment" in w or "Adam" in w]
+    assert not [w for w in open_model(out).source.manifest.growth.warnings if "moment" in w or "Adam" in w]
 
 
 def test_what_is_not_about_moments_is_said_without_them(

@@ -185,9 +185,9 @@ def test_drift_and_verify_look_at_what_was_written(tmp_path: Path) -> None:
         tmp_path / "small", big, target(tmp_path / "big.json", "llama"), format="hub", precision="bf16", say=silent
     )  # fmt: skip
     manifest = open_model(big).source.manifest
-    assert manifest
+    assert manifest and manifest.growth
     report = verify(tmp_path / "small", big)
-    assert report.ok and report.drift.as_dict() == manifest["growth"]["drift"]
+    assert report.ok and report.drift.as_dict() == manifest.growth.drift
     many = sum(1 for _ in load_file(big / "model.safetensors"))
     assert f"{many} tensors, bit for bit, " in result(report, "weights")[1]
     assert "of them rounded to bfloat16" in result(report, "weights")[1]

@@ -1,162 +1,184 @@
-"""Say what is in a checkpoint, any checkpoint, without reading its tensors; or read every byte of it and say what is
-bad.
+"""What is in a checkpoint, any checkpoint, without reading its tensors; or, reading every byte of it, what is bad.
 
-`inspect` and `check` give plain data (it goes to JSON as it is), `render` and `render_check` the text for a terminal.
-Refuses what `open_source` refuses; `check`, a folder without a manifest, for there is nothing to compare with.
+`inspect_text` gives the results as text for a terminal, their ``to_json`` as plain data. Refuses what `open_source`
+refuses; `check`, a folder without a manifest, for there is nothing to compare with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bert2bert.checkpoints.commit.pending import MANIFEST, file_sizes, listed, sealed
+from bert2bert.checkpoints.commit.pending import file_sizes
+from bert2bert.checkpoints.manifest import MANIFEST, Digests, Grown, Trained, read_manifest
 from bert2bert.checkpoints.open import locate, open_source
 from bert2bert.checkpoints.source import Source
-from bert2bert.errors import InvalidCheckpoint, some
+from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files.digest import FILE_DIGEST, file_digest
-from bert2bert.files.texts import read_json
 
-_HYPER = ("lr", "weight_decay", "betas", "eps")
-_SIZES = (  # config keys of BERT and of GPT-2
-    ("layers", ("num_hidden_layers", "n_layer")),
-    ("hidden", ("hidden_size", "n_embd")),
-    ("heads", ("num_attention_heads", "n_head")),
-    ("intermediate", ("intermediate_size", "n_inner")),
-    ("vocabulary", ("vocab_size",)),
-    ("positions", ("max_position_embeddings", "n_positions")),
-)
+HYPER = ("lr", "weight_decay", "betas", "eps")
+"""Hyper-parameters of a group that are shown."""
+SIZES = {  # size -> config keys, of BERT and of GPT-2
+    "layers": ("num_hidden_layers", "n_layer"),
+    "hidden": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+    "intermediate": ("intermediate_size", "n_inner"),
+    "vocabulary": ("vocab_size",),
+    "positions": ("max_position_embeddings", "n_positions"),
+}
 
 
-def inspect(path: str | Path, tag: str | None = None) -> dict[str, Any]:
-    """What the checkpoint at ``path`` holds; ``tag`` as in `open_source`. ``bytes`` is the size of its files."""
+@dataclass(frozen=True)
+class Architecture:
+    """The model by its Hugging Face config."""
+
+    type: str | None  # its model_type
+    classes: list[str] | None  # its architectures
+    sizes: dict[str, Any]  # of `SIZES`; None: not in the config
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object, the sizes beside the rest."""
+        return {"type": self.type, "classes": self.classes, **self.sizes}
+
+
+@dataclass(frozen=True)
+class GroupFacts:
+    """An optimizer group."""
+
+    hyper: dict[str, Any]  # those of `HYPER` that it has
+    tensors: int
+    parameters: int  # elements of all its tensors
+    step: list[int]  # Adam's, every value that occurs
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object, the hyper-parameters beside the rest."""
+        return {**self.hyper, "tensors": self.tensors, "parameters": self.parameters, "step": self.step}
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """A tensor."""
+
+    name: str
+    shape: list[int]
+    dtype: str  # of the weights, as torch names it
+    group: int | None  # index of its optimizer group
+    step: int  # Adam's
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint holds."""
+
+    path: str  # as it was given
+    folder: str  # that holds the files
+    tag: str | None
+    format: str  # "zero", "universal" or "hub"
+    stage: int | None
+    world_size: int | None
+    expert_parallel: int | None  # ranks that share the experts
+    precision: str
+    architecture: Architecture | None  # None: no config
+    tensor_count: int
+    parameters: int  # elements of all tensors
+    bytes: int  # of all files
+    files: int
+    states: list[str]  # of a tensor that can be read, "fp32" first
+    other_states: list[str]  # that the optimizer keeps besides and are not carried
+    step: list[int]  # Adam's, every value that occurs; empty without Adam's moments
+    counters: dict[str, int]
+    groups: list[GroupFacts]
+    lr_scheduler: dict[str, Any] | None
+    loss_scale: float | None
+    client_state: list[str]  # keys
+    tied: dict[str, str]  # absent name -> name that is kept
+    frozen: list[str]  # names of tensors that the optimizer does not own
+    buffers: list[str]
+    extras: list[str]  # names in the model's state that are neither parameter nor buffer
+    unopened: list[str]  # classes named in the files that this program does not know
+    unread: list[str]  # names of the model whose values the checkpoint does not hold
+    kind: str | None  # of the manifest, as are the next three
+    growth: Grown | None
+    training: Trained | None
+    versions: Mapping[str, Any] | None
+    tensors: list[TensorFacts]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        plain = ("architecture", "growth", "training")
+        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        found |= {key: found[key].to_json() for key in plain if found[key] is not None}
+        return {
+            **found,
+            "groups": [group.to_json() for group in self.groups],
+            "tensors": [vars(tensor) for tensor in self.tensors],
+        }
+
+
+def inspect(path: str | Path, tag: str | None = None) -> Inspection:
+    """What the checkpoint at ``path`` holds; ``tag`` as in `open_source`."""
     source = open_source(path, tag)
     tensors = source.tensors.values()
-    manifest = source.manifest or {}
-    return {
-        "path": str(source.path),
-        "folder": str(source.folder),
-        "tag": source.tag,
-        "format": source.form,
-        "stage": source.stage,
-        "world_size": source.world_size,
-        "expert_parallel": source.expert_parallel.size if source.expert_parallel else None,
-        "precision": source.precision,
-        "architecture": _architecture(source.config),
-        "tensor_count": len(tensors),
-        "parameters": sum(m.numel for m in tensors),
-        "bytes": sum(file.stat().st_size for file in source.files),
-        "files": len(source.files),
-        "states": list(source.states),
-        "other_states": list(source.other_states),
-        "step": sorted({source.step(m.name) for m in tensors if m.trainable}) if len(source.states) > 1 else [],
-        "counters": source.counters,
-        "groups": [_group(source, i) for i in range(len(source.groups))],
-        "lr_scheduler": _plain(source.lr_scheduler),
-        "loss_scale": (source.loss_scaler or {}).get("cur_scale") if source.precision == "fp16" else None,
-        "client_state": sorted(map(str, source.client_state)),
-        "tied": source.aliases,
-        "frozen": [m.name for m in tensors if not m.trainable],
-        "buffers": sorted(source.buffers),
-        "extras": sorted(source.extras),
-        "unopened": source.unopened(),
-        "unread": list(source.unread),
-        "kind": manifest.get("kind"),
-        "growth": manifest.get("growth"),
-        "training": manifest.get("training"),
-        "versions": manifest.get("versions"),
-        "tensors": [
-            {
-                "name": m.name,
-                "shape": list(m.shape),
-                "dtype": m.dtype,
-                "group": m.group,
-                "step": source.step(m.name),
-                "trainable": m.trainable,
-            }
-            for m in tensors
+    manifest = source.manifest
+    return Inspection(
+        path=str(source.path),
+        folder=str(source.folder),
+        tag=source.tag,
+        format=source.form,
+        stage=source.stage,
+        world_size=source.world_size,
+        expert_parallel=source.expert_parallel.size if source.expert_parallel else None,
+        precision=source.precision,
+        architecture=_architecture(source.config),
+        tensor_count=len(tensors),
+        parameters=sum(m.numel for m in tensors),
+        bytes=sum(file.stat().st_size for file in source.files),
+        files=len(source.files),
+        states=list(source.states),
+        other_states=list(source.other_states),
+        step=sorted({source.step(m.name) for m in tensors if m.trainable}) if len(source.states) > 1 else [],
+        counters=source.counters,
+        groups=[_group(source, group) for group in source.groups],
+        lr_scheduler=_plain(source.lr_scheduler),
+        loss_scale=(source.loss_scaler or {}).get("cur_scale") if source.precision == "fp16" else None,
+        client_state=sorted(map(str, source.client_state)),
+        tied=source.aliases,
+        frozen=[m.name for m in tensors if not m.trainable],
+        buffers=sorted(source.buffers),
+        extras=sorted(source.extras),
+        unopened=source.unopened(),
+        unread=list(source.unread),
+        kind=manifest.kind if manifest else None,
+        growth=manifest.growth if manifest else None,
+        training=manifest.training if manifest else None,
+        versions=manifest.versions if manifest else None,
+        tensors=[
+            TensorFacts(m.name, list(m.shape), m.dtype, m.group, source.step(m.name), m.trainable) for m in tensors
         ],
-    }
+    )
 
 
-def check(path: str | Path, tag: str | None = None) -> dict[str, Any]:
-    """Compare every file of a checkpoint of ours with its manifest: presence, size, and content where the manifest has
-    digests (older training checkpoints have none: sizes alone). Streamed. ``bad``: name -> what is wrong, for each bad
-    one; ``unlisted``: files that the manifest does not know. Raises InvalidCheckpoint if there is no manifest to go by.
-    """
-    folder, _ = locate(Path(path), tag)
-    if not (folder / MANIFEST).is_file():
-        raise InvalidCheckpoint(
-            f"{folder}: has no {MANIFEST}, so there is nothing to compare its files with. Checkpoints that bert2bert "
-            "writes have one; inspect without --check reads any."
-        )
-    manifest = read_json(folder / MANIFEST)
-    digests = manifest.get("digests") or {"kind": FILE_DIGEST, "files": {}}
-    if not isinstance(digests, dict) or not isinstance(digests.get("files"), dict):
-        raise InvalidCheckpoint(f"{folder / MANIFEST}: its 'digests' are not a table of files. Restore the file.")
-    if digests.get("kind") != FILE_DIGEST:
-        raise InvalidCheckpoint(f"{folder / MANIFEST}: digests of kind {digests.get('kind')!r}; known: {FILE_DIGEST}")
-    bad, sizes, count = {}, listed(folder, manifest), 0
-    if not sealed(manifest):
-        bad[MANIFEST] = "content differs"
-    for name, size in sizes.items():
-        if problem := _problem(folder / name, size, digests["files"].get(name)):
-            bad[name] = problem
-        count += size
-    return {
-        "folder": str(folder),
-        "files": len(sizes),
-        "bytes": count,
-        "digests": len(digests["files"].keys() & sizes.keys()),
-        "bad": bad,
-        "unlisted": sorted(file_sizes(folder).keys() - sizes.keys()),
-    }
-
-
-def _problem(file: Path, size: int, digest: str | None) -> str | None:
-    try:
-        if not file.is_file():
-            return "missing"
-        if (found := file.stat().st_size) != size:
-            return f"{found:,} bytes, should be {size:,}"
-        return "content differs" if digest is not None and file_digest(file) != digest else None
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-
-
-def render_check(found: dict[str, Any]) -> str:
-    """The result of `check` as text: a line for every bad file."""
-    lines = [f"bad          {name}: {problem}" for name, problem in found["bad"].items()]
-    lines += [f"unlisted     {name}: not of this checkpoint" for name in found["unlisted"]]
-    how = "sizes and contents" if found["digests"] == found["files"] else "sizes"
-    if 0 < found["digests"] < found["files"]:
-        how = f"sizes, and contents of {found['digests']}"
-    verdict = f"{len(found['bad'])} bad" if found["bad"] else "all as the manifest says"
-    files = f"{found['files']} files, {_bytes(found['bytes'])}"
-    return "\n".join([*lines, f"checked      {found['folder']}: {files}, {how}: {verdict}"])
-
-
-def _architecture(config: dict[str, Any] | None) -> dict[str, Any] | None:
+def _architecture(config: dict[str, Any] | None) -> Architecture | None:
     if config is None:
         return None
     classes = config.get("architectures")
     if classes is not None:  # a list of names, if the config is sound
         classes = [str(name) for name in classes] if isinstance(classes, list) else [str(classes)]
-    found = {"type": config.get("model_type"), "classes": classes}
-    for what, keys in _SIZES:
-        found[what] = next((config[k] for k in keys if config.get(k) is not None), None)
-    return found
+    sizes = {size: next((config[k] for k in keys if config.get(k) is not None), None) for size, keys in SIZES.items()}
+    return Architecture(config.get("model_type"), classes, sizes)
 
 
-def _group(source: Source, i: int) -> dict[str, Any]:
-    group = source.groups[i]
+def _group(source: Source, group: dict[str, Any]) -> GroupFacts:
     names = group["names"]
-    return {
-        **{key: _plain(group[key]) for key in _HYPER if key in group},
-        "tensors": len(names),
-        "parameters": sum(source.tensors[name].numel for name in names),
-        "step": sorted({source.step(name) for name in names}),
-    }
+    return GroupFacts(
+        hyper={key: _plain(group[key]) for key in HYPER if key in group},
+        tensors=len(names),
+        parameters=sum(source.tensors[name].numel for name in names),
+        step=sorted({source.step(name) for name in names}),
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -168,123 +190,57 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else repr(value)
 
 
-def _bytes(size: float) -> str:
-    power = min((len(f"{size:.0f}") - 1) // 3, 4)
-    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+@dataclass(frozen=True)
+class Check:
+    """How the files of a checkpoint compare with its manifest."""
+
+    folder: str
+    files: int  # that the manifest lists
+    bytes: int  # of these
+    digests: int  # of these that the manifest has a digest of
+    bad: dict[str, str]  # name -> what is wrong with it
+    unlisted: list[str]  # files in the folder that the manifest does not list
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return dict(vars(self))
 
 
-def _numbers(values: list[int]) -> str:
-    return ", ".join(map(str, values)) if len(values) < 6 else f"{values[0]} to {values[-1]}"
-
-
-def render(found: dict[str, Any], tensors: bool = False) -> str:
-    """The result of `inspect` as text; ``tensors`` adds a table of all tensors."""
-    ranks = f"{found['world_size']} rank{'s' * (found['world_size'] != 1)}"
-    formats = {
-        "zero": f"native DeepSpeed ZeRO stage {found['stage']}, {ranks}{_split(found['expert_parallel'])}",
-        "universal": "DeepSpeed universal",
-        "hub": "Hugging Face",
-    }
-    lines = [
-        ("checkpoint", found["folder"]),
-        ("format", formats[found["format"]]),
-        ("precision", found["precision"]),
-        ("architecture", _render_architecture(found["architecture"])),
-        ("tensors", f"{found['tensor_count']}, {found['parameters']:,} parameters"),
-        ("files", f"{found['files']}, {_bytes(found['bytes'])}"),
-        ("optimizer", _render_optimizer(found)),
-    ]  # fmt: skip
-    if counters := {k.removeprefix("global_"): v for k, v in found["counters"].items()}:
-        lines.append(("counters", ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in counters.items())))
-    if found["lr_scheduler"] is not None:
-        lines.append(("lr scheduler", ", ".join(f"{k} {v}" for k, v in list(found["lr_scheduler"].items())[:6])))
-    if found["loss_scale"] is not None:
-        lines.append(("loss scale", f"{found['loss_scale']:g}"))
-    if found["tied"]:
-        lines.append(("tied", some([f"{absent} = {kept}" for absent, kept in found["tied"].items()], 4)))
-    for key in ("frozen", "buffers", "extras", "client_state"):
-        if found[key]:
-            lines.append((key.replace("_", " "), some(found[key], 4)))
-    if found["unopened"]:
-        lines.append(("not opened", f"{some(found['unopened'], 4)}: classes that this program does not know"))
-    if found["unread"]:
-        lines.append(("not stored", f"{some(found['unread'], 4)}: the model has them, the checkpoint does not"))
-    lines += _render_history(found)
-    text = "\n".join(f"{key:<13} {value}" for key, value in lines)
-    if found["groups"]:
-        text += "\n\n" + _table(
-            ["group", "tensors", "parameters", "step", *_HYPER],
-            [
-                [str(i), str(g["tensors"]), f"{g['parameters']:,}", _numbers(g["step"])]
-                + [_value(g.get(key, "")) for key in _HYPER]
-                for i, g in enumerate(found["groups"])
-            ],
+def check(path: str | Path, tag: str | None = None) -> Check:
+    """Compare every file of a checkpoint of ours with its manifest: presence, size, and content where the manifest has
+    digests (older training checkpoints have none: sizes alone). Streamed. Raises InvalidCheckpoint if there is no
+    manifest to compare with.
+    """
+    folder, _ = locate(Path(path), tag)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InvalidCheckpoint(
+            f"{folder}: has no {MANIFEST}, so there is nothing to compare its files with. Checkpoints that bert2bert "
+            "writes have one; inspect without --check reads any."
         )
-    if tensors:
-        text += "\n\n" + _table(
-            ["tensor", "shape", "dtype", "group", "step"],
-            [
-                [t["name"], "x".join(map(str, t["shape"])) or "scalar", t["dtype"], _owner(t), str(t["step"])]
-                for t in found["tensors"]
-            ],
-        )
-    return text
-
-
-def _split(size: int | None) -> str:
-    return "" if size is None else f", {size} rank{'s share' if size > 1 else ' holds'} the experts"
-
-
-def _owner(tensor: dict[str, Any]) -> str:
-    if tensor["group"] is not None:
-        return str(tensor["group"])
-    return "-" if tensor["trainable"] else "frozen"
-
-
-def _render_architecture(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "unknown: no config.json beside it"
-    sizes = ", ".join(f"{what} {found[what]}" for what, _ in _SIZES if found[what] is not None)
-    return f"{some(found['classes'] or [], 4) or found['type'] or 'unnamed'}: {sizes}"
-
-
-def _render_optimizer(found: dict[str, Any]) -> str:
-    others = f"; {', '.join(found['other_states'])}, which this program does not carry over" * bool(
-        found["other_states"]
+    digests = manifest.digests or Digests(FILE_DIGEST)
+    if digests.kind != FILE_DIGEST:
+        raise InvalidCheckpoint(f"{folder / MANIFEST}: digests of kind {digests.kind!r}; known: {FILE_DIGEST}")
+    bad = {} if manifest.intact else {MANIFEST: "content differs"}
+    for name, size in manifest.files.items():
+        if problem := _problem(folder / name, size, digests.files.get(name)):
+            bad[name] = problem
+    return Check(
+        folder=str(folder),
+        files=len(manifest.files),
+        bytes=sum(manifest.files.values()),
+        digests=len(digests.files.keys() & manifest.files.keys()),
+        bad=bad,
+        unlisted=sorted(file_sizes(folder).keys() - manifest.files.keys()),
     )
-    if len(found["states"]) == 1:
-        return "no Adam state" + others
-    return f"{' and '.join(found['states'][1:])}, step {_numbers(found['step'])}" + others
 
 
-def _render_history(found: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = []
-    if growth := found["growth"]:
-        source = growth.get("source") or {}
-        how = growth.get("operators") or growth.get("operator") or {}
-        named = (
-            ", ".join(f"{k} {how[k]}" for k in ("width", "depth", "seed") if k in how) if isinstance(how, dict) else how
-        )
-        lines.append(("grown from", f"{source.get('path')} ({source.get('form')}, tag {source.get('tag')})"))
-        lines.append(("grown by", f"{named}; plan {str(growth.get('plan_digest'))[:16]}"))
-        for what, reasons in (growth.get("exactness") or {}).items():
-            lines.append((f"  {what}", "exact" if not reasons else "not exact: " + "; ".join(map(str, reasons))))
-    if training := found["training"]:
-        spent = training.get("spent") or {}
-        lines.append(("trained", ", ".join(f"{k} {_value(v)}" for k, v in spent.items()) or "nothing yet"))
-    if found["versions"]:
-        lines.append(("written by", ", ".join(f"{k} {v}" for k, v in found["versions"].items())))
-    return lines
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(_value(v) for v in value)
-    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    )
+def _problem(file: Path, size: int, digest: str | None) -> str | None:
+    try:
+        if not file.is_file():
+            return "missing"
+        if (found := file.stat().st_size) != size:
+            return f"{found:,} bytes, should be {size:,}"
+        return "content differs" if digest is not None and file_digest(file) != digest else None
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"

@@ -20,6 +20,7 @@ import torch
 
 from bert2bert.checkpoints.commit.pending import Pending
 from bert2bert.checkpoints.expert_parallel.layout import ExpertParallel
+from bert2bert.checkpoints.manifest import TensorEntry
 from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import STATES
 from bert2bert.checkpoints.target import Target
@@ -195,17 +196,14 @@ class Tally(threading.local):
                 self._progress(count)
 
 
-def tensor_entries(spec: TargetSpec, tallies: Iterable[dict[tuple[str, str], int]]) -> dict[str, Any]:
+def tensor_entries(spec: TargetSpec, tallies: Iterable[dict[tuple[str, str], int]]) -> dict[str, TensorEntry]:
     """The manifest's ``tensors``: shapes, and each state's digest summed over the ranks' tallies."""
     totals: dict[tuple[str, str], int] = {}
     for tally in tallies:
         for key, value in tally.items():
             totals[key] = combine(totals.get(key, 0), value)
     return {
-        name: {
-            "shape": list(shape),
-            "digest": {state: hex16(totals[name, state]) for state in STATES if (name, state) in totals},
-        }
+        name: TensorEntry(shape, {state: hex16(totals[name, state]) for state in STATES if (name, state) in totals})
         for name, shape in spec.shapes.items()
     }
 

@@ -1,24 +1,36 @@
-"""What types a manifest's entries have, so that whoever reads one need not ask again.
+"""The manifest ``bert2bert.json`` of a checkpoint: what it holds, how it came about, and digests to check it against.
 
-Refuses, as InvalidCheckpoint, a manifest with an entry of another type, which is named.
+The one place where a manifest is read (`read_manifest`) and written (`write_manifest`). It is written last, so a folder
+that has one is complete. Refuses, as InvalidCheckpoint, a manifest of another format version, one with an entry of
+another type or a file name that leads out of the folder, and (`check_sizes`) files that are not those it lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import xxhash
 
 from bert2bert.errors import InvalidCheckpoint
+from bert2bert.files.disk import inside, replace
+from bert2bert.files.texts import read_json
 
+MANIFEST = "bert2bert.json"
+FORMAT_VERSION = 1
+_SEAL = "digest"  # entry that holds the manifest's digest of itself
 _NUMBER = (int, float)
 _SHAPES: dict[str, Any] = {
     "kind": str, "form": str, "tag": (str, None), "stage": (int, None), "world_size": (int, None),
     "expert_parallel": int,
     "precision": (str, None), "group_layout": (str, None), "model": ({}, None), "aliases": {"*": str},
     "groups": [{"part": str, "decay": bool, "names": [str], "hyper": {}, "step": int}],
+    "buffers": [str],
     "tensors": {"*": {"shape": [int], "digest": {"*": str}}},
-    "files": {"*": int}, "digests": ({"kind": str, "files": {"*": str}}, None),
+    "files": {"*": int}, "digests": ({"kind": str, "tensors": str, "files": {"*": str}}, None),
     "counters": {"*": (int, None)}, "versions": ({}, None),
     "growth": ({
         "operators": {}, "plan_digest": str, "source": {}, "with": {}, "source_config": {},
@@ -31,21 +43,218 @@ _SHAPES: dict[str, Any] = {
     "reshard": ({"source": {}, "plan_digest": str, "notes": [str], "versions": {}}, None),
 }  # fmt: skip
 """Key -> type: a class, None, a tuple of alternatives, [type of every item], {key: type} ("*": of every entry). A key
-that is not there, or not known, is let through."""
+that is absent or unknown is accepted."""
 _NEEDED = {"groups": ("names",), "tensors": ("shape",)}
 
 
-def check(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise InvalidCheckpoint for the first entry that has another type than this program writes."""
+class _Section:
+    """A dataclass that is an object in JSON. Its field ``more`` has the entries that are no fields of it."""
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """From an object whose entries have the types of `_SHAPES`."""
+        known = {entry.name for entry in fields(cls)} - {"more"}  # type: ignore[arg-type]
+        given = {key: value for key, value in found.items() if key in known}
+        given["more"] = {key: value for key, value in found.items() if key not in known}
+        return cls(**given)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object."""
+        found = dict(vars(self))
+        return {**found, **found.pop("more")}
+
+
+@dataclass(frozen=True)
+class Grown(_Section):
+    """The section ``growth``: how a checkpoint was grown."""
+
+    operators: Mapping[str, Any] = field(default_factory=dict)  # operators and options, from which the plan is rebuilt
+    plan_digest: str = ""
+    source: Mapping[str, Any] = field(default_factory=dict)  # `Source.identity` of the checkpoint that was grown
+    other: Mapping[str, Any] | None = None  # "with" in JSON: of the checkpoint that it was interpolated with
+    source_config: Mapping[str, Any] = field(default_factory=dict)  # Hugging Face config of the source
+    source_spent: Mapping[str, float] | None = None  # training cost of the source and of what it was grown from
+    tokenizer_digest: str | None = None  # of the tokenizer that the source was trained with
+    prefix: str = ""  # what the training script puts before the model's names
+    exactness: Mapping[str, Sequence[str]] = field(default_factory=dict)  # promise -> reasons why it is not kept
+    warnings: Sequence[str] = ()
+    drift: Mapping[str, Any] | None = None  # measured change of the function
+    versions: Mapping[str, Any] = field(default_factory=dict)  # package -> version
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """From an object whose entries have the types of `_SHAPES`."""
+        return super().from_json({"other" if key == "with" else key: value for key, value in found.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """The object."""
+        found = {"with" if key == "other" else key: value for key, value in super().to_json().items()}
+        return {key: value for key, value in found.items() if key != "with" or value is not None}
+
+
+@dataclass(frozen=True)
+class Trained(_Section):
+    """The section ``training``: where a run of this project's trainer stood."""
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    phase: int = 0  # index of the phase of the next step, or the number of phases
+    phase_step: int = 0  # steps done in that phase
+    step: int = 0  # optimizer steps done
+    spent: Mapping[str, float] = field(default_factory=dict)  # "flops", "seconds", "tokens", "steps"
+    data: Mapping[str, Any] = field(default_factory=dict)  # "digest", "tokenizer_digest", "rows" given out so far
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resharded(_Section):
+    """The section ``reshard``: of a checkpoint that was written again in another format or layout."""
+
+    source: Mapping[str, Any] = field(default_factory=dict)  # `Source.identity` of the checkpoint that was read
+    plan_digest: str = ""
+    notes: Sequence[str] = ()  # what the target does not hold, or holds otherwise
+    versions: Mapping[str, Any] = field(default_factory=dict)  # package -> version
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GroupEntry(_Section):
+    """An optimizer group."""
+
+    part: str = ""  # see `groups.Group`
+    decay: bool = False
+    names: Sequence[str] = ()
+    hyper: Mapping[str, Any] = field(default_factory=dict)  # hyper-parameters: "lr", "weight_decay", ...
+    step: int = 0  # Adam's
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorEntry(_Section):
+    """A tensor."""
+
+    shape: Sequence[int] = ()
+    digest: Mapping[str, str] = field(default_factory=dict)  # state -> `files.digest` of its elements
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Digests(_Section):
+    """Digests of the files, and by which functions they and the tensors' were computed."""
+
+    kind: str = ""
+    tensors: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest. Fields that an older manifest lacks are None or empty."""
+
+    kind: str | None = None  # "growth" or "train": what a run that continues from it has to restore
+    tag: str | None = None
+    form: str | None = None  # format: "zero", "universal" or "hub"
+    stage: int | None = None  # ZeRO stage, of format zero
+    world_size: int | None = None  # ranks, of format zero
+    precision: str | None = None  # "fp32", "bf16" or "fp16"
+    group_layout: str | None = None  # see `groups.LAYOUTS`; "source" for another layout
+    model: Mapping[str, Any] | None = None  # Hugging Face config
+    aliases: Mapping[str, str] = field(default_factory=dict)  # absent tied name -> name that is kept
+    groups: Sequence[GroupEntry] = ()
+    buffers: Sequence[str] | None = None  # names; None for a checkpoint of the trainer, whose files list them
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)  # in the model's order
+    files: Mapping[str, int] = field(default_factory=dict)  # name -> bytes
+    digests: Digests | None = None
+    counters: Mapping[str, int | None] = field(default_factory=dict)
+    versions: Mapping[str, Any] | None = None  # package -> version
+    growth: Grown | None = None
+    training: Trained | None = None
+    expert_parallel: int | None = None  # ranks that share the experts
+    reshard: Resharded | None = None
+    intact: bool = field(default=True, compare=False)  # no digest of itself that differs: not changed since written
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], path: Path = Path(MANIFEST)) -> Manifest:
+        """From the object in a manifest's file (``path``, for messages). Raises InvalidCheckpoint for the first entry
+        that has another type than this program writes."""
+        if found.get("format_version") != FORMAT_VERSION:
+            raise InvalidCheckpoint(
+                f"{path}: format version {found.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
+                "Use the version of bert2bert that wrote it."
+            )
+        _check(path, found)
+        given = {entry.name: found[entry.name] for entry in fields(cls) if entry.name in found}
+        sections: tuple[tuple[str, type[_Section]], ...] = (
+            ("digests", Digests), ("growth", Grown), ("training", Trained), ("reshard", Resharded)
+        )  # fmt: skip
+        for key, section in sections:
+            if given.get(key) is not None:
+                given[key] = section.from_json(given[key])
+        given["groups"] = [GroupEntry.from_json(group) for group in found.get("groups", ())]
+        given["tensors"] = {name: TensorEntry.from_json(entry) for name, entry in found.get("tensors", {}).items()}
+        return cls(**{**given, "intact": found.get(_SEAL, seal := _seal(found)) == seal})
+
+    def to_json(self) -> dict[str, Any]:
+        """The object for a manifest's file, without the digest of itself."""
+        found = {"format_version": FORMAT_VERSION, **vars(self)}
+        del found["intact"]
+        found["groups"] = [group.to_json() for group in self.groups]
+        found["tensors"] = {name: entry.to_json() for name, entry in self.tensors.items()}
+        for key in ("digests", "growth", "training", "reshard"):
+            found[key] = None if found[key] is None else found[key].to_json()
+        optional = ("buffers", "digests", "expert_parallel", "reshard")
+        return {key: value for key, value in found.items() if key not in optional or value is not None}
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's manifest; None if there is none. Its files are not looked at, see `check_sizes`."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = Manifest.from_json(read_json(path), path)
+    for name in manifest.files:
+        inside(folder, name)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``folder/bert2bert.json`` atomically: the mark that everything else in the folder is there."""
+    found = manifest.to_json()
+    replace(folder / MANIFEST, json.dumps({**found, _SEAL: _seal(found)}, indent=1) + "\n")
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise InvalidCheckpoint unless the folder holds every file that the manifest lists, at its size."""
+    for name, size in manifest.files.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            what = "missing" if found is None else f"{found:,} bytes long"
+            raise InvalidCheckpoint(
+                f"{file}: {what}, the manifest says {size:,} bytes: lost, truncated or replaced after it was written. "
+                "Restore the file or use another tag."
+            )
+
+
+def _seal(found: Mapping[str, Any]) -> str:
+    """Digest of all entries of a manifest, except that of the digest itself."""
+    plain = json.loads(json.dumps({key: value for key, value in found.items() if key != _SEAL}))
+    return xxhash.xxh3_128(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _check(path: Path, found: Mapping[str, Any]) -> None:
+    if "files" not in found:
+        raise InvalidCheckpoint(f"{path} is not a manifest of this project: no 'files'. Restore the file.")
     for key, wanted in _SHAPES.items():
-        if key in manifest and (bad := _bad(manifest[key], wanted, key)):
+        if key in found and (bad := _bad(found[key], wanted, key)):
             raise InvalidCheckpoint(f"{path} is not a manifest of this project: {bad}. Restore the file.")
     for key, needed in _NEEDED.items():
-        found = manifest.get(key) or ()
-        for entry in found.values() if isinstance(found, dict) else found:
+        entries = found.get(key) or ()
+        for entry in entries.values() if isinstance(entries, dict) else entries:
             if lack := [name for name in needed if name not in entry]:
                 raise InvalidCheckpoint(f"{path} is not a manifest of this project: no {lack[0]!r} in {key}.")
-    for name, entry in manifest.get("tensors", {}).items():
+    for name, entry in found.get("tensors", {}).items():
         if any(size < 0 for size in entry["shape"]):
             raise InvalidCheckpoint(f"{path} is not a manifest of this project: {name!r} has shape {entry['shape']}.")
 

@@ -15,11 +15,10 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bert2bert.checkpoints.commit.pending import FORMAT_VERSION, MANIFEST, listed
 from bert2bert.checkpoints.expert_parallel.reader import ExpertSource
 from bert2bert.checkpoints.hub.files import in_cache, is_hub, plain
 from bert2bert.checkpoints.hub.reader import HubSource
-from bert2bert.checkpoints.manifest import check as check_manifest
+from bert2bert.checkpoints.manifest import MANIFEST, Manifest, check_sizes, read_manifest
 from bert2bert.checkpoints.source import MALFORMED, Source, cause
 from bert2bert.checkpoints.universal.reader import UniversalSource
 from bert2bert.checkpoints.zero.model_states import expert_files
@@ -90,30 +89,6 @@ def locate(path: Path, tag: str | None) -> tuple[Path, str | None]:
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The folder's bert2bert.json, checked against the sizes of the files it lists; None if there is none."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    manifest = read_json(path)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise InvalidCheckpoint(
-            f"{path}: format version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
-            "Use the version of bert2bert that wrote it."
-        )
-    check_manifest(path, manifest)
-    for name, size in listed(folder, {"files": {}, **manifest}).items():
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            what = "missing" if found is None else f"{found:,} bytes long"
-            raise InvalidCheckpoint(
-                f"{file}: {what}, the manifest says {size:,} bytes: lost, truncated or replaced after it was written. "
-                "Restore the file or use another tag."
-            )
-    return manifest
-
-
 def _config(folder: Path, parent: bool) -> dict[str, Any] | None:
     for place in (folder, folder.parent) if parent else (folder,):
         if (place / "config.json").is_file():
@@ -130,6 +105,8 @@ def open_source(path: str | Path, tag: str | None = None) -> Source:
     path = Path(path)
     folder, tag = locate(path, tag)
     manifest = read_manifest(folder)
+    if manifest:
+        check_sizes(folder, manifest)
     kind: type[Source] = HubSource
     if tag is not None:
         native = ExpertSource if expert_files(folder) else Stage0Source if is_stage0(folder) else ZeroSource
@@ -143,13 +120,14 @@ def open_source(path: str | Path, tag: str | None = None) -> Source:
         ) from error
     source.tag = tag
     _check_names(source)
-    source.config = (manifest or {}).get("model") or _config(folder, parent=tag is not None)
+    model = dict(manifest.model) if manifest and manifest.model else None
+    source.config = model or _config(folder, parent=tag is not None)
     if manifest:
         _check_manifest(source, manifest)
-        order = {name: source.tensors[name] for name in manifest.get("tensors", {}) if name in source.tensors}
-        source.tensors = {**order, **source.tensors}  # the manifest knows the model's order where the files do not
-        told = {absent: kept for absent, kept in manifest.get("aliases", {}).items() if kept in source.tensors}
-        source.aliases = {**told, **source.aliases}
+        order = {name: source.tensors[name] for name in manifest.tensors if name in source.tensors}
+        source.tensors = {**order, **source.tensors}  # the manifest has the model's order where the files do not
+        aliases = {absent: kept for absent, kept in manifest.aliases.items() if kept in source.tensors}
+        source.aliases = {**aliases, **source.aliases}
         source.files.append(folder / MANIFEST)
     return source
 
@@ -162,23 +140,25 @@ def _check_names(source: Source) -> None:
             raise InvalidCheckpoint(f"{source.folder}: holds a tensor named {name!r}, which is no name of a parameter")
 
 
-def _check_manifest(source: Source, manifest: dict[str, Any]) -> None:
+def _check_manifest(source: Source, manifest: Manifest) -> None:
     """The files are those that the manifest describes: format, stage, world size, every name and shape."""
-    found: dict[str, Any] = {"form": source.form}
+    pairs: dict[str, tuple[Any, Any]] = {"form": (source.form, manifest.form)}
     if source.form == "zero":
-        found.update(stage=source.stage, world_size=source.world_size, precision=source.precision)
-        found.update({"expert_parallel": source.expert_parallel.size} if source.expert_parallel else {})
-    for key, value in found.items():
-        if manifest.get(key, value) != value:
+        for key in ("stage", "world_size", "precision"):
+            pairs[key] = getattr(source, key), getattr(manifest, key)
+        if source.expert_parallel:
+            pairs["expert_parallel"] = source.expert_parallel.size, manifest.expert_parallel
+    for key, (found, recorded) in pairs.items():
+        if recorded is not None and found != recorded:
             raise InvalidCheckpoint(
-                f"{source.folder}: the files have {key} {value!r}, the manifest says {manifest[key]!r}: they are of "
+                f"{source.folder}: the files have {key} {found!r}, the manifest says {recorded!r}: they are of "
                 "two checkpoints. Restore the files or use another tag."
             )
-    said = {name: tuple(entry["shape"]) for name, entry in manifest.get("tensors", {}).items()}
+    listed = {name: tuple(entry.shape) for name, entry in manifest.tensors.items()}
     have = {name: meta.shape for name, meta in source.tensors.items()}
-    for name in sorted(said.keys() | have.keys()) if said else ():
-        if said.get(name) != have.get(name):
+    for name in sorted(listed.keys() | have.keys()) if listed else ():
+        if listed.get(name) != have.get(name):
             raise InvalidCheckpoint(
                 f"{source.folder}: tensor '{name}' has shape {have.get(name, 'none (absent)')} in the files, "
-                f"{said.get(name, 'none (absent)')} in the manifest: they are of two checkpoints."
+                f"{listed.get(name, 'none (absent)')} in the manifest: they are of two checkpoints."
             )

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from bert2bert.checkpoints.expert_parallel.layout import ExpertParallel
+from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.errors import InvalidCheckpoint, did_you_mean
 from bert2bert.files.torch_reader import USUAL
 from bert2bert.files.unpickle import foreign
@@ -64,7 +65,7 @@ class Source:
 
     form: str = ""
 
-    def __init__(self, path: Path, folder: Path, manifest: dict[str, Any] | None) -> None:
+    def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         self.path, self.folder, self.manifest = path, folder, manifest
         self.tag: str | None = None
         self.stage: int | None = None

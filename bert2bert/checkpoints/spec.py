@@ -229,7 +229,7 @@ def known_layout(source: Source, members: Mapping[str, Member]) -> str | None:
     if not owned <= members.keys():
         return None
     ordered = {name: members[name] for name in source.tensors if name in owned}
-    recorded = (source.manifest or {}).get("group_layout")
+    recorded = source.manifest.group_layout if source.manifest else None
     for layout in sorted(LAYOUTS, key=lambda layout: layout != recorded) if have else ():
         if [group.names for group in param_groups(ordered, layout)] == have:
             return layout

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from bert2bert.checkpoints.commit.pending import MANIFEST
+from bert2bert.checkpoints.manifest import MANIFEST
 from bert2bert.errors import InvalidConfig, did_you_mean
 
 FORMATS = ("universal", "zero", "hub")

@@ -11,6 +11,7 @@ Refuses a source that cannot be read or changes meanwhile (InvalidCheckpoint), a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
@@ -22,10 +23,11 @@ import torch
 from bert2bert import __version__
 from bert2bert.checkpoints.commit import journal
 from bert2bert.checkpoints.commit.journal import Entry, Finisher
-from bert2bert.checkpoints.commit.pending import FORMAT_VERSION, file_sizes
+from bert2bert.checkpoints.commit.pending import file_sizes
 from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.commit.threads import files_at_once, write_files
 from bert2bert.checkpoints.job import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries
+from bert2bert.checkpoints.manifest import Digests, GroupEntry, Manifest, TensorEntry
 from bert2bert.checkpoints.planned import planned
 from bert2bert.checkpoints.target import Target
 from bert2bert.checkpoints.zero.layout import SUB_GROUP_SIZE
@@ -65,40 +67,27 @@ def _reading(values: Values) -> Values:
     return read
 
 
-def _manifest(
-    spec: TargetSpec, target: Target, growth: dict[str, Any] | None, entries: Mapping[str, Entry]
-) -> dict[str, Any]:
-    groups = [
-        {"part": g.part, "decay": g.decay, "names": list(g.names), "hyper": _plain(g.hyper), "step": g.step}
-        for g in spec.groups
-    ]
-    expert_parallel = {"expert_parallel": spec.expert_parallel.size} if spec.expert_parallel else {}
-    return {
-        "format_version": FORMAT_VERSION,
-        "kind": "growth",
-        "tag": spec.tag,
-        "form": target.format,
-        "stage": target.stage,
-        "world_size": target.ranks,
-        "precision": spec.precision,
-        "group_layout": spec.group_layout,
-        "model": spec.config,
-        "aliases": spec.aliases,
-        "groups": groups,
-        "buffers": sorted(spec.buffers),
-        "tensors": tensor_entries(spec, (entry.tensors for entry in entries.values())),
-        "files": {name: entry.size for name, entry in entries.items()},
-        "digests": {
-            "kind": FILE_DIGEST,
-            "tensors": TENSOR_DIGEST,
-            "files": {name: entry.digest for name, entry in entries.items()},
-        },
-        "counters": spec.counters,
-        "versions": {"bert2bert": __version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed")},
-        "growth": growth,
-        "training": None,
-        **expert_parallel,
-    }
+def _filled(manifest: Manifest, spec: TargetSpec, target: Target, entries: Mapping[str, Entry]) -> Manifest:
+    """The manifest with what was written."""
+    return dataclasses.replace(
+        manifest,
+        tag=spec.tag,
+        form=target.format,
+        stage=target.stage,
+        world_size=target.ranks,
+        precision=spec.precision,
+        group_layout=spec.group_layout,
+        model=spec.config,
+        aliases=spec.aliases,
+        groups=[GroupEntry(g.part, g.decay, g.names, _plain(g.hyper), g.step) for g in spec.groups],
+        buffers=sorted(spec.buffers),
+        tensors=tensor_entries(spec, (entry.tensors for entry in entries.values())),
+        files={name: entry.size for name, entry in entries.items()},
+        digests=Digests(FILE_DIGEST, TENSOR_DIGEST, {name: entry.digest for name, entry in entries.items()}),
+        counters=spec.counters,
+        versions={"bert2bert": __version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed")},
+        expert_parallel=spec.expert_parallel.size if spec.expert_parallel else None,
+    )
 
 
 def _version(package: str) -> str | None:
@@ -125,8 +114,7 @@ def write_checkpoint(
     values: Values,
     target: Target,
     *,
-    manifest_growth: dict[str, Any] | None,
-    manifest_more: dict[str, Any] | None = None,
+    manifest: Manifest,
     expected: Mapping[tuple[str, str], str] | None = None,
     comm: Comm = ALONE,
     progress: Callable[[int], None] | None = None,
@@ -141,15 +129,14 @@ def write_checkpoint(
     ``sub_group_size``: DeepSpeed's option of stage 3. ``watch``: of the source, checked before the commit.
     ``say(text)``: called on rank 0 with what is resumed, discarded, kept.
 
-    ``manifest_more``: entries of the manifest in place of, or beside, those of a growth. ``expected``: (name, state) ->
+    ``manifest``: how the checkpoint came about, the rest is filled in. ``expected``: (name, state) ->
     digest of what must have been written, where that is known; InvalidCheckpoint, before the commit, if it was not.
 
-    What a killed or failed call has finished is used again if ``manifest_growth`` names plan and source
-    (``plan_digest``, ``source``), and these, the spec and the layout are the same.
+    What a killed or failed call has finished is used again if the manifest's ``reshard``, else its ``growth``,
+    names plan and source (``plan_digest``, ``source``), and these, the spec and the layout are the same.
     """
-    manifest = manifest_more or {}
     task = WriteJob(Path(folder), spec, values, target, comm, watch, progress, say or (lambda text: None))
-    return task.run(manifest_growth, manifest, expected or {}, sub_group_size)
+    return task.run(manifest, expected or {}, sub_group_size)
 
 
 class WriteJob:
@@ -176,8 +163,7 @@ class WriteJob:
 
     def run(
         self,
-        growth: dict[str, Any] | None,
-        more: Mapping[str, Any],
+        manifest: Manifest,
         expected: Mapping[tuple[str, str], str],
         sub_group_size: int,
     ) -> Path:
@@ -186,12 +172,12 @@ class WriteJob:
         try:
             self.plans = together(comm, lambda: planned(self.job, self.target, sub_group_size))
             # No rank writes before rank 0 holds the folder.
-            done, known = on_first(comm, lambda: self._begin(growth, sub_group_size))
+            done, known = on_first(comm, lambda: self._begin(manifest, sub_group_size))
             if not done:
                 self.entries = _merged(gather(comm, lambda: self._check(known)))
                 on_first(comm, lambda: self._clean(bool(known)))
                 self.entries = _merged([self.entries, *gather(comm, self._write)])
-                on_first(comm, lambda: self._commit(growth, more, expected))
+                on_first(comm, lambda: self._commit(manifest, expected))
             return self.folder.final
         except BaseException as error:
             if comm.rank == 0:
@@ -200,12 +186,14 @@ class WriteJob:
         finally:
             self.folder.close()
 
-    def _begin(self, growth: dict[str, Any] | None, sub_group_size: int) -> tuple[bool, dict[str, list[Entry]]]:
+    def _begin(self, manifest: Manifest, sub_group_size: int) -> tuple[bool, dict[str, list[Entry]]]:
         """Take the folder: whether the checkpoint is there already, and what an earlier run noted as finished."""
         target, plans = self.target, self.plans
         files = [(plan.name, plan.payload) for plan in plans]
         layout = [target.format, target.stage, target.ranks, sub_group_size, files]
-        job = journal.job(growth, None if self.watch is None else self.watch.stamps, vars(self.spec), layout)
+        origin = manifest.reshard or manifest.growth
+        about = origin.to_json() if origin else None
+        job = journal.job(about, None if self.watch is None else self.watch.stamps, vars(self.spec), layout)
         done = self.folder.begin(job, sum(plan.payload + _OVERHEAD for plan in plans), self.say)
         return done, {} if done else journal.read(self.folder.partial)
 
@@ -242,18 +230,16 @@ class WriteJob:
             raise
         return finisher.close()
 
-    def _commit(
-        self, growth: dict[str, Any] | None, more: Mapping[str, Any], expected: Mapping[tuple[str, str], str]
-    ) -> None:
+    def _commit(self, manifest: Manifest, expected: Mapping[tuple[str, str], str]) -> None:
         """Make the checkpoint visible, if its files and digests are those expected."""
         if self.watch is not None:
             self.watch.check()
         files, found = self.folder.files, file_sizes(self.folder.files)
         if {name: entry.size for name, entry in self.entries.items()} != found:
             raise RuntimeError(f"{files} does not hold the files planned: {self.entries.keys() ^ found.keys()}")
-        manifest = _manifest(self.spec, self.target, growth, self.entries)
-        _check_digests(manifest["tensors"], expected)
-        self.folder.commit({**manifest, **more}, POINTERS[self.target.format], self.spec.beside)
+        manifest = _filled(manifest, self.spec, self.target, self.entries)
+        _check_digests(manifest.tensors, expected)
+        self.folder.commit(manifest, POINTERS[self.target.format], self.spec.beside)
 
     def _mine(self, names: Iterable[str]) -> list[FilePlan]:
         """This rank's share, by bytes, of the files of these names."""
@@ -262,9 +248,9 @@ class WriteJob:
         return [plans[i] for i in deal([plan.payload for plan in plans], self.comm.size)[self.comm.rank]]
 
 
-def _check_digests(tensors: Mapping[str, Any], expected: Mapping[tuple[str, str], str]) -> None:
+def _check_digests(tensors: Mapping[str, TensorEntry], expected: Mapping[tuple[str, str], str]) -> None:
     for (name, state), recorded in expected.items():
-        found = tensors[name]["digest"].get(state)
+        found = tensors[name].digest.get(state)
         if found is not None and found != recorded:
             raise InvalidCheckpoint(
                 f"the source's {state} of '{name}' has digest {found}, its manifest says {recorded}: it is damaged or "

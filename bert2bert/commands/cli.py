@@ -113,14 +113,15 @@ def _prepare(args: argparse.Namespace, comm: Comm) -> None:
 
 
 def _inspect(args: argparse.Namespace, comm: Comm) -> int:
-    from bert2bert.checkpoints.inspect import check, inspect, render, render_check
+    from bert2bert.checkpoints.inspect import check, inspect
+    from bert2bert.checkpoints.inspect_text import render, render_check
 
     if args.check:
         checked = check(args.path, args.tag)
-        _show(args, checked, lambda: render_check(checked))
-        return 1 if checked["bad"] else 0
+        _show(args, checked.to_json(), lambda: render_check(checked))
+        return 1 if checked.bad else 0
     found = inspect(args.path, args.tag)
-    _show(args, found, lambda: render(found, tensors=args.tensors))
+    _show(args, found.to_json(), lambda: render(found, tensors=args.tensors))
     return 0
 
 
@@ -211,9 +212,9 @@ def _reshard(args: argparse.Namespace, comm: Comm) -> None:
 
 def _written(folder: Path, how: str) -> dict[str, Any]:
     """What the manifest of a checkpoint that was written says of it, and of how it was made."""
-    from bert2bert.checkpoints.commit.pending import MANIFEST
+    from bert2bert.checkpoints.commit.pending import check_complete
 
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = check_complete(folder).to_json()
     kept = ("tag", "form", "stage", "world_size", "precision", "group_layout", "counters", "versions", how)
     return {"folder": str(folder), **{key: manifest.get(key) for key in kept}}
 

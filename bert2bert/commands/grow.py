@@ -17,6 +17,7 @@ from bert2bert.checkpoints import clients
 from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.expert_parallel.target import notes as expert_notes
 from bert2bert.checkpoints.job import TargetSpec
+from bert2bert.checkpoints.manifest import Grown, Manifest
 from bert2bert.checkpoints.notes import left, regrouped, rounding, still_frozen, unopened
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec, widest
@@ -175,9 +176,9 @@ def grow(
     def read(name: str, state: str, start: int, stop: int) -> Any:
         return grown(canonical[name], state, start, stop)
 
+    manifest = Manifest(kind="growth", growth=_grown(growth, watch, drift))
     return write(
-        folder, spec, read, target, watch, growth=_manifest(growth, watch, drift), comm=comm, say=say,
-        bar="growing" if bar else None,
+        folder, spec, read, target, watch, manifest=manifest, comm=comm, say=say, bar="growing" if bar else None
     )  # fmt: skip
 
 
@@ -210,36 +211,36 @@ def _drift(
     return report_drift(growth, written, tokens, say)
 
 
-def _manifest(growth: Growth, watch: Watch, drift: Drift | None) -> dict[str, Any]:
+def _grown(growth: Growth, watch: Watch, drift: Drift | None) -> Grown:
     """The manifest's section ``growth``."""
     model, plan = growth.model, growth.plan
-    return {
-        "operators": plan.recipe,
-        "plan_digest": plan.digest(),
-        "source": watch.identity,
-        **({"with": watch.identities[1]} if growth.other else {}),
-        "source_config": model.config,
-        "source_spent": _spent(model.source.manifest),
-        "tokenizer_digest": _tokenizer_digest(model.source.manifest),
-        "prefix": model.naming.prefix,
-        "exactness": reasons(plan.exactness),
-        "warnings": list(plan.warnings),
-        "drift": drift.as_dict() if drift else None,
-        "versions": versions(),
-    }
+    return Grown(
+        operators=plan.recipe,
+        plan_digest=plan.digest(),
+        source=watch.identity,
+        other=watch.identities[1] if growth.other else None,
+        source_config=model.config,
+        source_spent=_spent(model.source.manifest),
+        tokenizer_digest=_tokenizer_digest(model.source.manifest),
+        prefix=model.naming.prefix,
+        exactness=reasons(plan.exactness),
+        warnings=plan.warnings,
+        drift=drift.as_dict() if drift else None,
+        versions=versions(),
+    )
 
 
-def _spent(manifest: dict[str, Any] | None) -> dict[str, float] | None:
+def _spent(manifest: Manifest | None) -> dict[str, float] | None:
     """What training the source cost by its manifest, the cost of what it was itself grown from included."""
-    manifest = manifest or {}
-    parts = [(manifest.get("training") or {}).get("spent"), (manifest.get("growth") or {}).get("source_spent")]
+    if manifest is None:
+        return None
+    parts = [manifest.training and manifest.training.spent, manifest.growth and manifest.growth.source_spent]
     known = [part for part in parts if part]
     return {key: sum(part[key] for part in known) for key in known[0]} if known else None
 
 
-def _tokenizer_digest(manifest: dict[str, Any] | None) -> str | None:
+def _tokenizer_digest(manifest: Manifest | None) -> str | None:
     """Of the tokenizer that the source, or what it was itself grown from, was trained with; None if not known."""
-    manifest = manifest or {}
-    data = (manifest.get("training") or {}).get("data") or manifest.get("growth") or {}
-    found: str | None = data.get("tokenizer_digest")
-    return found
+    if manifest and manifest.training and manifest.training.data:
+        return manifest.training.data.get("tokenizer_digest")
+    return manifest.growth.tokenizer_digest if manifest and manifest.growth else None

@@ -22,6 +22,7 @@ from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.expert_parallel.target import notes as expert_notes
 from bert2bert.checkpoints.hub.beside import all_beside
 from bert2bert.checkpoints.job import TargetSpec
+from bert2bert.checkpoints.manifest import Manifest, Resharded
 from bert2bert.checkpoints.notes import left, regrouped, rounding, unopened
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import Source
@@ -72,29 +73,28 @@ def reshard(
     def read(name: str, state: str, start: int, stop: int) -> torch.Tensor:
         return opened.read(names.stored[name], state, start, stop).float()
 
-    about = {"source": watch.identity, "plan_digest": PLAN, "notes": noted, "versions": versions()}
-    was = opened.manifest or {}
-    more = {
-        "kind": was.get("kind", "growth"),  # of what it is, not of how it was written: a run goes on from it
-        "growth": was.get("growth"),
-        "training": was.get("training"),
-        "reshard": about,
-    }
+    was = opened.manifest or Manifest()
+    manifest = Manifest(
+        kind=was.kind or "growth",  # stays what it was, for a run that continues from it
+        growth=was.growth,
+        training=was.training,
+        reshard=Resharded(watch.identity, PLAN, noted, versions()),
+    )
     return write(
-        folder, spec, read, target, watch, growth=about, more=more, expected=_digests(opened, names, spec, target),
+        folder, spec, read, target, watch, manifest=manifest, expected=_digests(opened, names, spec, target),
         comm=comm, say=say, bar="writing" if bar else None,
     )  # fmt: skip
 
 
 def _digests(source: Source, names: Names, spec: TargetSpec, target: Target) -> dict[tuple[str, str], str]:
     """The digests that the source's manifest knows, of what source and target both hold as float32."""
-    known = (source.manifest or {}).get("tensors", {})
+    known = source.manifest.tensors if source.manifest else {}
     return {
         (name, state): digest
         for name, stored in names.stored.items()
         if source.tensors[stored].trainable and source.tensors[stored].dtype == "float32"
         and not (target.format == "hub" and spec.stored_dtype(name).itemsize < 4)
-        for state, digest in known.get(stored, {}).get("digest", {}).items()
+        for state, digest in (known[stored].digest.items() if stored in known else ())
     }  # fmt: skip
 
 
@@ -135,7 +135,8 @@ def identity_spec(source: Source, names: Names, target: Target) -> TargetSpec:
     else:
         files = _random_states(source)  # however the target is cut: a run goes on with them on as many ranks as it had
         if kept:
-            parts = {tuple(g["names"]): str(g["part"]) for g in (source.manifest or {}).get("groups", ())}
+            recorded = source.manifest.groups if source.manifest else ()
+            parts = {tuple(group.names): group.part for group in recorded}
             groups = tuple(replace(group, part=parts.get(group.names, group.part)) for group in spec.groups)
             spec = replace(spec, groups=groups, group_layout=known or "source")
     return replace(spec, extra_files={**spec.extra_files, **files})

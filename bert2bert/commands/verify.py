@@ -13,12 +13,13 @@ Refuses a grown checkpoint that is not a model of its own config (`InvalidCheckp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bert2bert.algebra.plan import Exactness, GrowthPlan
+from bert2bert.checkpoints.manifest import Grown
 from bert2bert.checkpoints.open import open_source
 from bert2bert.errors import InvalidConfig
 from bert2bert.growth.opened import Growth, between
@@ -91,7 +92,7 @@ def verify(
 def _verify_resharded(source: Path, written: Path, tag: str | None, written_tag: str | None) -> Verified | None:
     """The result for a checkpoint that `reshard` wrote of the source, of any model; None if it is of another."""
     target = open_source(written, written_tag)
-    if not (target.manifest or {}).get("reshard"):
+    if target.manifest is None or target.manifest.reshard is None:
         return None
     whole_source = open_source(source, tag)
     if not resharded.is_reshard(whole_source, target):
@@ -103,25 +104,25 @@ def _verify_resharded(source: Path, written: Path, tag: str | None, written_tag:
 
 def _rebuilt(model: CheckpointModel, target: CheckpointModel, other: Path | None, check: Check) -> Growth | None:
     """The growth that the target's manifest describes, its sources and its plan's digest checked; None without one."""
-    manifest = (target.source.manifest or {}).get("growth")
-    if manifest is None:
+    grown_by = target.source.manifest.growth if target.source.manifest else None
+    if grown_by is None:
         detail = "no growth manifest: only the function is compared, and it is expected to be equal"
         check("manifest", True, detail)
         return None
-    second = _second(other, manifest)
-    for name, of, recorded in (("source", model, manifest["source"]), ("with", second, manifest.get("with"))):
+    second = _second(other, grown_by)
+    for name, of, recorded in (("source", model, grown_by.source), ("with", second, grown_by.other or {})):
         if of is not None:
             _check_source(name, of, recorded, check)
-    growth = Growth(model, _replan(model, second, target, manifest["operators"]), second)
+    growth = Growth(model, _replan(model, second, target, grown_by.operators), second)
     digest = growth.plan.digest()
-    same = digest == manifest["plan_digest"]
+    same = digest == grown_by.plan_digest
     check("plan", same, digest[:16] if same else "rebuilt from the manifest, it has another digest")
     return growth
 
 
-def _second(other: Path | None, manifest: dict[str, Any]) -> CheckpointModel | None:
+def _second(other: Path | None, grown_by: Grown) -> CheckpointModel | None:
     """The checkpoint that a growth interpolated with. Raises InvalidConfig where it is missing or out of place."""
-    recorded = manifest.get("with")
+    recorded = grown_by.other
     if (other is None) != (recorded is None):
         raise InvalidConfig(
             f"the growth interpolated with {recorded['path']}; give that checkpoint with --with"
@@ -131,7 +132,7 @@ def _second(other: Path | None, manifest: dict[str, Any]) -> CheckpointModel | N
     return open_model(other) if other is not None else None
 
 
-def _check_source(name: str, model: CheckpointModel, recorded: dict[str, Any], check: Check) -> None:
+def _check_source(name: str, model: CheckpointModel, recorded: Mapping[str, Any], check: Check) -> None:
     mine = model.source.identity()
     keys = [k for k in recorded if k != "path" and mine.get(k) != recorded[k]]
     was = f"grown from tag {recorded.get('tag')}, this is {mine.get('tag')} (differs in {', '.join(keys)})"
@@ -139,7 +140,7 @@ def _check_source(name: str, model: CheckpointModel, recorded: dict[str, Any], c
 
 
 def _replan(
-    model: CheckpointModel, second: CheckpointModel | None, target: CheckpointModel, how: dict[str, Any]
+    model: CheckpointModel, second: CheckpointModel | None, target: CheckpointModel, how: Mapping[str, Any]
 ) -> GrowthPlan:
     if second is not None:
         own = how["interpolate"][-1]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.expert_parallel.target import with_experts
 from bert2bert.checkpoints.job import TargetSpec, Values, check_folder
+from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.target import Target
 from bert2bert.checkpoints.write import write_checkpoint
@@ -33,8 +33,7 @@ def write(
     target: Target,
     watch: Watch,
     *,
-    growth: dict[str, Any],
-    more: dict[str, Any] | None = None,
+    manifest: Manifest,
     expected: Mapping[tuple[str, str], str] | None = None,
     comm: Comm,
     say: Callable[[str], None],
@@ -42,14 +41,13 @@ def write(
 ) -> Path:
     """Write the checkpoint, commit and report it; its folder.
 
-    growth: the manifest's section of that name, by which an interrupted call is recognised; more, expected: see
-    `write_checkpoint`. bar: what the progress bar calls the work; None: there is no bar.
+    manifest, expected: see `write_checkpoint`. bar: what the progress bar calls the work; None: there is no bar.
     """
     total = len(spec.states) * 4 * sum(prod(shape) for shape in spec.shapes.values())
     show = bar is not None and comm.rank == 0  # of whose share of all bytes the bar is about right
     with progress(total // comm.size, bar or "", show=show) as done:
         written = write_checkpoint(
-            folder, spec, values, target, manifest_growth=growth, manifest_more=more, expected=expected, comm=comm,
+            folder, spec, values, target, manifest=manifest, expected=expected, comm=comm,
             progress=done.update, watch=watch, say=say,
         )  # fmt: skip
     if comm.rank == 0:

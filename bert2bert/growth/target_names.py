@@ -44,7 +44,7 @@ class Names:
         try:
             model = match(source, config or {})
         except UserError as error:
-            if source.form == "hub" and form == "zero" and not (source.manifest or {}).get("tensors"):
+            if source.form == "hub" and form == "zero" and not (source.manifest and source.manifest.tensors):
                 raise UnsupportedGrowth(
                     f"{source.path}: a Hugging Face folder does not say in which order its model has the tensors, and "
                     f"native shards are addressed by position ({str(error).splitlines()[0]}).\nUse --format universal, "

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 def is_reshard(source: Source, target: Source) -> bool:
     """Whether the target says that `reshard` wrote it, and the source is not the one that it was grown from."""
-    manifest = target.manifest or {}
-    if not manifest.get("reshard"):
+    manifest = target.manifest
+    if manifest is None or manifest.reshard is None:
         return False
-    grown_from = (manifest.get("growth") or {}).get("source") or {}
+    grown_from = manifest.growth.source if manifest.growth else {}
     return grown_from.get("sha256") is None or grown_from["sha256"] != source.identity()["sha256"]
 
 
@@ -51,7 +51,7 @@ def compare(source: Source, target: Source, check: Check) -> None:
 
 def _compare_source(source: Source, target: Source, check: Check) -> None:
     """Whether the target was written from this source."""
-    recorded = target.manifest["reshard"]["source"] if target.manifest else {}
+    recorded = target.manifest.reshard.source if target.manifest and target.manifest.reshard else {}
     mine = source.identity()
     odd = [key for key in recorded if key != "path" and mine.get(key) != recorded[key]]
     found = f"written from tag {recorded.get('tag')}, this is {mine.get('tag')} (differs in {', '.join(odd)})"

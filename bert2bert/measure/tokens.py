@@ -115,8 +115,9 @@ def draw_batch(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -
 
 def trained_length(model: CheckpointModel) -> int:
     """The rows' length that the source was trained on, where its manifest tells: positions beyond it know nothing."""
-    training = (model.source.manifest or {}).get("training") or {}
-    return int(training.get("recipe", {}).get("data", {}).get("seq_len", _LENGTH))
+    manifest = model.source.manifest
+    recipe = manifest.training.recipe if manifest and manifest.training else {}
+    return int(recipe.get("data", {}).get("seq_len", _LENGTH))
 
 
 def positions(model: CheckpointModel) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bert2bert.checkpoints.manifest import Grown
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader, eval_batches
 from bert2bert.files.lock import Lock
@@ -68,7 +69,7 @@ class Loop:
         self.peak = None if name is None else peak_flops(name, engine.precision)
         self.step = 0
         self.spent = start().spent
-        self.growth: dict[str, Any] | None = None
+        self.growth: Grown | None = None
         self.saved = -1  # the step of the newest checkpoint
         self.loss: float | None = None
         self.result: dict[str, float] = {}
@@ -88,8 +89,9 @@ class Loop:
         if resume is not None:
             found = load(engine, resume, recipe, self.digests)
             self._take(found)
-            spent = (found.growth or {}).get("source_spent") if found.kind != "train" else found.progress.spent
-            source = {"path": str(resume), "kind": found.kind, "growth": found.growth, "spent": spent}
+            growth = found.growth.to_json() if found.growth else None
+            spent = (growth or {}).get("source_spent") if found.kind != "train" else found.progress.spent
+            source = {"path": str(resume), "kind": found.kind, "growth": growth, "spent": spent}
             self.say(f"resumed from {found.folder} ({found.kind}) at step {self.step} of {recipe.steps}")
             for note in found.notes:
                 self.warn(f"  note: {note}")

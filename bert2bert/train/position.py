@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bert2bert.checkpoints.manifest import Trained
 from bert2bert.errors import InvalidConfig
 from bert2bert.recipe import Recipe, renamed
 
@@ -36,29 +37,27 @@ def start() -> Progress:
     return Progress(0, 0, 0, 0, {"flops": 0.0, "seconds": 0.0, "tokens": 0, "steps": 0})
 
 
-def continued(
-    training: Mapping[str, Any], folder: Path, recipe: Recipe, data: Mapping[str, Any], notes: list[str]
-) -> Progress:
+def continued(training: Trained, folder: Path, recipe: Recipe, data: Mapping[str, Any], notes: list[str]) -> Progress:
     """The position in a manifest's ``training``, once it is sure that the run can go on with this recipe and data.
 
     ``folder``: of the checkpoint, for messages; ``data``: {"digest", "tokenizer_digest"} of the bins now given;
     ``notes``: gets a sentence about what differs and may.
     """
     for key, what in (("tokenizer_digest", "tokenizer"), ("digest", "data")):
-        if training["data"][key] != data[key]:
+        if training.data[key] != data[key]:
             raise InvalidConfig(
                 f"the {what} differs from that of the run in {folder}: digest {data[key]}, the run had "
-                f"{training['data'][key]}. Give the bins that the run was started with (--bins), or start a new run"
+                f"{training.data[key]}. Give the bins that the run was started with (--bins), or start a new run"
             )
-    before, now = _flat(renamed(training["recipe"])), _flat(recipe.to_dict())
+    before, now = _flat(renamed(training.recipe)), _flat(recipe.to_dict())
     for key in ("seed", "data.seq_len", "data.mlm_probability"):
         if before.get(key) != now[key]:
             raise InvalidConfig(
                 f"{key} is {now[key]!r}, the run in {folder} had {before.get(key)!r}: its position in the data would "
                 f"mean other rows. Continue with --set {key}={before.get(key)}, or start a new run"
             )
-    phase, phase_step, step = training["phase"], training["phase_step"], training["step"]
-    old, new = training["recipe"]["phases"], recipe.to_dict()["phases"]
+    phase, phase_step, step = training.phase, training.phase_step, training.step
+    old, new = training.recipe["phases"], recipe.to_dict()["phases"]
     passed = [(p["name"], p["steps"]) for p in old[:phase]]
     kept = [(p["name"], p["steps"]) for p in new[:phase]]
     there = phase < len(new) and new[phase]["name"] == old[phase]["name"] and new[phase]["steps"] >= phase_step
@@ -72,7 +71,7 @@ def continued(
     if changed:
         said = ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in changed[:6])
         notes.append(f"the recipe differs from that of the checkpoint's run ({said}); its values hold from here on")
-    return Progress(step, phase, phase_step, training["data"]["rows"], dict(training["spent"]))
+    return Progress(step, phase, phase_step, training.data["rows"], dict(training.spent))
 
 
 def _listed(phases: list[dict[str, Any]]) -> str:

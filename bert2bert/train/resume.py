@@ -15,14 +15,15 @@ of anyone's DeepSpeed run that has no manifest, and any that fails a comparison 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bert2bert.checkpoints.commit.pending import MANIFEST, check_contents, file_sizes
+from bert2bert.checkpoints.commit.pending import check_contents, file_sizes
+from bert2bert.checkpoints.manifest import MANIFEST, GroupEntry, Grown, Manifest
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import Source
@@ -58,7 +59,7 @@ class Resumed:
     folder: Path
     kind: str
     progress: Progress
-    growth: dict[str, Any] | None
+    growth: Grown | None
     notes: tuple[str, ...]
 
 
@@ -79,8 +80,8 @@ def load(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) ->
 
 def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) -> tuple[Source, Resumed]:
     source = open_source(path)
-    manifest = source.manifest or {}
-    kind = "weights" if source.form == "hub" else str(manifest.get("kind"))
+    manifest = source.manifest or Manifest()
+    kind = "weights" if source.form == "hub" else str(manifest.kind)
     if source.form != "hub" and kind not in ("train", "growth"):
         config = "" if source.config else " --source-config CONFIG.json"
         raise InvalidCheckpoint(
@@ -93,25 +94,32 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
     _check_model(source, recipe)
     _unwrap(engine, source)
     notes: list[str] = []
-    progress = continued(manifest["training"], source.folder, recipe, data, notes) if kind == "train" else start()
-    if kind != "train":
-        _check_tokenizer(source, manifest.get("growth") or {}, data)
+    if kind == "train":
+        if manifest.training is None:
+            raise InvalidCheckpoint(
+                f"{source.folder / MANIFEST}: of kind 'train', but without the entry 'training', which says where the "
+                "run stood. Restore the file, or use another tag"
+            )
+        progress = continued(manifest.training, source.folder, recipe, data, notes)
+    else:
+        progress = start()
+        _check_tokenizer(source, manifest.growth, data)
     _check_tensors(engine, source)
     _check_groups(engine, source)
     _fill(engine, source)
     _restore_rest(engine, source, kind, recipe, progress, notes)
     if kind == "growth":
-        notes += _other_hyper(engine, source.manifest or {})
-    if kind == "train" and not manifest.get("digests"):
+        notes += _other_hyper(engine, manifest.groups)
+    if kind == "train" and not manifest.digests:
         notes.append("its manifest has no digests of files, so only tensors are compared with it")
     if kind == "weights":
         notes.append("a Hugging Face folder holds weights only: Adam's moments start at zero")
-    return source, Resumed(source.folder, kind, progress, manifest.get("growth"), tuple(notes))
+    return source, Resumed(source.folder, kind, progress, manifest.growth, tuple(notes))
 
 
-def _check_tokenizer(source: Source, growth: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+def _check_tokenizer(source: Source, growth: Grown | None, data: Mapping[str, Any]) -> None:
     """Rows of the embedding mean tokens: a grown model goes on with the tokenizer of its source, on any data."""
-    told = growth.get("tokenizer_digest")
+    told = growth.tokenizer_digest if growth else None
     if told is not None and told != data["tokenizer_digest"]:
         raise InvalidConfig(
             f"the tokenizer differs from that of the model that {source.folder} was grown from: digest "
@@ -146,16 +154,14 @@ def _unwrap(engine: Engine, source: Source) -> None:
     def bare(name: str) -> str:
         return name.removeprefix(before[0])
 
-    def groups(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**group, "names": [bare(name) for name in group["names"]]} for group in found]
-
     source.tensors = {bare(name): meta for name, meta in source.tensors.items()}  # each knows its name in the files
     source.buffers = {bare(name): buffer for name, buffer in source.buffers.items()}
     source.aliases = {bare(absent): bare(kept) for absent, kept in source.aliases.items()}
-    source.groups = groups(source.groups)
+    source.groups = [{**group, "names": [bare(name) for name in group["names"]]} for group in source.groups]
     if manifest := source.manifest:
-        tensors = {bare(name): entry for name, entry in manifest.get("tensors", {}).items()}
-        source.manifest = {**manifest, "tensors": tensors, "groups": groups(manifest.get("groups", []))}
+        tensors = {bare(name): entry for name, entry in manifest.tensors.items()}
+        groups = [replace(group, names=[bare(name) for name in group.names]) for group in manifest.groups]
+        source.manifest = replace(manifest, tensors=tensors, groups=groups)
 
 
 def _check_tensors(engine: Engine, source: Source) -> None:
@@ -195,31 +201,30 @@ def _check_groups(engine: Engine, source: Source) -> None:
                 f"{source.folder}: {first} has Adam step {a}, {second} has {b}; this trainer steps both in one group "
                 f"({group.part}). Rewrite the checkpoint with bert2bert grow"
             )
-    manifest = source.manifest or {}
-    if manifest.get("group_layout") != GROUP_LAYOUT or source.form != "zero":
+    manifest = source.manifest
+    if manifest is None or manifest.group_layout != GROUP_LAYOUT or source.form != "zero":
         return
-    told, filed = manifest["groups"], source.groups
-    for what, groups in (("manifest", told), ("shard files", filed)):
-        _check_order(engine, source, what, groups)
-    for part, said, file in zip((g.part for g in engine.groups), told, filed, strict=True):
+    _check_order(engine, source, "manifest", [group.names for group in manifest.groups])
+    _check_order(engine, source, "shard files", [group["names"] for group in source.groups])
+    for part, said, file in zip((g.part for g in engine.groups), manifest.groups, source.groups, strict=True):
         for key in _HYPER:
-            if key in said["hyper"] and _plain(said["hyper"][key]) != _plain(file.get(key)):
+            if key in said.hyper and _plain(said.hyper[key]) != _plain(file.get(key)):
                 raise InvalidCheckpoint(
                     f"{source.folder}: the optimizer group {part} has {key} {file.get(key)!r} in the shard files, "
-                    f"{said['hyper'][key]!r} in the manifest: they are of two checkpoints"
+                    f"{said.hyper[key]!r} in the manifest: they are of two checkpoints"
                 )
 
 
-def _other_hyper(engine: Engine, manifest: dict[str, Any]) -> list[str]:
+def _other_hyper(engine: Engine, groups: Sequence[GroupEntry]) -> list[str]:
     """A sentence about each hyper-parameter that a grown checkpoint carries and the recipe sets otherwise."""
     ours = {
         name: live for live, g in zip(engine.optimizer.param_groups, engine.groups, strict=True) for name in g.names
     }
     found: dict[str, None] = {}
-    for group in manifest.get("groups", ()):
-        live = ours[group["names"][0]]
+    for group in groups:
+        live = ours[group.names[0]]
         for key in _HYPER:
-            said, value = group["hyper"].get(key), _plain(live[key])
+            said, value = group.hyper.get(key), _plain(live[key])
             if said is not None and _plain(said) != value:
                 found[f"{key} was {said} in the checkpoint; the recipe's {value} holds from here on"] = None
     return list(found)
@@ -229,9 +234,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_order(engine: Engine, source: Source, what: str, groups: list[dict[str, Any]]) -> None:
+def _check_order(engine: Engine, source: Source, what: str, groups: Sequence[Sequence[str]]) -> None:
     for i, group in enumerate(engine.groups):
-        names = tuple(groups[i]["names"]) if i < len(groups) else ()
+        names = tuple(groups[i]) if i < len(groups) else ()
         if names == group.names and len(groups) == len(engine.groups):
             continue
         odd = next((a for a, b in zip(group.names, names, strict=False) if a != b), group.names[0])
@@ -298,8 +303,8 @@ def _restore_rest(
 
 def _compare(engine: Engine, source: Source) -> None:
     """The live engine against the manifest: Adam steps and the digest of every tensor's states. Collective."""
-    manifest = source.manifest or {}
-    said = {name: group["step"] for group in manifest.get("groups", ()) for name in group["names"]}
+    manifest = source.manifest or Manifest()
+    said = {name: group.step for group in manifest.groups for name in group.names}
     if set(partitions.MOMENTS) <= set(source.states):
         for group, step in zip(engine.groups, partitions.steps(engine), strict=True):
             if odd := [name for name in group.names if said.get(name, step) != step]:
@@ -309,8 +314,8 @@ def _compare(engine: Engine, source: Source) -> None:
                 )
     stored = getattr(torch, next(iter(source.tensors.values())).dtype) if source.form == "hub" else torch.float32
     live = partitions.digests(engine, stored)
-    for name, entry in manifest.get("tensors", {}).items():
-        for state, told in entry.get("digest", {}).items():
+    for name, entry in manifest.tensors.items():
+        for state, told in entry.digest.items():
             if state in source.states and live[name][state] != told:
                 raise InvalidCheckpoint(
                     f"{source.folder}: {state} of {name} has digest {live[name][state]} once loaded, the manifest says "

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bert2bert.checkpoints.commit.pending import MANIFEST
+from bert2bert.checkpoints.manifest import MANIFEST
 from bert2bert.errors import InvalidConfig
 from bert2bert.files.disk import replace
 from bert2bert.files.lock import Lock

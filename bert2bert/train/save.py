@@ -12,11 +12,11 @@ only complete and abandoned tags of this run folder, never the newest complete o
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,19 @@ from typing import Any
 import torch
 
 from bert2bert import __version__
-from bert2bert.checkpoints.commit.pending import FORMAT_VERSION, MANIFEST, file_sizes, set_latest, write_manifest
-from bert2bert.errors import UserError
+from bert2bert.checkpoints.commit.pending import file_sizes, set_latest
+from bert2bert.checkpoints.manifest import (
+    MANIFEST,
+    Digests,
+    GroupEntry,
+    Grown,
+    Manifest,
+    TensorEntry,
+    Trained,
+    read_manifest,
+    write_manifest,
+)
+from bert2bert.errors import InvalidCheckpoint, UserError
 from bert2bert.files.digest import FILE_DIGEST, TENSOR_DIGEST, file_digest
 from bert2bert.files.disk import disk_errors, fsync_file, fsync_tree, replace
 from bert2bert.ranks.comm import gather
@@ -72,7 +83,7 @@ def save(
     aliases: Mapping[str, str],
     recipe: Mapping[str, Any],
     data: Mapping[str, Any],
-    growth: Mapping[str, Any] | None,
+    growth: Grown | None,
     keep: int,
     check: Callable[[], None],
 ) -> Path:
@@ -92,47 +103,36 @@ def save(
     contents = {name: content for part in parts for name, content in part.items()}
     digests = partitions.digests(engine)
     steps = partitions.steps(engine)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "kind": "train",
-        "tag": tag,
-        "form": "zero",
-        "stage": engine.stage,
-        "world_size": engine.world,
-        "precision": engine.precision,
-        "group_layout": GROUP_LAYOUT,
-        "model": dict(model),
-        "aliases": dict(aliases),
-        "groups": [
-            {
-                "part": group.part,
-                "decay": group.decay,
-                "names": list(group.names),
-                "hyper": {key: live[key] for key in HYPER},
-                "step": step,
-            }
-            for group, live, step in zip(engine.groups, engine.optimizer.param_groups, steps, strict=True)
+    live = zip(engine.groups, engine.optimizer.param_groups, steps, strict=True)
+    manifest = Manifest(
+        kind="train",
+        tag=tag,
+        form="zero",
+        stage=engine.stage,
+        world_size=engine.world,
+        precision=engine.precision,
+        group_layout=GROUP_LAYOUT,
+        model=dict(model),
+        aliases=dict(aliases),
+        groups=[
+            GroupEntry(group.part, group.decay, group.names, {key: hyper[key] for key in HYPER}, step)
+            for group, hyper, step in live
         ],
-        "tensors": {n: {"shape": list(engine.shape(n)), "digest": digests[n]} for n in engine.names},
-        "files": {},
-        "digests": {
-            "kind": FILE_DIGEST,
-            "tensors": TENSOR_DIGEST,
-            "files": dict(sorted(contents.items())),
-        },
-        "counters": engine.counters,
-        "versions": versions(),
-        "growth": None if growth is None else dict(growth),
-        "training": {
-            "recipe": dict(recipe),
-            "phase": progress.phase,
-            "phase_step": progress.phase_step,
-            "step": progress.step,
-            "spent": progress.spent,
-            "data": {**data, "rows": progress.rows},
-        },
-    }
-    write_on_first(root, check, lambda: _commit(root, folder, manifest, keep))
+        tensors={name: TensorEntry(engine.shape(name), digests[name]) for name in engine.names},
+        digests=Digests(FILE_DIGEST, TENSOR_DIGEST, dict(sorted(contents.items()))),
+        counters=engine.counters,
+        versions=versions(),
+        growth=growth,
+        training=Trained(
+            recipe=dict(recipe),
+            phase=progress.phase,
+            phase_step=progress.phase_step,
+            step=progress.step,
+            spent=progress.spent,
+            data={**data, "rows": progress.rows},
+        ),
+    )
+    write_on_first(root, check, lambda: _commit(root, folder, manifest, contents, keep))
     return folder
 
 
@@ -219,17 +219,18 @@ def _writer(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _commit(root: Path, folder: Path, manifest: dict[str, Any], keep: int) -> None:
-    world = manifest["world_size"]
-    wanted = [*map(random_file, range(world)), *manifest["digests"]["files"]]
+def _commit(root: Path, folder: Path, manifest: Manifest, contents: Iterable[str], keep: int) -> None:
+    """Check that all ranks' files are there, and make the folder the run's latest checkpoint."""
+    world = manifest.world_size or 0
+    wanted = [*map(random_file, range(world)), *contents]
     if absent := sorted({_writer(name) for name in wanted if not (folder / name).is_file()}):
         raise UserError(
             f"checkpoint {folder} lacks the files of {len(absent)} of {world} ranks, the first of them {absent[0]}: "
             "their hosts see another folder of that name. Let --output lie on a file system that all hosts share"
         )
     fsync_tree(folder)
-    manifest["files"] = {name: size for name, size in file_sizes(folder).items() if name != UNFINISHED}
-    write_manifest(folder, manifest)
+    files = {name: size for name, size in file_sizes(folder).items() if name != UNFINISHED}
+    write_manifest(folder, dataclasses.replace(manifest, files=files))
     (folder / UNFINISHED).unlink()  # after the manifest: a kill must leave one mark at least, else it looks foreign
     set_latest(root, folder.name)
     prune(root, folder.name, keep)
@@ -268,10 +269,10 @@ def _step_of(name: str) -> int | None:
 
 def _kind(folder: Path) -> str | None:
     """The manifest's kind; None: left by a killed save or deletion; 'foreign': not written by this program."""
-    path = folder / MANIFEST
-    if path.is_file():
-        try:
-            return str(json.loads(path.read_text(encoding="utf-8")).get("kind"))
-        except (OSError, ValueError, AttributeError):
-            return "foreign"
+    try:
+        manifest = read_manifest(folder)
+    except (InvalidCheckpoint, OSError):
+        return "foreign"
+    if manifest is not None:
+        return str(manifest.kind)
     return None if (folder / UNFINISHED).exists() else "foreign"

@@ -14,7 +14,6 @@ import enum
 import fractions
 import functools
 import io
-import json
 import os
 import pathlib
 import random
@@ -30,7 +29,8 @@ import pytest
 import torch
 from torch import nn
 
-from bert2bert.checkpoints.inspect import inspect, render
+from bert2bert.checkpoints.inspect import inspect
+from bert2bert.checkpoints.inspect_text import render
 from bert2bert.checkpoints.open import open_source
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader, torch_writer
@@ -238,8 +238,8 @@ def test_a_run_with_classes_in_its_client_state(run: Path, tmp_path: Path, stage
     RAN.clear()
     said: list[str] = []
     found = inspect(run / f"z{stage}")
-    text = render(json.loads(json.dumps(found)))
-    assert "not opened" in text and f"{__name__}.Colour" in found["unopened"]
+    text = render(found)
+    assert "not opened" in text and f"{__name__}.Colour" in found.unopened
     for name, how in {"z": {"format": "zero", "stage": (stage + 2) % 4, "world_size": 2}, "u": {}}.items():
         reshard(run / f"z{stage}", tmp_path / name, say=said.append, **how)  # type: ignore[arg-type]
         assert "carried as it is, unopened" in said[0]

@@ -53,7 +53,7 @@ def test_what_a_client_needs_goes_along(runs: Path, tmp_path: Path, client: str,
     grow(runs / client, tmp_path / "g", runs / "larger.json", measure=False, say=said.append, **form)
     reshard(runs / client, tmp_path / "r", say=said.append, **form)
     for text, target, config in ((said[0], tmp_path / "g", LARGER), (said[-2], tmp_path / "r", CONFIG)):
-        assert (target / "latest").read_text() == tag and inspect(target)["tag"] == tag
+        assert (target / "latest").read_text() == tag and inspect(target).tag == tag
         for file in files:
             assert (target / file).read_bytes() == (runs / client / file).read_bytes() and file in text
         assert not (target / "model.safetensors").exists() and "model.safetensors" in text

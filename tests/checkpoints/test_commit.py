@@ -13,6 +13,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ import pytest
 import torch
 
 from bert2bert.checkpoints.commit import journal, pending
-from bert2bert.checkpoints.commit.pending import Pending, check_complete, file_sizes, sealed, set_latest, write_manifest
+from bert2bert.checkpoints.commit.pending import Pending, check_complete, file_sizes, set_latest
 from bert2bert.checkpoints.hub.reader import HubSource
 from bert2bert.checkpoints.inspect import check
 from bert2bert.checkpoints.job import check_folder
-from bert2bert.checkpoints.open import open_source, read_manifest
+from bert2bert.checkpoints.manifest import Manifest, read_manifest, write_manifest
+from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.target import Target
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.files import lock
@@ -176,8 +178,7 @@ def test_other_peoples_checkpoints_are_left_alone(tmp_path: Path, how: dict[str,
 
 def test_a_tag_of_a_training_run_without_latest_is_not_an_abandoned_growth(tmp_path: Path) -> None:
     final = write(tmp_path / "d", FORMS[0])
-    manifest = json.loads((final / "bert2bert.json").read_text())
-    write_manifest(final, {**manifest, "kind": "train"})
+    write_manifest(final, replace(check_complete(final), kind="train"))
     (tmp_path / "d" / "latest").unlink()
     with pytest.raises(InvalidConfig, match="already holds"):
         write(tmp_path / "d", FORMS[0])
@@ -319,20 +320,26 @@ def test_check_complete_finds_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "a" / "b.pt").write_bytes(b"12345")
     with pytest.raises(InvalidCheckpoint, match=r"has no bert2bert\.json"):
         check_complete(tmp_path)
-    manifest = {"kind": "train", "files": file_sizes(tmp_path)}
+    manifest = Manifest(kind="train", files=file_sizes(tmp_path))
     write_manifest(tmp_path, manifest)
-    found = check_complete(tmp_path)
-    assert sealed(found) and not sealed({**found, "kind": "growth"})
-    assert found == {**manifest, "digest": found["digest"]} == {"kind": "train", "files": {"a/b.pt": 5}} | found
+    found = json.loads((tmp_path / "bert2bert.json").read_text())
+    assert check_complete(tmp_path) == manifest == Manifest(kind="train", files={"a/b.pt": 5})
+    assert Manifest.from_json(found).intact and not Manifest.from_json({**found, "kind": "growth"}).intact
     (tmp_path / "a" / "b.pt").write_bytes(b"1234")
-    with pytest.raises(InvalidCheckpoint, match=r"has 4 bytes; bert2bert\.json says 5"):
+    with pytest.raises(InvalidCheckpoint, match=r"b\.pt: 4 bytes long, the manifest says 5"):
         check_complete(tmp_path)
     (tmp_path / "a" / "b.pt").unlink()
-    with pytest.raises(InvalidCheckpoint, match=r"lacks a/b\.pt \(5 bytes\)"):
+    with pytest.raises(InvalidCheckpoint, match=r"a/b\.pt: missing, the manifest says 5"):
         check_complete(tmp_path)
-    for text in ("{", "[]", '{"files": 3}'):
+    for text, message in {
+        "{": "not readable as JSON",
+        "[]": "a JSON list, expected an object",
+        "{}": "format version None",
+        '{"format_version": 1}': "is not a manifest of this project: no 'files'",
+        '{"format_version": 1, "files": 3}': "is not a manifest of this project: files is 3, expected a table",
+    }.items():
         (tmp_path / "bert2bert.json").write_text(text)
-        with pytest.raises(InvalidCheckpoint, match="is not a manifest of this project"):
+        with pytest.raises(InvalidCheckpoint, match=message):
             check_complete(tmp_path)
 
 
@@ -434,7 +441,7 @@ def test_links_inside_the_folder_and_in_a_hub_cache_are_followed(tmp_path: Path)
     (tmp_path / "models--a--b" / "blobs" / "f00d").write_text("12345")
     (snapshot / "model.safetensors").symlink_to("../../blobs/f00d")
     (snapshot / "again").symlink_to("model.safetensors")
-    write_manifest(snapshot, {"files": {"model.safetensors": 5, "again": 5}})
+    write_manifest(snapshot, Manifest(files={"model.safetensors": 5, "again": 5}))
     check_complete(snapshot)
 
 

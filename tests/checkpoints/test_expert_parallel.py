@@ -338,7 +338,7 @@ def test_what_is_read_is_what_the_engine_held(home: Home, name: str) -> None:
     assert {n for n, m in source.tensors.items() if not m.trainable} == {
         n for n in home.whole[name] if case.frozen and case.frozen in n
     }
-    assert inspect(home[name])["expert_parallel"] == case.size
+    assert inspect(home[name]).expert_parallel == case.size
 
 
 def test_groups_are_those_that_the_script_gave(home: Home) -> None:

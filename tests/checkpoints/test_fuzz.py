@@ -29,8 +29,9 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.checkpoints.commit.pending import MANIFEST
-from bert2bert.checkpoints.inspect import check, inspect, render
+from bert2bert.checkpoints.inspect import check, inspect
+from bert2bert.checkpoints.inspect_text import render
+from bert2bert.checkpoints.manifest import MANIFEST
 from bert2bert.checkpoints.open import open_source
 from bert2bert.errors import UserError
 from bert2bert.growth.source_model import open_model
@@ -212,7 +213,7 @@ def damaged(target: Path, form: str, manifest: bool) -> bool:
     if not manifest:
         return False
     try:
-        if check(target)["bad"]:
+        if check(target).bad:
             return True
         shutil.rmtree(target.parent / "anew", ignore_errors=True)
         reshard(target, target.parent / "anew", format="hub" if form == "hub" else "universal", say=lambda _: None)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert2bert.checkpoints.inspect import inspect, render
+from bert2bert.checkpoints.inspect import inspect
+from bert2bert.checkpoints.inspect_text import render
 from tests.checkpoints.engines import Case, hf_config, save_cases, tiny_bert
 
 CASE = Case("run", 3, "fp16", layout="layers", skip=(2,), frozen=("pooler",), buffer=True, client_state={"epoch": 1})
@@ -22,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_zero_checkpoint_as_data(run: Path) -> None:
-    found = inspect(run)
+    found = inspect(run).to_json()
     assert json.loads(json.dumps(found)) == found
     tag = run / "global_step3"
     assert (found["format"], found["stage"], found["world_size"], found["precision"]) == ("zero", 3, 1, "fp16")
@@ -51,7 +52,7 @@ def test_a_zero_checkpoint_as_text(run: Path) -> None:
         "format        native DeepSpeed ZeRO stage 3, 1 rank\n",
         "precision     fp16\n",
         "architecture  bert: layers 2, hidden 32, heads 2, intermediate 44, vocabulary 61, positions 17\n",
-        f"tensors       46, {found['parameters']:,} parameters\n",
+        f"tensors       46, {found.parameters:,} parameters\n",
         "optimizer     exp_avg and exp_avg_sq, step 0, 3\n",
         "counters      steps 3, samples 6, skipped steps 0\n",
         "loss scale    512\n",
@@ -67,9 +68,9 @@ def test_a_zero_checkpoint_as_text(run: Path) -> None:
 
 def test_a_hub_folder_and_a_grown_one(tmp_path: Path) -> None:
     tiny_bert("mlm").save_pretrained(tmp_path)
-    found = inspect(tmp_path)
+    found = inspect(tmp_path).to_json()
     assert (found["format"], found["states"], found["groups"], found["growth"]) == ("hub", ["fp32"], [], None)
-    text = render(found)
+    text = render(inspect(tmp_path))
     assert "format        Hugging Face\n" in text and "optimizer     no Adam state" in text
     assert "architecture  BertForMaskedLM: layers 2" in text and "grown from" not in text
     growth = {
@@ -114,5 +115,5 @@ def test_a_large_checkpoint_is_not_read(tmp_path: Path) -> None:
 
     before = touched()
     found = inspect(tmp_path)
-    assert found["parameters"] == numel and found["bytes"] > 3 << 30
-    assert touched() - before < found["bytes"] / 100
+    assert found.parameters == numel and found.bytes > 3 << 30
+    assert touched() - before < found.bytes / 100

@@ -251,7 +251,7 @@ def test_another_plan_or_source_starts_anew(clean: tuple[Path, dict[str, int]], 
     said = said_and_done(target, "zero")
     assert any("discarded" in text and "plan" in text for text in said)
     check_found = check(target)
-    assert not check_found["bad"] and check_found["digests"] == check_found["files"] == 7
+    assert not check_found.bad and check_found.digests == check_found.files == 7
 
 
 def test_a_finished_file_that_has_rotted_is_written_again(clean: tuple[Path, dict[str, int]], folder: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_full_disk(
         subprocess.run(["mount", "-o", f"remount,size={size * 4}", str(disk)], check=True)
         said = said_and_done(disk / form, form)
         assert any(text.startswith("resumed") for text in said)
-        assert not check(disk / form)["bad"]
+        assert not check(disk / form).bad
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.checkpoints.inspect import check
+from bert2bert.checkpoints.manifest import MANIFEST
 from bert2bert.checkpoints.open import open_source
 from bert2bert.commands import cli
 from bert2bert.commands.verify import verify
@@ -170,7 +170,7 @@ def test_every_form_and_back(home: Path, tmp_path: Path) -> None:
         reshard(last, tmp_path / str(i), **how, say=lambda _: None)
         report = verify(last, tmp_path / str(i))
         assert report.ok, report
-        assert not check(tmp_path / str(i))["bad"]
+        assert not check(tmp_path / str(i)).bad
         last = tmp_path / str(i)
     one, other = tree(before), tree(open_source(last).folder)
     assert one.keys() == other.keys()

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from bert2bert.checkpoints.commit.pending import MANIFEST, file_sizes
-from bert2bert.checkpoints.inspect import check, render_check
+from bert2bert.checkpoints.commit.pending import file_sizes
+from bert2bert.checkpoints.inspect import check
+from bert2bert.checkpoints.inspect_text import render_check
+from bert2bert.checkpoints.manifest import MANIFEST
 from bert2bert.commands import cli
 from bert2bert.errors import UserError
 from bert2bert.files.digest import FILE_DIGEST, file_digest
@@ -71,7 +73,7 @@ def test_a_changed_byte_of_any_file_is_named(
             out = capsys.readouterr().out
             assert f"bad          {name}: content differs" in out and out.count("content differs") == 1
         (folder / name).write_bytes(content)
-    assert not check(run)["bad"]
+    assert not check(run).bad
 
 
 def test_a_manifest_of_an_older_version_is_checked_by_sizes(home: Path, bins: Path, tmp_path: Path) -> None:
@@ -81,9 +83,9 @@ def test_a_manifest_of_an_older_version_is_checked_by_sizes(home: Path, bins: Pa
     del manifest["digests"], manifest["digest"]
     path.write_text(json.dumps(manifest))
     found = check(tmp_path / "run")
-    assert found["digests"] == 0 and not found["bad"] and ", sizes: all as the manifest" in render_check(found)
+    assert found.digests == 0 and not found.bad and ", sizes: all as the manifest" in render_check(found)
     assert run_ranks(lengthened, 1, bins, tmp_path / "run", timeout=60) == [2]
-    assert check(tmp_path / "run")["digests"] == 3
+    assert check(tmp_path / "run").digests == 3
 
 
 def lengthened(bins: Path, run: Path) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from bert2bert.checkpoints.groups import by_name, param_groups
 from bert2bert.checkpoints.job import STATES, TargetGroup, TargetSpec
+from bert2bert.checkpoints.manifest import Grown
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.recipe import Phase
@@ -21,7 +22,7 @@ from tests.distributed import run_ranks
 from tests.doors import write_checkpoint
 from tests.train import runs, tiny
 
-GROWTH = {"operator": {"width": "aki"}, "source_spent": {"flops": 5.0, "seconds": 6.0, "tokens": 7, "steps": 8}}
+GROWTH = {"operators": {"width": "aki"}, "source_spent": {"flops": 5.0, "seconds": 6.0, "tokens": 7, "steps": 8}}
 SCALER = {"dynamic": True, "cur_scale": 32.0, "cur_iter": 5, "last_overflow_iter": 2, "cur_hysteresis": 1}
 
 
@@ -100,7 +101,7 @@ def check(result: dict[str, Any], precision: str) -> None:
     assert result["kind"] == "growth" and result["worst"] == 0.0
     assert result["steps"] == list(range(40, 40 + len(spec("fp32").groups)))
     assert result["step"] == 0 and result["counters"]["global_steps"] == 0
-    assert result["growth"] == GROWTH
+    assert result["growth"] == Grown.from_json(GROWTH)
     assert result["decay"] == {0.0, 0.1} and "weight_decay was 7.0 in the checkpoint" in result["notes"]
     assert result["scale"] == (32.0 if precision == "fp16" else None)
 
@@ -169,10 +170,12 @@ def test_a_run_from_a_grown_checkpoint_keeps_its_origin(bins: Path, tmp_path: Pa
     write_checkpoint(tmp_path / "grown", spec("fp32"), values, format="universal", manifest_growth=GROWTH)
     run_ranks(run_then_continue, 2, bins, tmp_path / "grown", tmp_path / "run", timeout=90)
     about = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert about["source"]["growth"] == GROWTH and about["source"]["spent"] == GROWTH["source_spent"]
+    assert Grown.from_json(about["source"]["growth"]) == Grown.from_json(GROWTH)
+    assert about["source"]["spent"] == GROWTH["source_spent"]
     assert about["source"]["path"] == str(tmp_path / "grown")
     manifest = runs.manifest(tmp_path / "run", 3)
-    assert manifest["growth"] == GROWTH and manifest["training"]["spent"]["steps"] == 3
+    assert Grown.from_json(manifest["growth"]) == Grown.from_json(GROWTH)
+    assert manifest["training"]["spent"]["steps"] == 3
     assert manifest["groups"][0]["step"] == 43  # Adam counts on from the source's 40
     records = runs.records(tmp_path / "run")
     assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 3]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import xxhash
 
-from bert2bert.checkpoints.commit.pending import MANIFEST, write_manifest
+from bert2bert.checkpoints.manifest import MANIFEST, Manifest, write_manifest
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.recipe import AdamW, Phase, Recipe
 from tests.distributed import run_ranks
@@ -76,7 +76,7 @@ def noted(change: Callable[[Path], None]) -> Callable[[Path], None]:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["digests"]["files"]
         files.update({name: xxhash.xxh3_128((folder / name).read_bytes()).hexdigest() for name in files})
-        write_manifest(folder, manifest)
+        write_manifest(folder, Manifest.from_json(manifest))
 
     return act
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.recipe import Phase
 from bert2bert.train import save
@@ -32,24 +33,24 @@ def fake(root: Path, step: int, kind: str | None) -> None:
     if kind is None:
         (folder / save.UNFINISHED).touch()
     elif kind != "none":
-        (folder / save.MANIFEST).write_text(json.dumps({"kind": kind}))
+        (folder / save.MANIFEST).write_text(json.dumps({"format_version": 1, "kind": kind, "files": {}}))
 
 
 def test_a_save_killed_in_its_commit_is_not_taken_for_a_foreign_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between any two of its steps: one mark at least says whose the folder is."""
-    told = {"kind": "train", "world_size": 0, "digests": {"files": {}}}
+    manifest = Manifest(kind="train", world_size=0)
     for call in ("fsync_tree", "write_manifest", "set_latest"):
         fake(tmp_path, 4, None)
         with monkeypatch.context() as patch:
             patch.setattr(save, call, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                save._commit(tmp_path, tmp_path / "global_step4", dict(told), 3)
+                save._commit(tmp_path, tmp_path / "global_step4", manifest, [], 3)
         assert save._kind(tmp_path / "global_step4") in (None, "train"), call
         shutil.rmtree(tmp_path / "global_step4")
     fake(tmp_path, 4, None)
-    save._commit(tmp_path, tmp_path / "global_step4", dict(told), 3)
+    save._commit(tmp_path, tmp_path / "global_step4", manifest, [], 3)
     assert [path.name for path in (tmp_path / "global_step4").iterdir()] == [save.MANIFEST]
     assert json.loads((tmp_path / "global_step4" / save.MANIFEST).read_text())["files"] == {}
 
@@ -84,7 +85,7 @@ def test_ranks_that_do_not_see_the_same_folder_are_told_so(tmp_path: Path) -> No
     folder = tmp_path / "global_step2"
     (folder / save.random_file(0)).touch()
     with pytest.raises(UserError, match="lacks the files of 1 of 2 ranks, the first of them 1"):
-        save._commit(tmp_path, folder, {"world_size": 2, "digests": {"files": {}}}, 1)
+        save._commit(tmp_path, folder, Manifest(world_size=2), [], 1)
     assert not (tmp_path / "latest").exists() and not (folder / save.MANIFEST).exists()
 
 

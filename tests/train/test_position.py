@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bert2bert.checkpoints.manifest import Trained
 from bert2bert.errors import InvalidConfig
 from bert2bert.recipe import Recipe, load_recipe
 from bert2bert.train.position import continued
@@ -20,8 +21,8 @@ def recipe() -> Recipe:
     return load_recipe(ROOT / "recipes" / "demo_bert2bert.py", [])
 
 
-def training(recipe: Recipe, phase: int, phase_step: int) -> dict:
-    return {
+def training(recipe: Recipe, phase: int, phase_step: int) -> Trained:
+    found = {
         "data": {**DIGESTS, "rows": 8},
         "recipe": recipe.to_dict(),
         "phase": phase,
@@ -29,6 +30,7 @@ def training(recipe: Recipe, phase: int, phase_step: int) -> dict:
         "step": phase_step,
         "spent": {},
     }
+    return Trained.from_json(found)
 
 
 def test_phases_already_run_must_stay(recipe: Recipe) -> None:

@@ -24,18 +24,13 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import xxhash
-
+from bert2bert.checkpoints.manifest import MANIFEST, Manifest, check_sizes, read_manifest, write_manifest
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.files.digest import FILE_DIGEST, file_digest
-from bert2bert.files.disk import disk_errors, fsync_folder, inside, replace
+from bert2bert.files.disk import disk_errors, fsync_folder, replace
 from bert2bert.files.lock import Lock
 
-MANIFEST = "bert2bert.json"
-FORMAT_VERSION = 1
-_SEAL = "digest"
 _LOCK, _JOB, _FILES, _REPLACED = "lock", "job.json", "files.partial", "replaced.partial"
 
 
@@ -54,79 +49,41 @@ def _sizes(folder: str, above: str) -> Iterator[tuple[str, int]]:
                 yield above + entry.name, entry.stat().st_size
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write ``folder/bert2bert.json`` atomically: the mark that everything else in the folder is there."""
-    replace(folder / MANIFEST, json.dumps({**manifest, _SEAL: _seal(manifest)}, indent=1) + "\n")
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """Digest of all that a manifest says."""
-    plain = json.loads(json.dumps({key: value for key, value in manifest.items() if key != _SEAL}))
-    return xxhash.xxh3_128(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
 def set_latest(root: Path, tag: str, name: str = "latest", scratch: Path | None = None) -> None:
     """Point ``root/latest`` (or another pointer) at a tag, atomically. Call it after `check_complete`. scratch: as of
     `disk.replace`."""
     replace(root / name, tag, scratch)
 
 
-def listed(folder: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
-    """The files that a manifest lists and their sizes, no name leading out of the folder. Raises InvalidCheckpoint."""
-    try:
-        files = {str(name): int(size) for name, size in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise InvalidCheckpoint(f"{folder / MANIFEST} is not a manifest of this project: {error!r}.") from None
-    for name in files:
-        inside(folder, name)
-    return files
-
-
-def check_complete(folder: Path) -> dict[str, Any]:
+def check_complete(folder: Path) -> Manifest:
     """The manifest of a folder that holds every file the manifest lists, at its size; else InvalidCheckpoint."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InvalidCheckpoint(f"{folder} is not complete: it has no {MANIFEST}, which is written last.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{path} is not a manifest of this project: {error!r}.") from None
-    for name, size in listed(folder, manifest).items():
-        file = folder / name
-        if not file.is_file():
-            raise InvalidCheckpoint(f"{folder} lacks {name} ({size} bytes), which its {MANIFEST} lists.")
-        if (found := file.stat().st_size) != size:
-            raise InvalidCheckpoint(
-                f"{file} has {found} bytes; {MANIFEST} says {size}: it is truncated or was replaced."
-            )
-    return dict(manifest)
-
-
-def sealed(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest says what it said when it was written, as far as it can tell: older ones have no digest."""
-    return bool(manifest.get(_SEAL, seal := _seal(manifest)) == seal)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InvalidCheckpoint(f"{folder} is not complete: it has no {MANIFEST}, which is written last.")
+    check_sizes(folder, manifest)
+    return manifest
 
 
 def check_contents(folder: Path, names: Iterable[str]) -> None:
     """Read files of a checkpoint and compare them with the digests in its manifest, where it has them; the manifest
     itself with its own. Raises InvalidCheckpoint for the first that differs or cannot be read.
     """
-    if not (folder / MANIFEST).is_file():
+    manifest = read_manifest(folder)
+    if manifest is None:
         return
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    digests = manifest.get("digests") or {}
-    told = digests.get("files", {}) if digests.get("kind") == FILE_DIGEST else {}
+    digests = manifest.digests
+    recorded = digests.files if digests is not None and digests.kind == FILE_DIGEST else {}
     for name in names:
         try:
             if name == MANIFEST:
-                whole = sealed(manifest)
+                whole = manifest.intact
             else:
-                whole = name not in told or file_digest(folder / name) == told[name]
+                whole = name not in recorded or file_digest(folder / name) == recorded[name]
         except OSError as error:
             raise InvalidCheckpoint(f"{folder / name}: cannot be read: {error.strerror}. Use another tag.") from error
         if not whole:
             raise InvalidCheckpoint(
-                f"{folder / name}: its content does not have the digest that was noted when it was written: it is "
+                f"{folder / name}: its content does not have the digest that was recorded when it was written: it is "
                 "damaged or was changed. Use another tag, or restore the file."
             )
 
@@ -136,7 +93,7 @@ def _whole(folder: Path) -> bool:
     rename."""
     try:
         manifest = check_complete(folder)
-        return manifest.get("kind") == "growth" or "reshard" in manifest
+        return manifest.kind == "growth" or manifest.reshard is not None
     except InvalidCheckpoint:
         return False
 
@@ -277,7 +234,7 @@ class Pending:
     # --- after writing -----------------------------------------------------------------------------------------
 
     def commit(
-        self, manifest: dict[str, Any], pointers: tuple[str, ...], beside: Mapping[str, bytes] = MappingProxyType({})
+        self, manifest: Manifest, pointers: tuple[str, ...], beside: Mapping[str, bytes] = MappingProxyType({})
     ) -> Path:
         """Make the written folder the checkpoint: sync, manifest, rename, what lies beside it, then the pointers in
         order. Returns it."""

@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from bert2bert.checkpoints.commit.pending import MANIFEST
 from bert2bert.checkpoints.hub.files import is_there
+from bert2bert.checkpoints.manifest import MANIFEST
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files.sniff import describe, sniff
 

@@ -16,6 +16,7 @@ import torch
 
 from bert2bert.checkpoints.hub import experts
 from bert2bert.checkpoints.hub.files import INDEX, is_there, open_file, refuse_empty, refuse_quantised, weight_files
+from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.source import Source, TensorMeta
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files.texts import read_json
@@ -29,7 +30,7 @@ class HubSource(Source):
 
     form = "hub"
 
-    def __init__(self, path: Path, folder: Path, manifest: dict[str, Any] | None) -> None:
+    def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         super().__init__(path, folder, manifest)
         config = read_json(folder / "config.json") if is_there(folder / "config.json") else None
         files, index, self.notes = weight_files(folder, config)
@@ -45,7 +46,7 @@ class HubSource(Source):
                 raise InvalidCheckpoint(f"{folder / INDEX}: says that {file} holds '{name}', which it does not")
         refuse_quantised(folder, config, stored)
         refuse_empty(folder, [name for name, meta in self.tensors.items() if meta.shape == (0,)], len(self.tensors))
-        for name in (manifest or {}).get("buffers", ()):  # the files do not tell
+        for name in (manifest.buffers or ()) if manifest else ():  # the files do not tell
             if name in self.tensors:
                 del self.tensors[name]
                 self.buffers[name] = self._stored(name)

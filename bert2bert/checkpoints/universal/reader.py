@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import STATES, Source, TensorMeta
 from bert2bert.checkpoints.zero.model_states import MODEL, ModelStates, find_files, optimizer_groups, plain_scaler, take
@@ -32,7 +33,7 @@ class UniversalSource(Source):
 
     form = "universal"
 
-    def __init__(self, path: Path, folder: Path, manifest: dict[str, Any] | None) -> None:
+    def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         super().__init__(path, folder, manifest)
         paths = [folder / MODEL] if (folder / MODEL).is_file() else find_files(folder)[0]
         model = self._model = ModelStates(paths, sharded=paths[0].name != MODEL)

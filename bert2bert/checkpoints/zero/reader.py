@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.optimizers import held, moment_keys, unknown
 from bert2bert.checkpoints.source import STATES, Source, TensorMeta
 from bert2bert.checkpoints.zero.layout import round_robin
@@ -44,7 +45,7 @@ class ZeroSource(Source):
 
     form = "zero"
 
-    def __init__(self, path: Path, folder: Path, manifest: dict[str, Any] | None) -> None:
+    def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         super().__init__(path, folder, manifest)
         model_paths, self._paths, bf16 = find_files(folder)
         self.files = [*model_paths, *self._paths]

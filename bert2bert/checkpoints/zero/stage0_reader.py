@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bert2bert.checkpoints.groups import LAYOUTS, Place, by_name, param_groups
+from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.optimizers import KNOWN, held, moment_keys, unknown
 from bert2bert.checkpoints.source import STATES, Source, TensorMeta
 from bert2bert.checkpoints.zero.model_states import MODEL, ModelStates, find_files, hyper, take
@@ -49,7 +50,7 @@ class Stage0Source(Source):
 
     form = "zero"
 
-    def __init__(self, path: Path, folder: Path, manifest: dict[str, Any] | None) -> None:
+    def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         super().__init__(path, folder, manifest)
         self.files, _, _ = find_files(folder)
         model = self._model = ModelStates(self.files, sharded=False, whole=True)
@@ -125,9 +126,10 @@ class Stage0Source(Source):
     # --- which parameter is whose ------------------------------------------------------------------------------
 
     def _names(self, live: list[Any], states: dict[int, Any], flat: Any, masters: Any) -> list[list[str]]:
-        told = [g["names"] for g in (self.manifest or {}).get("groups", ())] or [g.get("param_names") for g in live]
-        if all(told):
-            names = [list(group) for group in told]
+        recorded = [group.names for group in self.manifest.groups] if self.manifest else []
+        recorded = recorded or [group.get("param_names") for group in live]
+        if all(recorded):
+            names = [list(group) for group in recorded]
             lengths = [len(group) for group in (names if flat is not None else [g["params"] for g in live])]
             if [len(group) for group in names] != lengths or len(names) != len(live):
                 raise ValueError(f"{[len(g) for g in names]} parameters in the groups, {lengths} in the optimizer")
