@@ -54,7 +54,7 @@ class _Section:
     def from_json(cls, found: Mapping[str, Any]) -> Self:
         """From an object whose entries have the types of `_SHAPES`."""
         known = {entry.name for entry in fields(cls)} - {"more"}  # type: ignore[arg-type]
-        given = {key: value for key, value in found.items() if key in known}
+        given = {key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key in known}
         given["more"] = {key: value for key, value in found.items() if key not in known}
         return cls(**given)
 
@@ -191,7 +191,7 @@ class Manifest:
         for key, section in sections:
             if given.get(key) is not None:
                 given[key] = section.from_json(given[key])
-        given["groups"] = [GroupEntry.from_json(group) for group in found.get("groups", ())]
+        given["groups"] = tuple(GroupEntry.from_json(group) for group in found.get("groups", ()))
         given["tensors"] = {name: TensorEntry.from_json(entry) for name, entry in found.get("tensors", {}).items()}
         return cls(**{**given, "intact": found.get(_SEAL, seal := _seal(found)) == seal})
 
