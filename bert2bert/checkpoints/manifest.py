@@ -60,8 +60,7 @@ class _Section:
 
     def to_json(self) -> dict[str, Any]:
         """The object."""
-        found = dict(vars(self))
-        return {**found, **found.pop("more")}
+        return {**{key: value for key, value in vars(self).items() if key != "more"}, **vars(self)["more"]}
 
 
 @dataclass(frozen=True)

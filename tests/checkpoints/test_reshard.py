@@ -208,7 +208,7 @@ def test_verify_finds_a_changed_bit_and_another_source(home: Path, tmp_path: Pat
     file.write_bytes(content)
     report = verify(home / "z2", tmp_path / "t")
     assert [c.name for c in report.checks if not c.ok] == ["exp_avg"]
-    assert check(tmp_path / "t")["bad"].keys() == {"zero/0.weight/exp_avg.pt"}
+    assert check(tmp_path / "t").bad.keys() == {"zero/0.weight/exp_avg.pt"}
 
 
 def test_groups_precision_and_a_config_of_ones_own(home: Path, tmp_path: Path) -> None:
