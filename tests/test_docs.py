@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bert2bert.tables import TABLES
 from tests import test_architecture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,3 +68,19 @@ def test_generated_pages_are_what_the_code_states() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     for name, page in made["PAGES"].items():
         assert (made["FOLDER"] / f"{name}.md").read_text("utf-8") == page(), "run: python docs/generate.py"
+
+
+HEADS = {
+    "SequenceClassification": "sequences", "TokenClassification": "tokens", "QuestionAnswering": "answers",
+    "MultipleChoice": "choices", "NextSentencePrediction": "next sentence",
+}  # fmt: skip
+
+
+def test_the_readme_knows_every_architecture_and_its_heads() -> None:
+    rows = [line.split("|")[1:-1] for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line[:1] == "|"]
+    found = {name.strip(): row for row in rows[2:] for name in row[0].split(",")}
+    assert {name.lower().replace("-", "_") for name in found} == {kind.replace("gpt2", "gpt_2") for kind in TABLES}
+    for name, row in found.items():
+        classes = TABLES[name.lower().replace("gpt-2", "gpt2").replace("-", "_")].classes
+        heads = {head for cls in classes for end, head in HEADS.items() if cls.endswith(end)}
+        assert {head.strip() for head in row[2].split(",")} == heads, name
