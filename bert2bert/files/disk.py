@@ -1,5 +1,5 @@
-"""What is told to a disk, and what it says: syncing, small files replaced as a whole, its errors in words, names that
-must stay inside their folder.
+"""Files on a disk: syncing, small files replaced as a whole, errors of the disk as messages, and names that must stay
+inside their folder.
 
 Refuses (UserError, InvalidConfig) a disk without room or rights, and (InvalidCheckpoint) a name that leads elsewhere.
 """

@@ -89,8 +89,8 @@ def check_contents(folder: Path, names: Iterable[str]) -> None:
 
 
 def _whole(folder: Path) -> bool:
-    """A growth, or a checkpoint written anew, with all its files. If nothing points at it, its process died after the
-    rename."""
+    """Whether it is a growth, or the output of `reshard`, with all its files. If nothing points at it, its process
+    died after the rename."""
     try:
         manifest = check_complete(folder)
         return manifest.kind == "growth" or manifest.reshard is not None
@@ -142,7 +142,7 @@ class Pending:
     # --- before writing ----------------------------------------------------------------------------------------
 
     def _left_over(self) -> bool:
-        """The work is done, but for the last steps of its process, which died: the last remove job, lock, folder."""
+        """The work is done, except for the last steps of its process, which died: the last remove job, lock, folder."""
         try:
             found = set(os.listdir(self.partial))
         except (FileNotFoundError, NotADirectoryError):

@@ -245,7 +245,7 @@ class ExpertSource(ZeroSource):
         return None
 
     def _check_weights(self) -> None:
-        """Experts' files, too, are but for rounding the master weights."""
+        """Experts' files, too, hold the master weights up to rounding."""
         super()._check_weights()
         for name, pieces in self._model.experts.items():
             for start, piece in pieces.items() if self.tensors[name].trainable else ():

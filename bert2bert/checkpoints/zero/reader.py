@@ -221,7 +221,7 @@ class ZeroSource(Source):
         self.tensors, self._frozen = self._model.describe(self.groups, dtype)
 
     def _check_weights(self) -> None:
-        """A few master weights of each rank are, but for rounding, those in the model-states file (stages 1 and 2)."""
+        """A few master weights of each rank are, up to rounding, those in the model-states file (stages 1 and 2)."""
         checked = set()
         for name, stored in self._place.items():
             weight = self._model.module.get(name)

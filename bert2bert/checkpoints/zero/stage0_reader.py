@@ -203,7 +203,7 @@ class Stage0Source(Source):
         )
 
     def _halves(self, group: list[str]) -> tuple[list[str], list[str]]:
-        """The two groups that DeepSpeed makes of one for Muon: matrices but for embeddings and output, the largest
+        """The two groups that DeepSpeed makes of one for Muon: matrices except embeddings and output, the largest
         first; the rest."""
         wide = [
             name for name in group
