@@ -1,4 +1,4 @@
-"""README and docs: every relative link and anchor leads somewhere."""
+"""README and docs: links lead somewhere, lines are short, pages and pictures made by scripts are up to date."""
 
 from __future__ import annotations
 
@@ -84,3 +84,19 @@ def test_the_readme_knows_every_architecture_and_its_heads() -> None:
         classes = TABLES[name.lower().replace("gpt-2", "gpt2").replace("-", "_")].classes
         heads = {head for cls in classes for end, head in HEADS.items() if cls.endswith(end)}
         assert {head.strip() for head in row[2].split(",")} == heads, name
+
+
+DOCS = [page for page in PAGES if page.name == "README.md" or page.is_relative_to(ROOT / "docs")]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=[p.relative_to(ROOT).as_posix() for p in DOCS])
+def test_lines_are_short(page: Path) -> None:
+    """120 characters; a row of a table cannot be broken, nor can a link."""
+    lines = page.read_text("utf-8").splitlines()
+    long = [n for n, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith("|") and "](" not in line]
+    assert not long, f"lines {long} of {page.name} are longer than 120 characters"
+
+
+def test_every_page_is_linked() -> None:
+    linked = {(p.parent / link.partition("#")[0]).resolve() for p in PAGES for link in LINK.findall(prose(p))}
+    assert not set(DOCS) - linked - {ROOT / "README.md"}
