@@ -4,8 +4,8 @@ In every step the grown model's weights are made of the source's by the maps, di
 transformers. Only the maps learn, by Adam with a rate that falls to zero. What is kept is a file of maps: ``--width
 ligo:maps=FILE`` makes a plan of it, which grows any checkpoint format, shard by shard.
 
-Refuses a model without a language-model head (`UnsupportedGrowth`), a growth that leaves all sizes alone, and what
-`reference` and `sample` refuse.
+Refuses a model without a language-model head (`UnsupportedGrowth`), a growth that changes no size, and what
+`measure.transformers_models` and `measure.tokens` refuse.
 """
 
 from __future__ import annotations

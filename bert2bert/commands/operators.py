@@ -1,6 +1,6 @@
-"""The command ``operators``: what there is, by whom, what it preserves, what it needs. Imports no torch.
+"""The command ``operators``: the operators, their papers, what each preserves and needs. Imports no torch.
 
-Refuses the name of no operator (`UnsupportedGrowth`), with the nearest.
+Refuses an unknown name (`UnsupportedGrowth`), with the nearest known ones.
 """
 
 from __future__ import annotations

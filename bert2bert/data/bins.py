@@ -7,7 +7,7 @@
     {split}.idx.npy       int64 offsets of the documents, one more than there are documents
 
 Splits: 'train' and 'heldout'. Refuses, with `InvalidData`: a folder that is not bins, or one whose files do not have
-the sizes, boundaries and tokenizer that its meta.json tells.
+the sizes, boundaries and tokenizer that are recorded in its meta.json.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class TokenBins:
         """(token ids, offsets): uint16 or uint32 [tokens] and int64 [documents + 1], both memory-mapped."""
         if name not in self.meta["splits"]:
             raise InvalidData(f"token bins {self.folder}: no split '{name}'; {did_you_mean(name, self.meta['splits'])}")
-        told = self.meta["splits"][name]
-        tokens, documents = told["tokens"], told["documents"]
+        recorded = self.meta["splits"][name]
+        tokens, documents = recorded["tokens"], recorded["documents"]
         dtype = np.dtype(self.meta["dtype"])
         self._size(f"{name}.bin", tokens * dtype.itemsize)
         ids = np.memmap(self.folder / f"{name}.bin", dtype=dtype, mode="r", shape=(tokens,))
@@ -217,7 +217,7 @@ def _check_meta(folder: Path, meta: Any) -> None:
         if not isinstance(value, int) or not 0 <= value < meta["vocab_size"]:
             raise wrong(f"has special id {key} = {value!r}, expected 0 to {meta['vocab_size'] - 1}")
     for split in SPLITS:
-        told = meta["splits"].get(split)
+        recorded = meta["splits"].get(split)
         for key in ("tokens", "documents"):
-            if not isinstance(told, dict) or not isinstance(told.get(key), int) or told[key] < 1:
-                raise wrong(f"tells no positive number of {key} for split '{split}'")
+            if not isinstance(recorded, dict) or not isinstance(recorded.get(key), int) or recorded[key] < 1:
+                raise wrong(f"records no positive number of {key} for split '{split}'")

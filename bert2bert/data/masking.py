@@ -1,7 +1,7 @@
 """Dynamic masking (Devlin et al. 2019, section 3.1): of the chosen positions 80 % become [MASK], 10 % a random token,
 10 % stay.
 
-Randomness is a hash of (seed, row number, slot), so what a row looks like depends on nothing but its number: not on the
+Randomness is a hash of (seed, row number, slot), so what a row looks like depends only on its number: not on the
 batch it lies in, the rank, the world size or what came before. In every row round(mlm_probability x real tokens) places
 are chosen, uniformly among those that hold no special token, in exactly `quota` places a row; spare places carry the
 label -100. So shapes are static.

@@ -2,9 +2,8 @@
 
 Reads text files and `datasets` datasets as streams, trains a tokenizer on the training documents or takes one, and
 writes tokens with document boundaries in bounded memory (a tokenizer whose tokens may reach over a line end gets each
-document whole). The held-out split is named files, or a fraction of the
-documents chosen by a keyed hash of their text, so that exact duplicates never lie on both sides. The folder appears
-only when it is complete.
+document whole). The held-out split is named files, or a fraction of the documents chosen by a keyed hash of their
+text, so that exact duplicates never lie on both sides. The folder appears only when it is complete.
 
 Refuses: an output that exists, text that cannot be used (`text.py`, `records.py`), a tokenizer that cannot
 (`tokenizer_files.py`), no held-out text.
@@ -130,14 +129,14 @@ class _Stream:
 
     def describe(self) -> list[dict[str, Any]]:
         """Where the text came from, for meta.json."""
-        told: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
         for source, side in self.sources:
             split = side or f"{self.fraction:g} held out"
             if isinstance(source, TextFile):
-                told.append({"text": str(source.path), "bytes": source.size, "split": split})
+                found.append({"text": str(source.path), "bytes": source.size, "split": split})
             else:
-                told.append({"dataset": source.label, "column": source.column, "records": source.size, "split": split})
-        return told
+                found.append({"dataset": source.label, "column": source.column, "records": source.size, "split": split})
+        return found
 
 
 def _write(folder: Path, stream: _Stream, tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Every record is read like a small file. Refuses, with `InvalidData`: what cannot be opened, with the cause, and in a
 local JSON-lines file the broken line; a column that is not there or does not hold text; a CSV table whose rows have
-more fields than its header; pointers, other encodings and archives in place of a table.
+more fields than its header; pointers, other encodings and archives instead of a table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Records:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user must be told about it."""
+        """Notes for the user on how it was read."""
         missing = self.data.data.column(self.column).null_count
         if not missing:
             return ()
@@ -44,7 +44,7 @@ class Records:
         return len(self.data)
 
     def documents(self, document: str, advance: Advance) -> Pieces:
-        """The records' documents; `advance` is told how many more records were read."""
+        """The records' documents; `advance` receives how many more records were read."""
         some = False
         for number, record in enumerate(self._records(), 1):
             value = record[self.column]

@@ -85,7 +85,7 @@ def pieces(lines: Iterable[str], document: str) -> Pieces:
 
 @dataclass(frozen=True)
 class TextFile:
-    """One UTF-8 text file: plain, or compressed with gzip, bzip2 or xz, which its first bytes tell."""
+    """One UTF-8 text file: plain, or compressed with gzip, bzip2 or xz, recognised by its first bytes."""
 
     path: Path
 
@@ -121,7 +121,7 @@ class TextFile:
             raise self._damaged(0, error) from error
 
     def documents(self, document: str, advance: Advance) -> Pieces:
-        """The file's documents; `advance` is told how many more bytes of the file were read."""
+        """The file's documents; `advance` receives how many more bytes of the file were read."""
         some = False
         for text, ends in pieces(self._lines(advance), document):
             some = True
@@ -192,7 +192,7 @@ def beginning(file: BinaryIO) -> tuple[str, bytes]:
 
 
 def _not_utf8(error: UnicodeDecodeError, number: int, foreign: bool) -> str:
-    """What stands in place of UTF-8 and what to do. number: whole lines before the text that cannot be decoded;
+    """What the file holds instead of UTF-8, and the remedy. number: whole lines before the text that cannot be decoded;
     foreign: whether some of them have UTF-8 beyond ASCII."""
     data, at = error.object, error.start
     where = f"byte 0x{data[at]:02x} in line {number + 1 + data[:at].count(10)}"

@@ -29,7 +29,7 @@ class TextTokenizer:
 
     backend: a `tokenizers.Tokenizer`; special: 'pad', 'unk', 'cls', 'sep' and 'mask' -> token; config: what a
     tokenizer_config.json beside its tokenizer.json must say so that transformers makes the same tokenizer of the two;
-    notes: what the user must be told about it.
+    notes: for the user, on how it was read.
     """
 
     backend: Any

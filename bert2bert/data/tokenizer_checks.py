@@ -1,6 +1,6 @@
-"""Whether a tokenizer that transformers made of people's files is the one that the files tell of.
+"""Whether a tokenizer that transformers made from people's files is the one that the files describe.
 
-``told``: file name -> its JSON, of those settings files that are there. Refuses, with `InvalidData`: ids other than the
+``settings``: file name -> its JSON, of the settings files that exist. Refuses, with `InvalidData`: ids other than the
 files say, settings without effect, a vocabulary without one of BERT's special tokens.
 """
 
@@ -27,17 +27,17 @@ _NORMAL = {
 }
 
 
-def _added(told: Mapping[str, Any], named: Path) -> list[tuple[str, str, int]]:
+def _added(settings: Mapping[str, Any], named: Path) -> list[tuple[str, str, int]]:
     """(file, token, id) of every token that a file gives an id of its own."""
     file, found = "", []
     try:
         file = "added_tokens.json"
-        found += [(file, token, int(index)) for token, index in told.get(file, {}).items()]
+        found += [(file, token, int(index)) for token, index in settings.get(file, {}).items()]
         file = f"{CONFIG} (added_tokens_decoder)"
-        listed = told.get(CONFIG, {}).get("added_tokens_decoder") or {}
+        listed = settings.get(CONFIG, {}).get("added_tokens_decoder") or {}
         found += [(file, str(token["content"]), int(index)) for index, token in listed.items()]
         file = "tokenizer.json"
-        listed = told.get(file, {}).get("added_tokens") or ()
+        listed = settings.get(file, {}).get("added_tokens") or ()
         found += [(file, str(token["content"]), int(token["id"])) for token in listed]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InvalidData(
@@ -47,11 +47,11 @@ def _added(told: Mapping[str, Any], named: Path) -> list[tuple[str, str, int]]:
     return found
 
 
-def check_ids(backend: Any, told: Mapping[str, Any], named: Path) -> None:
+def check_ids(backend: Any, settings: Mapping[str, Any], named: Path) -> None:
     """Refuse ids that differ from what the files say, and two tokens with one id: rows of the embedding table would
     mean other tokens than those that they were trained on. And added tokens that normalisation makes equal, of which
     `tokenizers` takes the one or the other from run to run, or makes nothing of, at which it panics."""
-    for file, token, index in _added(told, named):
+    for file, token, index in _added(settings, named):
         given = backend.token_to_id(token)
         if given != index:
             raise InvalidData(
@@ -81,14 +81,14 @@ def check_ids(backend: Any, told: Mapping[str, Any], named: Path) -> None:
             )
 
 
-def roles(found: Any, told: Mapping[str, Any], named: Path) -> dict[str, str]:
+def roles(found: Any, settings: Mapping[str, Any], named: Path) -> dict[str, str]:
     """Role -> token. Told by the tokenizer, else by BERT's or RoBERTa's names; a token that only transformers' default
     adds behind the vocabulary has no row in any model and is not taken."""
     backend = found.backend_tokenizer
     own = backend.get_vocab(with_added_tokens=False)
-    listed = {token for _, token, _ in _added(told, named)}
+    listed = {token for _, token, _ in _added(settings, named)}
     for name in (CONFIG, "special_tokens_map.json"):
-        values = (v.get("content") if isinstance(v, dict) else v for v in told.get(name, {}).values())
+        values = (v.get("content") if isinstance(v, dict) else v for v in settings.get(name, {}).values())
         listed |= {value for value in values if isinstance(value, str)}
     known = {*own, *listed}
     given = {role: str(token) for role in SPECIAL if (token := getattr(found, f"{role}_token", None)) is not None}
@@ -113,11 +113,11 @@ def roles(found: Any, told: Mapping[str, Any], named: Path) -> dict[str, str]:
 
 
 def contradictions(
-    found: Any, state: Mapping[str, Any], told: Mapping[str, Any], folder: Path, named: Path
+    found: Any, state: Mapping[str, Any], settings: Mapping[str, Any], folder: Path, named: Path
 ) -> Iterator[str]:
     """Settings that have no effect on the ids: refused if nobody's files say what transformers does, else a note."""
-    config, kind = told.get(CONFIG, {}), type(found).__name__
-    file = _file(folder / "tokenizer.json", named) if "tokenizer.json" in told else None
+    config, kind = settings.get(CONFIG, {}), type(found).__name__
+    file = _file(folder / "tokenizer.json", named) if "tokenizer.json" in settings else None
     if file and {file["model"]["type"], state["model"]["type"]} != {"WordPiece"}:
         if names := _otherwise(file, state):
             yield (
@@ -140,9 +140,9 @@ def contradictions(
                 f" transformers reads here, has {field} = {json.dumps(normal[field])}; the ids are those of"
                 " transformers"
             )
-    untold = "tokenizer.json" not in told and config.get("do_lower_case") is None
+    unset = "tokenizer.json" not in settings and config.get("do_lower_case") is None
     capitals = [t for t in model["vocab"] if t not in special and t != t.lower()]
-    if untold and normal.get("lowercase") and capitals:
+    if unset and normal.get("lowercase") and capitals:
         yield (
             f"tokenizer {named}: nothing says do_lower_case, so transformers lower-cases, and the {len(capitals)}"
             f" tokens with a capital never occur ({', '.join(capitals[:3])}); put do_lower_case: false into {CONFIG}"

@@ -6,7 +6,7 @@ reads another way than one of the files says, is refused or becomes a note.
 
 Refuses, with `InvalidData`: what transformers cannot read, or reads only with Python code (a class that is not fast,
 code of the folder's own); settings that it does not honour; a vocabulary without one of BERT's special tokens, or one
-whose added tokens get other ids than the folder says; pointers, other encodings and archives in place of the files.
+whose added tokens get other ids than the folder says; pointers, other encodings and archives instead of the files.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ def load_tokenizer(path: Path) -> TextTokenizer:
 def _of_folder(folder: Path, named: Path) -> TextTokenizer:
     """``named``: what the user gave, for messages."""
     _look(folder, named)
-    told = {name: _json(folder / name, named) for name in (*_SETTINGS, "tokenizer.json") if (folder / name).is_file()}
-    config = told.get(CONFIG, {})
+    settings = {
+        name: _json(folder / name, named) for name in (*_SETTINGS, "tokenizer.json") if (folder / name).is_file()
+    }
+    config = settings.get(CONFIG, {})
     code = config.get("auto_map")
     code = code.get("AutoTokenizer") if isinstance(code, dict) else code
     if code:
@@ -63,16 +65,16 @@ def _of_folder(folder: Path, named: Path) -> TextTokenizer:
             "  Load it with transformers once (trust_remote_code=True); if it is a fast one, give the folder that its"
             " save_pretrained writes, without auto_map."
         )
-    found = _made(folder, named, told)
+    found = _made(folder, named, settings)
     backend = found.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    check_ids(backend, told, named)
-    special = roles(found, told, named)
+    check_ids(backend, settings, named)
+    special = roles(found, settings, named)
     try:
         state = json.loads(backend.to_str())
         if backend.encode(PROBE, add_special_tokens=False).ids != found(PROBE, add_special_tokens=False)["input_ids"]:
-            raise ValueError("its class does more than its tokenizer.json tells")
+            raise ValueError("its class does more than its tokenizer.json records")
     except BaseException as error:
         if not failed(error):
             raise
@@ -81,9 +83,9 @@ def _of_folder(folder: Path, named: Path) -> TextTokenizer:
             f"  {_ANOTHER}"
         ) from error
     made = TextTokenizer(
-        backend, special, _written(found, special), tuple(contradictions(found, state, told, folder, named))
+        backend, special, _written(found, special), tuple(contradictions(found, state, settings, folder, named))
     )
-    rows = told.get("config.json", {}).get("vocab_size")
+    rows = settings.get("config.json", {}).get("vocab_size")
     if isinstance(rows, int) and made.table_size > rows:
         note = (
             f"tokenizer {named} has {made.table_size:,} ids, the config.json beside it a vocab_size of {rows:,}: a"
@@ -93,18 +95,18 @@ def _of_folder(folder: Path, named: Path) -> TextTokenizer:
     return made
 
 
-def _made(folder: Path, named: Path, told: Mapping[str, Any]) -> Any:
+def _made(folder: Path, named: Path, settings: Mapping[str, Any]) -> Any:
     """transformers' fast tokenizer of the folder."""
     import transformers
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-    config = told.get(CONFIG, {})
-    model = told.get("config.json", {})
+    config = settings.get(CONFIG, {})
+    model = settings.get("config.json", {})
     kinds = [config.get("tokenizer_class"), model.get("tokenizer_class"), model.get("model_type")]
-    bare = not any(kinds) and "tokenizer.json" not in told and (folder / "vocab.txt").is_file()
+    bare = not any(kinds) and "tokenizer.json" not in settings and (folder / "vocab.txt").is_file()
     maker: Any = transformers.BertTokenizer if bare else transformers.AutoTokenizer
-    what = next((kind for kind in kinds if kind), "of no class that is told")
-    rows = {} if "tokenizer.json" in told else _rows(folder / "vocab.txt", named)
+    what = next((kind for kind in kinds if kind), "of an unnamed class")
+    rows = {} if "tokenizer.json" in settings else _rows(folder / "vocab.txt", named)
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -167,7 +169,7 @@ def _rows(file: Path, named: Path) -> dict[str, dict[str, int]]:
 
 
 def _look(folder: Path, named: Path) -> None:
-    """Refuse what is no text in place of the tokenizer's files; say what the folder holds if it has no vocabulary."""
+    """Refuse files that are no text; if the folder has no vocabulary, the message names what it holds."""
     names = sorted(file.name for file in folder.iterdir() if file.is_symlink() or file.is_file())
     vocabularies = [name for name in names if name in _VOCABULARIES or name.endswith(_MODELS)]
     if not vocabularies:

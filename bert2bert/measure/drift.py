@@ -4,7 +4,8 @@ Logits come from this project's BERT or from transformers' models, in float64 wh
 the weights read as they are needed: no model is in memory, nor are its logits, which are compared block by block of
 the vocabulary. Only gradients need both models whole. On random tokens there is no loss to speak of: it is None.
 
-Refuses what `sample` and `reference` refuse, and models with fewer positions than the source (`InvalidConfig`).
+Refuses what `tokens` and `transformers_models` refuse, and a model with fewer positions than the source
+(`InvalidConfig`).
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def compare(model: CheckpointModel, grown: Rows, config: Mapping[str, Any], toke
         for c, read in ((model.config, weights(model)), (config, grown))
     )
     far = _distance(source, other, vocab)
-    losses = far.losses if tokens.told else (None, None)
+    losses = far.losses if tokens.are_text else (None, None)
     return Drift(
         tokens=count,
         predictions=len(source.labels),

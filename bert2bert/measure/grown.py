@@ -29,7 +29,7 @@ TOLERANCE = {"float32": 5e-5, "float64": 5e-5, "float16": 2e-2, "bfloat16": 1.5e
 _GRADIENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LITTLE = 1e8  # bytes
 _RUN = {"float64": 0.0, "float32": 1e-4}
-# Of the plan's numbers in float64, whose rounding a model magnifies by up to 10^7; in float32 it tells nothing.
+# Of the plan's numbers in float64, whose rounding a model magnifies by up to 10^7; in float32 that is no test.
 _RULE = {"float64": 1e-8, "float32": 0.0}
 
 

@@ -37,7 +37,7 @@ class Tokens:
     file: Path | None = None
 
     @property
-    def told(self) -> bool:
+    def are_text(self) -> bool:
         """Whether they are text, on which a loss says something."""
         return self.bins is not None or self.file is not None
 
@@ -114,7 +114,7 @@ def draw_batch(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -
 
 
 def trained_length(model: CheckpointModel) -> int:
-    """The rows' length that the source was trained on, where its manifest tells: positions beyond it know nothing."""
+    """The length of the rows that the source was trained on, where its manifest records it."""
     manifest = model.source.manifest
     recipe = manifest.training.recipe if manifest and manifest.training else {}
     return int(recipe.get("data", {}).get("seq_len", _LENGTH))

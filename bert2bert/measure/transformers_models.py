@@ -2,8 +2,8 @@
 
 The only place that imports its models, and only when it is asked for. A model is made from its config without
 initialisation and filled by name from a callable; or, for logits alone, it is run with no parameter in memory but the
-one at work (`passed`). In float64, the casts to float32 that transformers makes inside
-norms, softmaxes and rotary angles are lifted, so that two equal functions agree to about 1e-12.
+one at work (`passed`). In float64, the casts to float32 that transformers makes inside norms, softmaxes and rotary
+angles are removed, so that two equal functions agree to about 1e-12.
 
 Refuses (`NoReference`): to run without transformers, an architecture that the installed version lacks, and a model that
 would not fit into the memory that is free.
@@ -235,7 +235,7 @@ def precision(numel: int, doing: str) -> torch.dtype:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can still take, by the kernel and its control group; None where nothing tells."""
+    """Bytes that this process can still take, by the kernel and its control group; None where neither reports it."""
     found = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

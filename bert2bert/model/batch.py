@@ -1,4 +1,4 @@
-"""One micro-batch of flat, packed tokens: the only thing the model eats.
+"""One micro-batch of flat, packed tokens: the model's only input.
 
 There is no padding and no attention mask: documents lie one behind the other and `cu_seqlens` says where each begins.
 Shapes may be kept static by the loader: `cu_seqlens` padded by repeating the last offset (empty sequences),

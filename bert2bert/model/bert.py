@@ -98,8 +98,9 @@ class Bert(nn.Module):
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
         """Compile the Transformer block (once: all layers share its code) and the loss. Parameter names stay.
 
-        The block is compiled anew for each autograd setting (frozen, lowest learning, learning), for evaluation and for
-        shapes that begin to vary. That can exceed torch's default limit of 8, past which it silently stops compiling.
+        The block is compiled again for each autograd setting (frozen, lowest learning, learning), for evaluation and
+        for shapes that begin to vary. That can exceed torch's default limit of 8, after which it silently stops
+        compiling.
         """
         import torch._dynamo.config as dynamo  # not at the top: it takes a second and only compiling needs it
 

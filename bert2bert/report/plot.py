@@ -1,6 +1,6 @@
 """The report's picture: held-out loss over FLOPs and over wall clock, one panel each. Draws to a file only.
 
-Colours are Okabe and Ito's, told apart with colour-blind eyes; line style and marker differ as well, for a grey print.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; line style and marker differ too, for print.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine behind one small face: build, forward, step, freeze. The only module that imports deepspeed.
+"""The DeepSpeed engine behind a small interface: build, forward, step, freeze. The only module to import deepspeed.
 
 A layer that does not learn in a step keeps weights and moments bit for bit, at ZeRO stages 0 to 3: its parameters do
 not require gradients in that step (no backward, no share in the gradient norm) *and* its optimizer groups are skipped
@@ -156,12 +156,12 @@ class Engine:
         found = [p.grad for p in self.parameters.values() if p.grad is not None]
         plain = torch.nn.utils.get_total_norm(found) if self.stage == 0 and self.precision == "fp32" else None
         self.ds.step()
-        # Stage 0 in fp32: DeepSpeed clips by the norm but never tells it.
+        # Stage 0 in fp32: DeepSpeed clips by the norm but does not report it.
         norm = self.ds.get_global_grad_norm() if plain is None else plain
         if norm is not None and self.precision == "fp16":
-            # Stage 0 tells the scaled norm, stage 3 divides by the scale of the next step.
-            told = {0: 1.0, 3: self.loss_scale or 1.0}.get(self.stage, scale)
-            norm = norm * (told / scale)
+            # Stage 0 reports the scaled norm, stage 3 divides by the scale of the next step.
+            reported = {0: 1.0, 3: self.loss_scale or 1.0}.get(self.stage, scale)
+            norm = norm * (reported / scale)
         self.grad_norm = None if norm is None else float(norm)
 
     @property

@@ -2,7 +2,7 @@
 
 Refuses (InvalidConfig) what would give the position another meaning: other data, another tokenizer, seed, row length or
 mask share, and phases already run that are no longer those of the recipe. Other changes (learning rate, more steps or
-phases) are allowed and told.
+phases) are allowed and reported.
 """
 
 from __future__ import annotations
