@@ -14,6 +14,7 @@ of anyone's DeepSpeed run that has no manifest, and any that fails a comparison 
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,7 +93,7 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
             "Weights, moments and Adam steps stay as they are; the recipe begins at its step 0, on its own data"
         )
     _check_model(source, recipe)
-    _unwrap(engine, source)
+    source = _unwrapped(engine, source)
     notes: list[str] = []
     if kind == "train":
         if manifest.training is None:
@@ -143,25 +144,29 @@ def _check_model(source: Source, recipe: Recipe) -> None:
             )
 
 
-def _unwrap(engine: Engine, source: Source) -> None:
-    """Take off what a wrapper in somebody's script put before every name ('model.'), in the source as it is seen here;
-    `reshard` and `grow` keep the script's names."""
+def _unwrapped(engine: Engine, source: Source) -> Source:
+    """The source with this model's names, where a wrapper in somebody's script put a prefix ('model.') before each.
+
+    A view: the source stays as it was opened, and each tensor knows its name in the files.
+    """
     anchor = engine.names[0]
     before = [name.removesuffix(anchor) for name in source.tensors if name.endswith("." + anchor)]
     if anchor in source.tensors or len(before) != 1:
-        return
+        return source
 
     def bare(name: str) -> str:
         return name.removeprefix(before[0])
 
-    source.tensors = {bare(name): meta for name, meta in source.tensors.items()}  # each knows its name in the files
-    source.buffers = {bare(name): buffer for name, buffer in source.buffers.items()}
-    source.aliases = {bare(absent): bare(kept) for absent, kept in source.aliases.items()}
-    source.groups = [{**group, "names": [bare(name) for name in group["names"]]} for group in source.groups]
+    view = copy.copy(source)
+    view.tensors = {bare(name): meta for name, meta in source.tensors.items()}
+    view.buffers = {bare(name): buffer for name, buffer in source.buffers.items()}
+    view.aliases = {bare(absent): bare(kept) for absent, kept in source.aliases.items()}
+    view.groups = [{**group, "names": [bare(name) for name in group["names"]]} for group in source.groups]
     if manifest := source.manifest:
         tensors = {bare(name): entry for name, entry in manifest.tensors.items()}
         groups = [replace(group, names=[bare(name) for name in group.names]) for group in manifest.groups]
-        source.manifest = replace(manifest, tensors=tensors, groups=groups)
+        view.manifest = replace(manifest, tensors=tensors, groups=groups)
+    return view
 
 
 def _check_tensors(engine: Engine, source: Source) -> None:

@@ -7,6 +7,7 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,3 +133,19 @@ def test_a_wrapper_around_the_model_is_seen_through(bins: Path, tmp_path: Path) 
         assert cli.main(["reshard", str(tmp_path / "plain"), str(target), *cut]) == 0
         assert "model.cls.predictions.bias" in open_source(target).tensors
         assert run_ranks(held, 2, bins, target, tmp_path / "plain.truth.pt", "model.", timeout=60) == [[], []]
+
+
+def test_a_wrappers_prefix_is_taken_off_in_a_view_of_the_source(tmp_path: Path) -> None:
+    from bert2bert.checkpoints.source import Source, TensorMeta
+    from bert2bert.train.resume import _unwrapped
+
+    source = Source(tmp_path, tmp_path, None)
+    names = ["model.a", "model.b"]
+    source.tensors = {name: TensorMeta(name, (2,), "float32", 0, True) for name in names}
+    source.groups = [{"lr": 1.0, "names": names}]
+    source.aliases = {"model.c": "model.a"}
+    seen = _unwrapped(SimpleNamespace(names=("a", "b")), source)  # type: ignore[arg-type]
+    assert list(seen.tensors) == ["a", "b"] and seen.meta("c").name == "model.a"
+    assert seen.groups == [{"lr": 1.0, "names": ["a", "b"]}] and seen.aliases == {"c": "a"}
+    assert list(source.tensors) == source.groups[0]["names"] == names and source.aliases == {"model.c": "model.a"}
+    assert _unwrapped(SimpleNamespace(names=("model.a",)), source) is source  # type: ignore[arg-type]
