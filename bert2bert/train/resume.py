@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,37 +24,38 @@ from typing import Any
 import torch
 
 from bert2bert.checkpoints.commit.pending import check_contents, file_sizes
-from bert2bert.checkpoints.manifest import MANIFEST, GroupEntry, Grown, Manifest
+from bert2bert.checkpoints.manifest import MANIFEST, Grown, Manifest
 from bert2bert.checkpoints.open import open_source
-from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import Source
-from bert2bert.errors import InvalidCheckpoint, InvalidConfig
+from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader
-from bert2bert.model.config import BertConfig
 from bert2bert.ranks.comm import together
 from bert2bert.ranks.distributed import RANKS
 from bert2bert.recipe import Recipe
 from bert2bert.train import partitions
-from bert2bert.train.engine import GROUP_LAYOUT, Engine
+from bert2bert.train.engine import Engine
 from bert2bert.train.position import Progress, continued, start
+from bert2bert.train.resume_checks import (
+    check_groups,
+    check_model,
+    check_tensors,
+    check_tokenizer,
+    compare,
+    other_hyper,
+)
 from bert2bert.train.rng import seed_all, set_random_state
 from bert2bert.train.save import random_file, random_ranks
 
 BLOCK = 1 << 22  # elements read at a time
-_HYPER = ("weight_decay", "betas", "eps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-_ARCHITECTURE = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps", "tie_word_embeddings", "heads",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Resumed:
     """What a run continues from.
 
-    ``kind``: "train", "growth" or "weights"; ``progress``: its position (step 0 but for "train"); ``growth``: that of
-    the manifest, for a run from a grown checkpoint and its own later ones; ``notes``: what the user should be told.
+    ``kind``: "train", "growth" or "weights"; ``progress``: its position (step 0 except for "train"); ``growth``: that
+    of the manifest, for a run from a grown checkpoint and its own later ones; ``notes``: for the user.
     """
 
     folder: Path
@@ -73,7 +74,7 @@ def load(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) ->
     found = together(RANKS, lambda: _open_and_fill(engine, path, recipe, data))
     source, resumed = found
     partitions.publish(engine)
-    _compare(engine, source)
+    compare(engine, source)
     files = [MANIFEST, *file_sizes(source.folder)][engine.rank :: engine.world]
     together(RANKS, lambda: check_contents(source.folder, files))
     return resumed
@@ -92,8 +93,9 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
             "  --resume TARGET\n"
             "Weights, moments and Adam steps stay as they are; the recipe begins at its step 0, on its own data"
         )
-    _check_model(source, recipe)
+    check_model(source, recipe)
     source = _unwrapped(engine, source)
+    manifest = source.manifest or manifest  # with the view's names
     notes: list[str] = []
     if kind == "train":
         if manifest.training is None:
@@ -104,44 +106,18 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
         progress = continued(manifest.training, source.folder, recipe, data, notes)
     else:
         progress = start()
-        _check_tokenizer(source, manifest.growth, data)
-    _check_tensors(engine, source)
-    _check_groups(engine, source)
+        check_tokenizer(source, manifest.growth, data)
+    check_tensors(engine, source)
+    check_groups(engine, source)
     _fill(engine, source)
     _restore_rest(engine, source, kind, recipe, progress, notes)
     if kind == "growth":
-        notes += _other_hyper(engine, manifest.groups)
+        notes += other_hyper(engine, manifest.groups)
     if kind == "train" and not manifest.digests:
         notes.append("its manifest has no digests of files, so only tensors are compared with it")
     if kind == "weights":
         notes.append("a Hugging Face folder holds weights only: Adam's moments start at zero")
     return source, Resumed(source.folder, kind, progress, manifest.growth, tuple(notes))
-
-
-def _check_tokenizer(source: Source, growth: Grown | None, data: Mapping[str, Any]) -> None:
-    """Rows of the embedding mean tokens: a grown model goes on with the tokenizer of its source, on any data."""
-    told = growth.tokenizer_digest if growth else None
-    if told is not None and told != data["tokenizer_digest"]:
-        raise InvalidConfig(
-            f"the tokenizer differs from that of the model that {source.folder} was grown from: digest "
-            f"{data['tokenizer_digest']}, that model had {told}. Give bins made with its tokenizer (bert2bert prepare "
-            "--tokenizer tokenizer.json of the source's run folder)"
-        )
-
-
-def _check_model(source: Source, recipe: Recipe) -> None:
-    if source.config is None:
-        raise InvalidCheckpoint(
-            f"{source.folder}: no config says which model this is. Put the model's config.json into the folder"
-        )
-    theirs, ours = BertConfig.from_hf(source.config), BertConfig.from_hf(recipe.model)
-    for key in _ARCHITECTURE:
-        if getattr(theirs, key) != getattr(ours, key):
-            raise InvalidConfig(
-                f"the recipe's model is not the checkpoint's: {key} is {getattr(ours, key)!r} in the recipe, "
-                f"{getattr(theirs, key)!r} in {source.folder}. Use the recipe of that model, or grow the checkpoint to "
-                "the recipe's sizes first"
-            )
 
 
 def _unwrapped(engine: Engine, source: Source) -> Source:
@@ -167,88 +143,6 @@ def _unwrapped(engine: Engine, source: Source) -> Source:
         groups = [replace(group, names=[bare(name) for name in group.names]) for group in manifest.groups]
         view.manifest = replace(manifest, tensors=tensors, groups=groups)
     return view
-
-
-def _check_tensors(engine: Engine, source: Source) -> None:
-    for name in engine.names:
-        if name not in source.tensors:
-            raise InvalidCheckpoint(
-                f"{source.folder}: lacks the tensor {name}, which the model has. It is of another model, or incomplete"
-            )
-        found, wanted = source.tensors[name].shape, engine.shape(name)
-        if tuple(found) != wanted:
-            raise InvalidCheckpoint(f"{source.folder}: tensor {name} has shape {tuple(found)}, the model {wanted}")
-    known = set(engine.names) | source.aliases.keys()
-    if odd := [name for name in source.tensors if name not in known]:
-        raise InvalidCheckpoint(
-            f"{source.folder}: holds the tensor {odd[0]}, which the model does not have. It belongs to another model"
-        )
-
-
-def _check_groups(engine: Engine, source: Source) -> None:
-    """Adam's states, one step in each group; in native files also the groups' names, order and hyper-parameters."""
-    others = source.other_states or [key for kept in source.moments if kept not in (ADAM, {}) for key in kept.values()]
-    if others:
-        raise InvalidCheckpoint(
-            f"{source.folder}: its optimizer keeps {', '.join(dict.fromkeys(others))}, and "
-            "this trainer's AdamW cannot go on with that. Grow the weights alone (--format hub) and resume from them"
-        )
-    if frozen := [name for name in engine.names if source.form != "hub" and not source.tensors[name].trainable]:
-        raise InvalidCheckpoint(
-            f"{source.folder}: {len(frozen)} parameters, the first of them {frozen[0]}, were frozen and have no "
-            "optimizer state, and this trainer trains all. Grow the weights alone (--format hub) and resume from them"
-        )
-    for group in engine.groups:
-        counts = {source.step(name): name for name in group.names}
-        if len(counts) > 1:
-            (a, first), (b, second) = list(counts.items())[:2]
-            raise InvalidCheckpoint(
-                f"{source.folder}: {first} has Adam step {a}, {second} has {b}; this trainer steps both in one group "
-                f"({group.part}). Rewrite the checkpoint with bert2bert grow"
-            )
-    manifest = source.manifest
-    if manifest is None or manifest.group_layout != GROUP_LAYOUT or source.form != "zero":
-        return
-    _check_order(engine, source, "manifest", [group.names for group in manifest.groups])
-    _check_order(engine, source, "shard files", [group["names"] for group in source.groups])
-    for part, said, file in zip((g.part for g in engine.groups), manifest.groups, source.groups, strict=True):
-        for key in _HYPER:
-            if key in said.hyper and _plain(said.hyper[key]) != _plain(file.get(key)):
-                raise InvalidCheckpoint(
-                    f"{source.folder}: the optimizer group {part} has {key} {file.get(key)!r} in the shard files, "
-                    f"{said.hyper[key]!r} in the manifest: they are of two checkpoints"
-                )
-
-
-def _other_hyper(engine: Engine, groups: Sequence[GroupEntry]) -> list[str]:
-    """A sentence about each hyper-parameter that a grown checkpoint carries and the recipe sets otherwise."""
-    ours = {
-        name: live for live, g in zip(engine.optimizer.param_groups, engine.groups, strict=True) for name in g.names
-    }
-    found: dict[str, None] = {}
-    for group in groups:
-        live = ours[group.names[0]]
-        for key in _HYPER:
-            said, value = group.hyper.get(key), _plain(live[key])
-            if said is not None and _plain(said) != value:
-                found[f"{key} was {said} in the checkpoint; the recipe's {value} holds from here on"] = None
-    return list(found)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _check_order(engine: Engine, source: Source, what: str, groups: Sequence[Sequence[str]]) -> None:
-    for i, group in enumerate(engine.groups):
-        names = tuple(groups[i]) if i < len(groups) else ()
-        if names == group.names and len(groups) == len(engine.groups):
-            continue
-        odd = next((a for a, b in zip(group.names, names, strict=False) if a != b), group.names[0])
-        raise InvalidCheckpoint(
-            f"{source.folder}: optimizer group {i} ({group.part}) of the {what} does not hold the model's parameters "
-            f"in the model's order; the first difference is at {odd}. Files of two checkpoints are mixed"
-        )
 
 
 def _fill(engine: Engine, source: Source) -> None:
@@ -304,25 +198,3 @@ def _restore_rest(
     why = f"saved on {ranks} ranks, continued on {engine.world}" if ranks else "no random states were kept"
     why = "the kind of device changed" if same else why
     notes.append(f"{why}: the data go on in order, dropout draws anew")
-
-
-def _compare(engine: Engine, source: Source) -> None:
-    """The live engine against the manifest: Adam steps and the digest of every tensor's states. Collective."""
-    manifest = source.manifest or Manifest()
-    said = {name: group.step for group in manifest.groups for name in group.names}
-    if set(partitions.MOMENTS) <= set(source.states):
-        for group, step in zip(engine.groups, partitions.steps(engine), strict=True):
-            if odd := [name for name in group.names if said.get(name, step) != step]:
-                raise InvalidCheckpoint(
-                    f"{source.folder}: {odd[0]} has Adam step {step} in the files, {said[odd[0]]} in the manifest: "
-                    "they are of two checkpoints. Use another tag"
-                )
-    stored = getattr(torch, next(iter(source.tensors.values())).dtype) if source.form == "hub" else torch.float32
-    live = partitions.digests(engine, stored)
-    for name, entry in manifest.tensors.items():
-        for state, told in entry.digest.items():
-            if state in source.states and live[name][state] != told:
-                raise InvalidCheckpoint(
-                    f"{source.folder}: {state} of {name} has digest {live[name][state]} once loaded, the manifest says "
-                    f"{told}: the file is damaged or was changed. Use another tag, or restore the file"
-                )

@@ -65,7 +65,7 @@ def random_file(rank: int) -> str:
 
 
 def random_ranks(folder: Path) -> int:
-    """How many ranks the run had whose random states lie in a tag's folder: shards may have been cut anew since."""
+    """How many ranks the run had whose random states lie in a tag's folder: it may have been resharded since."""
     return sum(1 for _ in folder.glob("bert2bert_rng_rank_*.pt"))
 
 
@@ -164,7 +164,7 @@ def _make_room(engine: Engine, root: Path, folder: Path) -> None:
 
 
 def _withdraw(root: Path, folder: Path) -> None:
-    """Before a tag is written anew: if `latest` names it, let it name the newest whole one below instead."""
+    """Before a tag is written again: if `latest` names it, let it name the newest whole one below instead."""
     latest = root / "latest"
     if latest.is_symlink() and latest.is_dir():
         named = os.path.basename(os.readlink(latest))

@@ -1,0 +1,156 @@
+"""Whether a checkpoint is of a run's model, and whether it was loaded as it was written. See `resume`.
+
+Every check raises InvalidConfig or InvalidCheckpoint, naming what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from bert2bert.checkpoints.manifest import GroupEntry, Grown, Manifest
+from bert2bert.checkpoints.optimizers import ADAM
+from bert2bert.checkpoints.source import Source
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig
+from bert2bert.model.config import BertConfig
+from bert2bert.recipe import Recipe
+from bert2bert.train import partitions
+from bert2bert.train.engine import GROUP_LAYOUT, Engine
+
+_HYPER = ("weight_decay", "betas", "eps")
+_ARCHITECTURE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps", "tie_word_embeddings", "heads",
+)  # fmt: skip
+
+
+def check_tokenizer(source: Source, growth: Grown | None, data: Mapping[str, Any]) -> None:
+    """Rows of the embedding mean tokens: a grown model goes on with the tokenizer of its source, on any data."""
+    recorded = growth.tokenizer_digest if growth else None
+    if recorded is not None and recorded != data["tokenizer_digest"]:
+        raise InvalidConfig(
+            f"the tokenizer differs from that of the model that {source.folder} was grown from: digest "
+            f"{data['tokenizer_digest']}, that model had {recorded}. Give bins made with its tokenizer (bert2bert "
+            "prepare --tokenizer tokenizer.json of the source's run folder)"
+        )
+
+
+def check_model(source: Source, recipe: Recipe) -> None:
+    if source.config is None:
+        raise InvalidCheckpoint(
+            f"{source.folder}: no config says which model this is. Put the model's config.json into the folder"
+        )
+    theirs, ours = BertConfig.from_hf(source.config), BertConfig.from_hf(recipe.model)
+    for key in _ARCHITECTURE:
+        if getattr(theirs, key) != getattr(ours, key):
+            raise InvalidConfig(
+                f"the recipe's model is not the checkpoint's: {key} is {getattr(ours, key)!r} in the recipe, "
+                f"{getattr(theirs, key)!r} in {source.folder}. Use the recipe of that model, or grow the checkpoint to "
+                "the recipe's sizes first"
+            )
+
+
+def check_tensors(engine: Engine, source: Source) -> None:
+    for name in engine.names:
+        if name not in source.tensors:
+            raise InvalidCheckpoint(
+                f"{source.folder}: lacks the tensor {name}, which the model has. It is of another model, or incomplete"
+            )
+        found, wanted = source.tensors[name].shape, engine.shape(name)
+        if tuple(found) != wanted:
+            raise InvalidCheckpoint(f"{source.folder}: tensor {name} has shape {tuple(found)}, the model {wanted}")
+    known = set(engine.names) | source.aliases.keys()
+    if odd := [name for name in source.tensors if name not in known]:
+        raise InvalidCheckpoint(
+            f"{source.folder}: holds the tensor {odd[0]}, which the model does not have. It belongs to another model"
+        )
+
+
+def check_groups(engine: Engine, source: Source) -> None:
+    """Adam's states, one step in each group; in native files also the groups' names, order and hyper-parameters."""
+    others = source.other_states or [key for kept in source.moments if kept not in (ADAM, {}) for key in kept.values()]
+    if others:
+        raise InvalidCheckpoint(
+            f"{source.folder}: its optimizer keeps {', '.join(dict.fromkeys(others))}, and "
+            "this trainer's AdamW cannot go on with that. Grow the weights alone (--format hub) and resume from them"
+        )
+    if frozen := [name for name in engine.names if source.form != "hub" and not source.tensors[name].trainable]:
+        raise InvalidCheckpoint(
+            f"{source.folder}: {len(frozen)} parameters, the first of them {frozen[0]}, were frozen and have no "
+            "optimizer state, and this trainer trains all. Grow the weights alone (--format hub) and resume from them"
+        )
+    for group in engine.groups:
+        counts = {source.step(name): name for name in group.names}
+        if len(counts) > 1:
+            (a, first), (b, second) = list(counts.items())[:2]
+            raise InvalidCheckpoint(
+                f"{source.folder}: {first} has Adam step {a}, {second} has {b}; this trainer steps both in one group "
+                f"({group.part}). Rewrite the checkpoint with bert2bert grow"
+            )
+    manifest = source.manifest
+    if manifest is None or manifest.group_layout != GROUP_LAYOUT or source.form != "zero":
+        return
+    _check_order(engine, source, "manifest", [group.names for group in manifest.groups])
+    _check_order(engine, source, "shard files", [group["names"] for group in source.groups])
+    for part, recorded, file in zip((g.part for g in engine.groups), manifest.groups, source.groups, strict=True):
+        for key in _HYPER:
+            if key in recorded.hyper and _plain(recorded.hyper[key]) != _plain(file.get(key)):
+                raise InvalidCheckpoint(
+                    f"{source.folder}: the optimizer group {part} has {key} {file.get(key)!r} in the shard files, "
+                    f"{recorded.hyper[key]!r} in the manifest: they are of two checkpoints"
+                )
+
+
+def other_hyper(engine: Engine, groups: Sequence[GroupEntry]) -> list[str]:
+    """A sentence about each hyper-parameter that a grown checkpoint carries and the recipe sets otherwise."""
+    ours = {
+        name: live for live, g in zip(engine.optimizer.param_groups, engine.groups, strict=True) for name in g.names
+    }
+    found: dict[str, None] = {}
+    for group in groups:
+        live = ours[group.names[0]]
+        for key in _HYPER:
+            recorded, value = group.hyper.get(key), _plain(live[key])
+            if recorded is not None and _plain(recorded) != value:
+                found[f"{key} was {recorded} in the checkpoint; the recipe's {value} holds from here on"] = None
+    return list(found)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_order(engine: Engine, source: Source, what: str, groups: Sequence[Sequence[str]]) -> None:
+    for i, group in enumerate(engine.groups):
+        names = tuple(groups[i]) if i < len(groups) else ()
+        if names == group.names and len(groups) == len(engine.groups):
+            continue
+        odd = next((a for a, b in zip(group.names, names, strict=False) if a != b), group.names[0])
+        raise InvalidCheckpoint(
+            f"{source.folder}: optimizer group {i} ({group.part}) of the {what} does not hold the model's parameters "
+            f"in the model's order; the first difference is at {odd}. Files of two checkpoints are mixed"
+        )
+
+
+def compare(engine: Engine, source: Source) -> None:
+    """The live engine against the manifest: Adam steps and the digest of every tensor's states. Collective."""
+    manifest = source.manifest or Manifest()
+    recorded = {name: group.step for group in manifest.groups for name in group.names}
+    if set(partitions.MOMENTS) <= set(source.states):
+        for group, step in zip(engine.groups, partitions.steps(engine), strict=True):
+            if odd := [name for name in group.names if recorded.get(name, step) != step]:
+                raise InvalidCheckpoint(
+                    f"{source.folder}: {odd[0]} has Adam step {step} in the files, {recorded[odd[0]]} in the manifest: "
+                    "they are of two checkpoints. Use another tag"
+                )
+    stored = getattr(torch, next(iter(source.tensors.values())).dtype) if source.form == "hub" else torch.float32
+    live = partitions.digests(engine, stored)
+    for name, entry in manifest.tensors.items():
+        for state, digest in entry.digest.items():
+            if state in source.states and live[name][state] != digest:
+                raise InvalidCheckpoint(
+                    f"{source.folder}: {state} of {name} has digest {live[name][state]} once loaded, the manifest says "
+                    f"{digest}: the file is damaged or was changed. Use another tag, or restore the file"
+                )
