@@ -1,10 +1,12 @@
 """Writes the reference pages that are made from the code: ``python docs/generate.py``.
 
-docs/reference/operators.md from the operators' registry, docs/reference/recipe.md from the recipe's dataclasses.
+docs/reference/operators.md from the operators' registry, docs/reference/recipe.md from the recipe's dataclasses,
+docs/reference/modules.md from the first sentence of every module.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
@@ -20,7 +22,8 @@ import bert2bert.operators  # noqa: F401  (registers them)
 from bert2bert.operators.registry import FLAGS, OPERATORS, Operator
 from bert2bert.recipe import recipe
 
-FOLDER = Path(__file__).resolve().parent / "reference"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "reference"
 NOTE = "<!-- Made by `python docs/generate.py`; do not edit. -->"
 TITLES = {
     "width": "Width", "depth": "Depth", "vocab": "Vocabulary", "positions": "Positions", "experts": "Experts",
@@ -42,6 +45,11 @@ A recipe is a Python file that defines `recipe = Recipe(...)`; the files in [rec
 describes the experiment. The machine (precision, ZeRO stage, micro-batch) is described by the ds_config. Any value can
 be set on the command line by its dotted name: `--set phases.0.steps=10 optimizer.lr=1e-4`. An unknown key is refused,
 with the nearest known one.
+"""
+
+WHAT_MODULES_DO = """
+The package folder by folder, each module with the first sentence of its docstring. Who uses whom:
+[architecture](../architecture.md).
 """
 
 
@@ -132,7 +140,30 @@ def _default(field: Field[Any]) -> str:
     return "none" if value is None else f"`{value}`"
 
 
-PAGES: dict[str, Callable[[], str]] = {"operators": operators, "recipe": recipes}
+def modules() -> str:
+    """Every module and the first sentence of its docstring."""
+    lines = ["# Modules", NOTE, "", wrap(WHAT_MODULES_DO), ""]
+    package = ROOT / "bert2bert"
+    folders = sorted({path.parent for path in package.rglob("*.py")})
+    for folder in folders:
+        name = folder.relative_to(ROOT).as_posix()
+        files = [(path, _first_sentence(path)) for path in sorted(folder.glob("*.py"))]
+        about = "".join(words for path, words in files if path.name == "__init__.py")
+        lines += [f"## `{name}/`", "", *([wrap(safe(about)), ""] if about else []), "| module | does |", "|---|---|"]
+        for path, words in files:
+            if path.stem not in ("__init__", "__main__"):
+                link = f"[{path.stem}](../../{path.relative_to(ROOT).as_posix()})"
+                lines.append(f"| {link} | {safe(words)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _first_sentence(path: Path) -> str:
+    words = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[.]) (?=[A-Z])", words)[0]
+
+
+PAGES: dict[str, Callable[[], str]] = {"operators": operators, "recipe": recipes, "modules": modules}
 
 
 def main() -> int:
