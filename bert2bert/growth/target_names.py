@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are called when it is written anew in another form.
+"""The names of a checkpoint's tensors in a file of another format.
 
 A run keeps its script's names. A Hugging Face folder may have older names, and an order of its own: its tensors go into
 a run's files by the names and in the order of transformers' model, and those of a run into a folder by these names,

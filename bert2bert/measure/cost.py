@@ -1,6 +1,6 @@
 """What a growth costs: bytes, seconds and memory of the ranks that carry it out, and the FLOPs of what it makes.
 
-Refuses (`InvalidConfig`) bandwidths that are no two positive numbers, and less than one rank.
+Refuses (`InvalidConfig`) a bandwidth that is not two positive numbers, and less than one rank.
 """
 
 from __future__ import annotations
