@@ -3,6 +3,7 @@
 #   make test              the test-suite in JOBS processes (2); ARGS='tests/laws -x' and the like choose from it
 #   make oracles           comparisons with mergekit and a pretrained MiniLM (83 MB), which it installs
 #   make check             ruff and mypy
+#   make docs              writes the pages and pictures that are made from the code
 #   make venv              only the environment that the others use
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
-.PHONY: demo test oracles check venv
+.PHONY: demo test oracles check docs venv
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -31,6 +32,10 @@ check: $(STAMP)
 	ruff check
 	ruff format --check
 	mypy
+
+docs: $(STAMP)
+	python docs/generate.py
+	python docs/pictures.py
 
 venv: $(STAMP)
 

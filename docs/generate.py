@@ -24,7 +24,7 @@ from bert2bert.recipe import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "reference"
-NOTE = "<!-- Made by `python docs/generate.py`; do not edit. -->"
+NOTE = "<!-- Made by `make docs`; do not edit. -->"
 TITLES = {
     "width": "Width", "depth": "Depth", "vocab": "Vocabulary", "positions": "Positions", "experts": "Experts",
     "breaker": "Breaking the symmetry of copies",

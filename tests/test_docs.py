@@ -48,7 +48,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_pictures_are_what_the_script_draws() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
-    again = "run: python docs/pictures.py"
+    again = "run: make docs"
     for name, draw in made["PICTURES"].items():
         assert (made["FOLDER"] / f"{name}.svg").read_text("utf-8") == draw(), again
     assert {p.stem for p in made["FOLDER"].glob("*.svg")} == set(made["PICTURES"]), again
@@ -67,7 +67,7 @@ def test_the_picture_of_the_house_is_true() -> None:
 def test_generated_pages_are_what_the_code_states() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     for name, page in made["PAGES"].items():
-        assert (made["FOLDER"] / f"{name}.md").read_text("utf-8") == page(), "run: python docs/generate.py"
+        assert (made["FOLDER"] / f"{name}.md").read_text("utf-8") == page(), "run: make docs"
 
 
 HEADS = {
@@ -100,3 +100,10 @@ def test_lines_are_short(page: Path) -> None:
 def test_every_page_is_linked() -> None:
     linked = {(p.parent / link.partition("#")[0]).resolve() for p in PAGES for link in LINK.findall(prose(p))}
     assert not set(DOCS) - linked - {ROOT / "README.md"}
+
+
+def test_the_places_in_the_architecture_page_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    named = re.findall(r"`([a-z_0-9/]+\.py)`", text)
+    here = [ROOT / "bert2bert", ROOT]
+    assert len(named) > 10 and not [name for name in named if not any((root / name).is_file() for root in here)]
