@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import runpy
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from bert2bert.checkpoints.inspect import Architecture, Check, Inspection
+from bert2bert.measure.drift import Drift
+from bert2bert.report.result import Heldout, Report, RunEntry, Saving
 from bert2bert.tables import TABLES
 from tests import test_architecture
 
@@ -107,3 +111,9 @@ def test_the_places_in_the_architecture_page_exist() -> None:
     named = re.findall(r"`([a-z_0-9/]+\.py)`", text)
     here = [ROOT / "bert2bert", ROOT]
     assert len(named) > 10 and not [name for name in named if not any((root / name).is_file() for root in here)]
+
+
+@pytest.mark.parametrize("result", [Architecture, Check, Drift, Heldout, Inspection, Report, RunEntry, Saving])
+def test_the_json_page_has_every_key(result: type) -> None:
+    words = set(re.findall(r"\w+", (ROOT / "docs" / "reference" / "json.md").read_text("utf-8")))
+    assert not {field.name for field in fields(result)} - words
