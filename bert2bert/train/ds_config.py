@@ -53,23 +53,36 @@ REFUSED = {
     "steps_per_print": "progress is reported by the run itself (recipe.log_every); remove it",
     "checkpoint": "how a checkpoint is loaded is found from the checkpoint; remove it",
     "timeout": "how long ranks wait for each other is given by --timeout SECONDS; remove it",
-    "elasticity": "it changes the batch size behind the recipe's back; remove it",
     "autotuning": "it runs other settings than the file says; tune apart, then write the result here",
-    "amp": "apex mixed precision keeps no fp32 master weights to grow; use bf16 or fp16",
     "torch_autocast": "the growth of its checkpoints is untested; use bf16 or fp16",
     "pipeline": _UNUSED,
     "activation_checkpointing": _UNUSED,
-    "sparse_attention": _UNUSED,
-    "sparse_gradients": _UNUSED,
     "tensor_parallel": _UNUSED,
     "expert_parallel": _UNUSED,
     "hybrid_engine": _UNUSED,
-    "compression_training": _UNUSED,
     "weight_quantization": _UNUSED,
-    "progressive_layer_drop": "which layers run is the recipe's phases.N.program; remove it",
     "data_efficiency": _RECIPE.format("recipe.data"),
-    "curriculum_learning": _RECIPE.format("recipe.data"),
     "dataloader_drop_last": _RECIPE.format("recipe.data"),
+}
+
+_DROP = "remove it"
+REMOVED = {  # DeepSpeed stops at these keys whatever their value, {"enabled": false} included
+    "nebula": "checkpoints are written by this project; remove it",
+    "compression_training": _DROP,
+    "amp": "use bf16 or fp16, which keep fp32 master weights",
+    "quantize_training": _DROP,
+    "sparse_gradients": _DROP,
+    "eigenvalue": _DROP,
+    "sparse_attention": _DROP,
+    "elasticity": "a run can be resumed on any number of ranks without it; remove it",
+    "graph_harvesting": _DROP,
+    "curriculum_learning": _RECIPE.format("recipe.data"),
+    "progressive_layer_drop": "which layers run is the recipe's phases.N.program; remove it",
+}
+REMOVED_ZERO = {
+    "mics_shard_size": "use stage 3 without it",
+    "mics_hierarchical_params_gather": "use stage 3 without it",
+    "zeropp_loco_param": _DROP,
 }
 
 _PARTITION = "checkpoints written with it hold partitions that this project cannot check; remove it"
@@ -82,9 +95,8 @@ REFUSED_ZERO = {
     "zero_quantized_weights": _PARTITION,
     "zero_quantized_nontrainable_weights": _PARTITION,
     "zero_quantized_gradients": _PARTITION,
-    "zeropp_loco_param": _PARTITION,
     "cpu_offload": 'it is deprecated; write "offload_optimizer": {"device": "cpu"}',
-    "cpu_offload_params": 'it is deprecated; write "offload_param": {"device": "cpu"}',
+    "cpu_offload_param": 'it is deprecated; write "offload_param": {"device": "cpu"}',
 }
 
 _MASTERS = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
@@ -111,6 +123,8 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[
     """
     config = copy.deepcopy(ds_config)
     for key, value in config.items():
+        if key in REMOVED:
+            raise InvalidConfig(f"ds_config: {key!r} was removed in DeepSpeed 0.19.8: {REMOVED[key]}")
         if key in REFUSED and not _off(value):
             raise InvalidConfig(f"ds_config: {key!r}: {REFUSED[key]}")
         if key not in REFUSED and key not in ALLOWED:
@@ -165,12 +179,14 @@ def _check_zero(config: dict[str, Any], precision: str) -> None:
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise InvalidConfig(f"ds_config: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
+    for key in sorted(zero.keys() & REMOVED_ZERO.keys()):
+        raise InvalidConfig(f"ds_config: zero_optimization.{key} was removed in DeepSpeed 0.19.8: {REMOVED_ZERO[key]}")
     for key, reason in REFUSED_ZERO.items():
         if not _off(zero.get(key)):
             raise InvalidConfig(f"ds_config: zero_optimization.{key}: {reason}")
-    for key, most in (("zero_hpz_partition_size", 1), ("mics_shard_size", -1)):
-        if zero.get(key, most) != most:
-            raise InvalidConfig(f"ds_config: zero_optimization.{key} is {zero[key]!r}: {_PARTITION}")
+    if zero.get("zero_hpz_partition_size", 1) != 1:
+        found = zero["zero_hpz_partition_size"]
+        raise InvalidConfig(f"ds_config: zero_optimization.zero_hpz_partition_size is {found!r}: {_PARTITION}")
     if zero.get("ignore_unused_parameters", True) is not True:
         raise InvalidConfig(
             "ds_config: zero_optimization.ignore_unused_parameters is not true; a sub-model leaves layers unused in a "
@@ -183,10 +199,23 @@ def _check_zero(config: dict[str, Any], precision: str) -> None:
                 f"ds_config: zero_optimization.{key}.device is 'nvme'; what was loaded could not be compared with the "
                 "checkpoint; use 'cpu' or remove it"
             )
-    types = _section(config, "data_types")
+    _check_types(_section(config, "data_types"), precision, stage)
+
+
+def _check_types(types: dict[str, Any], precision: str, stage: int) -> None:
+    """``keep_in_fp32_modules`` is about buffers alone: they are saved in the dtype that the engine holds."""
     for key in types:
-        if key != "grad_accum_dtype":
-            raise InvalidConfig(f"ds_config: data_types.{key} is untested here; only grad_accum_dtype may be set")
+        if key not in ("grad_accum_dtype", "keep_in_fp32_modules"):
+            raise InvalidConfig(
+                f"ds_config: data_types.{key} is untested here; only grad_accum_dtype and keep_in_fp32_modules may be "
+                "set; remove it"
+            )
+    keep = types.get("keep_in_fp32_modules", "auto")
+    if keep != "auto" and not (isinstance(keep, list) and all(isinstance(name, str) for name in keep)):
+        raise InvalidConfig(
+            f"ds_config: data_types.keep_in_fp32_modules is {keep!r}; expected 'auto' or a list of patterns, each for "
+            "buffers' names"
+        )
     if precision == "bf16" and stage == 1 and types.get("grad_accum_dtype") == "fp32":
         raise InvalidConfig(
             "ds_config: data_types.grad_accum_dtype is 'fp32' with bf16 and ZeRO stage 1; DeepSpeed then takes another "

@@ -10,7 +10,7 @@ import pytest
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.recipe import AdamW, Data, Phase, Recipe
-from bert2bert.train.ds_config import ALLOWED, REFUSED, read, resolve
+from bert2bert.train.ds_config import ALLOWED, REFUSED, REMOVED, REMOVED_ZERO, read, resolve
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -56,6 +56,8 @@ def test_batch_sizes_and_clipping_come_from_the_recipe() -> None:
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "no fp32 master weights"),
         ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer is not true"),
         ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype"),
+        ({"data_types": {"keep_in_fp32_modules": "tally"}}, "data_types.keep_in_fp32_modules is 'tally'; expected"),
+        ({"data_types": {"keep_in_fp32_modules": None}}, "data_types.keep_in_fp32_modules is None; expected"),
         ({"zero_force_ds_cpu_optimizer": True}, "'zero_force_ds_cpu_optimizer': DeepSpeed's CPU Adam cannot"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; expected 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2'"),
@@ -84,11 +86,14 @@ def test_a_number_of_ranks_that_does_not_divide_the_batch_is_refused() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"elasticity": {"enabled": False}},
+        {"pipeline": {"enabled": False}},
         {"optimizer": None},
         {"zero_optimization": {"stage": 2, "round_robin_gradients": False}},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
         {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}},
+        {"data_types": {"keep_in_fp32_modules": "auto"}},
+        {"data_types": {"keep_in_fp32_modules": ["tally", "e_score*bias"]}},
+        {"data_types": {"keep_in_fp32_modules": []}},
     ],
 )
 def test_what_is_switched_off_or_harmless_passes(change: dict) -> None:
@@ -97,6 +102,25 @@ def test_what_is_switched_off_or_harmless_passes(change: dict) -> None:
 
 def test_no_key_is_both_allowed_and_refused() -> None:
     assert not set(ALLOWED) & set(REFUSED)
+    assert not set(REMOVED) & {*ALLOWED, *REFUSED}
+
+
+@pytest.mark.parametrize("value", [True, False, None, {"enabled": False}], ids=repr)
+def test_keys_that_deepspeed_removed_are_refused_whatever_their_value(value: object) -> None:
+    """The keys are those of DeepSpeed's own lists, and it refuses them switched off, too."""
+    from deepspeed.runtime import config
+
+    assert REMOVED.keys() == config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
+    assert REMOVED_ZERO.keys() == config._REMOVED_ZERO_CONFIG_KEYS.keys()
+    for section, keys in (("", REMOVED), ("zero_optimization", REMOVED_ZERO)):
+        for key, remedy in keys.items():
+            change = {section: {"stage": 3, key: value}} if section else {key: value}
+            name = f"{section}.{key}" if section else repr(key)
+            with pytest.raises(config.DeepSpeedConfigError):
+                config._reject_removed_config_keys(change)
+            with pytest.raises(InvalidConfig) as caught:
+                resolve({**CONFIG, **change}, RECIPE, 4)
+            assert str(caught.value) == f"ds_config: {name} was removed in DeepSpeed 0.19.8: {remedy}"
 
 
 @pytest.mark.parametrize(
