@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from bert2bert.checkpoints.open import open_source
 from tests.checkpoints.engines import Case, build, release, train, truth
 from tests.checkpoints.targets import BETAS, DECAY, LR, make_tensors, reader
 from tests.checkpoints.test_readers_universal import convert
@@ -210,11 +211,49 @@ def test_a_missing_latest_is_no_error(tmp_path: Path) -> None:
     assert first(tmp_path / "empty", Case("run", 2))["path"] is None
 
 
-def test_the_converter_takes_no_group_that_was_never_stepped(tmp_path: Path) -> None:
-    case = Case("run", 2, steps=1, skip=(1,))
-    run_ranks(save_on_rank, 1, str(tmp_path), replace(case, stage=1))
-    with pytest.raises(KeyError):
-        convert(tmp_path / "run" / "global_step1", tmp_path / "uni")
+CONVERTED: dict[str, tuple[Case, type[BaseException] | None, str]] = {
+    "stage 1": (Case("1", 1, steps=1, skip=(1,)), KeyError, "exp_avg"),
+    "stage 2": (Case("2", 2, steps=1, skip=(1,)), KeyError, "exp_avg"),
+    "stage 3": (Case("3", 3, steps=1, skip=(1,)), KeyError, "1"),
+    "stage 2, saved before the first step": (Case("2new", 2, steps=0), None, ""),
+    "stage 3, saved before the first step": (Case("3new", 3, steps=0), KeyError, "0"),
+    "stage 0": (Case("0", 0, steps=1), FileNotFoundError, "optim_states"),
+}
+
+
+@pytest.fixture(scope="module")
+def hardly_stepped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stepped")
+    run_ranks(save_all_on_rank, 2, str(folder), [case for case, *_ in CONVERTED.values()], timeout=120)
+    return folder
+
+
+def save_all_on_rank(folder: str, cases: list[Case]) -> None:
+    for case in cases:
+        engine = build(case)
+        train(engine, case)
+        engine.save_checkpoint(f"{folder}/{case.name}")
+        release(engine)
+
+
+@pytest.mark.parametrize("what", CONVERTED)
+def test_the_converter_takes_no_group_that_was_never_stepped(hardly_stepped: Path, tmp_path: Path, what: str) -> None:
+    """Nor stage 0. From before the first step, stages 1 and 2 convert and stage 3 does not. This project reads all of
+    them: step 0 where nothing was stepped, and zeros if other groups have moments."""
+    case, error, message = CONVERTED[what]
+    tag = next((hardly_stepped / case.name).glob("global_step*"))
+    if error is None:
+        convert(tag, tmp_path / "uni")
+    else:
+        with pytest.raises(error, match=message):
+            convert(tag, tmp_path / "uni")
+    source = open_source(hardly_stepped / case.name)
+    for name, meta in source.tensors.items():
+        stepped = case.steps and meta.group not in case.skip
+        assert source.step(name) == (1 if stepped else 0)
+        assert stepped or not any(
+            source.read(name, state, 0, meta.shape[0]).any() for state in ("exp_avg", "exp_avg_sq")
+        )
 
 
 def test_latest_is_written_before_the_last_rank_has_finished() -> None:

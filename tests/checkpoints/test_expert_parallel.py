@@ -32,6 +32,7 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UnsupportedGrowth
 from bert2bert.growth.opened import open_growth
 from tests import tiny
 from tests.checkpoints.engines import STATES, Case, hf_model, release, save_cases
+from tests.checkpoints.test_readers_universal import convert
 from tests.distributed import run_ranks
 from tests.doors import grow, reshard
 
@@ -403,6 +404,40 @@ def test_bad_files_are_refused_by_name(home: Home, tmp_path: Path, what: str) ->
     damage(next((tmp_path / "run").glob("global_step*")))
     with pytest.raises(InvalidCheckpoint, match=message):
         open_source(tmp_path / "run")
+
+
+def test_experts_that_zero_3_partitions_are_refused_by_name(tmp_path: Path) -> None:
+    """A live AutoEP engine of stage 3 writes no file of an expert; its layers say the format and its version."""
+
+    def save() -> None:
+        case = Ep("run", 2, MIXTRAL, stage=3)
+        engine = build(case)
+        train(engine, case, 1)
+        engine.save_checkpoint(str(tmp_path / "run"))
+        release(engine)
+
+    run_ranks(save, 2, timeout=120)
+    tag = tmp_path / "run/global_step1"
+    assert not list(tag.glob("layer_*")) and len(list(tag.glob("*_model_states.pt"))) == 2
+    layer = torch.load(tag / MODEL3, weights_only=False)["ds_autoep_layers"][0]
+    assert (layer["checkpoint_format"], layer["checkpoint_format_version"]) == ("zero3_partitioned", 1)
+    message = r"AutoEP with ZeRO-3-partitioned experts \(checkpoint format 1\).*Expected AutoEP of ZeRO stage 1 or 2"
+    with pytest.raises(InvalidCheckpoint, match=message):
+        open_source(tmp_path / "run")
+    convert(tag, tmp_path / "uni")
+    with pytest.raises(InvalidCheckpoint, match=message):
+        open_source(tmp_path / "uni")
+
+
+def test_a_universal_checkpoint_of_an_autoep_run_is_refused(home: Home, tmp_path: Path) -> None:
+    """DeepSpeed's converter writes whole experts under AutoEP's names, and keeps the shapes of one rank's."""
+    convert(next(home["mixtral-2"].glob("global_step*")), tmp_path / "uni")
+    whole = torch.load(tmp_path / "uni/zero/model.layers.0.mlp.experts.w1/fp32.pt")["param"]
+    shapes = torch.load(tmp_path / "uni" / MODEL, weights_only=False)["param_shapes"]
+    (local,) = {tuple(group[n]) for group in shapes for n in group if n == "model.layers.0.mlp.experts.w1"}
+    assert whole.shape[0] == 2 * local[0]
+    with pytest.raises(InvalidCheckpoint, match=r"converted from a run of AutoEP.*Use the native checkpoint"):
+        open_source(tmp_path / "uni")
 
 
 # ----------------------------------------------------------------------------------------------------- writing

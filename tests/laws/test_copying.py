@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bert2bert.algebra.states import STATES
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.tables import TABLES, table_for
 from tests import tiny
@@ -259,3 +260,10 @@ def test_aki_borrows_hidden_entries_in_output_biases_alone(name: str) -> None:
     assert_same_logits(grown)
     assert_gradient_rule(grown)
     assert any("stay identical for ever" in text for text in grown.plan.warnings)
+
+
+def test_a_scaled_parameter_scales_its_states_as_deepspeed_scales_them() -> None:
+    """By the powers in DeepSpeed's own checkpoint/affine.py: for w' = s w, a gradient's states go by 1/s to a power."""
+    from deepspeed.checkpoint.affine import SCALE_POWER_BY_STATE
+
+    assert {n: s.power * (-1 if s.gradient else 1) for n, s in STATES.items()} == SCALE_POWER_BY_STATE

@@ -39,7 +39,7 @@ from bert2bert.checkpoints.expert_parallel.layout import (
     whole_shapes,
 )
 from bert2bert.checkpoints.zero.layout import Piece
-from bert2bert.checkpoints.zero.model_states import MODEL, ModelStates, expert_files
+from bert2bert.checkpoints.zero.model_states import MODEL, ModelStates, autoep_layers, expert_files
 from bert2bert.checkpoints.zero.placement import Team
 from bert2bert.checkpoints.zero.reader import ZeroSource
 from bert2bert.errors import InvalidCheckpoint
@@ -57,8 +57,7 @@ class ExpertStates(ModelStates):
 
     def _checked(self, path: Path, found: Any) -> dict[str, Any]:
         found = dict(super()._checked(path, found))
-        layers = found.get("ds_autoep_layers") or found.get("autoep_layers") or ()
-        prefixes = [f"{layer['module_path']}." for layer in layers]
+        prefixes = [f"{layer['module_path']}." for layer in autoep_layers(found)]
         module = dict(found.get("module") or {})
         twice = [name for name in module if name.startswith(tuple(f"{prefix}gate.gate." for prefix in prefixes))]
         self.captured = bool(prefixes and twice)

@@ -20,7 +20,15 @@ import torch
 from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import STATES, Source, TensorMeta
-from bert2bert.checkpoints.zero.model_states import MODEL, ModelStates, find_files, optimizer_groups, plain_scaler, take
+from bert2bert.checkpoints.zero.model_states import (
+    MODEL,
+    ModelStates,
+    autoep_layers,
+    find_files,
+    optimizer_groups,
+    plain_scaler,
+    take,
+)
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader
 from bert2bert.files.disk import inside
@@ -44,6 +52,12 @@ class UniversalSource(Source):
                 f"{folder}: converted from a run with zero_optimization.round_robin_gradients, whose order DeepSpeed's "
                 "converter does not undo: its values lie under wrong names. Use the native checkpoint that it was "
                 "made of."
+            )
+        if autoep_layers(model.ranks[0]):
+            raise InvalidCheckpoint(
+                f"{folder}: a universal checkpoint converted from a run of AutoEP: a layer's experts are whole, under "
+                "AutoEP's names, and the shapes are those of one rank's experts, which this program does not read. Use "
+                "the native checkpoint that it was made of, if that is of ZeRO stage 1 or 2."
             )
         self.precision = model.precision()
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler

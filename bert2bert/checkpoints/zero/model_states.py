@@ -114,6 +114,11 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path], bool]:
     return [p for _, p in models], [p for _, p in shards], any(m[1] for m in optim)
 
 
+def autoep_layers(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a model-states file says of the blocks that DeepSpeed's AutoEP replaced; empty of any other run."""
+    return list(found.get("ds_autoep_layers") or found.get("autoep_layers") or ())
+
+
 def expert_files(folder: Path) -> list[Path]:
     """The files of single experts that an expert-parallel run wrote, if it is one."""
     return sorted(path for path in folder.iterdir() if _EXPERT.fullmatch(path.name))
@@ -193,6 +198,14 @@ class ModelStates:
                 f"{path}: of a model split {split} ways by tensor or pipeline parallelism, which this program does not "
                 "read. Merge it first (DeepSpeed's zero_to_fp32.py, then save_pretrained)."
             )
+        for layer in autoep_layers(found):
+            if layer.get("checkpoint_format") == "zero3_partitioned":
+                raise InvalidCheckpoint(
+                    f"{path}: AutoEP with ZeRO-3-partitioned experts (checkpoint format "
+                    f"{layer.get('checkpoint_format_version')}): every rank's shapes are those of its own experts, "
+                    "which this program does not read. Expected AutoEP of ZeRO stage 1 or 2, which writes a file for "
+                    "each expert: save the model from such a run."
+                )
         return found
 
     def _sort_out_the_rest(self) -> None:
