@@ -33,11 +33,15 @@ CASES = {
 }  # fmt: skip
 
 
-def held(engine: Any) -> torch.Tensor:
-    return dict(engine.module.named_buffers())[TALLY].clone()
+def values(buffer: torch.Tensor) -> tuple[torch.dtype, list[float]]:
+    return buffer.dtype, buffer.tolist()
 
 
-def save_on_rank(folder: str) -> dict[str, tuple[torch.Tensor, torch.dtype]]:
+def held(engine: Any) -> tuple[torch.dtype, list[float]]:
+    return values(dict(engine.module.named_buffers())[TALLY])
+
+
+def save_on_rank(folder: str) -> dict[str, Any]:
     found = {}
     for name, case in CASES.items():
         engine = build(case)
@@ -48,7 +52,7 @@ def save_on_rank(folder: str) -> dict[str, tuple[torch.Tensor, torch.dtype]]:
     return found
 
 
-def load_on_rank(folder: str) -> dict[str, torch.Tensor]:
+def load_on_rank(folder: str) -> dict[str, Any]:
     """What engines hold whose own buffer is another one, after a load of each resharded checkpoint."""
     found = {}
     for name, case in CASES.items():
@@ -63,11 +67,11 @@ def load_on_rank(folder: str) -> dict[str, torch.Tensor]:
 def test_a_buffer_keeps_the_dtype_that_the_engine_holds(tmp_path: Path) -> None:
     live = run_ranks(save_on_rank, 2, str(tmp_path), timeout=120)[0]
     for name, (tally, parameter) in live.items():
-        assert tally.dtype == DTYPES[name[:-1]] and parameter == torch.bfloat16  # buffers alone are kept
+        assert tally[0] == DTYPES[name[:-1]] and parameter == torch.bfloat16  # buffers alone are kept
         source = open_source(tmp_path / name)
         assert source.precision == "bf16" and source.tensors[POOLER].dtype == "float32"  # the master
-        assert source.buffers[TALLY].dtype == tally.dtype and torch.equal(source.buffers[TALLY], tally)
+        assert values(source.buffers[TALLY]) == tally
         reshard(tmp_path / name, tmp_path / f"{name}.resharded", format="zero", stage=2, world_size=1, say=print)
-    assert live["kept2"][0].tolist() == [4097, 4098, 4099] != live["cast2"][0].tolist()
+    assert live["kept2"][0][1] == [4097, 4098, 4099] != live["cast2"][0][1]
     for name, tally in run_ranks(load_on_rank, 1, str(tmp_path), timeout=120)[0].items():
-        assert tally.dtype == live[name][0].dtype and torch.equal(tally, live[name][0])
+        assert tally == live[name][0]
