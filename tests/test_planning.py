@@ -13,10 +13,10 @@ from bert2bert.checkpoints.write import deal
 from bert2bert.commands.cli import main
 from bert2bert.errors import InvalidConfig
 from bert2bert.growth.opened import open_growth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.growth.source_model import open_model
 from bert2bert.measure.cost import bandwidth, cost, cost_line
 from bert2bert.tables import table_for
+from tests.planning import plan_growth
 
 SMALL = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "num_attention_heads": 4,

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from bert2bert.checkpoints.open import open_source
 from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint, UnsupportedGrowth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.growth.source_model import open_model
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.doors import grow
+from tests.planning import plan_growth
 from tests.rounding import ROUNDING, SPARE, gap, largest, unit
 
 CLASSES = (

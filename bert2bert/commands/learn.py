@@ -26,7 +26,8 @@ from bert2bert.algebra.realise import realise
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.masking import Masker
 from bert2bert.errors import InvalidConfig, InvalidData, UnsupportedGrowth
-from bert2bert.growth.plan import pair_of
+from bert2bert.growth.checks import pair_of
+from bert2bert.growth.choices import Choices
 from bert2bert.growth.source_model import open_model, read_config
 from bert2bert.measure import transformers_models
 from bert2bert.measure.drift import whole
@@ -34,7 +35,6 @@ from bert2bert.measure.tokens import open_bins, trained_length
 from bert2bert.measure.tokens import positions as positions_of
 from bert2bert.measure.transformers_models import IGNORE, Fetch, Sample
 from bert2bert.operators.builder import Builder
-from bert2bert.operators.registry import OPERATORS
 from bert2bert.operators.width_ligo import Part, Scheme, save
 from bert2bert.tables import table_for
 
@@ -148,8 +148,7 @@ class Fit:
         device: str = "cpu",
     ) -> None:
         table = table_for(source)
-        extra = dict.fromkeys(("vocab", "positions", "experts"))
-        pair = pair_of(table, source, target, OPERATORS["width"]["ligo"], extra, seed)
+        pair = pair_of(source, target, Choices.parse(width="ligo", seed=seed))
         if "mlm" not in heads:
             raise UnsupportedGrowth(
                 f"a fit lowers the language-model loss, and this {table.model_type} has no language-model head; use a "

@@ -1,4 +1,4 @@
-"""What a growth keeps, and what has to be said about it: derived from its maps, never assumed."""
+"""What a growth keeps, its warnings and its notes: derived from its maps, never assumed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from bert2bert.algebra.maps import Gather
 from bert2bert.algebra.plan import Exactness, TensorPlan
 from bert2bert.operators.builder import Builder
-from bert2bert.operators.decisions import Layer, Pair, Width
+from bert2bert.operators.decisions import Layer, Pair
 
 ZEROED = (
     "entries with zeroed moments keep the step count, so their first Adam update is (1-beta1)/sqrt(1-beta2) "
@@ -33,15 +33,14 @@ def zeroed(tensors: Iterable[TensorPlan]) -> bool:
     )
 
 
-def exactness(pair: Pair, width: Width, layers: Mapping[str, Sequence[Layer]], build: Builder) -> Exactness:
+def exactness(build: Builder) -> Exactness:
     """The reasons why function and moments change: none for an exact growth."""
-    if not width.copy:
+    pair, width, why = build.pair, build.width, build.width.reasons
+    if width.copying.nothing:
         return Exactness(("nothing of the source is copied",), ("moments start at zero",))
-    function, moments, lossy = list(width.function), list(width.moments), []
-    for axis in sorted(pair.table.normalised & set(pair.grown)):
+    function, moments, lossy = list(why.function), list(why.moments), []
+    for axis in sorted(pair.table.normalised & set(pair.grown)) if not width.norms.averaged else ():
         gather = build.map(axis, 0)
-        if width.averaged:
-            continue
         if not gather.is_uniform:
             low, high = int(gather.counts.min()), int(gather.counts.max())
             lossy.append(
@@ -51,19 +50,25 @@ def exactness(pair: Pair, width: Width, layers: Mapping[str, Sequence[Layer]], b
         elif not gather.is_even:
             moments.append(f"{axis} is normalised and its copies have uneven shares")
     function += lossy
-    for axis, rows in layers.items():
+    for axis, rows in build.layers.items() if width.copying.terms is None else ():
         function += _depth(pair, axis, rows, build)
-        if any(row.identity or row.source is None for row in rows):
-            moments.append(f"{axis}: the moments of inserted layers start at zero")
-        if runs := max((row.runs for row in rows), default=1) - 1:
-            moments.append(
-                f"{axis}: every unshared layer starts with moments of the mean gradient over its {runs + 1} runs; its "
-                f"own second moment is larger where runs disagree, so its steps are up to {(runs + 1) ** 0.5:.3g} "
-                f"times too large for about 1/(1-beta2) steps"
-            )
+        moments += _depth_moments(axis, rows)
     if function and not moments:
         moments.append("the function changes, so moments are carried over by the same maps, a heuristic")
-    return Exactness(tuple(function), tuple(moments), tuple(lossy), width.softmax)
+    return Exactness(tuple(function), tuple(moments), tuple(lossy), why.softmax)
+
+
+def _depth_moments(axis: str, rows: Sequence[Layer]) -> list[str]:
+    found = []
+    if any(row.identity or row.source is None for row in rows):
+        found.append(f"{axis}: the moments of inserted layers start at zero")
+    if runs := max((row.runs for row in rows), default=1) - 1:
+        found.append(
+            f"{axis}: every unshared layer starts with moments of the mean gradient over its {runs + 1} runs; its "
+            f"own second moment is larger where runs disagree, so its steps are up to {(runs + 1) ** 0.5:.3g} "
+            f"times too large for about 1/(1-beta2) steps"
+        )
+    return found
 
 
 def reasons(kept: Exactness) -> dict[str, list[str]]:
@@ -105,64 +110,70 @@ def _depth(pair: Pair, axis: str, rows: Sequence[Layer], build: Builder) -> list
 
 
 def warnings(
-    pair: Pair,
-    width: Width,
-    build: Builder,
-    tensors: Mapping[str, TensorPlan],
-    breaker: str | None,
-    moments: str,
-    optimizer: bool,
+    build: Builder, tensors: Mapping[str, TensorPlan], broken: bool, moments: str, optimizer: bool
 ) -> tuple[str, ...]:
-    """What a user must know before training goes on: locked copies, zeroed moments. optimizer: whether the source has
-    moments; if not, all start alike, and nothing is said of them."""
+    """What a user must know before training goes on: copies that stay equal, moments that start at zero.
+
+    broken: whether a symmetry breaker was chosen. optimizer: whether the source has moments; if not, all start alike,
+    and no warning is about them.
+    """
     found = []
-    parted = optimizer and moments == "asymmetric"
-    instead = ", or --moments asymmetric." if optimizer else "."
-    even = [
-        axis
-        for axis, maps in width.maps.items()
-        if any(g.is_even and (g.counts > 1).any() for g in ([maps] if isinstance(maps, Gather) else maps))
-        and axis in pair.grown
-    ]
-    # Borrowing tells copies apart, hidden ones by the biases, but the last layer has none beyond it to borrow from.
-    borrowed = bool(width.borrow) and pair.layers > 1
-    biased = borrowed and bool(build.output_biases & build.patterns)
-    locked = [axis for axis in even if axis in pair.table.units or not biased] if borrowed else even
-    if locked and breaker is None and not width.noise and not parted and not width.kept:
-        dropout = any("drop" in key and isinstance(value, float) and value > 0 for key, value in pair.target.items())
-        mapped = " and carry exactly mapped moments" if optimizer and moments in ("exact", "carried") else ""
-        edge = "top layer, which has none above" if width.borrow > 0 else "bottom layer, which has none below"
-        where = f" in the source's {edge} it to borrow from," if borrowed else ""
-        found.append(
-            f"copies on {', '.join(locked)}{where} are even{mapped}: without dropout they stay "
-            f"identical for ever and that added width learns nothing. "
-            + ("The target config has dropout, which tells them apart slowly. " if dropout else "")
-            + "To break the symmetry: "
-            + ("" if borrowed else "--width aki, ")
-            + "--break-symmetry noise | uneven"
-            + instead
-        )
-    twins = [
-        m for axis, m in width.maps.items() if axis == "experts" and isinstance(m, Gather) and (m.counts > 1).any()
-    ]
-    if twins and breaker is None and not parted:
+    apart = broken or (optimizer and moments == "asymmetric")
+    if not apart and not build.width.noise and not build.width.keeps_moments:
+        found += _equal_copies(build, optimizer and moments in ("exact", "carried"), optimizer)
+    experts = build.width.maps.get("experts")
+    if not apart and isinstance(experts, Gather) and (experts.counts > 1).any():
         found.append(
             "copies of an expert score alike, so they are chosen together and learn the same for ever. To break the "
-            "symmetry: --break-symmetry noise" + instead
+            "symmetry: --break-symmetry noise" + _instead(optimizer)
         )
     if optimizer and zeroed(tensors.values()):
         found.append(ZEROED)
     return tuple(found)
 
 
-def notes(pair: Pair, width: Width, build: Builder, moments: str, optimizer: bool) -> tuple[str, ...]:
+def _instead(optimizer: bool) -> str:
+    return ", or --moments asymmetric." if optimizer else "."
+
+
+def _even_axes(build: Builder) -> list[str]:
+    """The grown axes on which some copies have even shares."""
+    maps = {axis: build.width.maps.get(axis, ()) for axis in build.width.maps if axis in build.pair.grown}
+    found = {axis: [made] if isinstance(made, Gather) else made for axis, made in maps.items()}
+    return [axis for axis, made in found.items() if any(g.is_even and (g.counts > 1).any() for g in made)]
+
+
+def _equal_copies(build: Builder, mapped: bool, optimizer: bool) -> list[str]:
+    """The warning of copies that nothing tells apart, if there are such. mapped: whether their moments are mapped."""
+    pair, borrow, axes = build.pair, build.width.copying.borrow, _even_axes(build)
+    # Borrowing tells copies apart, hidden ones by the biases, but the last layer has none beyond it to borrow from.
+    borrowed = bool(borrow) and pair.layers > 1
+    if borrowed and build.output_biases & build.patterns:
+        axes = [axis for axis in axes if axis in pair.table.units]
+    if not axes:
+        return []
+    dropout = any("drop" in key and isinstance(value, float) and value > 0 for key, value in pair.target.items())
+    edge = "top layer, which has none above" if borrow > 0 else "bottom layer, which has none below"
+    return [
+        f"copies on {', '.join(axes)}"
+        + (f" in the source's {edge} it to borrow from," if borrowed else "")
+        + " are even"
+        + (" and carry exactly mapped moments" if mapped else "")
+        + ": without dropout they stay identical for ever and that added width learns nothing. "
+        + ("The target config has dropout, which tells them apart slowly. " if dropout else "")
+        + "To break the symmetry: "
+        + ("" if borrowed else "--width aki, ")
+        + "--break-symmetry noise | uneven"
+        + _instead(optimizer)
+    ]
+
+
+def notes(build: Builder, moments: str, optimizer: bool) -> tuple[str, ...]:
     """What mapped moments mean for Adam, where the source has some (optimizer): steps of matrices that read copies,
     epsilon; and advice of the operators."""
-    counts = {}
-    for axis in pair.grown if width.copy else ():
-        gather = build.map(axis, 0)
-        if (gather.counts > 1).any():
-            counts[axis] = gather.counts.max()
+    pair, width = build.pair, build.width
+    gathers = {} if width.copying.nothing else {axis: build.map(axis, 0) for axis in pair.grown}
+    counts = {axis: gather.counts.max() for axis, gather in gathers.items() if (gather.counts > 1).any()}
     found = []
     if optimizer and counts and moments in ("exact", "carried"):
         each = ", ".join(f"{count} on {axis}" for axis, count in counts.items())
@@ -177,11 +188,11 @@ def notes(pair: Pair, width: Width, build: Builder, moments: str, optimizer: boo
             "a fresh optimizer moves every entry by the whole learning rate in its first step, however small the "
             "gradient: warm the rate up again"
         )
-    if width.eps != 1.0:
-        found.append(f"the target config's {pair.table.eps[0]} is multiplied by {width.eps:.6g}, to keep the function")
-    if "embed" in pair.grown and pair.heads <= _HEADLESS and width.copy:
+    if (eps := width.norms.eps) != 1.0:
+        found.append(f"the target config's {pair.table.eps[0]} is multiplied by {eps:.6g}, to keep the function")
+    if "embed" in pair.grown and pair.heads <= _HEADLESS and not width.copying.nothing:
         found.append(
             f"no head reads the hidden state, so it is what the model says: of its {pair.large['embed']} features each "
             f"is a copy of one of the source's {pair.small['embed']}, or new"
         )
-    return (*found, *width.notes)
+    return (*found, *width.reasons.notes)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.growth.choices import Choices
 from bert2bert.growth.compose import interpolate
 from bert2bert.growth.plan import plan_growth
 from bert2bert.growth.source_model import CheckpointModel, open_model, read_config
@@ -54,13 +55,14 @@ def open_growth(
     alpha: float | None = None,
     **how: Any,
 ) -> Growth:
-    """Open a source and plan its growth into the target config's model; reads no tensor. how: as of `plan_growth`.
+    """Open a source and plan its growth into the target config's model; reads no tensor. how: as of `Choices.parse`.
 
     other, alpha: a checkpoint of the target's size, of which 1 - alpha is taken, and alpha of the grown model.
     """
+    choices = Choices.parse(**how)
     target = read_config(config)
     model = open_model(source, source_config, tag)
-    plan = plan_growth(model.config, target, heads=model.heads, optimizer=model.trained, **how)
+    plan = plan_growth(model.config, target, choices, heads=model.heads, optimizer=model.trained)
     plan = replace(plan, config={**plan.config, "architectures": _classes(model, plan.config)})
     if other is None:
         if alpha is not None:
@@ -69,7 +71,7 @@ def open_growth(
     if alpha is None:
         raise InvalidConfig("--with needs --alpha, the share of the grown model, from 0 to 1 (0.5 and 0.25 are usual)")
     second = open_model(other)
-    return Growth(model, between(second, model, plan, alpha, how.get("moments")), second)
+    return Growth(model, between(second, model, plan, alpha, choices.moments), second)
 
 
 def between(
@@ -94,7 +96,8 @@ def between(
             f"--with {second.source.path}: it holds weights only, so there are no moments to interpolate; "
             f"use --moments reset, or a checkpoint with optimizer state"
         )
-    same = plan_growth(second.config, plan.config, heads=second.heads, moments=moments, optimizer=model.trained)
+    choices = Choices.parse(moments=moments)
+    same = plan_growth(second.config, plan.config, choices, heads=second.heads, optimizer=model.trained)
     return interpolate(same, plan, alpha)
 
 

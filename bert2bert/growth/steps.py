@@ -9,19 +9,19 @@ Refuses sizes that the step's operators do not grow, and sizes that are no whole
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Protocol
 
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.growth import compose
-from bert2bert.growth.plan import EXTRA, plan_growth
-from bert2bert.operators.registry import OPERATORS, parse_operator
+from bert2bert.growth.choices import EXTRA, KINDS, Choices
+from bert2bert.growth.plan import plan_growth
+from bert2bert.operators.registry import OPERATORS, Chosen, parse_operator
 from bert2bert.tables import Table, table_for
 
 Config = Mapping[str, Any]
-KINDS = ("width", "depth", *EXTRA)
 _AXES = {"width": "embed", **EXTRA}
 """Kind of operator -> the axis that a factor multiplies (depth: every stack of layers)."""
 
@@ -43,16 +43,19 @@ class Step(Protocol):
 class Growth:
     """One growth; without operators, a checkpoint as it is.
 
-    operators: kind -> ``NAME[:key=value,…]``. The sizes that it grows into: ``sizes`` by axis, a ``factor`` on those of
-    width and depth (of the other kinds, where only they are named), or those of the config ``to``. how: seed, breaker,
-    moments, as of `plan_growth`.
+    The sizes that it grows into are those of ``sizes``, of ``factor`` or of ``to``.
     """
 
-    operators: Mapping[str, str] = field(default_factory=dict)
+    operators: Mapping[str, Chosen] = field(default_factory=dict)
+    """By kind."""
     sizes: Mapping[str, int] = field(default_factory=dict)
+    """By axis."""
     factor: float = 1.0
+    """On the sizes of width and depth (of the other kinds, where only they are named)."""
     to: Config | None = None
-    how: Mapping[str, Any] = field(default_factory=dict)
+    """The config to grow into."""
+    choices: Choices = field(default_factory=Choices.parse)
+    """Seed, symmetry breaker and moments; its operators are the defaults, where ``operators`` names none."""
     leaves: int = field(default=1, init=False)
 
     def config(self, *sources: Config) -> dict[str, Any]:
@@ -64,14 +67,14 @@ class Growth:
         sizes = self._factored(table, source)
         if twice := sizes.keys() & self.sizes.keys():
             raise InvalidConfig(
-                f"{', '.join(self.operators.values())}: a factor of {self.factor:g} and {', '.join(sorted(twice))} "
+                f"{self._names()}: a factor of {self.factor:g} and {', '.join(sorted(twice))} "
                 f"are both given; leave one of them out"
             )
         sizes |= self.sizes
         for axis in sizes:
             if axis in table.sizes and (kind := _kind(table, axis)) not in self.operators:
                 raise InvalidConfig(
-                    f"{', '.join(self.operators.values()) or 'no operator'} does not grow {axis}, which is a matter of "
+                    f"{self._names() or 'no operator'} does not grow {axis}, which is a matter of "
                     f"{kind}; take one more step with a {kind} operator, or growths.grow({kind}=…, {axis}=…)"
                 )
         return _with_kinds(table, source, table.resize(source, sizes)) if sizes else dict(source)
@@ -83,8 +86,11 @@ class Growth:
         table = table_for(target)
         old, new = table_for(source).axis_sizes(source), table.axis_sizes(target)
         grown = {_kind(table, axis) for axis in table.sizes if old.get(axis) != new[axis]}
-        used: dict[str, Any] = {k: text for k, text in self.operators.items() if k in grown or len(self.operators) == 1}
-        return plan_growth(source, target, **used, **self.how)
+        used: dict[str, Any] = {k: one for k, one in self.operators.items() if k in grown or len(self.operators) == 1}
+        return plan_growth(source, target, replace(self.choices, **used))
+
+    def _names(self) -> str:
+        return ", ".join(map(str, self.operators.values()))
 
     def _factored(self, table: Table, source: Config) -> dict[str, int]:
         old, sizes = table.axis_sizes(source), dict[str, int]()
@@ -168,10 +174,9 @@ def grow(to: Config | None = None, /, *, seed: int = 0, breaker: str | None = No
     to: a config to grow into. given: operators by kind, as on the command line, and sizes by axis; without any of
     these, a checkpoint as it is.
     """
-    operators = {kind: given.pop(kind) for kind in KINDS if kind in given}
-    for kind, text in operators.items():
-        parse_operator(text, kind)
-    return Growth(operators, _sizes(given), to=to, how={"seed": seed, "breaker": breaker, "moments": moments})
+    operators = {kind: parse_operator(given.pop(kind), kind) for kind in KINDS if kind in given}
+    choices = Choices.parse(seed=seed, breaker=breaker, moments=moments)
+    return Growth(operators, _sizes(given), to=to, choices=choices)
 
 
 def named(name: str, size: float | Config = 1.0, /, *, seed: int = 0, breaker: str | None = None,
@@ -186,8 +191,7 @@ def named(name: str, size: float | Config = 1.0, /, *, seed: int = 0, breaker: s
     operators = {}
     for kind, one in found.items():
         text = ",".join(f"{key}={value}" for key, value in options.items() if key in one.options)
-        operators[kind] = f"{name}:{text}" if text else name
-        parse_operator(operators[kind], kind)
+        operators[kind] = parse_operator(f"{name}:{text}" if text else name, kind)
     to = size if isinstance(size, Mapping) else None
     factor = 1.0 if isinstance(size, Mapping) else float(size)
     if not 0 < factor < float("inf"):
@@ -195,7 +199,7 @@ def named(name: str, size: float | Config = 1.0, /, *, seed: int = 0, breaker: s
     if any(one.shrinks for one in found.values()):
         factor = 1.0 / factor
     sizes = _sizes({key: value for key, value in given.items() if key not in options})
-    return Growth(operators, sizes, factor, to, {"seed": seed, "breaker": breaker, "moments": moments})
+    return Growth(operators, sizes, factor, to, Choices.parse(seed=seed, breaker=breaker, moments=moments))
 
 
 def replan(recipe: Mapping[str, Any], target: Config, *sources: Config) -> GrowthPlan:
@@ -205,9 +209,7 @@ def replan(recipe: Mapping[str, Any], target: Config, *sources: Config) -> Growt
     if "interpolate" in recipe:
         a, b = recipe["interpolate"]
         return compose.interpolate(replan(a, target, sources[0]), replan(b, target, sources[1]), recipe["alpha"])
-    options = {key: recipe[key] for key in (*KINDS, "moments", "seed") if key in recipe}
-    heads = frozenset(recipe["heads"])
-    return plan_growth(sources[0], target, breaker=recipe["break_symmetry"], heads=heads, **options)
+    return plan_growth(sources[0], target, Choices.of_recipe(recipe), heads=frozenset(recipe["heads"]))
 
 
 def _flat(*steps: Step) -> list[Step]:

@@ -16,10 +16,13 @@ import numpy as np
 from bert2bert.algebra import axes
 from bert2bert.algebra.plan import Dim, Exactness, Fill, GrowthPlan, TensorPlan, Term
 from bert2bert.errors import UnsupportedGrowth
+from bert2bert.growth.checks import check_not_random
+from bert2bert.growth.choices import Choices
 from bert2bert.growth.exactness import ZEROED
+from bert2bert.growth.within import within
 from bert2bert.operators.decisions import Pair, check_labels
 from bert2bert.operators.experts import Shards
-from bert2bert.operators.registry import parse_operator
+from bert2bert.operators.registry import Chosen
 from bert2bert.tables import TABLES, Parameter, table_for
 from bert2bert.tables.rope import OLD_KEYS
 
@@ -29,13 +32,23 @@ _MOMENTS = (
 )
 
 
-def sparse_pair(
-    source: Mapping[str, Any], target: Mapping[str, Any], experts: str | None, seed: int, heads: frozenset[str]
-) -> tuple[Pair, Shards]:
-    """The dense model at the target's sizes with the target, and how the one becomes the other.
+def upcycled(
+    source: Mapping[str, Any], target: Mapping[str, Any], choices: Choices, heads: frozenset[str], optimizer: bool
+) -> GrowthPlan:
+    """The plan of a growth into a mixture of experts, which rests on that of the dense model.
 
-    Raises UnsupportedGrowth, InvalidConfig.
+    optimizer: whether the source has moments. Raises UnsupportedGrowth, InvalidConfig.
     """
+    experts = _experts(source, target, choices)
+    pair, shards = _sparse_pair(source, target, experts, choices.seed, heads)
+    check_not_random(experts, choices.width)
+    inner = replace(choices, experts=None, moments=None if choices.moments == "exact" else choices.moments)
+    first = within(source, pair.source, inner, heads, optimizer)
+    return _upcycled(first, pair, shards, choices, optimizer)
+
+
+def _experts(source: Mapping[str, Any], target: Mapping[str, Any], choices: Choices) -> Chosen:
+    """The operator that makes experts of this source. Raises UnsupportedGrowth where none can."""
     kind, found = source["model_type"], target.get("model_type")
     fit = [t.model_type for t in TABLES.values() if kind in t.dense_types]
     if found not in fit:
@@ -44,17 +57,26 @@ def sparse_pair(
             f"architecture ({', '.join(TABLES)})"
             + (f", or makes a {' or '.join(fit)} of a {kind} with --experts upcycle" if fit else "")
         )
-    if experts is None or experts.partition(":")[0] != "upcycle":
+    if choices.experts is None or choices.experts.operator.name != "upcycle":
         raise UnsupportedGrowth(
             f"a {found} comes from a {kind} by making experts of its feed-forward: use --experts upcycle"
-            + (f", not {experts}" if experts else "")
+            + (f", not {choices.experts}" if choices.experts else "")
         )
-    operator, options = parse_operator(experts, "experts")
-    check_labels(table_for(source), source, target, heads)
+    return choices.experts
+
+
+def _sparse_pair(
+    source: Mapping[str, Any], target: Mapping[str, Any], experts: Chosen, seed: int, heads: frozenset[str]
+) -> tuple[Pair, Shards]:
+    """The dense model at the target's sizes with the target, and how the one becomes the other.
+
+    Raises UnsupportedGrowth, InvalidConfig.
+    """
     table, dense = table_for(target), table_for(source)
+    check_labels(dense, source, target, heads)
     large = table.axis_sizes(target)
     ready = Pair(table, source, target, {**large, "experts": 0}, large, seed, heads)
-    shards: Shards = operator.make(ready, **options)
+    shards: Shards = experts.make(ready)
     wanted = {axis: large[axis] for axis in dense.sizes if axis != "labels"} | {"ffn": large["ffn"] * shards.count}
     theirs, mine = table.settled(target), dense.settled(source)
     if (a := mine.get("sliding_window")) != (b := theirs.get("sliding_window")):
@@ -63,21 +85,19 @@ def sparse_pair(
         )
     same = {k: v for k, v in target.items() if k in source and k not in ("model_type", "architectures", dense.kinds)}
     agreed = {k: theirs[k] for k in mine if k in theirs}
-    said = {k: v for k, v in {**source, **same, **agreed}.items() if k not in OLD_KEYS}  # rope_parameters has them
-    config = dense.resize(said, wanted)
+    both = {**source, **same, **agreed}
+    config = dense.resize({k: v for k, v in both.items() if k not in OLD_KEYS}, wanted)  # rope_parameters has them
     if config.get(dense.kinds):
         config[dense.kinds] = [config[dense.kinds][0]] * large["layers"]
     return replace(ready, source=config, small={**dense.axis_sizes(config), "experts": 0}), shards
 
 
-def upcycled(
-    first: GrowthPlan, pair: Pair, shards: Shards, experts: str, moments: str | None, optimizer: bool
-) -> GrowthPlan:
-    """The mixture of experts made of what ``first``, the growth of the dense model, makes. optimizer: as of
-    `plan_growth`.
+def _upcycled(first: GrowthPlan, pair: Pair, shards: Shards, choices: Choices, optimizer: bool) -> GrowthPlan:
+    """The mixture of experts made of what ``first``, the growth of the dense model, makes.
 
     Raises UnsupportedGrowth for moments that cannot be exact.
     """
+    moments = choices.moments
     if moments == "exact":
         raise UnsupportedGrowth(
             "--moments exact: this growth cannot keep the moments exactly:\n  " + "\n  ".join(_MOMENTS) + "\n"
@@ -93,14 +113,15 @@ def upcycled(
     config, eps = dict(pair.target), table.eps[0]
     if first.config.get(eps) != pair.source.get(eps):
         config[eps] = first.config[eps]
+    zeroed = (ZEROED,) if optimizer and moments != "reset" else ()
     return GrowthPlan(
         tensors,
         config,
         table.aliases(pair.target, pair.heads),
-        {**first.recipe, "experts": experts, "axes": {**first.recipe["axes"], "experts": [1, number]}},
+        {**first.recipe, "experts": str(choices.experts), "axes": {**first.recipe["axes"], "experts": [1, number]}},
         first.exactness + Exactness(shards.function, _MOMENTS),
         "carried" if first.moments == "exact" else first.moments,
-        tuple(dict.fromkeys((*first.warnings, ZEROED))) if optimizer and moments != "reset" else first.warnings,
+        tuple(dict.fromkeys((*first.warnings, *zeroed))),
         (*first.notes, *shards.notes),
         before=(first,),
     )

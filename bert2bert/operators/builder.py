@@ -36,6 +36,7 @@ class Builder:
         originals: Mapping[str, Parameter],
     ) -> None:
         self.pair, self.width, self.layers, self.originals = pair, width, layers, originals
+        self.copying = width.copying
         self.table, self.small, self.large = pair.table, pair.small, pair.large
         self.patterns = {p.pattern for p in originals.values()}
         self.single = {r.name for r in self.table.rows if not r.has(1)} - {r.name for r in self.table.rows if r.has(1)}
@@ -46,7 +47,7 @@ class Builder:
         """The plan of one target tensor."""
         plan = TensorPlan(p.name, p.spec, p.shape, (), seed=self.pair.seed)
         layer = self.layers[p.depth][p.layer] if p.layer is not None else Layer(None)
-        if not self.width.copy or (p.layer is not None and layer.source is None):
+        if self.copying.nothing or (p.layer is not None and layer.source is None):
             return replace(plan, fill=self._fill(p))
         source = p.at(layer.source)
         if source not in self.originals:
@@ -57,14 +58,14 @@ class Builder:
             plan = replace(plan, fresh=(np.ones(p.shape[0], dtype=bool),))
             if self._writes_residual(p):
                 return replace(plan, fill=Fill("zeros"))
-        if self.width.terms is not None:
-            terms = self.width.terms(self, p)
+        if self.copying.terms is not None:
+            terms = self.copying.terms(self, p)
         else:
-            terms = tuple(self._blocks(p, layer.source) if self.width.blocks else self._terms(p, layer.source))
-        if p.name in self.width.given:
-            terms = self._given(terms, self.width.given[p.name])
-        plan = replace(plan, terms=terms, sums=self.width.terms is not None and len(terms) > 1)
-        if self.width.kept:
+            terms = tuple(self._blocks(p, layer.source) if self.copying.blocks else self._terms(p, layer.source))
+        if p.name in self.copying.given:
+            terms = self._given(terms, self.copying.given[p.name])
+        plan = replace(plan, terms=terms, sums=self.copying.terms is not None and len(terms) > 1)
+        if self.width.keeps_moments:
             kept = [replace(t, dims=tuple(replace(d, grad=None) for d in t.dims)) for t in terms]
             plan = replace(self.with_fresh_moments(plan), terms=tuple(kept))
         if layer.moment != 1.0 and p.pattern not in self.single:  # on the first dim, for gradients are linear in each
@@ -114,7 +115,7 @@ class Builder:
             return plan
         for d, (spec, dim) in enumerate(zip(axes.parse(plan.spec), plan.terms[0].dims, strict=True)):
             reads = all(a.reads for product in spec for a in product)
-            index = np.max([t.dims[d].index for t in plan.terms], 0) if self.width.blocks else dim.index
+            index = np.max([t.dims[d].index for t in plan.terms], 0) if self.copying.blocks else dim.index
             if not reads or dim.param is None or dim.grad is not None or (index < 0).any() or dim.mix is not None:
                 continue  # nothing copied, or borrowed units, which are no copies
             return replace(plan, noise=Noise(scale * self.table.std("", self.pair.target), d, _siblings(index)))
@@ -142,8 +143,8 @@ class Builder:
     def _terms(self, p: Parameter, layer: int | None) -> list[Term]:
         dims = self._dims(p, layer)
         above = layer
-        if layer is not None and self.width.borrow:
-            above = min(max(layer + self.width.borrow, 0), self.small[p.depth] - 1)
+        if layer is not None and self.copying.borrow:
+            above = min(max(layer + self.copying.borrow, 0), self.small[p.depth] - 1)
         borrowed = self._borrowed(p) if above != layer else None
         if borrowed is None or p.at(above) not in self.originals:
             return [Term(p.at(layer), dims)]
@@ -188,7 +189,7 @@ class Builder:
         ranks = {d: _ranks(dims[d].index) for d in copied}
         terms = []
         write, read = sorted(copied, key=lambda d: all(a.reads for product in spec[d] for a in product))
-        for block in range(self.width.blocks):
+        for block in range(self.copying.blocks):
             for on in (True, False):
                 cut = list(dims)
                 for d in copied:
@@ -210,7 +211,7 @@ class Builder:
 
     def _blank(self, p: Parameter, layer: int | None) -> tuple[Mask | None, ...]:
         def blank(atom: axes.Atom) -> Mask:
-            return (self.map(atom.axis, layer).index < 0) & (("~" * atom.reads + atom.axis) in self.width.blank)
+            return (self.map(atom.axis, layer).index < 0) & (("~" * atom.reads + atom.axis) in self.width.fresh.blank)
 
         return tuple(m if m.any() else None for m in self._masks(p.spec, blank))
 
@@ -221,12 +222,12 @@ class Builder:
 
     def _fill(self, p: Parameter) -> Fill:
         """The initialisation of training from scratch: norm gains one, biases zero, weights normal."""
-        factor = prod(self.width.std.get("~" * a.reads + a.axis, 1.0) for a in _atoms(p.spec))
+        factor = prod(self.width.fresh.std.get("~" * a.reads + a.axis, 1.0) for a in _atoms(p.spec))
         if len(p.shape) == 1 and p.name.endswith("weight"):
             return Fill("ones", scale=factor)
         if p.name.endswith("bias"):
             return Fill("zeros")
-        return Fill("normal", factor * (self.width.std.get("") or self.table.std(p.pattern, self.pair.target)))
+        return Fill("normal", factor * (self.width.fresh.std.get("") or self.table.std(p.pattern, self.pair.target)))
 
 
 def _atoms(spec: str) -> list[axes.Atom]:

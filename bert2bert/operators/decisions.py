@@ -72,67 +72,109 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Width:
-    """What a width operator decides.
+class Copying:
+    """Which entries of the source a tensor is made of, beyond what the maps of its axes say."""
 
-    maps[axis]: one map, or one per source layer for unit axes; axes left out follow their table's rule or stay as they
-    are. borrow: where fresh units come from, as an offset to their layer (1: the layer above). copy: False when nothing
-    is copied. blocks: weights that both write and read grown axes are block-diagonal in this many blocks.
-    blank: axes, '~' in front where read, whose silent positions are filled with zeros, not at random.
-    kept: moments of old entries are kept as they are. noise: scale of null-space noise, as --break-symmetry noise has.
-    eps: factor on the norms' epsilon. averaged: a norm is exact though features have unequally many copies.
-    std: factors on the standard deviation of fresh entries by axis ('~' in front where read); under '' what takes the
-    place of the config's own. function, moments: reasons why those are not kept; softmax: those of ``function`` by
-    which only probabilities change. notes: advice to print.
-    given: rows of new tokens by tensor, in the source's coordinates. said: the operator and its options as a recipe
-    stores them, '' = as they were given.
-    terms: makes all terms of a tensor, which are summed, in place of the maps and of the depth operator too; its first
-    argument is the `Builder`.
-    """
+    nothing: bool = False
+    """Nothing at all: every tensor is drawn at random."""
+    borrow: int = 0
+    """Where fresh units come from, as an offset to their layer (1: the layer above)."""
+    blocks: int = 0
+    """Weights that both write and read grown axes are block-diagonal in this many blocks; 0 = they are not."""
+    given: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Tensor -> rows of new tokens, in the source's coordinates."""
+    terms: Callable[[Any, Parameter], tuple[Term, ...]] | None = None
+    """Makes all terms of a tensor, which are summed, in place of the maps and of the depth operator; its first argument
+    is the `Builder`."""
+
+    def __or__(self, other: Copying) -> Copying:
+        return replace(self, given={**self.given, **other.given})
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What entries are that the source does not have, where that is not the initialisation of training from scratch."""
+
+    blank: frozenset[str] = frozenset()
+    """Axes, '~' in front where read, whose silent positions are zero."""
+    std: Mapping[str, float] = field(default_factory=dict)
+    """Factors on the standard deviation by axis, '~' in front where read; under '' what stands in for the config's."""
+
+    def __or__(self, other: Fresh) -> Fresh:
+        return Fresh(self.blank | other.blank, {**self.std, **other.std})
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What becomes of the model's norms."""
+
+    eps: float = 1.0
+    """Factor on their epsilon."""
+    averaged: bool = False
+    """They are exact, or known not to be, though features have unequally many copies."""
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """Why an operator does not keep what it could keep, and its advice."""
+
+    function: tuple[str, ...] = ()
+    softmax: tuple[str, ...] = ()
+    """Those of ``function`` by which only probabilities change, not the logits of old tokens."""
+    moments: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Advice to print."""
+
+    def __or__(self, other: Reasons) -> Reasons:
+        return Reasons(
+            self.function + other.function,
+            self.softmax + other.softmax,
+            self.moments + other.moments,
+            self.notes + other.notes,
+        )
+
+
+@dataclass(frozen=True)
+class Width:
+    """What an operator decides on the axes of a model: on its width, tokens, positions or experts."""
 
     name: str
     maps: Mapping[str, Gather | tuple[Gather, ...]] = field(default_factory=dict)
-    borrow: int = 0
-    copy: bool = True
-    blocks: int = 0
-    blank: frozenset[str] = frozenset()
-    kept: bool = False
+    """Axis -> one map, or one a source layer for unit axes; axes left out follow their table's rule or stay."""
+    copying: Copying = Copying()
+    fresh: Fresh = Fresh()
+    norms: Norms = Norms()
+    reasons: Reasons = Reasons()
+    keeps_moments: bool = False
+    """Moments of old entries are kept as they are, not mapped."""
     noise: float = 0.0
-    eps: float = 1.0
-    averaged: bool = False
-    std: Mapping[str, float] = field(default_factory=dict)
-    function: tuple[str, ...] = ()
-    softmax: tuple[str, ...] = ()
-    moments: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    given: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    said: str = ""
-    terms: Callable[[Any, Parameter], tuple[Term, ...]] | None = None
+    """Scale of null-space noise, of the config's initializer_range; 0 = none."""
+    recorded: str = ""
+    """The operator and its options as a recipe stores them, '' = as they were given."""
 
     def __or__(self, other: Width) -> Width:
         """This width and what an operator on tokens, positions or experts adds."""
         return replace(
             self,
             maps={**self.maps, **other.maps},
-            blank=self.blank | other.blank,
-            given={**self.given, **other.given},
-            function=self.function + other.function,
-            softmax=self.softmax + other.softmax,
-            moments=self.moments + other.moments,
-            notes=self.notes + other.notes,
+            copying=self.copying | other.copying,
+            fresh=self.fresh | other.fresh,
+            reasons=self.reasons | other.reasons,
         )
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Where a target layer comes from: a source layer (None: drawn at random); identity: its residual branches write
-    zero, so that it changes nothing where norms stand inside the branches; moment: factor on the source's gradients;
-    runs: how many times the source runs this layer, with shared weights."""
+    """Where a target layer comes from."""
 
     source: int | None
+    """The source layer; None: drawn at random."""
     identity: bool = False
+    """Its residual branches write zero, so that it changes nothing where norms stand inside the branches."""
     moment: float = 1.0
+    """Factor on the source's gradients."""
     runs: int = 1
+    """How many times the source runs this layer, with shared weights."""
 
     def __str__(self) -> str:
         return "new" if self.source is None else f"{self.source}{'+0' if self.identity else ''}"

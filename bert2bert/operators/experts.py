@@ -16,7 +16,7 @@ import numpy as np
 
 from bert2bert.algebra.maps import Gather, copies
 from bert2bert.errors import InvalidConfig
-from bert2bert.operators.decisions import Pair, Width
+from bert2bert.operators.decisions import Pair, Reasons, Width
 from bert2bert.operators.registry import operator
 
 _TOP = "num_experts_per_tok"
@@ -24,16 +24,18 @@ _TOP = "num_experts_per_tok"
 
 @dataclass(frozen=True)
 class Shards:
-    """How a dense feed-forward becomes experts: its features are cut into ``count`` shards, and expert j is a copy of
-    shard j // (experts / count). gate, up, down: factors on its matrices. function: why logits change;
-    notes: advice."""
+    """How a dense feed-forward becomes experts."""
 
     count: int
+    """Its features are cut into so many shards; expert j is a copy of shard j // (experts / count)."""
     gate: float = 1.0
+    """Factor on the gate's matrix; up, down: on the others."""
     up: float = 1.0
     down: float = 1.0
     function: tuple[str, ...] = ()
+    """Why logits change."""
     notes: tuple[str, ...] = ()
+    """Advice to print."""
 
 
 def chosen(pair: Pair, source: bool = False) -> int:
@@ -119,12 +121,12 @@ def duplicate(pair: Pair) -> Width:
     if not rest and after == times * before:
         ties = times > 1 and before < old
         notes = _ties("copies of both and not all of either") if ties else ()
-        return Width("duplicate", {"experts": copies(index, old)}, notes=notes)
+        return Width("duplicate", {"experts": copies(index, old)}, reasons=Reasons(notes=notes))
     alone = before == after == 1 and normalised(pair)
     reason = (
         f"experts {old} -> {new}, num_experts_per_tok {before} -> {after}: copies score alike and are chosen together, "
         f"so a token gets other experts or weights; {times * before} of {times * old} would keep the function"
     )
     heuristic = "copied experts carry their original's moments unscaled, a heuristic"
-    function = () if alone else (reason,)
-    return Width("duplicate", {"experts": Gather(index, old)}, function=function, moments=(heuristic,))
+    reasons = Reasons(function=() if alone else (reason,), moments=(heuristic,))
+    return Width("duplicate", {"experts": Gather(index, old)}, reasons=reasons)

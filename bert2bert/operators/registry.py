@@ -1,15 +1,16 @@
-"""The operators by kind and name, what each promises, and the reading of ``NAME[:key=value,…]`` from a command line.
+"""The operators by kind and name, what each promises, and the parser of ``NAME[:key=value,…]``.
 
 An operator is a function with its options as keyword arguments; its docstring is the formula that the command
-``operators NAME`` prints. Refuses unknown operators (`UnsupportedGrowth`), unknown options and values
-(`InvalidConfig`).
+``operators NAME`` prints. Text is parsed once, where it comes in (a command line, a recipe, a step in Python); from
+there on an operator with its options is a `Chosen`. Refuses unknown operators (`UnsupportedGrowth`), unknown options
+and values (`InvalidConfig`).
 """
 
 from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,21 +37,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Operator:
-    """One growth operator. keeps: what of the function it preserves; needs: on which models; moments: its policy,
-    'exact', 'carried', 'reset' or 'asymmetric'; copies: whether it makes copies, so that a symmetry can be broken;
-    head_size: whether it can grow the size of a head; shrinks: ``make`` takes the options alone and names the growth
-    whose way back this is."""
+    """One growth operator."""
 
     kind: str
     name: str
     paper: str
     keeps: str
+    """What of the function it preserves."""
     needs: str
+    """On which models."""
     moments: str
+    """Its policy: 'exact', 'carried', 'reset' or 'asymmetric'."""
     make: Callable[..., Any]
     copies: bool = False
+    """Whether it makes copies, so that a symmetry can be broken."""
     head_size: bool = False
+    """Whether it can grow the size of a head."""
     shrinks: bool = False
+    """Whether it makes a model smaller: ``make`` then takes the options alone and names the growth that it inverts."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -94,8 +98,30 @@ def operator(
     return add
 
 
-def parse_operator(text: str, kind: str) -> tuple[Operator, dict[str, Any]]:
-    """Split ``fpi:choice=left`` into the operator and its options, checked and converted.
+@dataclass(frozen=True)
+class Chosen:
+    """An operator and its options, checked and converted."""
+
+    operator: Operator
+    options: Mapping[str, Any]
+    text: str
+    """As it was written, which is how a recipe stores it: ``fpi:choice=left``."""
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def flag(self) -> str:
+        """The option of the command line and its value, for messages."""
+        return f"{FLAGS[self.operator.kind]} {self.text}"
+
+    def make(self, *given: Any) -> Any:
+        """What the operator decides for what it is given. Raises UnsupportedGrowth, InvalidConfig."""
+        return self.operator.make(*given, **self.options)
+
+
+def parse_operator(text: str, kind: str) -> Chosen:
+    """The operator of ``fpi:choice=left``, with its options checked and converted.
 
     Raises UnsupportedGrowth for an unknown operator and InvalidConfig for an unknown option, with the nearest names.
     """
@@ -106,7 +132,7 @@ def parse_operator(text: str, kind: str) -> tuple[Operator, dict[str, Any]]:
     if name not in known:
         raise UnsupportedGrowth(f"{flag} {name!r}: unknown operator; {did_you_mean(name, known)}")
     allowed = known[name].options
-    options = {}
+    options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
         if key not in allowed or not equals:
@@ -118,8 +144,8 @@ def parse_operator(text: str, kind: str) -> tuple[Operator, dict[str, Any]]:
         options[key] = _convert(f"{flag} {text}: {key}", value, allowed[key][0])
     for key, (_, default) in allowed.items():
         if default is None and key not in options:
-            raise InvalidConfig(f"{flag} {text}: {key} is not given, and has no default; say {name}:{key}=…")
-    return known[name], options
+            raise InvalidConfig(f"{flag} {text}: {key} is not given, and has no default; write {name}:{key}=…")
+    return Chosen(known[name], options, text)
 
 
 def _convert(what: str, value: str, kind: Any) -> Any:

@@ -1,23 +1,17 @@
 """Up and down between levels: coalesce, decoalesce, share, and shrink, the way back of any growth that copies.
 
-A shrinking operator names the growth from the target to the source whose inverse it is. Refuses (`UnsupportedGrowth`) a
-target that is larger on some axis, and axes that no shrinking operator was chosen for.
+A shrinking operator names the growth from the target to the source whose inverse it is; `growth.inverse` plans it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from math import isclose
-from typing import Any, Literal
+from typing import Literal
 
-from bert2bert.algebra.plan import Exactness, GrowthPlan
-from bert2bert.errors import UnsupportedGrowth
-from bert2bert.growth.compose import inverse
-from bert2bert.operators.decisions import TOKENS, Layer, Pair, Width
-from bert2bert.operators.registry import FLAGS, OPERATORS, operator, parse_operator
+from bert2bert.operators.decisions import Layer, Pair, Width
+from bert2bert.operators.registry import operator
 from bert2bert.operators.width_bert2bert import fpi
-from bert2bert.tables import table_for
 
 Order = Literal["interleave", "stack"]
 _PAPER = "Zou et al., Multi-Level Framework, ICLR 2024"
@@ -90,93 +84,3 @@ def shrink_layers(*, of: str = "stack") -> str:
     of: the operator, with its options.
     """
     return of
-
-
-def shrinks(width: str, depth: str) -> bool:
-    """Whether one of the two operators makes a model smaller."""
-    return any(parse_operator(text, kind)[0].shrinks for kind, text in (("width", width), ("depth", depth)))
-
-
-def plan_shrink(
-    source: Mapping[str, Any],
-    target: Mapping[str, Any],
-    *,
-    width: str = "coalesce",
-    depth: str = "coalesce",
-    breaker: str | None = None,
-    moments: str | None = None,
-    **how: Any,
-) -> GrowthPlan:
-    """Plan the way back from ``source`` to the smaller ``target``: the inverse of the growth from target to source.
-
-    how: as of `growth.plan_growth`. Raises UnsupportedGrowth, InvalidConfig.
-    """
-    from bert2bert.growth.plan import plan_growth  # which comes here for operators that shrink
-
-    texts: dict[str, Any] = _inverted(source, target, {"width": width, "depth": depth})
-    if breaker is not None or moments in ("exact", "asymmetric"):
-        what = f"--break-symmetry {breaker}" if breaker is not None else f"--moments {moments}"
-        raise UnsupportedGrowth(
-            f"{what}: a smaller model has no copies and no fresh entries, and its moments are sums; "
-            f"leave the option out, or use --moments reset"
-        )
-    key, default = table_for(source).eps
-    epsilon = float(source.get(key, default)), float(target.get(key, default))
-    try:
-        grown = plan_growth(target, {**source, key: epsilon[1]}, **texts, **how)
-    except UnsupportedGrowth as error:
-        raise UnsupportedGrowth(
-            f"--width {width} --depth {depth} inverts the growth --width {texts['width']} --depth {texts['depth']} of "
-            f"the target config's model into the source's, which is not possible: {error}"
-        ) from None
-    if not isclose(made := float(grown.config.get(key, default)), epsilon[0], rel_tol=1e-6):
-        raise UnsupportedGrowth(
-            f"{key} is {epsilon[0]:g} in the source; {texts['width']} would have made it {made:g} of {epsilon[1]:g}: "
-            f"set {key} to {epsilon[0] * epsilon[1] / made:g} in the target config"
-        )
-    plan = inverse(grown, target)
-    recipe = grown.recipe | {"width": width, "depth": depth, "moments": moments}
-    recipe["axes"] = {axis: sizes[::-1] for axis, sizes in grown.recipe["axes"].items()}
-    recipe["layers"] = {
-        axis: ["+".join(str(i) for i, row in enumerate(rows) if row == str(layer)) for layer in range(_layers(rows))]
-        for axis, rows in grown.recipe["layers"].items()
-    }
-    plan = replace(plan, recipe=recipe)
-    if moments != "reset":
-        return plan
-    reason = Exactness(moments=("every moment and the step count start at zero by choice",))
-    tensors = {n: replace(t, reset=True) for n, t in plan.tensors.items()}
-    return replace(plan, tensors=tensors, moments="reset", exactness=plan.exactness + reason)
-
-
-def _layers(rows: Sequence[str]) -> int:
-    return 1 + max(int(row) for row in rows if row.isdigit())
-
-
-def _inverted(source: Mapping[str, Any], target: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
-    """The growths to invert. Refuses axes that would grow, or change without an operator that shrinks them."""
-    table = table_for(source)
-    large, small = table.axis_sizes(source), table_for(target).axis_sizes(target)
-    sizes = (axis for axis in table.sizes if axis != "labels")  # the growth that is inverted looks at those
-    changed = [axis for axis in sizes if small.get(axis, large[axis]) != large[axis]]
-    inside = [a for a in changed if a not in (*TOKENS, "experts", *table.depth)]
-    found = {}
-    for kind, axes in (("width", inside), ("depth", [a for a in changed if a in table.depth])):
-        chosen, options = parse_operator(texts[kind], kind)
-        found[kind] = chosen.make(**options) if chosen.shrinks else texts[kind]
-        if axes and not chosen.shrinks:
-            names = [name for name, other in OPERATORS[kind].items() if other.shrinks]
-            raise UnsupportedGrowth(
-                f"{FLAGS[kind]} {texts[kind]}: {table.key(axes[0])} would change from {large[axes[0]]} to "
-                f"{small[axes[0]]}, and a model is made smaller as a whole; use {FLAGS[kind]} {' | '.join(names)}, or "
-                f"do it in two steps"
-            )
-        if parse_operator(found[kind], kind)[0].shrinks:
-            raise UnsupportedGrowth(f"{FLAGS[kind]} {texts[kind]}: {found[kind]} is no growth that could be inverted")
-    for axis in changed:
-        if small[axis] > large[axis] and axis not in ("qk", "v"):
-            raise UnsupportedGrowth(
-                f"target {table.key(axis)}={small[axis]} is larger than the source's {large[axis]}, and --width "
-                f"{texts['width']} --depth {texts['depth']} makes a model smaller; shrink first, then grow"
-            )
-    return found

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bert2bert.algebra import axes
 from bert2bert.algebra.maps import Gather, corner
 from bert2bert.errors import InvalidConfig, did_you_mean
-from bert2bert.operators.decisions import Pair, Width
+from bert2bert.operators.decisions import Copying, Fresh, Pair, Reasons, Width
 from bert2bert.operators.registry import operator
 
 _OLD = "the logits of old tokens; not their probabilities, for new tokens enter the softmax"
@@ -25,12 +25,14 @@ _HEURISTIC = "new {what} carry moments of old ones, a heuristic"
 
 def _tokens(pair: Pair, name: str, gather: Gather, *moments: str, **more: Any) -> Width:
     old, new = pair.small["vocab"], pair.large["vocab"]
-    function = (
+    function: tuple[str, ...] = (
         f"vocab {old} -> {new}: logits of old tokens stay, but new tokens enter the softmax, so probabilities and the "
         f"loss change",
-    ) * ("mlm" in pair.heads)
+    )
+    if "mlm" not in pair.heads:
+        function = ()
     notes = (f"a tokenizer is copied as it is: give it tokens {old} to {new - 1} before training on them",)
-    return Width(name, {"vocab": gather}, function=function, softmax=function, moments=moments, notes=notes, **more)
+    return Width(name, {"vocab": gather}, reasons=Reasons(function, function, moments, notes), **more)
 
 
 def _mean(pair: Pair) -> Gather:
@@ -73,7 +75,7 @@ def normal(pair: Pair) -> Width:
 def zeros(pair: Pair) -> Width:
     """New tokens are zero, moments too: for rows that only pad the vocabulary to a round number."""
     gather = corner(pair.small["vocab"], pair.large["vocab"])
-    return _tokens(pair, "zeros", gather, blank=frozenset({"vocab", "~vocab"}))
+    return _tokens(pair, "zeros", gather, fresh=Fresh(blank=frozenset({"vocab", "~vocab"})))
 
 
 @operator("vocab", "given", paper="rows made elsewhere", keeps=_OLD, moments="asymmetric")
@@ -94,8 +96,9 @@ def given(pair: Pair, *, file: str, sha256: str = "") -> Width:
     if "," in str(path):
         raise InvalidConfig(f"--vocab given: {path}: a comma separates options; give the file a name without one")
     rows = _rows(pair, path)
-    said = f"given:file={path},sha256={digest}"
-    return _tokens(pair, "given", _mean(pair), "moments of given rows start at zero", given=rows, said=said)
+    recorded, copying = f"given:file={path},sha256={digest}", Copying(given=rows)
+    moments = "moments of given rows start at zero"
+    return _tokens(pair, "given", _mean(pair), moments, copying=copying, recorded=recorded)
 
 
 def _rows(pair: Pair, path: Path) -> dict[str, NDArray[Any]]:
@@ -129,11 +132,11 @@ def _rows(pair: Pair, path: Path) -> dict[str, NDArray[Any]]:
     return dict(found)
 
 
-def _positions(pair: Pair, name: str, index: NDArray[np.int64], *moments: str, **more: Any) -> Width:
+def _positions(pair: Pair, name: str, gather: Gather, moments: str = "", function: str = "") -> Width:
     last = pair.small["pos"] - pair.table.first_position
     notes = (f"sequences longer than {last} tokens use positions that were never trained: train on some",)
-    gather = Gather(index, pair.small["pos"], mix=more.pop("mix", None))
-    return Width(name, {"pos": gather}, moments=moments, notes=notes, **more)
+    reasons = Reasons(function=(function,) if function else (), moments=(moments,) if moments else (), notes=notes)
+    return Width(name, {"pos": gather}, reasons=reasons)
 
 
 @operator(
@@ -149,7 +152,7 @@ def tile(pair: Pair) -> Width:
     first, old = pair.table.first_position, pair.small["pos"]
     rows = np.arange(pair.large["pos"])
     index = np.where(rows < old, rows, first + (rows - first) % (old - first))
-    return _positions(pair, "tile", index, _HEURISTIC.format(what="positions"))
+    return _positions(pair, "tile", Gather(index, old), _HEURISTIC.format(what="positions"))
 
 
 @operator(
@@ -158,7 +161,7 @@ def tile(pair: Pair) -> Width:
 )  # fmt: skip
 def normal_positions(pair: Pair) -> Width:
     """New positions are drawn as for training from scratch; their moments are zero."""
-    return _positions(pair, "normal", corner(pair.small["pos"], pair.large["pos"]).index)
+    return _positions(pair, "normal", corner(pair.small["pos"], pair.large["pos"]))
 
 
 @operator(
@@ -181,4 +184,4 @@ def interpolate(pair: Pair) -> Width:
     index = np.concatenate([np.arange(first), low + (between == 1)])
     index[first + mixed] = old + np.arange(len(mixed))
     reason = f"pos {old} -> {new}: every position is interpolated, so distances shrink and logits change"
-    return _positions(pair, "interpolate", index, mix=mix, function=(reason,))
+    return _positions(pair, "interpolate", Gather(index, old, mix=mix), function=reason)

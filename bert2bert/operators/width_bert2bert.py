@@ -14,7 +14,7 @@ import numpy as np
 
 from bert2bert.algebra.maps import Gather, copies, corner
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.operators.decisions import Pair, Width
+from bert2bert.operators.decisions import Copying, Norms, Pair, Reasons, Width
 from bert2bert.operators.registry import operator
 
 Choice = Literal["balanced", "random", "left"]
@@ -60,9 +60,11 @@ def aki(pair: Pair, *, choice: Choice = "balanced", source: Literal["above", "be
     return Width(
         "aki",
         maps,
-        borrow=1 if source == "above" else -1,
-        function=(f"aki: fresh features on {', '.join(units)} come from the layer {where}",),
-        moments=("borrowed units carry the moments of the layer they come from",),
+        copying=Copying(borrow=1 if source == "above" else -1),
+        reasons=Reasons(
+            function=(f"aki: fresh features on {', '.join(units)} come from the layer {where}",),
+            moments=("borrowed units carry the moments of the layer they come from",),
+        ),
     )
 
 
@@ -71,16 +73,20 @@ def aki(pair: Pair, *, choice: Choice = "balanced", source: Literal["above", "be
 )
 def direct(pair: Pair) -> Width:
     """The source in a corner of every tensor; the entries around it are drawn at random."""
-    reasons = (f"direct: entries outside the source's corner are drawn at random on {', '.join(pair.grown)}",)
-    moments = ("moments outside the source's corner start at zero",)
+    if not pair.grown:
+        return Width("direct")
+    reasons = Reasons(
+        function=(f"direct: entries outside the source's corner are drawn at random on {', '.join(pair.grown)}",),
+        moments=("moments outside the source's corner start at zero",),
+    )
     maps = {axis: corner(pair.small[axis], pair.large[axis]) for axis in pair.grown}
-    return Width("direct", maps, averaged=True, function=reasons * bool(maps), moments=moments * bool(maps))
+    return Width("direct", maps, norms=Norms(averaged=True), reasons=reasons)
 
 
 @operator("width", "random", paper="training from scratch", keeps="nothing", moments="reset", head_size=True)
 def random(pair: Pair) -> Width:
     """Nothing of the source: the initialisation of training from scratch."""
-    return Width("random", copy=False)
+    return Width("random", copying=Copying(nothing=True))
 
 
 @operator("breaker", "uneven", paper="Wang et al., LEMON, ICLR 2024", keeps="the function")
@@ -104,12 +110,12 @@ def uneven(pair: Pair, width: Width) -> Width:
 
 
 @operator("breaker", "noise", paper="Samragh et al., HyperCloning, 2024", keeps="the function")
-def noise(pair: Pair, width: Width, *, scale: float = 0.1) -> float:
+def noise(pair: Pair, width: Width, *, scale: float = 0.1) -> Width:
     """Noise in the null space: what one copy is given, the next copy loses, so no output changes, whatever its size.
 
     scale: of the config's initializer_range; small beside the weights, large beside rounding.
     """
-    return scale
+    return replace(width, noise=scale)
 
 
 def index(source: int, target: int, choice: str, rng: np.random.Generator) -> np.ndarray:

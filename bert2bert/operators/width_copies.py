@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from bert2bert.algebra.maps import Gather
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.operators.decisions import Pair, Width
+from bert2bert.operators.decisions import Copying, Pair, Width
 from bert2bert.operators.registry import operator
 from bert2bert.operators.width_bert2bert import fpi
 
@@ -72,4 +72,4 @@ def staged(pair: Pair) -> Width:
             f"attention by more key-value heads or by larger groups, not both; found {found}.\n"
             f"Double each of them, or use --width tile"
         )
-    return replace(tile(pair), name="staged", blocks=int(max(times.values(), default=1)))
+    return replace(tile(pair), name="staged", copying=Copying(blocks=int(max(times.values(), default=1))))

@@ -33,7 +33,7 @@ from bert2bert.algebra.maps import Gather, copies
 from bert2bert.algebra.plan import Dim, Term
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UnsupportedGrowth
 from bert2bert.operators.builder import Builder
-from bert2bert.operators.decisions import Layer, Pair, Width
+from bert2bert.operators.decisions import Copying, Layer, Norms, Pair, Reasons, Width
 from bert2bert.operators.registry import OPERATORS, operator
 from bert2bert.operators.width_bert2bert import index
 from bert2bert.tables import Parameter
@@ -84,9 +84,11 @@ def frozen(pair: Pair, maps: Maps) -> Width:
     scheme, known = Scheme(pair), Known(maps)
     return replace(
         scheme.start,
-        terms=lambda build, p: scheme.terms(build, p, known),
-        function=("ligo: maps of features and layers are learned to lower the loss, not to keep the function",),
-        moments=("second moments of sums of features and layers are not determined by those of the summands",),
+        copying=Copying(terms=lambda build, p: scheme.terms(build, p, known)),
+        reasons=Reasons(
+            function=("ligo: maps of features and layers are learned to lower the loss, not to keep the function",),
+            moments=("second moments of sums of features and layers are not determined by those of the summands",),
+        ),
     )
 
 
@@ -125,7 +127,7 @@ class Scheme:
         rng = np.random.default_rng(0)  # 'left' draws nothing: the start follows from the sizes alone
         sizes = {axis: (pair.small[axis], pair.large[axis]) for axis in pair.grown}
         maps = {axis: copies(index(small, large, "left", rng), small) for axis, (small, large) in sizes.items()}
-        self.start = Width("ligo", maps, averaged=True)
+        self.start = Width("ligo", maps, norms=Norms(averaged=True))
         stack = OPERATORS["depth"]["stack"].make
         self.stacked = {axis: list(stack(pair, pair.small[axis], pair.large[axis])) for axis in self.table.depth}
 

@@ -20,7 +20,7 @@ import numpy as np
 from bert2bert.algebra import axes
 from bert2bert.algebra.maps import Gather, copies, corner, identity, scalar
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.operators.decisions import Pair, Width
+from bert2bert.operators.decisions import Fresh, Norms, Pair, Reasons, Width
 from bert2bert.operators.registry import operator
 from bert2bert.tables import Table
 
@@ -74,7 +74,7 @@ def gesmundo(pair: Pair) -> Width:
         maps["qk"] = replace(maps["qk"], gain=1.0 / root, share=root)
     silent = frozenset(f"~{axis}" for axis in maps if axis != "embed")
     reason = "gesmundo: moments of new entries start at zero, though some have a gradient at once"
-    width = Width("gesmundo", maps, blank=silent, moments=(reason,) * bool(maps))
+    width = Width("gesmundo", maps, fresh=Fresh(blank=silent), reasons=Reasons(moments=(reason,) if maps else ()))
     return _padded(pair, width, identity(pair.small["embed"]), mean=False) if "embed" in maps else width
 
 
@@ -116,10 +116,9 @@ def _padded(pair: Pair, width: Width, stream: Gather, mean: bool) -> Width:
     return replace(
         width,
         maps=maps,
-        blank=width.blank | {"embed"},
-        eps=kept,
-        averaged=True,
-        moments=width.moments or tuple(reasons),
+        fresh=width.fresh | Fresh(blank=frozenset({"embed"})),
+        norms=Norms(eps=kept, averaged=True),
+        reasons=replace(width.reasons, moments=width.reasons.moments or tuple(reasons)),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from bert2bert.algebra.maps import Gather, corner, identity
-from bert2bert.operators.decisions import Pair, Width
+from bert2bert.operators.decisions import Fresh, Norms, Pair, Reasons, Width
 from bert2bert.operators.registry import operator
 from bert2bert.operators.width_bert2bert import Choice, fpi
 
@@ -34,9 +34,11 @@ def centre(pair: Pair) -> Width:
 
     maps = {axis: tiled(pair.small[axis], pair.large[axis]) for axis in pair.grown}
     unscaled = {axis: identity(1) for axis in pair.table.scales}  # values are copied as they are, gains included
-    reason = (f"centre: readers of copies on {', '.join(maps)} are not divided by their number",) * bool(maps)
-    moments = ("moments are copied with the values",) * bool(maps)
-    return Width("centre", {**maps, **unscaled}, averaged=True, function=reason, moments=moments)
+    reasons = Reasons(
+        function=(f"centre: readers of copies on {', '.join(maps)} are not divided by their number",),
+        moments=("moments are copied with the values",),
+    )
+    return Width("centre", {**maps, **unscaled}, norms=Norms(averaged=True), reasons=reasons if maps else Reasons())
 
 
 @operator(
@@ -63,14 +65,22 @@ def sparkling(pair: Pair, *, fresh: Literal["copies", "random"] = "copies", choi
             maps[axis] = _even(found) if isinstance(found, Gather) else tuple(map(_even, found))
     made = {axis: [m] if isinstance(m, Gather) else m for axis, m in maps.items()}
     changed = ", ".join(axis for axis, found in made.items() if not all(m.is_uniform for m in found))
+    reasons = Reasons(
+        function=(f"sparkling keeps the size of activations on {changed}, not the function",) if changed else (),
+        moments=("moments of old entries are kept as they were, those of fresh entries start at zero",),
+        notes=(
+            "SPARKLING warms the learning rate of fresh entries alone up again, to 1.3 times the current one within "
+            "250 steps, and then follows the schedule: an optimizer with one rate a tensor can only warm all up",
+        ),
+    )
     return Width(
-        "sparkling", maps, std=std, kept=True, averaged=True,
-        function=(f"sparkling keeps the size of activations on {changed}, not the function",) * bool(changed),
-        moments=("moments of old entries are kept as they were, those of fresh entries start at zero",) * bool(maps),
-        notes=("SPARKLING warms the learning rate of fresh entries alone up again, to 1.3 times the current one within "
-               "250 steps, and then follows the schedule: an optimizer with one rate a tensor can only warm all up",)
-        * bool(maps),
-    )  # fmt: skip
+        "sparkling",
+        maps,
+        fresh=Fresh(std=std),
+        norms=Norms(averaged=True),
+        reasons=reasons if maps else Reasons(),
+        keeps_moments=True,
+    )
 
 
 @operator("width", "msg", paper="Yao et al., MSG, ICLR 2024", keeps="nothing exactly", moments="asymmetric")
@@ -88,8 +98,8 @@ def msg(pair: Pair) -> Width:
         f"act while the model runs and no checkpoint holds them; exact without masks: --width {exact}"
     )
     moments = "moments of old entries are kept, those of fresh entries start at zero"
-    some = bool(maps)
-    return Width("msg", maps, std={"": 0.02}, averaged=True, function=(reason,) * some, moments=(moments,) * some)
+    reasons = Reasons(function=(reason,), moments=(moments,)) if maps else Reasons()
+    return Width("msg", maps, fresh=Fresh(std={"": 0.02}), norms=Norms(averaged=True), reasons=reasons)
 
 
 def _even(gather: Gather) -> Gather:

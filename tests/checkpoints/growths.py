@@ -12,12 +12,12 @@ import numpy as np
 
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.commands.learn import Fit
-from bert2bert.growth.plan import plan_growth
 from bert2bert.growth.source_model import CheckpointModel
 from bert2bert.measure.drift import whole
 from bert2bert.operators import width_ligo
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.planning import plan_growth
 
 FAMILIES = sorted(tiny.VARIANTS)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.algebra.realise import Read, realise, values
-from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import table_for
 from tests import tiny
+from tests.planning import plan_growth
 from tests.rounding import ROUNDING, allowed, gap, squared
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")

@@ -9,12 +9,12 @@ import torch
 
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.operators.registry import OPERATORS
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.cover import families
 from tests.laws.harness import Grown, assert_slices, gradients, grow, reader, realised
+from tests.planning import plan_growth
 from tests.rounding import WRONG, allowed, largest
 
 FAMILIES = sorted(tiny.VARIANTS)

@@ -9,7 +9,6 @@ import torch
 
 from bert2bert.algebra.realise import values
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.laws.harness import (
@@ -23,6 +22,7 @@ from tests.laws.harness import (
     reader,
     realised,
 )
+from tests.planning import plan_growth
 from tests.rounding import ROUNDING, WRONG, allowed, gap, largest
 
 DENSE = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}

@@ -11,7 +11,7 @@ import torch
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.algebra.realise import realise, values
 from bert2bert.growth.compose import then
-from bert2bert.growth.plan import plan_growth
+from tests.planning import plan_growth
 from tests.rounding import ROUNDING, WRONG, allowed, gap, largest, squared
 from tests.tiny import batch, bert_config, hf_bert, scramble
 

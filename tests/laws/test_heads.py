@@ -16,12 +16,12 @@ from torch import Tensor
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.algebra.realise import realise
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.checkpoints.growths import GROWTHS, Growth
 from tests.cover import families
 from tests.laws.harness import Grown, reader
+from tests.planning import plan_growth
 from tests.rounding import ROUNDING, allowed, gap
 
 HIDDEN = ("last_hidden_state", "encoder_last_hidden_state", "pooler_output")

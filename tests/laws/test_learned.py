@@ -20,7 +20,6 @@ from bert2bert.commands.learn import Fit, Fitted, learn, rows_of
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.corpus import books
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, InvalidData, UnsupportedGrowth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.measure import transformers_models
 from bert2bert.measure.transformers_models import IGNORE, Sample
 from bert2bert.operators.width_ligo import load
@@ -30,6 +29,7 @@ from tests.cover import families
 from tests.data.fixtures import write_bins
 from tests.doors import grow
 from tests.laws.harness import STATES, assert_slices, detached, reader, realised, scrambled
+from tests.planning import plan_growth
 from tests.rounding import ROUNDING, WRONG, allowed, gap, largest
 
 # an indivisible width, another head size, another number of query heads a group

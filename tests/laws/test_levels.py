@@ -13,10 +13,10 @@ from torch import Tensor
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.algebra.realise import values
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.growth.compose import interpolate, inverse, then
-from bert2bert.growth.plan import plan_growth
+from bert2bert.growth.choices import Choices
+from bert2bert.growth.compose import interpolate, then
+from bert2bert.growth.inverse import inverse, shrunk
 from bert2bert.operators.registry import OPERATORS
-from bert2bert.operators.shrinking import plan_shrink
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.cover import families
@@ -29,6 +29,7 @@ from tests.laws.harness import (
     reader,
     realised,
 )
+from tests.planning import plan_growth
 from tests.rounding import ROUNDING, SPARE, elementary, gap, unit
 
 SEVERAL = ["bert", "gpt2", "llama-mqa", "t5", "modernbert", "qwen3_moe"]
@@ -249,7 +250,8 @@ def test_a_shrinking_plan_is_rebuilt_from_its_recipe() -> None:
     plan = plan_growth(large, small, width="shrink:of=fpi:choice=random", depth="shrink", seed=3)
     how = {key: plan.recipe[key] for key in ("width", "depth", "seed", "moments")}
     again = plan_growth(large, small, breaker=plan.recipe["break_symmetry"], **how)
-    assert again.digest() == plan.digest() == plan_shrink(large, small, heads=None, **how).digest()
+    direct = shrunk(large, small, Choices.of_recipe(plan.recipe), frozenset(plan.recipe["heads"]), optimizer=True)
+    assert again.digest() == plan.digest() == direct.digest()
     assert plan.recipe["axes"]["embed"] == [16, 8] and plan.recipe["layers"]["layers"] == ["0+3", "1+4", "2+5"]
     assert plan.digest() != plan_growth(large, small, **how | {"seed": 4}).digest()
     fresh = plan_growth(large, small, width="coalesce", depth="coalesce", moments="reset")

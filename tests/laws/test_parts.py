@@ -10,11 +10,11 @@ from bert2bert.algebra import axes
 from bert2bert.algebra.maps import Gather, copies, corner, identity, scalar
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.growth.compose import then
-from bert2bert.growth.plan import plan_growth
 from bert2bert.operators.decisions import Pair
 from bert2bert.operators.depth import stack
 from bert2bert.operators.width_bert2bert import fpi
 from bert2bert.tables import table_for
+from tests.planning import plan_growth
 from tests.rounding import ROUNDING, gap
 from tests.tiny import bert_config
 

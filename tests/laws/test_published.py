@@ -15,7 +15,6 @@ from bert2bert.algebra.maps import Gather
 from bert2bert.algebra.plan import TensorPlan
 from bert2bert.algebra.realise import realise
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.operators.builder import Builder
 from bert2bert.operators.decisions import Layer, Pair
 from bert2bert.operators.width_scaled import sparkling
@@ -23,6 +22,7 @@ from bert2bert.tables import table_for
 from tests import tiny
 from tests.cover import families
 from tests.laws.harness import Grown, assert_same_logits, assert_slices, grow, reader, realised
+from tests.planning import plan_growth
 from tests.rounding import WRONG
 
 TOKENS = ("vocab", "pos", "types", "buckets")

@@ -10,11 +10,11 @@ import torch
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.algebra.realise import realise
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import Parameter, table_for
 from tests import tiny
 from tests.cover import families
 from tests.laws.harness import detached, gradients, reader, realised, scrambled
+from tests.planning import plan_growth
 from tests.rounding import ROUNDING, allowed, gap, squared
 
 FAMILIES = sorted(tiny.VARIANTS)

@@ -12,12 +12,12 @@ from bert2bert import growths as g
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.algebra.realise import values
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.growth.steps import KINDS, replan
 from bert2bert.operators.registry import OPERATORS
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.laws.harness import STATES, reader
+from tests.planning import plan_growth
 
 SEVERAL = ["bert", "gpt2", "llama", "t5", "modernbert", "qwen2_moe"]
 States = dict[str, dict[str, Tensor]]

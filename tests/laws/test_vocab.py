@@ -14,11 +14,11 @@ import torch
 from bert2bert.algebra import axes
 from bert2bert.algebra.realise import realise
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import table_for
 from tests import tiny
 from tests.cover import families
 from tests.laws.harness import Grown, assert_gradient_rule, assert_slices, grow, reader, realised
+from tests.planning import plan_growth
 from tests.rounding import ROUNDING, WRONG, allowed, elementary, gap
 
 FAMILIES = sorted(tiny.VARIANTS)

@@ -9,9 +9,9 @@ import pytest
 import transformers
 
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.growth.plan import plan_growth
 from bert2bert.tables import TABLES
 from tests import tiny
+from tests.planning import plan_growth
 
 
 @pytest.mark.parametrize(
