@@ -21,7 +21,7 @@ ALLOWED = {
     "checkpoints": ("ranks", "files", "errors"),
     "algebra": ("errors",),
     "tables": ("algebra", "errors"),
-    "operators": ("tables", "algebra", "growth", "errors"),
+    "operators": ("tables", "algebra", "errors"),
     "growth": ("operators", "tables", "algebra", "checkpoints", "files", "errors"),
     "growths": ("growth", "operators", "errors"),
     "measure": ("growth", "tables", "algebra", "checkpoints", "files", "data", "model", "errors"),

@@ -212,7 +212,7 @@ def test_alternating_attention_keeps_its_pattern_only_where_the_target_says_so()
     wanted = ["full_attention"] * 2 + ["sliding_attention"] * 2 + ["full_attention"] * 2
     assert f"layer_types={wanted}" in reason
     assert deepened("modernbert", 6, depth="insert_identity", target={"layer_types": wanted}).drift() == 0.0
-    with pytest.raises(InvalidConfig, match="layer_types tells the kinds of 3 layers"):
+    with pytest.raises(InvalidConfig, match="layer_types lists the kinds of 3 layers"):
         grow("modernbert", {"layers": 6}, depth="insert_identity:place=top")
     stacked = deepened("modernbert", 6, depth="stack").plan.exactness.function
     assert len([r for r in stacked if "attention pattern" in r]) == 1

@@ -274,7 +274,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="needs the maps of a fit"):
         plan_growth(config, large, width="ligo")
     for how, words in (({"depth": "interleave"}, "covers the depth"), ({"moments": "carried"}, "not determined"),
-                       ({"moments": "exact"}, "not determined"), ({"moments": "asymmetric"}, "say reset"),
+                       ({"moments": "exact"}, "not determined"), ({"moments": "asymmetric"}, "give reset"),
                        ({"breaker": "noise"}, "no even copies")):  # fmt: skip
         with pytest.raises(UnsupportedGrowth, match=words):
             plan_of(config, large, file, **how)

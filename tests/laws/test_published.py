@@ -176,7 +176,7 @@ def test_sparkling_scales_are_the_papers(times: float, scale: float) -> None:
     drawn = sparkling(pair, fresh="random")
     embed = drawn.maps["embed"]
     assert isinstance(embed, Gather) and embed.share == pytest.approx(sqrt(1 / times))
-    assert drawn.std["~normed"] == drawn.std["~embed"] == sqrt(1 / times)
+    assert drawn.fresh.std["~normed"] == drawn.fresh.std["~embed"] == sqrt(1 / times)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama-tied", "modernbert", "t5"])

@@ -129,7 +129,7 @@ def test_a_window_that_appears_is_refused() -> None:
 @pytest.mark.parametrize("width", ["fpi", "random"])
 def test_kinds_of_another_number_of_layers_are_refused(width: str) -> None:
     config = tiny.config_of("qwen3")
-    with pytest.raises(InvalidConfig, match="target config: layer_types tells the kinds of 3 layers, and there are 5"):
+    with pytest.raises(InvalidConfig, match="target config: layer_types lists the kinds of 3 layers, and there are 5"):
         plan_growth(config, config | {"num_hidden_layers": 5}, width=width)
 
 
