@@ -50,7 +50,7 @@ _CLIENTS = (
 def client_of(source: Source) -> Client | None:
     """Whose run a checkpoint is of, as far as its folder's name and the files beside it show it."""
     folder = source.folder
-    for client in _CLIENTS if source.form != "hub" else ():
+    for client in _CLIENTS if source.format != "hub" else ():
         marked = any(any(folder.parent.glob(mark)) for mark in client.marks) or not client.marks
         if marked and fnmatchcase(folder.name, client.tag):
             return client

@@ -63,7 +63,7 @@ class Source:
     of how it was read, in sentences.
     """
 
-    form: str = ""
+    format: str = ""
 
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         self.path, self.folder, self.manifest = path, folder, manifest
@@ -163,7 +163,7 @@ class Source:
         return {
             "path": str(self.path),
             "tag": self.tag,
-            "form": self.form,
+            "form": self.format,
             "stage": self.stage,
             "world_size": self.world_size,
             "sha256": total.hexdigest(),

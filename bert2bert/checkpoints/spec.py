@@ -199,14 +199,14 @@ class _Groups:
 def own_precision(source: Source, format: str) -> str:
     """A target's where none was asked for: the source's; a Hugging Face folder keeps a run's fp32 master weights
     whole."""
-    return "fp32" if format == "hub" and source.form != "hub" else source.precision
+    return "fp32" if format == "hub" and source.format != "hub" else source.precision
 
 
 def _loaded_as(source: Source, precision: str, content: Content) -> Any:
     """The dtype that a Hugging Face folder's config tells from_pretrained to load it in. Where tensors keep their own,
     that of the source's config, so that both are loaded alike; where that has none, one that holds them all."""
     low, dtypes = str(DTYPES[precision]).removeprefix("torch."), content.dtypes
-    if source.form != "hub" or not dtypes:
+    if source.format != "hub" or not dtypes:
         return low
     config = source.config or {}
     known = config.get("dtype") or config.get("torch_dtype")

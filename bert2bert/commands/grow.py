@@ -51,7 +51,7 @@ def target_names(growth: Growth, format: str) -> dict[str, str]:
     """Canonical name -> the target's name of every tensor and tied copy: in a Hugging Face folder, and from one whose
     names have no prefix, those of transformers; else the training script's own, as in the source."""
     model, plan = growth.model, growth.plan
-    plain = format == "hub" or (model.source.form == "hub" and not model.naming.prefix)
+    plain = format == "hub" or (model.source.format == "hub" and not model.naming.prefix)
     return {
         name: class_name(model.table, plan.config, name) if plain else model.stored(name)
         for name in (*plan.tensors, *plan.aliases)
@@ -63,7 +63,7 @@ def target_spec(growth: Growth, target: Target) -> TargetSpec:
     model, plan = growth.model, growth.plan
     source, named, made = model.source, target_names(growth, target.format), origins(growth)
     grown = table_for(plan.config).parameters(plan.config, model.heads)
-    own = source.form == "hub" and not target.precision  # each tensor's dtype is kept
+    own = source.format == "hub" and not target.precision  # each tensor's dtype is kept
     content = Content(
         shapes={named[n]: t.shape for n, t in plan.tensors.items()},
         aliases={named[a]: named[b] for a, b in plan.aliases.items()},
@@ -190,7 +190,7 @@ def _notes(growth: Growth, spec: TargetSpec, named: dict[str, str], folder: Path
     if format != "hub":
         found += beyond_class(model.table, growth.plan.config, model.heads)
         found += [*regrouped(source, spec, _made_of(growth, named)), *still_frozen(spec)]
-    if source.form == "hub":
+    if source.format == "hub":
         found += left(source, spec)
     found += [*buffers.left_out(source, format), *unopened(source, format)]
     return found + clients.notes(source, spec.beside, folder, target)

@@ -171,7 +171,7 @@ def source_notes(model: CheckpointModel) -> list[str]:
     found = list(model.source.notes)
     if renamed := model.naming.renamed:
         new, old = next(iter(renamed.items()))
-        if model.source.form == "hub":
+        if model.source.format == "hub":
             found.append(
                 f"{len(renamed)} tensors have other names in the files than in transformers (first {old}: {new})"
             )
@@ -186,7 +186,7 @@ def source_notes(model: CheckpointModel) -> list[str]:
 def _source(model: CheckpointModel) -> str:
     source, step = model.source, model.source.counters.get("global_steps")
     return (
-        f"source   {source.path} ({source.form}"
+        f"source   {source.path} ({source.format}"
         + (f", stage {source.stage}, world size {source.world_size}" if source.stage else "")
         + (f", step {step}" if step is not None else "")
         + (f", name prefix {model.naming.prefix!r}" if model.naming.prefix else "")

@@ -131,7 +131,7 @@ def identity_spec(source: Source, names: Names, target: Target) -> TargetSpec:
     spec = make_spec(source, content, replace(target, groups="source") if kept and target.format != "hub" else target)
     spec = replace(spec, buffers={n: buffer for n, buffer in source.buffers.items() if n not in names.left})
     if target.format == "hub":
-        files = all_beside(source.folder) if source.form == "hub" else {}
+        files = all_beside(source.folder) if source.format == "hub" else {}
     else:
         files = _random_states(source)  # however the target is cut: a run goes on with them on as many ranks as it had
         if kept:
@@ -153,7 +153,7 @@ def notes(source: Source, names: Names, spec: TargetSpec, target: Target) -> lis
     """What the target does not hold, or holds otherwise, in sentences."""
     hub = target.format == "hub"
     found = _folder_notes(source, spec) if hub else []
-    if source.form == "hub" and not hub:
+    if source.format == "hub" and not hub:
         found.append("the source holds weights only: moments of zero, step 0, hyper-parameters of a fresh AdamW")
     found += unopened(source, target.format)
     if source.unread:
@@ -161,7 +161,7 @@ def notes(source: Source, names: Names, spec: TargetSpec, target: Target) -> lis
     found += source.notes
     origins = {name: [source.tensors[names.stored[name]].dtype] for name in spec.shapes}
     found += [*rounding(spec, target.format, origins), *_renamed(names)]
-    if source.form == "hub":
+    if source.format == "hub":
         found += left(source, spec)
     if hub:
         return found
@@ -175,7 +175,7 @@ def notes(source: Source, names: Names, spec: TargetSpec, target: Target) -> lis
 def _folder_notes(source: Source, spec: TargetSpec) -> list[str]:
     """What a Hugging Face folder does not hold of a run, and how it holds the rest."""
     found = []
-    if source.form != "hub":
+    if source.format != "hub":
         held = [*source.states[1:]]
         held += ["groups"] if source.groups else []
         held += ["learning-rate scheduler"] if source.lr_scheduler else []
@@ -216,7 +216,8 @@ def _summary(source: Source, spec: TargetSpec, target: Target, noted: Iterable[s
     groups = f", {len(spec.groups)} optimizer groups" if target.format != "hub" else ""
     return "\n".join(
         [
-            f"source   {source.path} ({source.form}{shape(source.stage, source.world_size)}, {source.precision}{step})",
+            f"source   {source.path} ({source.format}{shape(source.stage, source.world_size)}, "
+            f"{source.precision}{step})",
             f"target   {target.format}{shape(target.stage, target.world_size)}, {spec.precision}{groups}",
             f"size     {len(spec.shapes)} tensors, {count:,} parameters ({', '.join(states)})",
             *(f"note     {text}" for text in noted),

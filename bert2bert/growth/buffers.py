@@ -41,18 +41,18 @@ class Carried:
     extras: dict[str, Any]
 
 
-def grown(growth: Growth, form: str) -> Carried:
+def grown(growth: Growth, format: str) -> Carried:
     """The buffers and extra states of the grown model, in a target of this format."""
     source = growth.model.source
-    if "hub" in (source.form, form):  # transformers' current models have none
+    if "hub" in (source.format, format):  # transformers' current models have none
         return Carried({}, {})
     layers = _Layers(growth)
     return Carried(layers.grown(source.buffers), layers.grown(source.extras))
 
 
-def left_out(source: Source, form: str) -> list[str]:
+def left_out(source: Source, format: str) -> list[str]:
     """A sentence about what a run's state dict holds and a Hugging Face folder of its growth does not."""
-    names = [*source.buffers, *source.extras] if form == "hub" != source.form else []
+    names = [*source.buffers, *source.extras] if format == "hub" != source.format else []
     return [f"left out, for transformers makes buffers anew: {some(names)}"] if names else []
 
 

@@ -233,7 +233,7 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
             raise InvalidCheckpoint(_shape_error(source, table, config, parameter, canonical[name].shape))
     copies = {a: k for a, k in table.aliases(config, heads).items() if a in canonical and k in parameters}
     strange += [meta.name for name, meta in canonical.items() if name not in parameters and name not in copies]
-    if source.form == "hub":  # in a run's files, buffers are said to be buffers
+    if source.format == "hub":  # in a run's files, buffers are said to be buffers
         strange += [name for name in source.buffers if not is_obsolete(name)]
     if strange:
         raise InvalidCheckpoint(
@@ -262,7 +262,7 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
                 "one save?"
             )
     gone = [naming.known[name] for name in naming.known if name in left]
-    gone += [name for name in source.buffers if source.form == "hub"]
+    gone += [name for name in source.buffers if source.format == "hub"]
     return CheckpointModel(source, dict(config), table, heads, parameters, naming, tuple(gone))
 
 

@@ -35,7 +35,7 @@ class Names:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, source: Source, form: str, config: Mapping[str, Any] | None) -> Names:
+    def of(cls, source: Source, format: str, config: Mapping[str, Any] | None) -> Names:
         """For a target of this format. config: the source's, where it is known."""
         from bert2bert.growth.source_model import beyond_class, class_name, match, short_of_class
 
@@ -44,22 +44,22 @@ class Names:
         try:
             model = match(source, config or {})
         except UserError as error:
-            if source.form == "hub" and form == "zero" and not (source.manifest and source.manifest.tensors):
+            if source.format == "hub" and format == "zero" and not (source.manifest and source.manifest.tensors):
                 raise UnsupportedGrowth(
                     f"{source.path}: a Hugging Face folder does not say in which order its model has the tensors, and "
                     f"native shards are addressed by position ({str(error).splitlines()[0]}).\nUse --format universal, "
                     "which goes by names."
                 ) from None
             return cls(same, source.aliases, guessed)
-        if source.form == form or (source.form != "hub" != form):
+        if source.format == format or (source.format != "hub" != format):
             aliases = {model.stored(a): model.stored(k) for a, k in model.aliases().items()}
             members = {model.stored(name): parameter for name, parameter in model.parameters.items()}
-            return cls(same, aliases if form == "hub" else source.aliases, {**guessed, **members})
+            return cls(same, aliases if format == "hub" else source.aliases, {**guessed, **members})
         # a folder that names no class (the first BERTs of the hub) is of that which has these heads
         fits = [name for name, heads in model.table.classes.items() if heads == model.heads]
         named = model.config if model.config.get("architectures") else {"architectures": fits}
-        known = named is model.config or source.form == "hub"
-        known = known and (form == "hub" or not model.naming.prefix)
+        known = named is model.config or source.format == "hub"
+        known = known and (format == "hub" or not model.naming.prefix)
         called = {
             name: class_name(model.table, named, name) if known else model.stored(name)
             for name in (*model.parameters, *model.aliases())
@@ -71,5 +71,5 @@ class Names:
             {called[name]: parameter for name, parameter in model.parameters.items()},
             model.left,
             model.copies(),
-            tuple(short_of_class(*said) + (beyond_class(*said) if form != "hub" else [])),
+            tuple(short_of_class(*said) + (beyond_class(*said) if format != "hub" else [])),
         )

@@ -109,7 +109,7 @@ def check_function(
     """Logits (of the tokens that the source knows) and loss are equal, as far as the dtypes of file and run allow,
     where the plan promises it. A model may magnify rounding beyond that (noise many times as large as the weights):
     then the plan's own numbers have to be equal, for the files were compared with them bit for bit."""
-    stored = {meta.dtype for meta in target.source.tensors.values()} if target.source.form == "hub" else {"float32"}
+    stored = {meta.dtype for meta in target.source.tensors.values()} if target.source.format == "hub" else {"float32"}
     limit = max(_RUN[found.dtype], *(TOLERANCE[dtype] for dtype in stored))
     losses = f"{found.loss_source:.6g} -> {found.loss_grown:.6g}" if found.loss_source is not None else ""
     if not kept.logits:

@@ -33,10 +33,10 @@ def is_reshard(source: Source, target: Source) -> bool:
 def compare(source: Source, target: Source, check: Check) -> None:
     """Check the target against the source: every bit of every state that it holds, names, steps and groups."""
     _compare_source(source, target, check)
-    names = Names.of(source, target.form, source.config or target.config)
+    names = Names.of(source, target.format, source.config or target.config)
     both = _compare_tensors(source, target, names, check)
     _compare_buffers(source, target, names, check)
-    if target.form == "hub":
+    if target.format == "hub":
         return
     _compare_steps(source, target, names, check)
     moved = [name for name in both if source.tensors[names.stored[name]].trainable != target.tensors[name].trainable]

@@ -83,8 +83,8 @@ def load(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) ->
 def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) -> tuple[Source, Resumed]:
     source = open_source(path)
     manifest = source.manifest or Manifest()
-    kind = "weights" if source.form == "hub" else str(manifest.kind)
-    if source.form != "hub" and kind not in ("train", "growth"):
+    kind = "weights" if source.format == "hub" else str(manifest.kind)
+    if source.format != "hub" and kind not in ("train", "growth"):
         config = "" if source.config else " --source-config CONFIG.json"
         raise InvalidCheckpoint(
             f"{source.folder}: a checkpoint of a DeepSpeed run that is not this project's: it has no manifest to check "
@@ -183,7 +183,7 @@ def _restore_rest(
         buffer.copy_(held)
     if engine.precision == "fp16" and source.loss_scaler and source.precision == "fp16":
         engine.restore_loss_scale({k: source.loss_scaler[k] for k in _SCALER if k in source.loss_scaler})
-    if source.precision != engine.precision and source.form == "zero":
+    if source.precision != engine.precision and source.format == "zero":
         notes.append(f"saved in {source.precision}, continued in {engine.precision}: losses will differ a little")
     if kind != "train":
         return  # counters, random state and position are the new run's own

@@ -76,7 +76,7 @@ def check_groups(engine: Engine, source: Source) -> None:
             f"{source.folder}: its optimizer keeps {', '.join(dict.fromkeys(others))}, and "
             "this trainer's AdamW cannot go on with that. Grow the weights alone (--format hub) and resume from them"
         )
-    if frozen := [name for name in engine.names if source.form != "hub" and not source.tensors[name].trainable]:
+    if frozen := [name for name in engine.names if source.format != "hub" and not source.tensors[name].trainable]:
         raise InvalidCheckpoint(
             f"{source.folder}: {len(frozen)} parameters, the first of them {frozen[0]}, were frozen and have no "
             "optimizer state, and this trainer trains all. Grow the weights alone (--format hub) and resume from them"
@@ -90,7 +90,7 @@ def check_groups(engine: Engine, source: Source) -> None:
                 f"({group.part}). Rewrite the checkpoint with bert2bert grow"
             )
     manifest = source.manifest
-    if manifest is None or manifest.group_layout != GROUP_LAYOUT or source.form != "zero":
+    if manifest is None or manifest.group_layout != GROUP_LAYOUT or source.format != "zero":
         return
     _check_order(engine, source, "manifest", [group.names for group in manifest.groups])
     _check_order(engine, source, "shard files", [group["names"] for group in source.groups])
@@ -145,7 +145,7 @@ def compare(engine: Engine, source: Source) -> None:
                     f"{source.folder}: {odd[0]} has Adam step {step} in the files, {recorded[odd[0]]} in the manifest: "
                     "they are of two checkpoints. Use another tag"
                 )
-    stored = getattr(torch, next(iter(source.tensors.values())).dtype) if source.form == "hub" else torch.float32
+    stored = getattr(torch, next(iter(source.tensors.values())).dtype) if source.format == "hub" else torch.float32
     live = partitions.digests(engine, stored)
     for name, entry in manifest.tensors.items():
         for state, digest in entry.digest.items():

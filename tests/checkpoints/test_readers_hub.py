@@ -32,7 +32,7 @@ def folders(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) ->
 def test_equals_the_model(folders: dict[str, Path], model: torch.nn.Module, kind: str) -> None:
     source = open_source(folders[kind])
     assert len(list(folders[kind].glob("*.safetensors"))) > (kind == "sharded")
-    assert (source.form, source.tag, source.states, source.precision) == ("hub", None, ("fp32",), "fp32")
+    assert (source.format, source.tag, source.states, source.precision) == ("hub", None, ("fp32",), "fp32")
     assert source.config is not None and source.config["hidden_size"] == 32
     want = dict(model.named_parameters())
     assert set(source.tensors) == set(want)

@@ -48,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_everything_equals_the_live_engine(saved: Path, case: Case) -> None:
     live = load_truth(saved, case)
     source = open_source(saved / case.name)  # by latest_universal
-    assert (source.form, source.tag, source.stage, source.world_size) == ("universal", "uni", None, None)
+    assert (source.format, source.tag, source.stage, source.world_size) == ("universal", "uni", None, None)
     assert (source.precision, source.states) == (case.precision, STATES)
     assert list(source.tensors) == list(live["tensors"])
     for name, states in live["tensors"].items():

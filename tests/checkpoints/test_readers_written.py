@@ -53,7 +53,7 @@ def spec(precision: str) -> TargetSpec:
 def test_optimizer_checkpoints(tmp_path: Path, how: dict[str, Any], precision: str) -> None:
     write_checkpoint(tmp_path / "out", spec(precision), values, manifest_growth=None, **how)
     source = open_source(tmp_path / "out")
-    assert (source.form, source.precision, source.states) == (how["format"], precision, STATES)
+    assert (source.format, source.precision, source.states) == (how["format"], precision, STATES)
     assert (source.stage, source.world_size) == (how.get("stage"), how.get("world_size"))
     assert list(source.tensors) == list(SHAPES) and source.aliases == {"head.weight": "emb.weight"}
     for (name, state), want in VALUES.items():
@@ -77,7 +77,7 @@ def test_optimizer_checkpoints(tmp_path: Path, how: dict[str, Any], precision: s
 def test_hub_folder(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
     write_checkpoint(tmp_path / "out", spec(precision), values, format="hub", manifest_growth=None)
     source = open_source(tmp_path / "out")
-    assert (source.form, source.precision, source.states) == ("hub", precision, ("fp32",))
+    assert (source.format, source.precision, source.states) == ("hub", precision, ("fp32",))
     assert list(source.tensors) == list(SHAPES) and source.aliases == {"head.weight": "emb.weight"}
     for name, shape in SHAPES.items():
         found = source.read(name, "fp32", 0, shape[0] if shape else 1)

@@ -84,7 +84,7 @@ def test_everything_equals_the_live_engine(saved: Callable[[int], Path], world: 
     folder = saved(world)
     live = load_truth(folder, case)
     source = open_source(folder / case.name)
-    assert (source.form, source.tag) == ("zero", f"global_step{case.steps}")
+    assert (source.format, source.tag) == ("zero", f"global_step{case.steps}")
     assert (source.stage, source.world_size, source.precision) == (case.stage, world, case.precision)
     assert source.states == STATES and not source.other_states and not source.unread
     assert list(source.tensors) == list(live["tensors"])  # named_parameters() order, tied once

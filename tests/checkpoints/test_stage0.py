@@ -104,7 +104,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def test_everything_equals_the_live_engine(saved: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, truth = saved[0] / name, saved[1][name]
     case, source = BY_NAME[name], open_source(folder)
-    assert (source.form, source.stage, source.world_size, source.tag) == ("zero", 0, 2, "global_step3")
+    assert (source.format, source.stage, source.world_size, source.tag) == ("zero", 0, 2, "global_step3")
     assert (source.precision, source.states, source.fused) == (case.precision, STATES, name.startswith("fused"))
     assert source.counters == truth["counters"] and source.client_state == case.client_state
     assert source.clip_grad == 1.0 and source.lr_scheduler is not None

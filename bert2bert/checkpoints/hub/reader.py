@@ -28,7 +28,7 @@ _PRECISION = {"float16": "fp16", "bfloat16": "bf16"}
 class HubSource(Source):
     """A Hugging Face folder. ``precision``: that in which most of the weights are stored."""
 
-    form = "hub"
+    format = "hub"
 
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         super().__init__(path, folder, manifest)

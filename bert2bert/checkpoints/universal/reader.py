@@ -39,7 +39,7 @@ _OPEN_FILES = 256  # each is a memory map; the kernel allows 65,530
 class UniversalSource(Source):
     """A universal checkpoint; it has no stage and no world size."""
 
-    form = "universal"
+    format = "universal"
 
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         super().__init__(path, folder, manifest)

@@ -43,7 +43,7 @@ _FEW = 64  # elements of a rank that are compared to tell files of different sav
 class ZeroSource(Source):
     """A native checkpoint of ZeRO stage 1, 2 or 3."""
 
-    form = "zero"
+    format = "zero"
 
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         super().__init__(path, folder, manifest)

@@ -48,7 +48,7 @@ def is_stage0(folder: Path) -> bool:
 class Stage0Source(Source):
     """A checkpoint of ZeRO stage 0; ``world_size`` is that of the run, and says nothing about the file."""
 
-    form = "zero"
+    format = "zero"
 
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         super().__init__(path, folder, manifest)
