@@ -460,5 +460,5 @@ def test_what_a_run_does_not_get_of_a_folder_is_said(form: str, tmp_path: Path) 
     assert said.count(f"left behind in {tmp_path / 's'}: ema.safetensors") == 2
     for target in ("r", "g"):
         report = verify(tmp_path / "s", tmp_path / target, logits=False)
-        (counted,) = [check for check in report["checks"] if check["name"] == "tensors"]
-        assert report["ok"] and all(name in counted["detail"] for name in copies)
+        (counted,) = [check for check in report.checks if check.name == "tensors"]
+        assert report.ok and all(name in counted.detail for name in copies)
