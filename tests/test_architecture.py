@@ -70,6 +70,56 @@ def test_arrows(name: str, path: Path) -> None:
             assert any(rest == a or rest.startswith(a + ".") for a in allowed), f"{name} imports {module}"
 
 
+def used_by(path: Path) -> set[str]:
+    """The project's own modules that a file imports, as `modules` names them without their suffix."""
+    names = {name.removesuffix(".py").replace("/", "."): name for name, _ in modules()}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bert2bert"):
+            base = (node.module or "").removeprefix("bert2bert").lstrip(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".lstrip(".")
+                found |= {
+                    names.get(inner) or names.get(f"{inner}.__init__") or names.get(base) or f"{base}/__init__.py"
+                }
+    return found
+
+
+def circles(arrows: dict[str, set[str]]) -> set[str]:
+    """What reaches itself along the arrows."""
+    reach = {a: set(b) for a, b in arrows.items()}
+    while any(len(there) < len(there.union(*(reach.get(b, set()) for b in there))) for there in reach.values()):
+        reach = {a: there.union(*(reach.get(b, set()) for b in there)) for a, there in reach.items()}
+    return {a for a, there in reach.items() if a in there}
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Not among modules, not among rooms; imports inside functions and for type checkers count."""
+    between = {name: used_by(path) - {name} for name, path in modules()}
+    assert not circles(between)
+    rooms: dict[str, set[str]] = {}
+    for name, used in between.items():
+        room = name.split("/")[0]
+        rooms.setdefault(room, set()).update(other.split("/")[0].replace("bert2bert", "") for other in used)
+    assert not circles({room: used - {room, "__init__.py"} for room, used in rooms.items()})
+
+
+LATE = ("torch", "transformers", "tokenizers", "datasets", "deepspeed", "safetensors", "mpi4py", "tqdm")
+
+
+@pytest.mark.parametrize("name,path", modules(), ids=[name for name, _ in modules()])
+def test_imports_inside_functions_have_a_reason(name: str, path: Path) -> None:
+    """Commands delay imports; elsewhere a function imports a heavy package, or a comment says why it imports."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for node in (inner for function in functions for inner in ast.walk(function)):
+        if isinstance(node, ast.Import | ast.ImportFrom) and not name.startswith("commands/"):
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            line = lines[node.lineno - 1]
+            assert "#" in line or (module or "").split(".")[0] in LATE, f"{name}:{node.lineno} {line.strip()}"
+
+
 @pytest.mark.parametrize(
     "module",
     ["bert2bert.commands.cli", "bert2bert.recipe.recipe", "bert2bert.growth.plan", "bert2bert.checkpoints.groups"],

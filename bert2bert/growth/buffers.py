@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from bert2bert.errors import UnsupportedGrowth, some
+from bert2bert.files.torch_writer import equal
+from bert2bert.files.unpickle import walk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +85,6 @@ class _Layers:
 
     def grown(self, held: Mapping[str, Any]) -> dict[str, Any]:
         """Of each entry what the grown model has in its place, by the files' names."""
-        from bert2bert.files.torch_writer import equal
 
         found: dict[str, Any] = {}
         layered: dict[tuple[str, str], dict[int, str]] = {}
@@ -112,7 +115,6 @@ class _Layers:
         return None
 
     def _value(self, name: str, value: Any) -> Any:
-        import torch
 
         if isinstance(value, torch.Tensor):
             for pattern, formula in _FORMULAS.items():
@@ -123,7 +125,6 @@ class _Layers:
         return value
 
     def _computed(self, formula: Callable[[Mapping[str, Any]], Iterable[Tensor]], value: Tensor) -> Tensor | None:
-        import torch
 
         for mine, grown in zip(formula(self.model.config), formula(self.plan.config), strict=False):
             near = 4 * torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
@@ -141,9 +142,6 @@ class _Layers:
 
 def _sizes(value: Any) -> set[int]:
     """Of the dimensions of every tensor in a value."""
-    import torch
-
-    from bert2bert.files.unpickle import walk
 
     return {size for part in walk(value) if isinstance(part, torch.Tensor) for size in part.shape}
 
@@ -153,26 +151,22 @@ def _length(config: Mapping[str, Any]) -> int:
 
 
 def _arange(config: Mapping[str, Any]) -> Iterable[Tensor]:
-    import torch
 
     yield torch.arange(_length(config))[None]
 
 
 def _zeros(config: Mapping[str, Any]) -> Iterable[Tensor]:
-    import torch
 
     yield torch.zeros(1, _length(config))
 
 
 def _causal(config: Mapping[str, Any]) -> Iterable[Tensor]:
-    import torch
 
     yield torch.ones(1, 1, _length(config), _length(config)).tril()
 
 
 def _frequencies(config: Mapping[str, Any]) -> Iterable[Tensor]:
     """Of rotary positions, for every base that the config may mean."""
-    import torch
 
     size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     told = config.get("rope_parameters") or {}

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from bert2bert.algebra import axes
 from bert2bert.checkpoints.hub.files import in_cache, is_there, plain
 from bert2bert.checkpoints.hub.names import Naming, is_obsolete, read_names
+from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.zero.layout import row_blocks
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.files.sniff import instead
@@ -142,8 +143,6 @@ def _check_type(config: Mapping[str, Any], where: str, names: Collection[str] = 
 
 def open_model(path: Path, source_config: Path | None = None, tag: str | None = None) -> CheckpointModel:
     """Open a checkpoint and match it with its config. Raises InvalidCheckpoint, InvalidConfig, UnsupportedGrowth."""
-    from bert2bert.checkpoints.open import open_source
-
     source = open_source(path, tag)
     config = read_config(source_config) if source_config else source.config
     if config is None:

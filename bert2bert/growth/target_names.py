@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert2bert.checkpoints.groups import Member, by_name
 from bert2bert.errors import UnsupportedGrowth, UserError
+from bert2bert.growth.source_model import beyond_class, class_name, match, short_of_class
 
 if TYPE_CHECKING:
     from bert2bert.checkpoints.source import Source
@@ -37,7 +38,6 @@ class Names:
     @classmethod
     def of(cls, source: Source, format: str, config: Mapping[str, Any] | None) -> Names:
         """For a target of this format. config: the source's, where it is known."""
-        from bert2bert.growth.source_model import beyond_class, class_name, match, short_of_class
 
         same = {name: name for name in source.tensors}
         guessed = by_name({name: meta.shape for name, meta in source.tensors.items()}, source.aliases)

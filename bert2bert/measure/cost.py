@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from bert2bert.algebra import axes
 from bert2bert.algebra.draws import drawn
+from bert2bert.checkpoints.commit.threads import files_at_once
+from bert2bert.checkpoints.job import BLOCK
+from bert2bert.checkpoints.write import deal
 from bert2bert.errors import InvalidConfig
 from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import forward_flops
@@ -45,9 +48,6 @@ def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any
     plan's index lists, the structure of the files, and a few blocks of rows; more where an entry mixes a whole tensor.
     Raises InvalidConfig for less than one rank.
     """
-    from bert2bert.checkpoints.commit.threads import files_at_once
-    from bert2bert.checkpoints.job import BLOCK
-    from bert2bert.checkpoints.write import deal
 
     if ranks < 1:
         raise InvalidConfig(f"--ranks is {ranks}; expected at least 1, the number of processes that share the work")

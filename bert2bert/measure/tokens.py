@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bert2bert.data.bins import TokenBins
+from bert2bert.data.loader import eval_batches
 from bert2bert.errors import InvalidConfig, InvalidData
 from bert2bert.files.sniff import describe
 from bert2bert.growth.source_model import CheckpointModel
@@ -91,8 +92,6 @@ def draw(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Samp
 def draw_batch(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Batch:
     """The same as a packed batch of this project's BERT; from bins, rows as pre-training packs and masks them."""
     if tokens.bins:
-        from bert2bert.data.loader import eval_batches
-
         length = min(_LENGTH, trained_length(model), positions(model))
         rows = max(1, _TOKENS // length)
         return eval_batches(open_bins(tokens.bins, vocab), "heldout", length, rows, rows, 0, 1, 0)[0]

@@ -129,7 +129,7 @@ def answer(totals: list[float]) -> str | None:
 def _say(text: str) -> None:
     """On rank 0, past Python's streams, which the main thread may be in the middle of."""
     from bert2bert.errors import UserError  # here, for this module is a program's first line
-    from bert2bert.ranks.launcher import discover
+    from bert2bert.ranks.launcher import discover  # likewise
 
     with contextlib.suppress(OSError, UserError):
         if discover().rank == 0:
