@@ -3,7 +3,8 @@
 A row's name may hold ``{weight,bias}`` (two tensors: the bias has the written dims of the spec alone) and one depth
 axis in braces, ``{layers}``, which numbers the layers. Axis sizes are small expressions over config keys, see `sizes`.
 Refuses configs that lack a size, or whose sizes do not divide where they must (`InvalidConfig`), and settings that the
-rows do not describe (`UnsupportedGrowth`).
+rows do not describe (`UnsupportedGrowth`). Longer than other modules: `Table` is one value, and its methods read one
+another.
 """
 
 from __future__ import annotations

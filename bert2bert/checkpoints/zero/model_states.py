@@ -4,6 +4,8 @@ ZeRO 1 and 2 write one such file, which also holds the low-precision weights; Ze
 Native and universal checkpoints share them. ZeRO 0 has this file alone, with the torch optimizer's state and without a
 word on which parameter is whose (see `stage0`). Refuses, as InvalidCheckpoint: files that are not of DeepSpeed, of
 tensor or pipeline parallel runs, and ranks that contradict each other.
+
+Longer than other modules: it reads one kind of file, whole.
 """
 
 from __future__ import annotations
