@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bert2bert.algebra.realise import realise
+from bert2bert.checkpoints.manifest import Grown, Manifest, Trained
 from bert2bert.commands import cli
 from bert2bert.commands.grow import _tokenizer_digest
 from bert2bert.commands.verify import verify
@@ -252,9 +253,9 @@ def test_a_config_that_contradicts_the_checkpoints_own_is_refused(folder: Path, 
 
 
 def test_the_sources_tokenizer_is_told_through_a_chain_of_growths() -> None:
-    trained = {"training": {"data": {"tokenizer_digest": "t", "digest": "d"}}, "growth": None}
+    trained = Manifest(training=Trained(data={"tokenizer_digest": "t", "digest": "d"}))
     assert _tokenizer_digest(trained) == "t"
-    assert _tokenizer_digest({"growth": {"tokenizer_digest": "t"}}) == "t"
+    assert _tokenizer_digest(Manifest(growth=Grown(tokenizer_digest="t"))) == "t"
     assert _tokenizer_digest(None) is None
 
 

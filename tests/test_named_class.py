@@ -18,6 +18,7 @@ from bert2bert.growth.source_model import open_model
 from tests import tiny
 from tests.checkpoints.engines import hf_model
 from tests.doors import grow, reshard
+from tests.rounding import ROUNDING, gap, largest, unit
 from tests.test_names import FAMILIES, Tensors, deeper, read, save, silent
 
 TIED = {
@@ -95,3 +96,34 @@ def test_a_classifier_beside_the_head_of_words_is_of_its_own_shape(count: int, t
          say=silent)  # fmt: skip
     grown = read(tmp_path / "g")
     assert torch.equal(grown["classifier.weight"], ours["classifier.weight"])
+
+
+CLASSIFIERS = {
+    "gpt2": "GPT2ForSequenceClassification", "llama": "LlamaForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification", "qwen3": "Qwen3ForSequenceClassification",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_tied_head_without_tensors_counts_beside_a_classifier(name: str, said: bool, tmp_path: Path) -> None:
+    """Both classes read the folder: the language model's head is the word embedding. Both functions are kept."""
+    tied = {"tie_word_embeddings": True, "num_labels": 3, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(**tiny.config_of(name) | tied)
+    model = getattr(transformers, CLASSIFIERS[name])(config)
+    tiny.scramble(model)
+    model.save_pretrained(tmp_path / "s")
+    lm, file = CLASSIFIERS[name].replace("SequenceClassification", "CausalLM"), tmp_path / "s" / "config.json"
+    lm = lm.replace("GPT2ForCausalLM", "GPT2LMHeadModel")
+    plain = {key: value for key, value in json.loads(file.read_text()).items() if key != "architectures"}
+    file.write_text(json.dumps(plain | ({"architectures": [lm]} if said else {})))
+    keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "n_embd", "n_head")
+    (tmp_path / "big.json").write_text(json.dumps(plain | {key: 2 * plain[key] for key in keys if key in plain}))
+    grow(tmp_path / "s", tmp_path / "g", tmp_path / "big.json", format="hub", width="fpi", say=silent)
+    ids = torch.tensor([[3, 7, 4, 11, 5]])
+    for cls in (lm, CLASSIFIERS[name]):
+        small, big = (
+            getattr(transformers, cls).from_pretrained(tmp_path / folder, torch_dtype=torch.float64).eval()(ids).logits
+            for folder in ("s", "g")
+        )
+        assert gap(big, small, 64 * unit(torch.float32) * largest(small)) <= ROUNDING  # norms compute in float32

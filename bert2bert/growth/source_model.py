@@ -310,7 +310,12 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorM
         if tensors and all(stored[name].shape == shape for name, shape in shapes.items()):
             fits.add(head)
     explained = {name for head in fits for name in more[head]}
-    return heads | fits | {head for head, tensors in more.items() if tensors - explained}
+    heads |= fits | {head for head, tensors in more.items() if tensors - explained}
+    # A head that is all tied has no tensors to show: the class that the config names has it, whatever else is stored.
+    told = [table.classes[cls] for cls in (config.get("architectures") or ())[:1] if cls in table.classes]
+    # Where it names none, both functions are kept; a classifier of T5 has no rows beside a tied head.
+    tied = [has for has, (tensors, _) in names.items() if not tensors and not bare and len(table.depth) == 1]
+    return heads.union(*(has for has in told or tied if names[has][0] <= set(stored)))
 
 
 def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:

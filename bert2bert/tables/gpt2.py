@@ -6,7 +6,7 @@ final norm before it writes ``~embed``. Refuses cross-attention, and scores that
 
 from __future__ import annotations
 
-from bert2bert.tables.heads import LABELS
+from bert2bert.tables.heads import LABELS, after_norm
 from bert2bert.tables.table import Row, Table, Tie
 
 GPT2 = Table(
@@ -62,9 +62,9 @@ GPT2 = Table(
         Row("transformer.ln_f.weight", "(rho normed)", tied=False),
         Row("transformer.ln_f.bias", "normed", tied=False),
         Row("lm_head.weight", "vocab <- normed", needs="mlm", tied=False),
-        Row("score.weight", "labels <- normed", needs="score"),
-        Row("classifier.{weight,bias}", "labels <- normed", needs="labels"),
-        Row("qa_outputs.{weight,bias}", "classes <- normed", needs="qa"),
+        *after_norm("score.weight", "labels", "score"),
+        *after_norm("classifier.{weight,bias}", "labels", "labels"),
+        *after_norm("qa_outputs.{weight,bias}", "classes", "qa"),
     ),
     stds={"c_proj.weight": "range 2 layers"},
     ties=(Tie("lm_head.weight", "transformer.wte.weight", needs="mlm"),),

@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from bert2bert.tables.table import Row
 
+
+def after_norm(name: str, features: str, needs: str) -> tuple[Row, Row]:
+    """A map of what the last norm writes: beside a tied language-model head those are the embedding's coordinates."""
+    tied = (("normed", False), ("~embed", True))
+    return tuple(Row(name, f"{features} <- {axis}", needs, tied=is_tied) for axis, is_tied in tied)  # type: ignore[return-value]
+
+
 LABELS = {"labels": "id2label|num_labels|2"}  # the size of the axis
 
 # of BERT and RoBERTa; a choice has one score
@@ -18,9 +25,9 @@ BERT_ROWS = (
 )
 # of Llama and its kin; classes of sequences have no bias, those of tokens have one
 LLAMA_ROWS = (
-    Row("score.weight", "labels <- normed", needs="score"),
+    *after_norm("score.weight", "labels", "score"),
     Row("score.bias", "labels", needs="shift"),
-    Row("qa_outputs.{weight,bias}", "classes <- normed", needs="qa"),
+    *after_norm("qa_outputs.{weight,bias}", "classes", "qa"),
 )
 
 

@@ -8,7 +8,7 @@ layer 0 has no norm before its attention, which reads ``embed``. A layer is glob
 
 from __future__ import annotations
 
-from bert2bert.tables.heads import LABELS, bert_classes
+from bert2bert.tables.heads import LABELS, after_norm, bert_classes
 from bert2bert.tables.table import Row, Table, Tie
 
 _L = "model.layers.{layers}."
@@ -70,8 +70,8 @@ MODERNBERT = Table(
         Row("head.norm.bias", "normed", needs=_ANY, tied=False, when="norm_bias"),
         Row("decoder.weight", "vocab <- normed", needs="mlm", tied=False),
         Row("decoder.bias", "vocab", needs="mlm", when="!decoder_bias=False"),
-        Row("classifier.{weight,bias}", "labels <- normed", needs="labels"),
-        Row("classifier.{weight,bias}", "one <- normed", needs="choice"),
+        *after_norm("classifier.{weight,bias}", "labels", "labels"),
+        *after_norm("classifier.{weight,bias}", "one", "choice"),
     ),
     ties=(Tie("decoder.weight", "model.embeddings.tok_embeddings.weight", needs="mlm"),),
 )  # fmt: skip
