@@ -185,8 +185,7 @@ class Pending:
     # --- before writing ----------------------------------------------------------------------------------------
 
     def _left_over(self) -> bool:
-        """The work is done, but for the last steps of its process, which died. The very last remove the job, then the
-        lock, then the folder."""
+        """The work is done, but for the last steps of its process, which died: the last remove job, lock, folder."""
         try:
             found = set(os.listdir(self.partial))
         except (FileNotFoundError, NotADirectoryError):
