@@ -7,7 +7,7 @@ an optimizer whose states are not known to grow, where the target format keeps t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -38,6 +38,7 @@ from bert2bert.targets import (
 if TYPE_CHECKING:
     from bert2bert.shards.source import Source
     from bert2bert.shards.writing import TargetSpec
+    from bert2bert.tables.base import Parameter
 
 
 def accept(growth: Growth, lossy: bool) -> None:
@@ -75,6 +76,7 @@ def target_spec(growth: Growth, *, form: str, layout: str | None, precision: str
         aliases={named[a]: named[b] for a, b in plan.aliases.items()},
         config=plan.config,
         made_of=_made_of(growth, named),
+        akin={named[n]: model.stored(s) for n, s in _akin(growth, grown).items()},
         reset={named[n] for n, t in plan.tensors.items() if t.reset},
         order=lambda names: _as_in(source, names, form),
         form=form,
@@ -98,6 +100,27 @@ def origins(growth: Growth) -> dict[str, list[str]]:
 def _made_of(growth: Growth, named: dict[str, str]) -> dict[str, list[str]]:
     """The source's tensors that each target tensor is made of, by the names of the files."""
     return {named[n]: [growth.model.stored(s) for s in growth.roots(n)] for n in growth.plan.tensors}
+
+
+def _akin(growth: Growth, grown: Mapping[str, Parameter]) -> dict[str, str]:
+    """To each target tensor that is made of nothing (an inserted block's zeros), the source's tensor of the same kind:
+    of the layer that the rest of its layer is made of, else of any. grown: the target's parameters."""
+    own = growth.model.parameters
+    roots = {name: growth.roots(name) for name in growth.plan.tensors}
+    layers: dict[tuple[str, int | None], int | None] = {}
+    for name, found in roots.items():
+        for root in found:
+            if own[root].depth == grown[name].depth:
+                layers.setdefault((grown[name].depth, grown[name].layer), own[root].layer)
+    at = {(p.pattern, p.layer): name for name, p in reversed(own.items())}
+    of_kind = {p.pattern: name for name, p in reversed(own.items())}
+    akin = {}
+    for name in (n for n, found in roots.items() if not found):
+        p = grown[name]
+        one = at.get((p.pattern, layers.get((p.depth, p.layer))), of_kind.get(p.pattern))
+        if one is not None:
+            akin[name] = one
+    return akin
 
 
 def _as_in(source: Source, names: list[str], form: str) -> list[str]:

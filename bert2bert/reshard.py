@@ -172,6 +172,7 @@ def identity_spec(
         aliases={a: name for a, name in names.aliases.items() if a not in stored and name in stored},
         config=dict(source.config or {}),
         made_of={name: [old] for name, old in stored.items()},
+        akin={},
         reset=set(),
         order=lambda _: [name for group in source.groups for name in group["names"]],
         form=form,

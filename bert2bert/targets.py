@@ -61,6 +61,7 @@ def make_spec(
     aliases: dict[str, str],
     config: dict[str, Any],
     made_of: Mapping[str, Sequence[str]],
+    akin: Mapping[str, str],
     reset: set[str],
     order: Callable[[list[str]], list[str]],
     form: str,
@@ -71,7 +72,8 @@ def make_spec(
     """Everything about the checkpoint to write but its values. Names are those of the files, source's and target's.
 
     members: what decides a tensor's group; known: the source's `known_layout`; made_of: the source's tensors of which
-    each target tensor is made; it goes on with the first's group and step; reset: tensors whose moments start anew;
+    each target tensor is made; it goes on with the first's group and step; akin: to what is made of nothing, the
+    source's tensor whose group it joins; reset: tensors whose moments start anew;
     order: puts the names of the groups that the source has into the order that they are to have; layout: optimizer
     groups (`groups.LAYOUTS`, "source"), None: as the source's are known to be;
     dtypes: of tensors in a Hugging Face folder, by torch's name, where they are not of ``precision``.
@@ -105,11 +107,11 @@ def make_spec(
         raise InvalidConfig(f"--groups source: {source.path} holds weights only, and no optimizer groups; leave it out")
 
     def group_of(name: str) -> int | None:
-        origin = origins[name]
-        return of_name.get(origin) if origin else next(
-            (i for i, g in enumerate(groups) if bool(g.get("weight_decay")) == members[name].decay),
-            0 if groups else None,
-        )  # fmt: skip
+        origin = origins[name] or akin.get(name)
+        if origins[name] or origin in of_name:
+            return of_name.get(origin)
+        alike = (i for i, g in enumerate(groups) if bool(g.get("weight_decay")) == members[name].decay)
+        return next(alike, 0 if groups else None)
 
     def hyper(names: tuple[str, ...], decay: bool) -> dict[str, Any]:
         """The first parameter's group's; in new groups, the decay is that of the first that has any, or none."""
