@@ -84,6 +84,21 @@ def beyond_class(table: Table, config: Mapping[str, Any], heads: frozenset[str])
     ]
 
 
+def short_of_class(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> list[str]:
+    """What to know of tensors that only the class of the config has: from_pretrained draws them, with a warning."""
+    cls = str((config.get("architectures") or [""])[0])
+    if cls not in table.classes:
+        return []
+    there = table.parameters(config, heads)
+    rest = [name for name in table.parameters(config, table.classes[cls]) if name not in there]
+    if not rest:
+        return []
+    return [
+        f"{cls}, which the config names, has {len(rest)} tensors that the source lacks, first {rest[0]}: transformers "
+        "draws them anew, here they are left out, and a strict load needs a model without them"
+    ]
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A Hugging Face config: a JSON file, or a folder that holds config.json, or one of the hub's cache. Raises
     InvalidConfig, InvalidCheckpoint for a folder of the cache that is not whole."""
@@ -204,11 +219,23 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
         )
     for absent, kept in copies.items():
         if not _same(source, canonical[absent], canonical[kept]):
-            if absent in table.parameters({**config, "tie_word_embeddings": False}, heads):
-                return _match(source, {**config, "tie_word_embeddings": False})  # as transformers does, too
+            untied = {**config, "tie_word_embeddings": False}
+            own = table.parameters(untied, heads)
+            lacks = [name for name in own if name not in canonical]
+            if absent in own and not lacks:
+                return _match(source, untied)  # as transformers does, too
+            found = f"{source.path}: {canonical[absent].name} differs from {canonical[kept].name}"
+            if absent in own:  # transformers unties the one and not the other; here both are tied, or neither
+                lack = naming.stored(lacks[0])
+                raise InvalidCheckpoint(
+                    f"{found}, so it is no tied copy, but {lack}, which a model without tied tensors has as well, is "
+                    f"missing.\nIf the difference is meant, store {lack} too, as a copy of "
+                    f"{naming.stored(table.aliases(config, heads).get(lacks[0], lacks[0]))}; if not, remove "
+                    f"{canonical[absent].name}."
+                )
             raise InvalidCheckpoint(
-                f"{source.path}: {canonical[absent].name} differs from {canonical[kept].name}, of which it should be a "
-                f"copy.\nIs this the config of this checkpoint, and are all files of one save?"
+                f"{found}, of which it should be a copy.\nIs this the config of this checkpoint, and are all files of "
+                "one save?"
             )
     gone = [naming.known[name] for name in naming.known if name in left]
     gone += [name for name in source.buffers if source.form == "hub"]
@@ -231,11 +258,11 @@ def _check_adapter(source: Source) -> None:
         )
 
 
-def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare: bool) -> frozenset[str]:
+def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorMeta], bare: bool) -> frozenset[str]:
     """The heads whose tensors are there, and those without own tensors that the class or the outer name tells of.
 
     They are those of the class that explains the stored tensors best, of the config's own where several do, and what
-    there is besides.
+    there is besides: of several heads with these names (a classifier of labels, of choices) those of the stored shapes.
     """
     none = frozenset[str]()
     plain = {*table.parameters(config, none), *table.aliases(config, none)}
@@ -253,7 +280,14 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Iterable[str], bare:
     named = [has for cls in config.get("architectures") or () for name, has in best if name == cls]
     heads = (named or sorted((has for _, has in best), key=len, reverse=not bare))[0]
     besides = there - names[heads][1]
-    return heads | {head for head in every if own(frozenset({head}))[1] & besides}
+    more = {head: own(frozenset({head}))[1] & besides for head in every}
+    fits = set()
+    for head, tensors in more.items():
+        shapes = {name: p.shape for name, p in table.parameters(config, frozenset({head})).items() if name in tensors}
+        if tensors and all(stored[name].shape == shape for name, shape in shapes.items()):
+            fits.add(head)
+    explained = {name for head in fits for name in more[head]}
+    return heads | fits | {head for head, tensors in more.items() if tensors - explained}
 
 
 def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:

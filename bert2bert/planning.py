@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert2bert.checkpoint_model import CheckpointModel, open_model, read_config
+from bert2bert.checkpoint_model import CheckpointModel, open_model, read_config, short_of_class
 from bert2bert.costs import flops_per_token
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, some
 from bert2bert.operators.compose import interpolate
@@ -228,6 +228,7 @@ def said(model: CheckpointModel) -> list[str]:
             told.append(
                 f"{len(renamed)} tensors have other names in the files than in transformers (first {old}: {new})"
             )
+    told += short_of_class(model.table, model.config, model.heads)
     if model.left:
         told.append(f"left out, for no current {model.table.model_type} has them: {some(model.left)}")
     return told

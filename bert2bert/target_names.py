@@ -35,7 +35,7 @@ class Names:
     @classmethod
     def of(cls, source: Source, form: str, config: Mapping[str, Any] | None) -> Names:
         """For a target of this format. config: the source's, where it is known."""
-        from bert2bert.checkpoint_model import beyond_class, class_name, match
+        from bert2bert.checkpoint_model import beyond_class, class_name, match, short_of_class
 
         same = {name: name for name in source.tensors}
         guessed = by_name({name: meta.shape for name, meta in source.tensors.items()}, source.aliases)
@@ -62,10 +62,11 @@ class Names:
             name: class_name(model.table, named, name) if known else model.stored(name)
             for name in (*model.parameters, *model.aliases())
         }
+        said = model.table, model.config, model.heads
         return cls(
             {called[name]: model.stored(name) for name in model.parameters},
             {called[a]: called[k] for a, k in model.aliases().items()},
             {called[name]: parameter for name, parameter in model.parameters.items()},
             model.left,
-            tuple(beyond_class(model.table, model.config, model.heads)) if form != "hub" else (),
+            tuple(short_of_class(*said) + (beyond_class(*said) if form != "hub" else [])),
         )

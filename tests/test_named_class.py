@@ -1,0 +1,98 @@
+"""A folder whose tensors are not those of the class that its config names: others, fewer, or tied ones that differ.
+
+The truth is what transformers' class makes of the folder: what it draws anew, leaves, or unties.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from bert2bert.checkpoint_model import open_model
+from bert2bert.errors import InvalidCheckpoint
+from bert2bert.growth import grow
+from bert2bert.reshard import reshard
+from tests import tiny
+from tests.shards.engines import hf_model
+from tests.test_names import FAMILIES, Tensors, deeper, read, save, silent
+
+TIED = {
+    "bert": ("cls.predictions", "bert.embeddings.word_embeddings.weight"),
+    "roberta": ("lm_head", "roberta.embeddings.word_embeddings.weight"),
+}
+
+
+def _base(folder: Path, name: str) -> str:
+    """A folder of the base model alone, with the config of the full class, whose name is given."""
+    model = hf_model(tiny.config_of(name))
+    inner = transformers.T5EncoderModel(model.config) if name == "t5" else model.base_model
+    inner.save_pretrained(folder)
+    cls = tiny.VARIANTS[name].cls
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [cls]}))
+    return cls
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tensors_that_the_class_would_draw_anew_are_said(name: str, tmp_path: Path) -> None:
+    cls = _base(tmp_path / "s", name)
+    model, info = getattr(transformers, cls).from_pretrained(tmp_path / "s", output_loading_info=True)
+    drawn = {n for n, _ in model.named_parameters()} & info["missing_keys"]  # a tied one is there by its other name
+    lines: list[str] = []
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), form="hub", measure=False,
+         say=lines.append)  # fmt: skip
+    reshard(tmp_path / "s", tmp_path / "z", form="zero", stage=1, world_size=1, say=lines.append)
+    told = [line for text in lines for line in text.splitlines() if "that the source lacks" in line]
+    if not drawn:  # GPT-2's head is the word embedding, which the base model has
+        assert not told
+        return
+    assert len(told) == 2  # by the growth, and by the shards
+    for line in told:
+        assert f"{cls}, which the config names, has {len(drawn)} tensors that the source lacks" in line
+        assert any(f"first {name}: " in line for name in drawn)
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("part,other", [("weight", "bias"), ("bias", "weight")])
+def test_one_of_two_tied_tensors_that_differs_is_named(name: str, part: str, other: str, tmp_path: Path) -> None:
+    """transformers unties the one and keeps the other tied; with both stored it is a model without tied tensors."""
+    head, words = TIED[name]
+    kept = {"weight": words, "bias": f"{head}.bias"}
+
+    def change(t: Tensors) -> Tensors:
+        return t | {f"{head}.decoder.{part}": t[kept[part]] + 1}
+
+    save(tmp_path / "s", name, change)
+    with pytest.raises(InvalidCheckpoint) as error:
+        open_model(tmp_path / "s")
+    text = str(error.value)
+    assert f"{head}.decoder.{part} differs from {kept[part]}" in text
+    assert f"store {head}.decoder.{other} too, as a copy of {kept[other]}" in text and "False" not in text
+    save(tmp_path / "both", name, lambda t: change(t) | {f"{head}.decoder.{other}": t[kept[other]].clone()})
+    theirs = getattr(transformers, tiny.VARIANTS[name].cls).from_pretrained(tmp_path / "both").state_dict()
+    ours = read(tmp_path / "both")
+    assert {f"{head}.decoder.weight", f"{head}.decoder.bias"} <= ours.keys()
+    assert all(torch.equal(value, theirs[n]) for n, value in ours.items())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_classifier_beside_the_head_of_words_is_of_its_own_shape(count: int, tmp_path: Path) -> None:
+    """Classes and choices are called alike; a choice has one score."""
+
+    def change(t: Tensors) -> Tensors:
+        return t | {"classifier.weight": torch.randn(count, width), "classifier.bias": torch.randn(count)}
+
+    config: dict[str, Any] = tiny.config_of("bert")
+    width = config["hidden_size"]
+    save(tmp_path / "s", "bert", change, num_labels=2)
+    ours = read(tmp_path / "s")
+    assert ours["classifier.weight"].shape == (count, width)
+    grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), form="hub", measure=False,
+         say=silent)  # fmt: skip
+    grown = read(tmp_path / "g")
+    assert torch.equal(grown["classifier.weight"], ours["classifier.weight"])
