@@ -13,6 +13,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -39,6 +40,12 @@ _OPENED: dict[str, Callable[[Any], Any]] = {
 }
 _SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
 DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)
+_PAIR = re.compile(rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")
+# what turns CESU-8 into UTF-8; iconv has no name for it, and a half without its other becomes U+FFFD
+_JOIN = (
+    "python3 -c \"import sys; b = sys.stdin.buffer.read().decode('utf-8', 'surrogatepass'); "
+    "sys.stdout.buffer.write(b.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode())\" < FILE > NEW"
+)
 _OLDER = ("windows-1252", "windows-1251", "shift_jis", "gb18030", "euc-kr")
 
 Pieces = Iterator[tuple[str, bool]]
@@ -189,6 +196,11 @@ def _not_utf8(error: UnicodeDecodeError, number: int, foreign: bool) -> str:
     foreign: whether some of them have UTF-8 beyond ASCII."""
     data, at = error.object, error.start
     where = f"byte 0x{data[at]:02x} in line {number + 1 + data[:at].count(10)}"
+    if _PAIR.match(data, at):
+        return (
+            f"{where} begins a UTF-16 pair written half by half (CESU-8, as Java and databases write emoji).\n"
+            f"  Join the halves: {_JOIN}"
+        )
     if foreign or any(byte > 127 for byte in data[:at]):
         return (
             f"{where}, with UTF-8 before it: the file is damaged or mixes encodings.\n"
@@ -204,8 +216,13 @@ def _not_utf8(error: UnicodeDecodeError, number: int, foreign: bool) -> str:
                 read.append(f"{encoding.upper()} {text!r}")
         except UnicodeDecodeError:
             continue
+    if not read:
+        return (
+            f"{where}, which no older encoding that is known explains: the file is damaged.\n"
+            "  Mend that line, or drop what is not UTF-8: iconv -c -f UTF-8 -t UTF-8."
+        )
     return (
-        f"{where}, which is of an older encoding ({'; '.join(read) or 'none that is known'}).\n"
+        f"{where}, which is of an older encoding ({'; '.join(read)}).\n"
         "  Convert it from the one in which that word reads right, for example: iconv -f WINDOWS-1252 -t UTF-8."
     )
 

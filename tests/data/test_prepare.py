@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import lzma
+import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -350,6 +351,18 @@ def test_the_cause_of_a_broken_record_is_shown(
         make(tmp_path / "bins", dataset=str(tmp_path / "bad.jsonl"), heldout_text=[files[1]])
 
 
+def test_the_remedy_for_emoji_in_halves_makes_utf8_of_them(tmp_path: Path) -> None:
+    """The command that the message gives, run as it stands, gives the emoji that Python's own UTF-16 codec joins."""
+    old, new = tmp_path / "old.txt", tmp_path / "new.txt"
+    old.write_bytes("café ".encode() + b"\xed\xa0\xbd\xed\xb8\x80\n")
+    with pytest.raises(InvalidData) as refused:
+        make(tmp_path / "bins", text=[old], heldout_fraction=0.5)
+    remedy = str(refused.value).split("Join the halves: ")[1].splitlines()[0]
+    remedy = remedy.replace("FILE", str(old)).replace("NEW", str(new))
+    subprocess.run(remedy, shell=True, check=True)
+    assert new.read_text() == "café 😀\n"
+
+
 BAD_FILES = [
     ("missing.txt", None, "does not exist"),
     ("empty.txt", b"", r"is empty \(0 bytes\)"),
@@ -359,6 +372,10 @@ BAD_FILES = [
     ("sjis.txt", "ascii\n研究を\n".encode("shift_jis"), r"byte 0x8c in line 2.*SHIFT_JIS '研究を'"),
     ("late.txt", b"line\n" * 40_000 + b"caf\xe9\n", "byte 0xe9 in line 40001"),
     ("mixed.txt", "đến\n".encode() + b"caf\xe9\n", "byte 0xe9 in line 2, with UTF-8 before it: .*damaged"),
+    ("cesu.txt", b"ok \xed\xa0\xbd\xed\xb8\x80\n", r"byte 0xed in line 1 begins a UTF-16 pair .*CESU-8.*\n.*Join the"),
+    ("cesu_late.txt", "đến\n".encode() + b"ok \xed\xa0\xbd\xed\xb8\x80\n", "byte 0xed in line 2 begins a UTF-16 pair"),
+    ("half.txt", b"a\xed\xa0\x80b\n", "byte 0xed in line 1, which no older encoding that is known explains: .*damaged"),
+    ("spanish.txt", b"aqu\xed\xbb dijo\n", "byte 0xed in line 1, .*WINDOWS-1252 'aquí»'"),
     ("cut.txt", "Việt".encode()[:-2], "not UTF-8: byte 0xe1 in line 1"),
     *(
         (f"{name}.txt", "xin chào\n".encode(name), f"is text in {name.upper()}.*iconv -f {name.upper()} -t UTF-8")
