@@ -21,6 +21,11 @@ Start = Callable[..., "Ranks"]
 LONG = ["phases.0.steps=2000", "phases.1.steps=2000", "eval_every=4000", "checkpoint_every=4000"]
 
 
+def hear() -> None:
+    """In a new process: SIGHUP counts, also where the tests themselves were started with nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Ranks:
     """The processes of one run, as a launcher starts them. ``head``: what each does before the program's own lines."""
 
@@ -39,7 +44,9 @@ class Ranks:
             ours |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             env = {**os.environ, **{name: str(value) for name, value in ours.items()}}
             words = [*start, *map(str, command)]
-            self.processes.append(subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
+            self.processes.append(
+                subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, preexec_fn=hear)
+            )
 
     def steps(self) -> int:
         path = self.output / "metrics.jsonl"
@@ -136,8 +143,9 @@ def test_a_lost_terminal_costs_no_checkpoint(recipe: Path, tmp_path: Path) -> No
     output = tmp_path / "run"
     command = ["launch/pretrain.py", "--ds_config", "ds_configs/zero2_cpu.json", "--recipe", recipe, "--output", output]
     process = subprocess.Popen(
-        [sys.executable, *map(str, command), "--set", *LONG], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        [sys.executable, *map(str, command), "--set", *LONG], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, preexec_fn=hear,
+    )  # fmt: skip
     try:
         assert process.stdout is not None
         deadline = time.monotonic() + 100
