@@ -178,7 +178,8 @@ def _prepare(p: ArgumentParser) -> None:
         "--document",
         choices=("file", "blank-line", "line"),
         default="file",
-        help="what ends a document: the file's end (default), a blank line, or every line's end",
+        help="what ends a document: the file's end (default), a blank line, or every line's end; line ends are \\n, "
+        "\\r\\n and \\r, and all are read as \\n, in records too",
     )
     p.add_argument("--seed", type=int, default=0, help="seed that chooses the held-out documents (default: 0)")
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="the bins folder to write")

@@ -15,6 +15,8 @@ from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from bert2bert.data.text import DAMAGED, TABLES, Advance, Pieces, pieces, plain, table
 from bert2bert.errors import InvalidData, did_you_mean
 from bert2bert.files.sniff import describe, sniff
@@ -33,10 +35,13 @@ class Records:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user on how it was read."""
-        missing = self.data.data.column(self.column).null_count
-        if not missing:
-            return ()
-        return (f"dataset {self.label}: {missing:,} of {self.size:,} records have nothing in column '{self.column}'",)
+        text, found = self.data.data.column(self.column), []
+        where = f"of {self.size:,} records"
+        if text.null_count:
+            found.append(f"{text.null_count:,} {where} have nothing in column '{self.column}'")
+        if str(text.type) in ("string", "large_string") and (odd := pc.sum(pc.match_substring(text, "\r")).as_py()):
+            found.append(f"{odd:,} {where} have line ends of Windows (\\r\\n) or \\r, read as \\n, as in text files")
+        return tuple(f"dataset {self.label}: {note}" for note in found)
 
     @property
     def size(self) -> int:

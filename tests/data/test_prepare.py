@@ -327,6 +327,19 @@ def test_records_without_text_are_counted(
     assert "2 of 4 records have nothing in column 'text'" in capsys.readouterr().err
 
 
+def test_line_ends_inside_records_are_read_as_those_of_files_and_it_is_said(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "d.jsonl").write_text('{"text": "a cat\\r\\na mat"}\n{"text": "the\\rcat"}\n{"text": "the cat"}\n')
+    (tmp_path / "d.txt").write_bytes(b"a cat\r\na mat\n\nthe\rcat\n\nthe cat\n")
+    tokenizer = bytewise(tmp_path)
+    make(tmp_path / "r", dataset=str(tmp_path / "d.jsonl"), tokenizer=tokenizer, heldout_text=[files[1]])
+    assert "2 of 3 records have line ends of Windows" in capsys.readouterr().err
+    make(tmp_path / "t", text=[tmp_path / "d.txt"], document="blank-line", tokenizer=tokenizer, heldout_text=[files[1]])
+    assert (tmp_path / "r" / "train.bin").read_bytes() == (tmp_path / "t" / "train.bin").read_bytes()
+
+
 BAD_RECORDS = [
     (b'"fine"\n"so"\n', "line 1 is no JSON record: it holds a str, expected an object"),
     (b'{"text": "fine"}\n{"text": "x\n{"text": "y"}\n', r"line 2 is no JSON record: .*column.*'{\"text\": \"x'"),
