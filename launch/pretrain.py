@@ -71,14 +71,17 @@ def main(argv: list[str] | None = None) -> int:
         options = arguments().parse_args(words)
     rank = launcher.started_as()
     try:
-        from bert2bert.recipe import load_recipe
+        from bert2bert.recipe import current, load_recipe
         from bert2bert.train import ds_config
 
         timeout = launcher.timeout(options.timeout)
         found = launcher.set_up()
         rank = found.rank
         overrides = [*options.set, *([f"data.bins={options.bins}"] if options.bins else [])]
-        recipe = load_recipe(options.recipe, overrides)
+        old = [text for text in overrides if current(text) != text]  # scripts that were written before go on
+        if old and rank == 0:
+            print(f"note: {', '.join(old)}: write {', '.join(map(current, old))}", file=sys.stderr, flush=True)
+        recipe = load_recipe(options.recipe, [current(text) for text in overrides])
         config = ds_config.resolve(ds_config.read(options.ds_config), recipe, found.world)
 
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log is no result

@@ -8,9 +8,22 @@ from bert2bert.recipe.recipe import (
     Recipe,
     Schedule,
     SubModels,
+    current,
     from_dict,
     load_recipe,
     renamed,
 )
 
-__all__ = ["AdamW", "Data", "Full", "Phase", "Recipe", "Schedule", "SubModels", "from_dict", "load_recipe", "renamed"]
+__all__ = [
+    "AdamW",
+    "Data",
+    "Full",
+    "Phase",
+    "Recipe",
+    "Schedule",
+    "SubModels",
+    "current",
+    "from_dict",
+    "load_recipe",
+    "renamed",
+]

@@ -243,6 +243,12 @@ def from_dict(plain: dict[str, Any]) -> Recipe:
     return recipe
 
 
+def current(override: str) -> str:
+    """An override ``key=value`` with its keys as they are called now."""
+    key, equals, value = override.partition("=")
+    return ".".join(RENAMED.get(part, part) for part in key.split(".")) + equals + value
+
+
 def renamed(plain: Any) -> Any:
     """A recipe as an older run recorded it, with its keys as they are called now."""
     if isinstance(plain, dict):

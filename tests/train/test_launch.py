@@ -58,6 +58,7 @@ def test_help_shows_an_example_and_imports_nothing_heavy(name: str, word: str) -
         (["--ds_config", "README.md"], "is no JSON"),
         (["--set", "phases.0.step=1"], "unknown key 'phases.0.step': did you mean 'phases.0.steps'"),
         (["--set", "global_batch_size=96"], "train_micro_batch_size_per_gpu is 64; on 1 ranks that makes 64 rows"),
+        (["--set", "batch_rows=96"], "note: batch_rows=96: write global_batch_size=96\nerror: ds_config: train_micro"),
         (["--set", "optimizer.name=lamb"], "LAMB scales every layer"),
     ],
 )
