@@ -24,7 +24,7 @@ import torch
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_check
 from bert2bert.files.sniff import describe, sniff
-from bert2bert.files.unpickle import STORAGES, Bare, Name, Object, Storage, Unpickler, Unsafe, Unsupported
+from bert2bert.files.unpickle import STORAGES, Bare, Name, Object, Storage, Unpickler, Unsafe
 
 _NODES, _NODES_A_BYTE = 10_000, 16  # values that a structure may unfold to: it can name one many times over
 
@@ -146,11 +146,6 @@ def _load(path: Path, checked: torch_check.Checked, plain: Collection[str] | Non
 
 def _unreadable(path: Path, error: Exception) -> InvalidCheckpoint:
     reason = (str(error).strip().splitlines() or [""])[0][:200] if isinstance(error, pickle.UnpicklingError) else ""
-    if isinstance(error, Unsupported):
-        return InvalidCheckpoint(
-            f"{path}: not readable: an object in it, most likely of the client state, does what is not supported "
-            f"({reason}). Save the client state with plain types (numbers, strings, lists, dicts, tensors)."
-        )
     return InvalidCheckpoint(
         f"{path}: not readable as a torch file ({reason or type(error).__name__}). Copy it again from where it was "
         "written."
@@ -206,8 +201,6 @@ def _plain(value: Any, budget: _Budget) -> Any:
 
 def _opened(found: Object, budget: _Budget) -> Any:
     """An object of a known class as a plain value."""
-    if isinstance(found.made_by, Object):  # what a call gave is of no known class
-        return _opened(found.made_by, budget)
     name = str(found.made_by)
     if name in _INERT:
         state = found.state if isinstance(found.state, dict) else {}

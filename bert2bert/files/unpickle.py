@@ -1,12 +1,11 @@
 """Read a pickle without running it: only tensors and plain containers come to life.
 
 Whatever else a file names, a class or a function, is never imported and never called: it becomes a `Name`, and what the
-file would have made with it an inert `Object`, which remembers how it was to be made. `torch_writer` writes it back so,
+file would have made with it an inert `Object`, which remembers how it was to be made. `frames` can write it back so,
 which restores the real thing in the program that the file is for, and runs nothing here.
 
 Refuses (pickle.UnpicklingError) names whose only use in a file is to run code, and operations on what is neither a
-plain container nor an `Object`. Longer than other modules: what comes to life, what never does and how the rest is kept
-are read together.
+plain container nor an `Object`.
 """
 
 from __future__ import annotations
@@ -64,10 +63,6 @@ class Unsafe(pickle.UnpicklingError):
     """A file names what runs code; ``args[0]`` is the `Name`."""
 
 
-class Unsupported(pickle.UnpicklingError):
-    """A file calls what is neither a name nor an `Object`, or gives it no tuple of arguments."""
-
-
 class Bare:
     """No state was given (None can be one)."""
 
@@ -80,7 +75,7 @@ class Object:
     given then, as in the tuple of `object.__reduce__`.
     """
 
-    made_by: Name | Object
+    made_by: Name
     args: tuple[Any, ...]
     new: bool | dict[str, Any] = False
     state: Any = Bare
@@ -89,7 +84,6 @@ class Object:
 
     def parts(self) -> Iterator[Any]:
         """Everything inside it."""
-        yield from (self.made_by,) if isinstance(self.made_by, Object) else ()
         yield from self.args
         yield from self.new.values() if isinstance(self.new, dict) else ()
         yield from (self.state,) if self.state is not Bare else ()
@@ -102,7 +96,7 @@ def foreign(tree: Any) -> set[Name]:
     found: set[Name] = set()
     for value in walk(tree):
         if isinstance(value, Object):
-            found.update((value.made_by,) if isinstance(value.made_by, Name) else ())
+            found.add(value.made_by)
         elif isinstance(value, Name):
             found.add(value)
     return found
@@ -192,21 +186,6 @@ _MAKE: dict[Name, Callable[..., Any]] = {
 """What comes to life."""
 
 
-def _checked(named: Name) -> Name:
-    """The name; raises Unsafe if it is one of code, also where it is reached through another (`torch.os.system`)."""
-    inner = named.name.split(".")
-    paths = [f"{named.module}.{named.name}", *(".".join(inner[start:]) for start in range(len(inner) - 1))]
-    parents = itertools.accumulate(named.module.split("."), "{}.{}".format)
-    reached = (path for whole in paths for path in itertools.accumulate(whole.split("."), "{}.{}".format))
-    if any(p in _CODE for p in parents) or any(p in _CODE for p in reached) or _GATES & set(inner):
-        raise Unsafe(named)
-    return named
-
-
-_GATES = {"__builtins__", "__globals__", "__subclasses__", "__import__", "__getattribute__"}
-"""Attributes by which any object leads to code."""
-
-
 class Unpickler(pickle._Unpickler):
     """See the module. ``load_storage(key, kind, numel)`` gives what the file's persistent names stand for."""
 
@@ -229,16 +208,14 @@ class Unpickler(pickle._Unpickler):
         found = getattr(torch, name, None) if module == "torch" else None
         if isinstance(found, torch.dtype | torch.layout | torch.memory_format | torch.qscheme):
             return found
-        return _checked(Name(module, name))
+        whole, parents = Name(module, name), itertools.accumulate(module.split("."), "{}.{}".format)
+        if f"{module}.{name}" in _CODE or any(parent in _CODE for parent in parents):
+            raise Unsafe(whole)
+        return whole
 
     def _make(self, made_by: Any, args: Any, new: bool | dict[str, Any]) -> None:
-        if not isinstance(made_by, Name | Object) or type(args) is not tuple:
-            raise Unsupported(f"it calls a {type(made_by).__name__}")
-        if made_by == Name("builtins", "getattr") and len(args) == 2 and isinstance(args[1], str):
-            if isinstance(args[0], Name):  # a class inside a class, or a function of one
-                self.append(_checked(Name(args[0].module, f"{args[0].name}.{args[1]}")))
-                return
-            _checked(Name("", args[1]))
+        if not isinstance(made_by, Name) or type(args) is not tuple:
+            raise pickle.UnpicklingError(f"it calls a {type(made_by).__name__}")
         make = _MAKE.get(made_by) if not isinstance(new, dict) else None
         self.append(make(*args) if make else Object(made_by, args, new))
 

@@ -21,9 +21,8 @@ import shutil
 import subprocess
 import sys
 import uuid
-import zoneinfo
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,46 +83,6 @@ class Table(dict[str, int]):
         self.note = "x"
 
 
-class Trainer:
-    class Mode(enum.Enum):
-        TRAIN = "train"
-
-    class Parts(enum.Flag):
-        A = 1
-        B = 2
-
-    @dataclasses.dataclass
-    class Args:
-        lr: float = 1e-3
-
-    class Record(NamedTuple):
-        step: int
-
-    class Table(dict[str, int]):
-        pass
-
-    @classmethod
-    def make(cls) -> None:
-        pass
-
-
-class Keyword:
-    """Made by keyword only, which protocol 2 writes as a call of what a call gave."""
-
-    def __new__(cls, *, a: int) -> Keyword:
-        made = super().__new__(cls)
-        made.a = a  # type: ignore[attr-defined]
-        return made
-
-    def __getnewargs_ex__(self) -> Any:
-        return (), {"a": self.a}  # type: ignore[attr-defined]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Keyword) and vars(self) == vars(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 class Loud:
     """Runs when it is made and when it is given its state."""
 
@@ -161,10 +120,6 @@ def cyclic() -> Settings:
 
 
 VALUES: dict[str, Any] = {
-    "nested": [
-        Trainer.Mode.TRAIN, Trainer.Parts.A | Trainer.Parts.B, Trainer.Args(), Trainer.Record(1), Trainer.Table(a=1),
-    ],
-    "calls": [Trainer.Args, Trainer.make, Keyword(a=2), zoneinfo.ZoneInfo("UTC")],
     "enumeration": [Colour.RED, Level.HIGH, Flags.A | Flags.B],
     "times": [datetime.datetime(2024, 5, 6, 7, tzinfo=datetime.timezone.utc), datetime.timedelta(1), datetime.date.min],
     "containers": [
