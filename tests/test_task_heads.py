@@ -153,7 +153,7 @@ def test_which_of_two_heads_of_the_same_names(tmp_path: Path) -> None:
     assert open_model(tmp_path).heads == {"pooler", "choice"}
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": None}))
-    with pytest.raises(InvalidCheckpoint, match="axis 'labels': 1 features, expected 2"):
+    with pytest.raises(InvalidCheckpoint, match=r"classifier.weight has 1 rows.*\n.*num_labels to 1"):
         open_model(tmp_path)
 
 
@@ -164,3 +164,72 @@ def test_what_pools_must_agree_where_something_is_pooled(tmp_path: Path) -> None
         grow(tmp_path / "small", tmp_path / "big", target, format="hub", say=quiet)
     save(tmp_path / "bare", "ModernBertModel")
     grow(tmp_path / "bare", tmp_path / "bare-big", target, format="hub", say=quiet)
+
+
+def logits(folder: Path, cls: str) -> torch.Tensor:
+    """Of transformers' class of the folder, in float64; all its tensors are there."""
+    model, info = getattr(transformers, cls).from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
+    assert not info["missing_keys"], info
+    model.config._experts_implementation = "eager"
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(torch.arange(1, 7)[None]).logits
+    return found
+
+
+def name_class(folder: Path, cls: str | None) -> dict[str, Any]:
+    """The folder's config, which from now on names another class."""
+    file = folder / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text()) | {"architectures": [cls] if cls else None}
+    file.write_text(json.dumps(config))
+    return config
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    "head,words",
+    [
+        ("Qwen2ForSequenceClassification", "Qwen2ForCausalLM"),
+        ("Qwen3ForTokenClassification", "Qwen3ForCausalLM"),
+        ("LlamaForSequenceClassification", "LlamaForCausalLM"),
+        ("MixtralForTokenClassification", "MixtralForCausalLM"),
+        ("GPT2ForSequenceClassification", "GPT2LMHeadModel"),
+        ("GPT2ForTokenClassification", "GPT2LMHeadModel"),
+        ("ModernBertForSequenceClassification", "ModernBertForMaskedLM"),
+    ],
+)
+def test_a_tied_head_of_words_beside_another_is_kept(head: str, words: str, named: bool, tmp_path: Path) -> None:
+    """transformers' class of words misses nothing in such a folder: its head is the word embedding."""
+    config = tiny.config_of(
+        head, tie_word_embeddings=True, pad_token_id=0, **({"decoder_bias": False} if "Modern" in head else {})
+    )
+    model = getattr(transformers, head)._from_config(transformers.AutoConfig.for_model(**config))
+    tiny.scramble(model)
+    model.save_pretrained(tmp_path / "small")
+    config = name_class(tmp_path / "small", words if named else None)
+    grow(tmp_path / "small", tmp_path / "big", goal(tmp_path / "big.json", config), format="hub",
+         width="fpi:choice=left", measure=False, say=quiet)  # fmt: skip
+    for cls in (words, head):
+        old, new = logits(tmp_path / "small", cls), logits(tmp_path / "big", cls)
+        # the files are float32: the tensors are rounded, what is computed of them is not
+        assert gap(new, old, SPARE * unit(torch.float32) * largest(old)) <= ROUNDING, cls
+
+
+def test_a_tied_head_of_words_that_cannot_grow_beside_another_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "t5", "T5ForQuestionAnswering")
+    assert open_model(tmp_path / "t5").heads == {"decoder", "qa"}
+    name_class(tmp_path / "t5", "T5ForConditionalGeneration")
+    with pytest.raises(InvalidCheckpoint, match=r"names T5ForCond.*qa_outputs.*\n.*T5ForQuestionAnswering"):
+        open_model(tmp_path / "t5")
+    save(tmp_path / "modern", "ModernBertForSequenceClassification")
+    name_class(tmp_path / "modern", "ModernBertForMaskedLM")
+    with pytest.raises(InvalidCheckpoint, match=r"classifier.*lacks only decoder.bias.*\n.*store decoder.bias"):
+        open_model(tmp_path / "modern")
+
+
+def test_the_number_of_labels_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    config = tiny.config_of("llama")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "score.weight": torch.randn(1, config["hidden_size"])}, file, {"format": "pt"})
+    with pytest.raises(InvalidCheckpoint, match=r"num_labels=2, the default.*score.weight has 1 rows.*\n.*to 1"):
+        open_model(tmp_path)

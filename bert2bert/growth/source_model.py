@@ -260,6 +260,7 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
                 f"{found}, of which it should be a copy.\nIs this the config of this checkpoint, and are all files of "
                 "one save?"
             )
+    _check_words(source, table, config, canonical, heads)
     gone = [naming.known[name] for name in naming.known if name in left]
     gone += [name for name in source.buffers if source.format == "hub"]
     return CheckpointModel(source, dict(config), table, heads, parameters, naming, tuple(gone))
@@ -314,8 +315,35 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorM
     # A head that is all tied has no tensors to show: the class that the config names has it, whatever else is stored.
     told = [table.classes[cls] for cls in (config.get("architectures") or ())[:1] if cls in table.classes]
     # Where it names none, both functions are kept; a classifier of T5 has no rows beside a tied head.
-    tied = [has for has, (tensors, _) in names.items() if not tensors and not bare and len(table.depth) == 1]
+    tied = [has for has in names if "mlm" in has and not bare and len(table.depth) == 1]
     return heads.union(*(has for has in told or tied if names[has][0] <= set(stored)))
+
+
+def _check_words(
+    source: Source, table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorMeta], heads: frozenset[str]
+) -> None:
+    """Refuse (InvalidCheckpoint) a head beside one of words, where the table has no rows for both (a T5's decoder), or
+    where the words' one, of the class in the config, lacks only biases: transformers starts those at 0 and has it."""
+    cls = (config.get("architectures") or [""])[0]
+    more = table.classes.get(cls, frozenset[str]())
+    words = table.parameters(config, heads | more if "mlm" in more else heads)
+    lacks = [name for name in words if name not in stored]
+    alone = table.parameters(config, heads - {"mlm"})
+    other = [name for name in alone if name not in table.parameters(config, more | {"mlm"})]
+    if "mlm" in heads:
+        beside = {head for has in table.classes.values() if "decoder" in has for head in has - {"decoder", "mlm"}}
+        clash = heads & beside and any(p.spec != words[name].spec for name, p in alone.items())
+    else:
+        clash = "mlm" in more and table.tied(config) and all(name.endswith(".bias") for name in lacks)
+    if not clash or not other:
+        return
+    fits = ", ".join(name for name, has in table.classes.items() if has == heads - {"mlm"})
+    do = f"store {lacks[0]}, zeros" if lacks else f"remove {stored[other[0]].name} and its like"
+    raise InvalidCheckpoint(
+        f"{source.path}: the config's architectures names {cls or 'no class'}, whose head of words reads the same norm "
+        f"as {stored[other[0]].name}{f' and lacks only {lacks[0]}' if lacks else ''}: these cannot grow together.\n"
+        f"For the other head, name its class in architectures{f' ({fits})' if fits else ''}; for the words, {do}."
+    )
 
 
 def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:
@@ -331,6 +359,14 @@ def _shape_error(
 ) -> str:
     text = f"{source.path}: {parameter.name}   {parameter.spec}\n  the checkpoint has {found}, the config expects "
     text += f"{parameter.shape}."
+    if "labels" in parameter.spec and found[1:] == parameter.shape[1:]:
+        count, labels = config.get("num_labels", "2, the default"), config.get("id2label")
+        says = f"num_labels={count}" if labels is None else f"id2label of {len(labels)}"
+        return text + (
+            f"\n  The config has {says}, {parameter.name} has {found[0]} rows, one a label.\n  Set "
+            f"num_labels to {found[0]} in the config (and id2label, if it is there), or remove {parameter.name} if "
+            "no head reads it."
+        )
     for dim, have, want in zip(axes.parse(parameter.spec), found, parameter.shape, strict=False):
         if have != want:
             named = [a.axis for product in dim for a in product]
