@@ -74,15 +74,20 @@ class CheckpointModel:
         return self.source.read(self.stored(name), state, start, stop)
 
 
+def named_class(config: Mapping[str, Any]) -> str:
+    """The class that a config names, the first where it names several; "" for none."""
+    return str((config.get("architectures") or [""])[0])
+
+
 def class_name(table: Table, config: Mapping[str, Any], name: str) -> str:
     """A canonical tensor's name in the class that a config names."""
-    return table.in_class(name, str((config.get("architectures") or [""])[0]))
+    return table.in_class(name, named_class(config))
 
 
 def beyond_class(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> list[str]:
     """What to know of tensors that the class of the config does not have, which keeps a strict load from succeeding:
     from_pretrained leaves them, as roberta-base's pooler."""
-    cls = str((config.get("architectures") or [""])[0])
+    cls = named_class(config)
     if cls not in table.classes:
         return []
     own = table.parameters(config, table.classes[cls])
@@ -97,7 +102,7 @@ def beyond_class(table: Table, config: Mapping[str, Any], heads: frozenset[str])
 
 def short_of_class(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> list[str]:
     """What to know of tensors that only the class of the config has: from_pretrained draws them, with a warning."""
-    cls = str((config.get("architectures") or [""])[0])
+    cls = named_class(config)
     if cls not in table.classes:
         return []
     there = table.parameters(config, heads)
@@ -268,8 +273,7 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
 
 def _ignored(table: Table, config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
     """Tensors that transformers leaves unread without a word: of any class, or of that which the config names."""
-    classes = ["", *(config.get("architectures") or ())[:1]]
-    patterns = [pattern for name in classes for pattern in table.ignores.get(name, ())]
+    patterns = [pattern for name in {"", named_class(config)} for pattern in table.ignores.get(name, ())]
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
@@ -313,7 +317,8 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorM
     explained = {name for head in fits for name in more[head]}
     heads |= fits | {head for head, tensors in more.items() if tensors - explained}
     # A head that is all tied has no tensors to show: the class that the config names has it, whatever else is stored.
-    told = [table.classes[cls] for cls in (config.get("architectures") or ())[:1] if cls in table.classes]
+    cls = named_class(config)
+    told = [table.classes[cls]] if cls in table.classes else []
     # Where it names none, both functions are kept; a classifier of T5 has no rows beside a tied head.
     tied = [has for has in names if "mlm" in has and not bare and len(table.depth) == 1]
     return heads.union(*(has for has in told or tied if names[has][0] <= set(stored)))
@@ -324,7 +329,7 @@ def _check_words(
 ) -> None:
     """Refuse (InvalidCheckpoint) a head beside one of words, where the table has no rows for both (a T5's decoder), or
     where the words' one, of the class in the config, lacks only biases: transformers starts those at 0 and has it."""
-    cls = (config.get("architectures") or [""])[0]
+    cls = named_class(config)
     more = table.classes.get(cls, frozenset[str]())
     words = table.parameters(config, heads | more if "mlm" in more else heads)
     lacks = [name for name in words if name not in stored]

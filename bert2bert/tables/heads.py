@@ -11,8 +11,7 @@ from bert2bert.tables.table import Row
 
 def after_norm(name: str, features: str, needs: str) -> tuple[Row, Row]:
     """A map of what the last norm writes: beside a tied language-model head those are the embedding's coordinates."""
-    tied = (("normed", False), ("~embed", True))
-    return tuple(Row(name, f"{features} <- {axis}", needs, tied=is_tied) for axis, is_tied in tied)  # type: ignore[return-value]
+    return Row(name, f"{features} <- normed", needs, tied=False), Row(name, f"{features} <- ~embed", needs, tied=True)
 
 
 LABELS = {"labels": "id2label|num_labels|2"}  # the size of the axis
