@@ -49,10 +49,11 @@ from parity import (
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader
 from bert2bert.model.batch import IGNORE, Batch
-from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
+from bert2bert.model.core import Core
 from bert2bert.model.flops import peak_flops, step_flops
 from bert2bert.model.program import full
+from bert2bert.model.registry import build
 from bert2bert.ranks.launcher import set_up
 from bert2bert.recipe import AdamW
 from bert2bert.terminal.arguments import Parser
@@ -116,7 +117,7 @@ def ours(engine: Any, program: Any, config: BertConfig, lr: float) -> Callable[[
     return run
 
 
-def bare(model: Bert, optimizer: Bare, device: torch.device) -> Callable[[Batch], float]:
+def bare(model: Core, optimizer: Bare, device: torch.device) -> Callable[[Batch], float]:
     def run(batch: Batch) -> float:
         predicted = int((batch.labels != IGNORE).sum())
         loss = model(batch.to(device, non_blocking=True)).loss
@@ -155,8 +156,8 @@ def speeds(
     config, adam = model_dict(size, seq_len, dropout=0.1), AdamW(lr=1e-4)
     torch._dynamo.reset()  # else sizes that differ from the last model's would be compiled as dynamic ones
 
-    def model() -> Bert:
-        built = Bert(BertConfig.from_hf(config)).to(device)
+    def model() -> Core:
+        built = build(config).to(device)
         built.compile_layers(backend(device))
         return built
 

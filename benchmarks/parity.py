@@ -24,8 +24,8 @@ from bert2bert.data.loader import MaskedLoader
 from bert2bert.model.attention import attend, plan_padding, uses_kernel
 from bert2bert.model.batch import Batch
 from bert2bert.model.bert import Bert, label_loss
-from bert2bert.model.config import BertConfig
 from bert2bert.model.program import LayerProgram, full
+from bert2bert.model.registry import build
 from bert2bert.recipe import AdamW, Data, Phase, Recipe
 
 Checks = Iterator[tuple[str, float, float]]
@@ -149,14 +149,14 @@ def model_parity(size: str, seq_len: int, bins: TokenBins, device: torch.device)
     config = model_dict(size, seq_len, dropout=0.0)
     rows, learning = 4, SIZES[size][3]
     batch = next(MaskedLoader(bins, "train", seq_len, rows, 0, 1, seed=0)).to(device)
-    exact = Bert(BertConfig.from_hf(config)).to(device).eval()
+    exact = build(config).to(device).eval()
     with torch.no_grad():  # fresh biases of 0 and gains of 1 would hide mistakes; the same weights in every precision
         for name, p in exact.named_parameters():
             p.copy_((p + (0.1 if "LayerNorm" in name else 0.02) * torch.randn_like(p)).bfloat16())
     weights = exact.double().state_dict()
 
     def ours(dtype: torch.dtype) -> Bert:
-        model = Bert(BertConfig.from_hf(config)).to(device, dtype).eval()
+        model = build(config).to(device, dtype).eval()
         model.load_state_dict(weights)
         return model
 
@@ -197,9 +197,9 @@ def engine_parity(size: str, seq_len: int, bins: TokenBins, device: torch.device
 
     config, adam, rows = model_dict(size, seq_len, dropout=0.0), AdamW(lr=1e-3, eps=1e-3, weight_decay=0.01), 4
     batch = next(MaskedLoader(bins, "train", seq_len, rows, 0, 1, seed=0)).to(device)
-    model = Bert(BertConfig.from_hf(config)).bfloat16().float().to(device)  # master weights begin as bf16 weights
+    model = build(config).bfloat16().float().to(device)  # master weights begin as bf16 weights
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    other = Bert(BertConfig.from_hf(config)).to(device)
+    other = build(config).to(device)
     other.load_state_dict(model.state_dict())
     bare = Bare(other, adam, clip=1.0)
     engine = make_engine(config, model, bins, seq_len, rows, adam)

@@ -25,7 +25,7 @@ ALLOWED = {
     "growth": ("operators", "tables", "algebra", "checkpoints", "files", "errors"),
     "growths": ("growth", "operators", "errors"),
     "measure": ("growth", "tables", "algebra", "checkpoints", "files", "data", "model", "errors"),
-    "model": ("errors",),
+    "model": ("tables", "errors"),
     "recipe": ("model.config", "model.program", "errors"),
     "data": ("model.batch", "files.sniff", "terminal", "errors"),
     "train": ("recipe", "data", "model", "tables", "checkpoints", "ranks", "files", "errors"),

@@ -1,4 +1,4 @@
-"""Full (bidirectional) self-attention over flat, packed tokens: one dispatcher, two ways to compute it.
+"""Self-attention over flat, packed tokens, full, causal or within a window: one dispatcher, two ways to compute it.
 
 * The variable-length flash kernel of torch (`torch.nn.attention.varlen`): CUDA of compute capability 8.0 or newer, bf16
   or fp16, head size a multiple of 8 up to 256, no dropout on the attention probabilities (the kernel has none).
@@ -20,16 +20,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bert2bert.model.config import BertConfig
-
 _KERNEL_ARGUMENTS = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
 
 
+Span = tuple[int, int]
+"""Which tokens of its sequence a token sees: so many before and so many after it, beside itself; -1: all of them."""
+
+FULL: Span = (-1, -1)
+CAUSAL: Span = (-1, 0)
+
+
 class Padding(NamedTuple):
-    """How flat tokens spread to rows of `length` slots: slots, int64 [T], is row * length + column of each token; mask,
-    bool [rows, 1, 1, length], is True at tokens. Both are None where every sequence fills its row."""
+    """How flat tokens spread to rows of `length` slots. slots: int64 [T], row * length + column of each token, None
+    where every sequence fills its row. mask: bool, broadcasts to [rows, 1, length, length], True where a query (third
+    dim) sees a key; None where all see all, and for `CAUSAL`, which lets no token see the padding behind it."""
 
     length: int
+    rows: int
     slots: Tensor | None
     mask: Tensor | None
 
@@ -39,7 +46,7 @@ def _kernel() -> Callable[..., Any] | None:
     """torch's varlen_attn, to be called with its seven positional arguments, or None where torch has no such kernel.
 
     Those seven have been the same since torch 2.10; what follows them changes between releases (`is_causal` gave way to
-    `window_size`), but full attention is the default in all of them.
+    `window_size`, `enable_gqa` came), but full attention is the default in all of them.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -73,12 +80,22 @@ def _flash_device(index: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
-def uses_kernel(device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float, training: bool) -> bool:
+def _names() -> tuple[str, ...]:
+    """The kernel's arguments; none where there is no kernel."""
+    kernel = _kernel()
+    return () if kernel is None else tuple(inspect.signature(kernel).parameters)
+
+
+def uses_kernel(
+    device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float, training: bool, span: Span = FULL
+) -> bool:
     """Whether `attend` takes the variable-length kernel for such queries, else padded attention."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_size > 256 or head_size % 8:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
     if not _flash_device(index) or _kernel() is None:
+        return False
+    if span != FULL and "window_size" not in _names() and (span != CAUSAL or "is_causal" not in _names()):
         return False
     if training and dropout_p > 0:
         _warn_dropout()
@@ -86,15 +103,16 @@ def uses_kernel(device: torch.device, dtype: torch.dtype, head_size: int, dropou
     return True
 
 
-def plan_padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Padding:
-    """The padding of `tokens` flat tokens; computed once per forward and used by every layer.
+def plan_padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int, span: Span = FULL) -> Padding:
+    """The padding of `tokens` flat tokens; computed once per forward and used by every layer of that span.
 
     Empty sequences (the repeated tail of cu_seqlens) take no row. Reads the lengths from the device unless the counts
     alone show that all sequences are of equal length. Raises ValueError when cu_seqlens does not describe the tokens.
     """
     if cu_seqlens.device.type != "cpu" and (cu_seqlens.numel() - 1) * max_seqlen == tokens:
         # S sequences of at most max_seqlen make up S * max_seqlen tokens; on the CPU reading and checking costs nothing
-        return Padding(max_seqlen, None, None)
+        rows = cu_seqlens.numel() - 1
+        return Padding(max_seqlen, rows, None, _within(max_seqlen, span, cu_seqlens.device))
     offsets = cu_seqlens.long()
     lengths = offsets.diff()
     lengths = lengths[lengths != 0]
@@ -104,16 +122,39 @@ def plan_padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Padding:
             f"cu_seqlens describes {len(sizes)} sequences of lengths {sizes[:8]}{'…' * (len(sizes) > 8)}, {sum(sizes)} "
             f"tokens in all; expected {tokens} tokens in sequences of at most max_seqlen {max_seqlen}"
         )
-    length = max(sizes)
+    length, rows = max(sizes), len(sizes)
+    near = _within(length, span, offsets.device)
     if min(sizes) == length:
-        return Padding(length, None, None)
-    row = torch.repeat_interleave(torch.arange(len(sizes), device=offsets.device), lengths, output_size=tokens)
+        return Padding(length, rows, None, near)
+    row = torch.repeat_interleave(torch.arange(rows, device=offsets.device), lengths, output_size=tokens)
     column = torch.arange(tokens, device=offsets.device) - (lengths.cumsum(0) - lengths)[row]
-    mask = torch.arange(length, device=offsets.device) < lengths[:, None]
-    return Padding(length, row * length + column, mask[:, None, None, :])
+    mask = near
+    if span[1]:  # else padding, which comes last, is seen by none
+        mask = (torch.arange(length, device=offsets.device) < lengths[:, None])[:, None, None, :]
+        if near is not None:  # a place of padding that saw no token at all would make gradients that are no numbers
+            mask = near & (mask | torch.eye(length, dtype=torch.bool, device=offsets.device))
+    return Padding(length, rows, row * length + column, mask)
 
 
-def padding_for(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, config: BertConfig, training: bool) -> Padding | None:
+def _within(length: int, span: Span, device: torch.device) -> Tensor | None:
+    """bool [length, length]: True where a query (row) sees a key; None where a mask is not needed."""
+    before, after = (length if side < 0 else side for side in span)
+    if before >= length - 1 and (after >= length - 1 or after == 0):
+        return None
+    place = torch.arange(length, device=device)
+    ahead = place - place[:, None]
+    return (ahead <= after) & (ahead >= -before)
+
+
+def padding_for(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    head_size: int,
+    dropout_p: float,
+    training: bool,
+    span: Span = FULL,
+) -> Padding | None:
     """The padding that the layers of one forward share, or None where they will use the kernel.
 
     x: [T, hidden], what enters the layers; under autocast its dtype is not that of the queries. Planned outside of the
@@ -121,9 +162,9 @@ def padding_for(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, config: BertConf
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if uses_kernel(x.device, dtype, config.head_size, config.attention_probs_dropout_prob, training):
+    if uses_kernel(x.device, dtype, head_size, dropout_p, training, span):
         return None
-    return plan_padding(cu_seqlens, max_seqlen, x.shape[0])
+    return plan_padding(cu_seqlens, max_seqlen, x.shape[0], span)
 
 
 def attend(
@@ -135,29 +176,46 @@ def attend(
     dropout_p: float = 0.0,
     training: bool = False,
     padding: Padding | None = None,
+    span: Span = FULL,
 ) -> Tensor:
-    """softmax(q kᵀ / √d) v inside each sequence; every token sees all tokens of its own sequence.
+    """softmax(q kᵀ / √d) v inside each sequence; a token sees those tokens of its own sequence that `span` says.
 
-    q, k, v: [T, heads, d], flat tokens. cu_seqlens: int32 [S + 1], offsets from 0 to T, the tail may repeat T.
-    max_seqlen: no sequence is longer. dropout_p: on the attention probabilities, in training only.
-    padding: what plan_padding returns, when the caller knows it already and the kernel is not to be used.
+    q: [T, heads, d], k, v: [T, key-value heads, d], flat tokens; query head i reads key-value head i // (heads /
+    key-value heads). cu_seqlens: int32 [S + 1], offsets from 0 to T, the tail may repeat T. max_seqlen: no sequence is
+    longer. dropout_p: on the attention probabilities, in training only. padding: what plan_padding returns for the same
+    span, when the caller knows it already and the kernel is not to be used.
     Returns [T, heads, d]. Raises ValueError when cu_seqlens does not describe the tokens.
     """
     if padding is None:
-        if uses_kernel(q.device, q.dtype, q.shape[-1], dropout_p, training) and (kernel := _kernel()) is not None:
-            return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        padding = plan_padding(cu_seqlens, max_seqlen, q.shape[0])
-    return _padded(q, k, v, padding, dropout_p if training else 0.0)
+        kernel = _kernel()
+        if kernel is not None and uses_kernel(q.device, q.dtype, q.shape[-1], dropout_p, training, span):
+            options, group = _options(span), q.shape[1] // k.shape[1]
+            if group > 1:
+                k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+            return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+        padding = plan_padding(cu_seqlens, max_seqlen, q.shape[0], span)
+    return _padded(q, k, v, padding, dropout_p if training else 0.0, span)
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Padding, dropout_p: float) -> Tensor:
-    length, slots, mask = padding
+@functools.cache
+def _options(span: Span) -> dict[str, Any]:
+    """The keyword arguments by which the kernel of the installed torch keeps to a span."""
+    if span == FULL:
+        return {}
+    return {"window_size": span} if "window_size" in _names() else {"is_causal": True}
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Padding, dropout_p: float, span: Span) -> Tensor:
+    length, rows, slots, mask = padding
 
     def spread(x: Tensor) -> Tensor:
-        if slots is not None and mask is not None:
-            x = x.new_zeros(mask.shape[0] * length, *x.shape[1:]).index_copy(0, slots, x)
+        if slots is not None:
+            x = x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, slots, x)
         return x.reshape(-1, length, *x.shape[1:]).transpose(1, 2)
 
-    out = scaled_dot_product_attention(spread(q), spread(k), spread(v), attn_mask=mask, dropout_p=dropout_p)
+    out = scaled_dot_product_attention(
+        spread(q), spread(k), spread(v), attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None and not span[1],
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
     out = out.transpose(1, 2).reshape(-1, *q.shape[1:])
     return out if slots is None else out.index_select(0, slots)

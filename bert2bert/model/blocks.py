@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert2bert.model.attention import Padding, attend
+from bert2bert.model.attention import attend
 from bert2bert.model.config import BertConfig
+from bert2bert.model.core import Shared
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -51,10 +52,13 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: Padding | None) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
         shape = (x.shape[0], self.heads, -1)
         q, k, v = self.query(x).view(shape), self.key(x).view(shape), self.value(x).view(shape)
-        return attend(q, k, v, cu_seqlens, max_seqlen, self.dropout_p, self.training, padding).flatten(1)
+        out = attend(
+            q, k, v, shared.cu_seqlens, shared.max_seqlen, self.dropout_p, self.training, shared.padding
+        )  # fmt: skip
+        return out.flatten(1)
 
 
 class Residual(nn.Module):
@@ -78,8 +82,8 @@ class Attention(nn.Module):
         self.self = SelfAttention(config)
         self.output = Residual(config.hidden_size, config)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: Padding | None) -> Tensor:
-        return self.output(self.self(x, cu_seqlens, max_seqlen, padding), x)
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        return self.output(self.self(x, shared), x)
 
 
 class Intermediate(nn.Module):
@@ -95,7 +99,7 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """One Transformer block: [T, hidden] -> [T, hidden]. cu_seqlens, max_seqlen, padding: as attention.attend takes."""
+    """One Transformer block: [T, hidden] -> [T, hidden]."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -103,8 +107,8 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = Residual(config.intermediate_size, config)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: Padding | None) -> Tensor:
-        x = self.attention(x, cu_seqlens, max_seqlen, padding)
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        x = self.attention(x, shared)
         return self.output(self.intermediate(x), x)
 
 

@@ -22,6 +22,7 @@ from bert2bert.model.batch import Batch
 from bert2bert.model.bert import first_tokens
 from bert2bert.model.blocks import Embeddings, Layer, Pooler, Transform
 from bert2bert.model.config import BertConfig
+from bert2bert.model.core import Shared
 
 Rows = Callable[[str, int, int], Tensor]
 """(name, first row, one past the last) -> those rows of dim 0 of a parameter."""
@@ -92,9 +93,12 @@ def streamed_bert(config: BertConfig, weights: Weights, batch: Batch) -> tuple[T
     used, tokens = batch.tokens.unique(return_inverse=True)
     read = tokens, batch.types, batch.positions
     x = run(embeddings, "bert.embeddings.", *read, **{_WORDS: weights.pick(_TOKENS, used)})
-    padding = padding_for(x, batch.cu_seqlens, batch.max_seqlen, config, training=False)
+    padding = padding_for(
+        x, batch.cu_seqlens, batch.max_seqlen, config.head_size, config.attention_probs_dropout_prob, training=False
+    )
+    shared = Shared(batch.cu_seqlens, batch.max_seqlen, padding)
     for number in range(config.num_hidden_layers):
-        x = run(layer, f"bert.encoder.layer.{number}.", x, batch.cu_seqlens, batch.max_seqlen, padding)
+        x = run(layer, f"bert.encoder.layer.{number}.", x, shared)
     pairs = None
     if "nsp" in config.heads:
         pairs = run(pair, "cls.seq_relationship.", run(pooler, "bert.pooler.", first_tokens(x, batch)))

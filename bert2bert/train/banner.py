@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bert2bert.data.bins import TokenBins
-from bert2bert.model.config import BertConfig
 from bert2bert.recipe import Recipe
 
 if TYPE_CHECKING:
     from bert2bert.train.engine import Engine
 
 
-def banner(recipe: Recipe, engine: Engine, config: BertConfig, bins: TokenBins, output: Path, step: int) -> str:
+def banner(recipe: Recipe, engine: Engine, bins: TokenBins, output: Path, step: int) -> str:
     """What is trained on what, by how many, at which sizes, and where it can be watched. step: where the run starts."""
+    model = engine.model
     count = sum(prod(engine.shape(name)) for name in engine.names)
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     rows, length = recipe.global_batch_size, recipe.data.seq_len
     ranks = f"{engine.world} rank{'s' * (engine.world > 1)}"
     phases = ", ".join(f"{phase.name} {phase.steps:,}" for phase in recipe.phases if phase.steps)
     lines = {
-        "model": f"BERT, {config.num_hidden_layers} layers x {config.hidden_size}, {count:,} parameters",
+        "model": f"{model.name}, {len(model.layers)} layers x {model.width}, {count:,} parameters",
         "run": f"{recipe.name}: {recipe.steps:,} steps ({phases})" + (f", from step {step:,} on" if step else ""),
         "data": f"{bins.folder}: {bins.meta['splits']['train']['tokens']:,} tokens to train on",
         "ranks": f"{ranks} on {device}, {engine.precision}, ZeRO stage {engine.stage}",

@@ -27,13 +27,12 @@ from pydantic import ValidationError
 from bert2bert.checkpoints.groups import Group, param_groups
 from bert2bert.errors import InvalidConfig
 from bert2bert.model.batch import Batch
-from bert2bert.model.bert import Bert, hf_config
+from bert2bert.model.core import Core
 from bert2bert.model.program import LayerProgram
 from bert2bert.ranks.distributed import RANKS, total
 from bert2bert.ranks.launcher import device_number
 from bert2bert.ranks.rendezvous import INIT, meet
 from bert2bert.ranks.stopping import Stop
-from bert2bert.tables import table_for
 from bert2bert.train.ds_config import resolve
 from bert2bert.train.optimizer import FreezableAdamW
 
@@ -85,7 +84,7 @@ class Engine:
     gradient over all ranks before clipping (None: DeepSpeed computed none).
     """
 
-    def __init__(self, ds: Any, model: torch.nn.Module, groups: list[Group], device: torch.device) -> None:
+    def __init__(self, ds: Any, model: Core, groups: list[Group], device: torch.device) -> None:
         self.ds = ds
         self.model = model
         self.groups = groups
@@ -116,9 +115,10 @@ class Engine:
 
         The pooler and the next-sentence head ('unused') never learn: no objective here reaches them.
         """
-        learning = {"head", *(f"layer.{i}" for i in program.learn)} | (
-            {"embeddings"} if program.embeddings_learn else set()
-        )
+        parts = self.model.parts
+        learning = {"head", *(parts[i] for i in program.learn)}
+        if program.embeddings_learn:
+            learning.add("embeddings")
         for group, live in zip(self.groups, self.optimizer.param_groups, strict=True):
             live["frozen"] = group.part not in learning
             for name in group.names:
@@ -245,7 +245,7 @@ def restore_linear() -> None:
         torch.nn.functional.linear = original
 
 
-def build(recipe: Recipe, ds_config: Mapping[str, Any], model: Bert) -> Engine:
+def build(recipe: Recipe, ds_config: Mapping[str, Any], model: Core) -> Engine:
     """The engine that trains ``model`` (in fp32 on any device) as the recipe says.
 
     ``ds_config``: DeepSpeed's own, see bert2bert.train.ds_config.resolve. Joins the process group by `start` if that
@@ -254,10 +254,7 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: Bert) -> Engine:
     device = start()
     settings = resolve(dict(ds_config), recipe, dist.get_world_size())
     parameters = dict(model.named_parameters())
-    config = hf_config(model)
-    table = table_for(config)
-    known = table.parameters(config, table.classes[config["architectures"][0]])
-    groups = param_groups({name: known[name] for name in parameters}, GROUP_LAYOUT)
+    groups = param_groups({name: model.known[name] for name in parameters}, GROUP_LAYOUT)
     decay = recipe.optimizer.weight_decay
     optimizer = FreezableAdamW(
         [

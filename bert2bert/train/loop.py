@@ -22,7 +22,6 @@ from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader, eval_batches
 from bert2bert.files.lock import Lock
 from bert2bert.model.batch import IGNORE
-from bert2bert.model.config import BertConfig
 from bert2bert.model.flops import peak_flops, step_flops
 from bert2bert.ranks import distributed, stopping
 from bert2bert.recipe import Recipe
@@ -47,14 +46,13 @@ class Loop:
         self,
         recipe: Recipe,
         engine: engines.Engine,
-        config: BertConfig,
         bins: TokenBins,
         output: Path,
         stop: stopping.Stop,
         lock: Lock,
         quiet: bool,
     ) -> None:
-        self.recipe, self.engine, self.config, self.bins = recipe, engine, config, bins
+        self.recipe, self.engine, self.bins = recipe, engine, bins
         self.output, self.stop, self.lock, self.quiet = output, stop, lock, quiet
         data = recipe.data
         self.loader = MaskedLoader(
@@ -97,12 +95,12 @@ class Loop:
                 self.warn(f"  note: {note}")
         self.held_entropy = self.bins.meta["splits"]["heldout"].get("unigram_entropy")
         describe = partial(
-            run_folder.describe, self.output, recipe, ds_config, model=self.config.to_hf(), world=engine.world,
+            run_folder.describe, self.output, recipe, ds_config, model=engine.model.hf_config, world=engine.world,
             versions=versions(), data={**self.digests, "heldout_unigram_entropy": self.held_entropy}, command=command,
             source=source, continued=continued, step=self.step, bins=self.bins.folder, recipe_file=recipe_file,
         )  # fmt: skip
         distributed.write_on_first(self.output, describe)
-        self.say(banner(recipe, engine, self.config, self.bins, self.output, self.step))
+        self.say(banner(recipe, engine, self.bins, self.output, self.step))
 
     def _take(self, found: Resumed) -> None:
         self.step, self.growth = found.progress.step, found.growth
@@ -195,7 +193,7 @@ class Loop:
         if totals[3]:
             distributed.write_on_first(self.output, self.lock.check)
         stopped = stopping.answer(totals[4:])
-        self.spent["flops"] += step_flops(self.config, tokens, attended, predicted, program)
+        self.spent["flops"] += step_flops(self.engine.model.config, tokens, attended, predicted, program)
         self.spent["tokens"] += tokens
         self.spent["steps"] += 1
         self.spent["seconds"] += time.perf_counter() - began
@@ -236,7 +234,7 @@ class Loop:
         at = recipe.locate(self.step) if self.step < recipe.steps else (last, recipe.phases[last].steps)
         progress = Progress(self.step, *at, rows=self.loader.state()["rows"], spent=self.spent)
         save(
-            self.engine, self.output, progress, model=self.config.to_hf(), aliases=self.config.aliases,
+            self.engine, self.output, progress, model=self.engine.model.hf_config, aliases=self.engine.model.aliases,
             recipe=recipe.to_dict(), data=self.digests, growth=self.growth, keep=recipe.keep_checkpoints,
             check=self.lock.check,
         )  # fmt: skip

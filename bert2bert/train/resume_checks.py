@@ -14,16 +14,13 @@ from bert2bert.checkpoints.manifest import GroupEntry, Grown, Manifest
 from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import Source
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
-from bert2bert.model.config import BertConfig
+from bert2bert.model.registry import class_of
 from bert2bert.recipe import Recipe
+from bert2bert.tables import table_for
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
 
 _HYPER = ("weight_decay", "betas", "eps")
-_ARCHITECTURE = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps", "tie_word_embeddings", "heads",
-)  # fmt: skip
 
 
 def check_tokenizer(source: Source, growth: Grown | None, data: Mapping[str, Any]) -> None:
@@ -38,18 +35,29 @@ def check_tokenizer(source: Source, growth: Grown | None, data: Mapping[str, Any
 
 
 def check_model(source: Source, recipe: Recipe) -> None:
+    """The same architecture, class, sizes and settings, as far as these say what the model computes."""
     if source.config is None:
         raise InvalidCheckpoint(
             f"{source.folder}: no config says which model this is. Put the model's config.json into the folder"
         )
-    theirs, ours = BertConfig.from_hf(source.config), BertConfig.from_hf(recipe.model)
-    for key in _ARCHITECTURE:
-        if getattr(theirs, key) != getattr(ours, key):
+    theirs, ours = ({"model_type": "bert", **config} for config in (source.config, recipe.model))
+    found, about = theirs, {"model_type": ours["model_type"]}
+    if theirs["model_type"] == ours["model_type"]:
+        found, about = _described(theirs), _described(ours)
+    for key, value in about.items():
+        if found[key] != value:
             raise InvalidConfig(
-                f"the recipe's model is not the checkpoint's: {key} is {getattr(ours, key)!r} in the recipe, "
-                f"{getattr(theirs, key)!r} in {source.folder}. Use the recipe of that model, or grow the checkpoint to "
-                "the recipe's sizes first"
+                f"the recipe's model is not the checkpoint's: {key} is {value!r} in the recipe, {found[key]!r} in "
+                f"{source.folder}. Use the recipe of that model, or grow the checkpoint to the recipe's sizes first"
             )
+
+
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Config key -> value, of all that decides what a model computes."""
+    table = table_for(config)
+    sizes = table.axis_sizes(config)
+    about = {table.key(axis): sizes[axis] for axis in table.sizes if axis not in (*table.follows, "labels")}
+    return {**about, **table.settled(config), "heads": sorted(table.classes[class_of(config)])}
 
 
 def check_tensors(engine: Engine, source: Source) -> None:

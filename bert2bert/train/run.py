@@ -17,8 +17,7 @@ import torch
 from bert2bert.data.bins import TokenBins
 from bert2bert.errors import InvalidConfig
 from bert2bert.files.disk import disk_errors
-from bert2bert.model.bert import Bert
-from bert2bert.model.config import BertConfig
+from bert2bert.model import registry
 from bert2bert.ranks import distributed, stopping
 from bert2bert.ranks.rendezvous import Stopped
 from bert2bert.recipe import Recipe
@@ -49,11 +48,12 @@ def train(
     """
     output = Path(output)
     resume = None if resume is None else Path(resume)
-    config = BertConfig.from_hf(recipe.model)
+    registry.check(recipe.model)
+    vocab_size = int(recipe.model["vocab_size"])
     bins = TokenBins.open(recipe.data.bins)
-    if bins.vocab_size > config.vocab_size:
+    if bins.vocab_size > vocab_size:
         raise InvalidConfig(
-            f"the tokenizer of {bins.folder} has {bins.vocab_size} ids, the model's vocab_size is {config.vocab_size}; "
+            f"the tokenizer of {bins.folder} has {bins.vocab_size} ids, the model's vocab_size is {vocab_size}; "
             f"set model.vocab_size to at least {bins.vocab_size}"
         )
     run_folder.check_folder(output)
@@ -68,10 +68,11 @@ def train(
         with run_folder.locked(output) as lock:
             continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, resume))
             torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
-            model = Bert(config, compile_layers=device.type == "cuda" and _stage(ds_config) < 3)
+            compiled = device.type == "cuda" and _stage(ds_config) < 3
+            model = registry.build(recipe.model, compile_layers=compiled)
             engine = engines.build(recipe, ds_config, model)
             try:
-                loop = Loop(recipe, engine, config, bins, output, stop, lock, quiet)
+                loop = Loop(recipe, engine, bins, output, stop, lock, quiet)
                 if resume is not None and source is None:
                     loop.say(f"no checkpoint in {output} yet: the run starts")
                 loop.begin(ds_config, source, continued, command, recipe_file)

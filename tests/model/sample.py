@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from bert2bert.model.batch import Batch
-from bert2bert.model.bert import Bert, build
+from bert2bert.model.bert import Bert
+from bert2bert.model.registry import build
 
 LENGTHS = (7, 1, 12, 4)
 

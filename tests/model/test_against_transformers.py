@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bert2bert.model.batch import Batch
-from bert2bert.model.bert import Bert, build, hf_config, load_state
+from bert2bert.model.bert import Bert
+from bert2bert.model.registry import build
 from tests.model.sample import batch, hf_dict, model, padded, scramble
 from tests.rounding import ROUNDING, WRONG, allowed, gap, largest
 
@@ -23,7 +24,7 @@ def oracle(config: dict) -> torch.nn.Module:
 def pair(**changes: object) -> tuple[torch.nn.Module, Bert]:
     theirs = scramble(oracle(hf_dict(**changes)))
     ours = build(hf_dict(**changes), torch.float64).eval()
-    load_state(ours, theirs.state_dict())
+    ours.load_weights(theirs.state_dict())
     return theirs, ours
 
 
@@ -48,7 +49,7 @@ def test_names_order_shapes_and_config(architecture: str, tied: bool) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     absent = set(ours.state_dict()) - {name for name, _ in expected}
     assert absent == set(ours.config.aliases)
-    again = type(theirs.config)(**hf_config(ours)).to_dict()
+    again = type(theirs.config)(**ours.hf_config).to_dict()
     assert {k: v for k, v in again.items() if k != "dtype"} == {
         k: v for k, v in theirs.config.to_dict().items() if k != "dtype"
     } | {"architectures": [architecture]}
@@ -125,7 +126,7 @@ def test_packed_in_one_row(architecture: str) -> None:
 
 def test_transformers_reads_our_config_and_weights() -> None:
     ours = model(hidden_act="gelu_new", architectures=["BertForMaskedLM"])
-    theirs = oracle(hf_config(ours))
+    theirs = oracle(ours.hf_config)
     theirs.load_state_dict(ours.state_dict())
     flat = batch()
     expected = theirs(**padded(flat)).logits[padded(flat)["attention_mask"].bool()][flat.masked]

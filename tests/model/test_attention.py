@@ -46,10 +46,10 @@ def test_padded_is_the_formula(lengths: list[int], slack: int) -> None:
 def test_equal_lengths_take_the_fast_path_and_agree_with_the_masked_one() -> None:
     q, k, v, cu = flat([6, 6, 6])
     fast = plan_padding(cu, 6, 18)
-    assert fast == (6, None, None)
-    assert plan_padding(torch.tensor([0, 6, 12, 18, 18, 18]).int(), 9, 18) == (6, None, None)
+    assert fast == (6, 3, None, None)
+    assert plan_padding(torch.tensor([0, 6, 12, 18, 18, 18]).int(), 9, 18) == (6, 3, None, None)
     masked = attention.Padding(
-        8, torch.arange(18) + 2 * (torch.arange(18) // 6), (torch.arange(8) < 6).expand(3, 1, 1, 8)
+        8, 3, torch.arange(18) + 2 * (torch.arange(18) // 6), (torch.arange(8) < 6).expand(3, 1, 1, 8)
     )
     a, b = (attend(q, k, v, cu, 6, padding=padding) for padding in (fast, masked))
     assert gap(a, b, allowed(lambda: formula(q, k, v, cu))) <= ROUNDING

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
-from bert2bert.model.bert import Bert, build, hf_config, load_state
+from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.model.program import LayerProgram
+from bert2bert.model.registry import build
 from tests.model.sample import batch, hf_dict, model
 from tests.rounding import ROUNDING, allowed, gap
 
@@ -122,7 +123,7 @@ def test_config_round_trip_and_heads() -> None:
     config = BertConfig.from_hf(hf_dict(id2label={"0": "no"}, use_cache=True))
     assert BertConfig.from_hf(config.to_hf()) == config and config.heads == ("mlm", "nsp")
     assert BertConfig.from_hf({k: v for k, v in hf_dict().items() if k != "architectures"}).heads == ("mlm",)
-    assert hf_config(Bert(config, heads=("mlm",)))["architectures"] == ["BertForMaskedLM"]
+    assert Bert(config, heads=("mlm",)).hf_config["architectures"] == ["BertForMaskedLM"]
     assert config.aliases == {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -173,7 +174,7 @@ def test_weights_that_are_refused_leave_the_model_alone() -> None:
     ]
     for state, text in cases:
         with pytest.raises(InvalidCheckpoint, match=text):
-            load_state(bert, state)
+            bert.load_weights(state)
     assert all(torch.equal(v, before[k]) for k, v in bert.state_dict().items())
-    load_state(bert, good | {"bert.embeddings.position_ids": torch.arange(16)})
+    bert.load_weights(good | {"bert.embeddings.position_ids": torch.arange(16)})
     assert not any(p.any() for p in bert.parameters())

@@ -16,8 +16,7 @@ from torch import nn
 
 from bert2bert.checkpoints.open import open_source
 from bert2bert.commands import cli
-from bert2bert.model.bert import Bert
-from bert2bert.model.config import BertConfig
+from bert2bert.model.registry import build
 from tests.checkpoints import engines
 from tests.checkpoints.engines import STATES, Case, hf_config, save_cases
 from tests.distributed import run_ranks
@@ -66,7 +65,7 @@ def held(bins: Path, path: Path, truth: Path, prefix: str = "") -> list[str]:
     from bert2bert.train import partitions, resume
 
     plan = runs.recipe(bins, model=CONFIG)
-    engine = trained.build(plan, tiny.ds_config(2), Bert(BertConfig.from_hf(CONFIG)))
+    engine = trained.build(plan, tiny.ds_config(2), build(CONFIG))
     found = resume.load(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
     expected = torch.load(truth)
     wrong = [] if (found.kind, found.progress.step) == ("growth", 0) else [found.kind]

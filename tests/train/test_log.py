@@ -32,7 +32,7 @@ def test_a_log_reads_from_top_to_bottom(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines[:6]] == keys, lines
     about = dict(zip(keys, lines, strict=False))
     config = json.loads((output / "config.json").read_text())
-    assert "BERT, 2 layers x 32, " in about["model"] and config["hidden_size"] == 32
+    assert "BertForMaskedLM, 2 layers x 32, " in about["model"] and config["hidden_size"] == 32
     from transformers import BertConfig, BertForMaskedLM
 
     count = BertForMaskedLM(BertConfig(**config)).num_parameters()

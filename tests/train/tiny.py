@@ -9,7 +9,7 @@ import torch
 import bert2bert.train.run  # noqa: F401
 from bert2bert.model.batch import Batch
 from bert2bert.model.bert import Bert
-from bert2bert.model.config import BertConfig
+from bert2bert.model.registry import build
 from bert2bert.recipe import AdamW, Data, Phase, Recipe
 
 LAYERS = 3
@@ -57,7 +57,7 @@ def allow_fp16() -> None:
 def model(nsp: bool = True, seed: int = 1) -> Bert:
     torch.manual_seed(seed)
     architectures = ["BertForPreTraining" if nsp else "BertForMaskedLM"]
-    return Bert(BertConfig.from_hf({**model_config(), "architectures": architectures}))
+    return build({**model_config(), "architectures": architectures})
 
 
 def batch(seed: int, rows: int = 2, length: int = 12) -> Batch:

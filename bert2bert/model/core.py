@@ -1,0 +1,216 @@
+"""What every model core has in common: flat packed tokens in, a loss out, and weights by transformers' names.
+
+A core is the language model of one or more architectures. It gives four things: its list of blocks (`layers`), `embed`,
+`shared` (what all blocks read beside the hidden states) and `predict`. Everything else stands here once: the forward
+over the layers that a program runs, fresh weights, weights by name, compiling and recomputation. Hidden states stay
+[tokens, hidden] from the embeddings to the loss; what lies below the lowest learning layer runs without autograd.
+
+`named_parameters()` is that of transformers' class with the language-model head, in its order, and so are the results,
+gradients included. Every parameter is read inside the module that owns it, which is what ZeRO-3 gathers by and what
+lets `streaming` call one module at a time with tensors from elsewhere.
+
+Refuses weights whose names or shapes are not the model's (`InvalidCheckpoint`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bert2bert.errors import InvalidCheckpoint, did_you_mean
+from bert2bert.model.attention import FULL, Padding, Span, padding_for
+from bert2bert.model.batch import Batch
+from bert2bert.model.program import LayerProgram, full
+from bert2bert.tables import Parameter, table_for
+
+Opened = Callable[[Sequence[Tensor]], AbstractContextManager[object]]
+"""Makes some parameters whole while they are written to (under ZeRO-3 every rank holds a piece of each)."""
+
+
+class Output(NamedTuple):
+    """loss: scalar, the mean over predicted positions in nats (plus what the architecture adds: a next-sentence loss
+    where the batch has labels for it, a router's auxiliary loss). correct, predicted: int64 scalars, positions whose
+    best guess is right, and all with a label. logits: [M, vocabulary], nsp_logits: [S, 2], in the model's dtype, when
+    asked for."""
+
+    loss: Tensor
+    correct: Tensor
+    predicted: Tensor
+    logits: Tensor | None = None
+    nsp_logits: Tensor | None = None
+
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary positions, [T, rotated features] each."""
+
+
+class Shared(NamedTuple):
+    """What all blocks of one forward read. padding, rotary: of full (or causal) attention; local_padding, local_rotary:
+    of the layers that see a window only. A padding is None where the variable-length kernel is used."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    padding: Padding | None
+    local_padding: Padding | None = None
+    rotary: Rotary | None = None
+    local_rotary: Rotary | None = None
+
+
+class Core(nn.Module):
+    """One language model. Built by `registry.build`; subclasses say which architectures they compute.
+
+    config: the core's own settings. hf_config: the Hugging Face config, plain data, that rebuilds the model and that
+    transformers reads; its ``architectures`` names one class. known: what the architecture's table says of every
+    parameter, by name. aliases: absent tied names and those that are kept. recompute: whether blocks keep only their
+    input for the backward pass and compute again what they need (activation checkpointing).
+    """
+
+    config: Any
+    span: ClassVar[Span] = FULL
+    """Which tokens of its sequence a token sees in full attention."""
+
+    def __init__(self, hf_config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.hf_config = dict(hf_config)
+        self.table = table_for(hf_config)
+        self.heads = self.table.classes[self.hf_config["architectures"][0]]
+        self.known: dict[str, Parameter] = self.table.parameters(self.hf_config, self.heads)
+        self.aliases = self.table.aliases(self.hf_config, self.heads)
+        self.recompute = False
+
+    @classmethod
+    @abstractmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Core:
+        """The model of a Hugging Face config, not initialised. Raises InvalidConfig."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> nn.ModuleList:
+        """The blocks, in the order of the forward pass; each is called with the hidden states and `Shared`."""
+
+    @property
+    def name(self) -> str:
+        """transformers' class."""
+        return str(self.hf_config["architectures"][0])
+
+    @property
+    def width(self) -> int:
+        """Features of a hidden state."""
+        return self.table.axis_sizes(self.hf_config)["embed"]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The table's part of every block of `layers`."""
+        return tuple(f"layer.{i}" for i in range(len(self.layers)))
+
+    @abstractmethod
+    def embed(self, batch: Batch) -> Tensor:
+        """What enters the first block: [T, hidden]."""
+
+    @abstractmethod
+    def shared(self, x: Tensor, batch: Batch) -> Shared:
+        """What all blocks read. Computed once a forward, outside of the blocks, so that compiled ones hold no
+        data-dependent shape. x: what `embed` gives."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, batch: Batch, return_logits: bool) -> Output:
+        """The loss and the counts of a batch from the hidden states above the last block."""
+
+    def encode(self, batch: Batch, program: LayerProgram | None = None) -> Tensor:
+        """Hidden states [T, hidden] above the last layer that the program runs (default: all layers run and learn)."""
+        layers = self.layers
+        program = full(len(layers)) if program is None else program.check(len(layers))
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad and program.embeddings_learn):
+            x = self.embed(batch)
+        shared = self.shared(x, batch)
+        for place, number in enumerate(program.run):
+            learns = grad and place >= len(program.frozen)
+            with torch.set_grad_enabled(learns):
+                if self.recompute and learns and self.training:
+                    x = checkpoint(layers[number], x, shared, use_reentrant=False)
+                else:
+                    x = layers[number](x, shared)
+        return x
+
+    def forward(self, batch: Batch, program: LayerProgram | None = None, *, return_logits: bool = False) -> Output:
+        """Loss and counts of a batch; return_logits adds the logits. Raises InvalidConfig for a program that names
+        layers the model lacks."""
+        return self.predict(self.encode(batch, program), batch, return_logits)
+
+    def attention(self, x: Tensor, batch: Batch, head_size: int, dropout_p: float, span: Span | None = None) -> Any:
+        """The padding that layers of one span share; None where they use the kernel."""
+        span = self.span if span is None else span
+        return padding_for(x, batch.cu_seqlens, batch.max_seqlen, head_size, dropout_p, self.training, span)
+
+    @torch.no_grad()
+    def initialise(self, opened: Opened | None = None) -> None:
+        """Draw fresh weights as transformers does: normal with the table's deviation, biases 0, norm gains 1, the
+        padding token's row 0. The draws follow from torch's random state alone, whatever ``opened`` does."""
+        for path, module in self.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            with nullcontext() if opened is None or not own else opened(list(own.values())):
+                for name, parameter in own.items():
+                    self._draw(f"{path}.{name}" if path else name, parameter)
+        for module in self.modules():  # last: a tied decoder has drawn the rows again
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                with nullcontext() if opened is None else opened([module.weight]):
+                    module.weight[module.padding_idx] = 0
+
+    def _draw(self, path: str, parameter: nn.Parameter) -> None:
+        about = self.known[self.aliases.get(path, path)]
+        if len(about.shape) > 1:
+            nn.init.normal_(parameter, std=self.table.std(about.pattern, self.hf_config))
+        elif path.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.ones_(parameter)
+
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """Compile the Transformer block (once: all layers of one kind share its code). Parameter names stay.
+
+        The block is compiled again for each autograd setting (frozen, lowest learning, learning), for evaluation and
+        for shapes that begin to vary. That can exceed torch's default limit of 8, after which it silently stops
+        compiling.
+        """
+        import torch._dynamo.config as dynamo  # not at the top: it takes a second and only compiling needs it
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 32)
+        for layer in self.layers:
+            layer.compile(backend=backend)
+
+    @torch.no_grad()
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Copy weights into the model: every parameter by its Hugging Face name, cast to the model's dtype.
+
+        Tied copies and transformers' position_ids buffers may be there too. Raises InvalidCheckpoint, before anything
+        is copied, for a missing or unknown name, another shape, or a tied copy that differs from what it is tied to.
+        """
+        wanted = dict(self.named_parameters())
+        for name, parameter in wanted.items():
+            if name not in state:
+                raise InvalidCheckpoint(
+                    f"weights for the model: {name} is missing; expected shape {tuple(parameter.shape)}"
+                )
+            if state[name].shape != parameter.shape:
+                raise InvalidCheckpoint(
+                    f"weights for the model: {name} has shape {tuple(state[name].shape)}, "
+                    f"expected {tuple(parameter.shape)}; does the config describe these weights?"
+                )
+        for name, tensor in state.items():
+            if (kept := self.aliases.get(name)) is not None:
+                if not torch.equal(tensor, state[kept]):
+                    raise InvalidCheckpoint(
+                        f"weights for the model: {name} differs from {kept}, but the config ties them; "
+                        "set tie_word_embeddings to false to keep both"
+                    )
+            elif name not in wanted and not name.endswith("embeddings.position_ids"):
+                raise InvalidCheckpoint(f"weights for the model: unexpected {name}; " + did_you_mean(name, wanted))
+        for name, parameter in wanted.items():
+            parameter.copy_(state[name])

@@ -1,0 +1,60 @@
+"""Which core computes which architecture, and what each is trained to predict. Imports no torch until one is built.
+
+Refuses (`InvalidConfig`): an architecture without a core, a class without a language-model head, and what the core of
+an architecture does not compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from bert2bert.errors import InvalidConfig
+from bert2bert.model.config import BertConfig, check_architecture
+from bert2bert.tables import table_for
+
+if TYPE_CHECKING:
+    import torch
+
+    from bert2bert.model.core import Core
+
+CORES = {"bert": "bert.Bert"}
+"""model_type -> module of this room and class."""
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise InvalidConfig for a Hugging Face config that no core can be built from."""
+    check_architecture(config)
+    BertConfig.from_hf(config)
+
+
+def class_of(config: Mapping[str, Any]) -> str:
+    """transformers' class of a Hugging Face config that is trained: the one that it names, or the plainest one with a
+    language-model head. Raises InvalidConfig for a class without such a head, UnsupportedGrowth without a table."""
+    table = table_for({"model_type": "bert", **config})
+    trained = [name for name, heads in table.classes.items() if "mlm" in heads]
+    named = config.get("architectures") or [min(trained, key=lambda name: len(table.classes[name]))]
+    if found := [name for name in named if name in trained]:
+        return found[0]
+    raise InvalidConfig(
+        f"model config: architectures is {named!r}, expected one of {', '.join(trained)}; for another class (a bare "
+        "model, a classifier) set the one whose head should be pre-trained"
+    )
+
+
+def build(config: Mapping[str, Any], dtype: torch.dtype | None = None, *, compile_layers: bool = False) -> Core:
+    """A freshly initialised model from a Hugging Face config, in ``dtype`` (default float32).
+
+    The language-model head is that of ``architectures``, or of the architecture's usual class. compile_layers: compile
+    one Transformer block with torch.compile and reuse it for all layers and every layer program; meant for a GPU.
+    Raises InvalidConfig.
+    """
+    check(config)
+    module, name = CORES[str(config.get("model_type", "bert"))].split(".")
+    core: type[Core] = getattr(import_module(f"bert2bert.model.{module}"), name)
+    model = core.from_hf(config)
+    model.initialise()
+    if compile_layers:
+        model.compile_layers()
+    return model if dtype is None else model.to(dtype)
