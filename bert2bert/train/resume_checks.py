@@ -47,8 +47,9 @@ def check_model(source: Source, recipe: Recipe) -> None:
     for key, value in about.items():
         if found[key] != value:
             raise InvalidConfig(
-                f"the recipe's model is not the checkpoint's: {key} is {value!r} in the recipe, {found[key]!r} in "
-                f"{source.folder}. Use the recipe of that model, or grow the checkpoint to the recipe's sizes first"
+                f"the recipe's model is not the checkpoint's: {key} is {ours.get(key, value)!r} in the recipe, "
+                f"{theirs.get(key, found[key])!r} in {source.folder}. Use the recipe of that "
+                "model, or grow the checkpoint to the recipe's sizes first"
             )
 
 
@@ -56,7 +57,10 @@ def _described(config: Mapping[str, Any]) -> dict[str, Any]:
     """Config key -> value, of all that decides what a model computes."""
     table = table_for(config)
     sizes = table.axis_sizes(config)
-    about = {table.key(axis): sizes[axis] for axis in table.sizes if axis not in (*table.follows, "labels")}
+    about: dict[str, Any] = {}
+    for axis in table.sizes:
+        if axis != "labels":
+            about.setdefault(table.key(axis), sizes[axis])
     return {**about, **table.settled(config), "heads": sorted(table.classes[class_of(config)])}
 
 
