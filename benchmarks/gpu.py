@@ -132,7 +132,7 @@ def bare(model: Core, optimizer: Bare, device: torch.device) -> Callable[[Batch]
 def hugging_face(model: Any, optimizer: Any, device: torch.device, rows: int) -> Callable[[Batch], float]:
     def run(batch: Batch) -> float:
         labels, kept = torch.full_like(batch.tokens, IGNORE), batch.labels != IGNORE
-        labels[batch.masked[kept]] = batch.labels[kept]
+        labels[batch.targets[kept]] = batch.labels[kept]
         ids, labels = (x.view(rows, -1).to(device, non_blocking=True) for x in (batch.tokens, labels))
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(input_ids=ids, labels=labels).loss

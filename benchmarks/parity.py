@@ -122,7 +122,7 @@ def by_hand(model: Bert, batch: Batch, program: LayerProgram) -> Tensor:
     for number in program.run:
         x = x.detach() if number in program.learn[:1] and not program.embeddings_learn else x
         x = model.bert.encoder.layer[number](x, batch.cu_seqlens, batch.max_seqlen, padding)
-    return label_loss(model.cls.predictions(x[batch.masked]), batch.labels)[0]
+    return label_loss(model.cls.predictions(x[batch.targets]), batch.labels)[0]
 
 
 def kernel_parity(device: torch.device, heads: int, head_size: int) -> Checks:
@@ -173,7 +173,7 @@ def model_parity(size: str, seq_len: int, bins: TokenBins, device: torch.device)
         ids = torch.zeros_like(mask, dtype=torch.int64)
         ids[mask] = batch.tokens
         with torch.no_grad():
-            return model(input_ids=ids, attention_mask=mask.long()).logits[mask][batch.masked]
+            return model(input_ids=ids, attention_mask=mask.long()).logits[mask][batch.targets]
 
     single, half, compiled = ours(torch.float32), ours(torch.bfloat16), ours(torch.bfloat16)
     compiled.compile_layers(backend(device))

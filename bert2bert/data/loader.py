@@ -5,7 +5,7 @@ and W ranks, micro-batch k of the job is rows [k R W, (k + 1) R W), rank r takes
 make the same step at any world size, and the position is one number: rows consumed by all ranks.
 
 Shapes are static: T = R * seq_len tokens, cu_seqlens of a fixed length, a fixed number of masked positions. The filler
-at a row's end is a segment of its own, so it attends only itself; it is not counted in real_tokens or attended.
+at a row's end is a segment of its own, so it attends only itself; its length is left out of `lengths`.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ class _Assembler:
         cu_seqlens = np.full((count, self.capacity + 1), length, dtype=np.int32)
         for k, (first, stop) in enumerate(pairwise(edges)):
             cu_seqlens[k, : stop - first] = begins[first:stop] - base[k]
-        real_tokens = real.reshape(count, -1).sum(axis=1).tolist()
-        attended = np.add.reduceat(np.where(filler, 0, slots * slots), edges[:-1]).tolist()
+        kept, until = slots[~filler], np.append(0, np.cumsum(~filler))[edges].tolist()
         columns = (
             torch.from_numpy(ids).view(count, -1).unbind(),
             torch.from_numpy(positions).view(count, -1).unbind(),
@@ -85,10 +84,9 @@ class _Assembler:
                 types=types,
                 cu_seqlens=offsets,
                 max_seqlen=self.seq_len,
-                masked=chosen,
+                targets=chosen,
                 labels=answers,
-                real_tokens=real_tokens[k],
-                attended=attended[k],
+                lengths=kept[until[k] : until[k + 1]],
             )
             for k, (tokens, places, offsets, chosen, answers) in enumerate(zip(*columns, strict=True))
         ]

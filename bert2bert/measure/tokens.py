@@ -98,17 +98,16 @@ def draw_batch(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -
     sample = draw(model, vocab, tokens, numel)
     rows, length = sample.ids.shape
     labels = sample.labels.flatten()
-    masked = (labels != IGNORE).nonzero()[:, 0]
+    targets = (labels != IGNORE).nonzero()[:, 0]
     return Batch(
         tokens=sample.ids.flatten(),
         positions=torch.arange(length).repeat(rows),
         types=torch.zeros(rows * length, dtype=torch.int64),
         cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
         max_seqlen=length,
-        masked=masked,
-        labels=labels[masked],
-        real_tokens=rows * length,
-        attended=rows * length**2,
+        targets=targets,
+        labels=labels[targets],
+        lengths=np.full(rows, length),
     )
 
 

@@ -1,6 +1,6 @@
 """BERT (post-LN): transformers' BertForPreTraining (heads "mlm" and "nsp") or BertForMaskedLM ("mlm").
 
-The masked-LM head sees the masked positions only. Refuses next-sentence labels for a model without that head.
+The masked-LM head sees the predicted positions only. Refuses next-sentence labels for a model without that head.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Bert(Core):
                 "the batch has next-sentence labels, but the model has no next-sentence head; "
                 "expected architectures ['BertForPreTraining'] in the model config"
             )
-        logits = self.cls.predictions(x.index_select(0, batch.masked))
+        logits = self.cls.predictions(batch.at_targets(x))
         nsp_logits = None
         if "nsp" in self.config.heads and (return_logits or batch.nsp_labels is not None):
             nsp_logits = self.cls.seq_relationship(self.bert.pooler(first_tokens(x, batch)))

@@ -78,7 +78,7 @@ class Weights:
 
 @torch.no_grad()
 def streamed_bert(config: BertConfig, weights: Weights, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """What the decoder reads, [masked, hidden], and the next-sentence logits, [sequences, 2], where there is that head.
+    """What the decoder reads, [predicted, hidden], and the next-sentence logits, [sequences, 2], where that head is.
 
     weights: by Hugging Face name; tied copies are never asked for.
     """
@@ -102,4 +102,4 @@ def streamed_bert(config: BertConfig, weights: Weights, batch: Batch) -> tuple[T
     pairs = None
     if "nsp" in config.heads:
         pairs = run(pair, "cls.seq_relationship.", run(pooler, "bert.pooler.", first_tokens(x, batch)))
-    return run(transform, "cls.predictions.transform.", x.index_select(0, batch.masked)), pairs
+    return run(transform, "cls.predictions.transform.", batch.at_targets(x)), pairs

@@ -19,7 +19,7 @@ from bert2bert.model.batch import Batch
 from tests.data.fixtures import write_bins
 
 SEQ = 32
-SHAPES = ("tokens", "positions", "types", "cu_seqlens", "masked", "labels")
+SHAPES = ("tokens", "positions", "types", "cu_seqlens", "targets", "labels")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def rows_of(batch: Batch) -> list[tuple[bytes, ...]]:
     tokens, positions = batch.tokens.reshape(-1, SEQ), batch.positions.reshape(-1, SEQ)
     labels = torch.full_like(batch.tokens, -100)
     used = batch.labels != -100
-    labels[batch.masked[used]] = batch.labels[used]
+    labels[batch.targets[used]] = batch.labels[used]
     return [
         tuple(part.numpy().tobytes() for part in row)
         for row in zip(tokens, positions, labels.reshape(-1, SEQ), strict=True)
@@ -48,7 +48,7 @@ def original(batch: Batch) -> torch.Tensor:
     """The tokens as they were before masking."""
     tokens = batch.tokens.clone()
     used = batch.labels != -100
-    tokens[batch.masked[used]] = batch.labels[used]
+    tokens[batch.targets[used]] = batch.labels[used]
     return tokens
 
 
@@ -72,7 +72,7 @@ def test_resume_is_bit_identical_at_any_world_size(bins: TokenBins) -> None:
     again.load_state(state)
     for a, b in zip(expected, islice(again, 5), strict=True):
         assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in SHAPES)
-        assert (a.real_tokens, a.attended) == (b.real_tokens, b.attended)
+        assert np.array_equal(a.lengths, b.lengths)
     assert again.state() == first.state() == {"rows": 48}
     ranks = [loader(bins, rows=1, rank=rank, world=2) for rank in range(2)]
     for rank in ranks:
@@ -103,7 +103,7 @@ def test_layout_of_a_batch(bins: TokenBins) -> None:
     for batch in islice(loader(bins, rows=3), 60):
         tokens, cu = original(batch), batch.cu_seqlens.tolist()
         assert cu[0] == 0 and cu[-1] == len(tokens) == 3 * SEQ and batch.max_seqlen == SEQ
-        real = attended = 0
+        lengths = []
         for a, b in pairwise(cu):
             assert 0 <= b - a <= SEQ
             if a == b:
@@ -117,9 +117,9 @@ def test_layout_of_a_batch(bins: TokenBins) -> None:
             assert tokens[a] == bins.special["cls"] and tokens[b - 1] == bins.special["sep"]
             inner = tokens[a + 1 : b - 1]
             assert len(inner) and (inner.diff() == 1).all() and inner[0] > 4
-            real += b - a
-            attended += (b - a) ** 2
-        assert (batch.real_tokens, batch.attended) == (real, attended)
+            lengths.append(b - a)
+        assert batch.lengths.tolist() == lengths
+        assert (batch.real_tokens, batch.attended) == (sum(lengths), sum(n * n for n in lengths))
         assert not batch.types.any()
     assert filler
 
@@ -138,10 +138,10 @@ def test_masking_shares(bins: TokenBins) -> None:
     for batch in islice(data, 1500):
         used = batch.labels != -100
         before.append(batch.labels[used])
-        after.append(batch.tokens[batch.masked[used]])
-        places.append(batch.masked[used] % SEQ)
+        after.append(batch.tokens[batch.targets[used]])
+        places.append(batch.targets[used] % SEQ)
         real += batch.real_tokens
-        assert len(batch.masked[used].unique()) == int(used.sum())
+        assert len(batch.targets[used].unique()) == int(used.sum())
     was, now = torch.cat(before), torch.cat(after)
     share = {
         "all": len(was) / real,
@@ -211,7 +211,7 @@ def test_read_ahead_does_not_show(bins: TokenBins, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "_BLOCK", 1)
     for a, b in zip(many, islice(loader(bins), 9), strict=True):
         assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in SHAPES)
-        assert (a.real_tokens, a.attended) == (b.real_tokens, b.attended)
+        assert np.array_equal(a.lengths, b.lengths)
 
 
 def test_bad_arguments(bins: TokenBins) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from bert2bert.model.batch import Batch
@@ -46,7 +47,7 @@ def batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0, nsp: bool = False, 
         return torch.randint(0, high, (count,), generator=generator)
 
     total = sum(lengths)
-    masked = torch.randperm(total, generator=generator)[: max(total // 3, 1)].sort().values
+    targets = torch.randperm(total, generator=generator)[: max(total // 3, 1)].sort().values
     tokens = draw(vocab, total)
     tokens[total // 2] = 0  # the padding id, whose embedding gets no gradient, as an ordinary token
     return Batch(
@@ -55,10 +56,9 @@ def batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0, nsp: bool = False, 
         types=draw(2, total),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         max_seqlen=max(lengths),
-        masked=torch.cat([masked, torch.zeros(2, dtype=torch.int64)]),
-        labels=torch.cat([draw(vocab, len(masked)), torch.full((2,), -100)]),
-        real_tokens=total,
-        attended=sum(n * n for n in lengths),
+        targets=torch.cat([targets, torch.zeros(2, dtype=torch.int64)]),
+        labels=torch.cat([draw(vocab, len(targets)), torch.full((2,), -100)]),
+        lengths=np.array(lengths),
         nsp_labels=draw(2, len(lengths)) if nsp else None,
     )
 
@@ -70,7 +70,7 @@ def padded(flat: Batch) -> dict[str, torch.Tensor]:
     mask = torch.arange(length) < lengths[:, None]
     labels = torch.full_like(flat.tokens, -100)
     kept = flat.labels != -100
-    labels[flat.masked[kept]] = flat.labels[kept]
+    labels[flat.targets[kept]] = flat.labels[kept]
     spread = {"input_ids": flat.tokens, "token_type_ids": flat.types, "labels": labels}
     arguments = {"attention_mask": mask.long()}
     for name, values in spread.items():

@@ -67,11 +67,11 @@ def test_padded_logits_loss_gradients(architecture: str, tied: bool) -> None:
     limits = allowed(lambda: results(ours, flat))
 
     logits = (expected.prediction_logits if nsp else expected.logits)[arguments["attention_mask"].bool()]
-    assert found.logits.shape == (len(flat.masked), 61)
-    assert gap(found.logits, logits[flat.masked], limits["logits"]) <= ROUNDING
+    assert found.logits.shape == (len(flat.targets), 61)
+    assert gap(found.logits, logits[flat.targets], limits["logits"]) <= ROUNDING
     kept = flat.labels != -100
     assert found.predicted == kept.sum()
-    assert found.correct == (logits[flat.masked].argmax(-1) == flat.labels).sum()
+    assert found.correct == (logits[flat.targets].argmax(-1) == flat.labels).sum()
     if nsp:
         assert gap(found.nsp_logits, expected.seq_relationship_logits, limits["nsp_logits"]) <= ROUNDING
     else:
@@ -94,7 +94,7 @@ def test_padded_logits_loss_gradients(architecture: str, tied: bool) -> None:
 def test_activations(activation: str) -> None:
     theirs, ours = pair(hidden_act=activation)
     flat = batch()
-    expected = theirs(**padded(flat)).prediction_logits[padded(flat)["attention_mask"].bool()][flat.masked]
+    expected = theirs(**padded(flat)).prediction_logits[padded(flat)["attention_mask"].bool()][flat.targets]
     found = ours(flat, return_logits=True).logits
     limit = allowed(lambda: results(ours, flat))["logits"]
     assert gap(found, expected, limit) <= ROUNDING
@@ -118,9 +118,9 @@ def test_packed_in_one_row(architecture: str) -> None:
     logits = expected.prediction_logits if architecture == "BertForPreTraining" else expected.logits
     found = ours(flat, return_logits=True)
     limits = allowed(lambda: results(ours, flat))
-    assert gap(found.logits, logits[0][flat.masked], limits["logits"]) <= ROUNDING
+    assert gap(found.logits, logits[0][flat.targets], limits["logits"]) <= ROUNDING
     kept = flat.labels != -100
-    loss = torch.nn.functional.cross_entropy(logits[0][flat.masked[kept]], flat.labels[kept])
+    loss = torch.nn.functional.cross_entropy(logits[0][flat.targets[kept]], flat.labels[kept])
     assert gap(found.loss, loss, limits["loss"]) <= ROUNDING
 
 
@@ -129,7 +129,7 @@ def test_transformers_reads_our_config_and_weights() -> None:
     theirs = oracle(ours.hf_config)
     theirs.load_state_dict(ours.state_dict())
     flat = batch()
-    expected = theirs(**padded(flat)).logits[padded(flat)["attention_mask"].bool()][flat.masked]
+    expected = theirs(**padded(flat)).logits[padded(flat)["attention_mask"].bool()][flat.targets]
     limit = allowed(lambda: results(ours, flat))["logits"]
     assert gap(ours(flat, return_logits=True).logits, expected, limit) <= ROUNDING
 
@@ -154,11 +154,11 @@ def test_dropout_is_where_transformers_has_it(rate: str) -> None:
     limits = allowed(lambda: results(ours, flat, seed=4))
     torch.manual_seed(4)
     found = ours(flat, return_logits=True)
-    assert gap(found.logits, expected.prediction_logits[0][flat.masked], limits["logits"]) <= ROUNDING
+    assert gap(found.logits, expected.prediction_logits[0][flat.targets], limits["logits"]) <= ROUNDING
     assert gap(ours.eval()(flat, return_logits=True).logits, found.logits, limits["logits"]) > WRONG
     found.loss.backward()
     kept = flat.labels != -100
-    logits = expected.prediction_logits[0][flat.masked[kept]]
+    logits = expected.prediction_logits[0][flat.targets[kept]]
     torch.nn.functional.cross_entropy(logits, flat.labels[kept]).backward()
     for name, parameter in ours.named_parameters():
         if parameter.grad is not None:

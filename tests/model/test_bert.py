@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
+from bert2bert.model.batch import Decoder
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
 from bert2bert.model.program import LayerProgram
@@ -40,7 +42,7 @@ def test_padded_offsets_and_spare_places_change_nothing() -> None:
         flat,
         cu_seqlens=torch.cat([flat.cu_seqlens, torch.full((3,), total, dtype=torch.int32)]),
         max_seqlen=16,
-        masked=torch.cat([flat.masked, torch.zeros(9, dtype=torch.int64)]),
+        targets=torch.cat([flat.targets, torch.zeros(9, dtype=torch.int64)]),
         labels=torch.cat([flat.labels, torch.full((9,), -100)]),
         nsp_labels=torch.cat([flat.nsp_labels, torch.full((3,), -100)]),
     )
@@ -73,10 +75,13 @@ def test_lower_precision_is_near(dtype: torch.dtype) -> None:
 
 
 def test_batch_moves_and_keeps_the_rest() -> None:
-    moved = batch(nsp=True).to("meta")
-    tensors = [f.name for f in dataclasses.fields(moved) if isinstance(getattr(moved, f.name), torch.Tensor)]
-    assert len(tensors) == 7 and all(getattr(moved, name).device.type == "meta" for name in tensors)
+    read = Decoder(torch.arange(3), torch.tensor([0, 3]), max_seqlen=5, lengths=np.array([3]))
+    moved = dataclasses.replace(batch(nsp=True), decoder=read).to("meta")
+    for part, count in ((moved, 7), (moved.decoder, 2)):
+        tensors = [value for f in dataclasses.fields(part) if isinstance(value := getattr(part, f.name), torch.Tensor)]
+        assert len(tensors) == count and all(tensor.device.type == "meta" for tensor in tensors)
     assert (moved.max_seqlen, moved.real_tokens, moved.attended) == (12, 24, 210)
+    assert moved.decoder.max_seqlen == 5 and moved.decoder.lengths.tolist() == [3]
 
 
 def test_one_compiled_block_serves_all_layers_and_programs() -> None:

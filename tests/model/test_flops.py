@@ -31,7 +31,7 @@ def test_against_torch(name: str) -> None:
     program = PROGRAMS[name]
     bert = model(torch.float32, architectures=["BertForMaskedLM"])
     flat = batch((10, 10, 10))
-    predicted = len(flat.masked)  # the two spare places are computed as well
+    predicted = len(flat.targets)  # the two spare places are computed as well
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = bert(flat, program).loss
         forward = counter.get_total_flops()

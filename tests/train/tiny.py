@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 import bert2bert.train.run  # noqa: F401
@@ -64,7 +65,7 @@ def batch(seed: int, rows: int = 2, length: int = 12) -> Batch:
     """`rows` sequences of `length` random tokens, equally many masked in each (so that means of means agree)."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(5, VOCAB, (rows * length,), generator=generator)
-    masked = torch.cat(
+    targets = torch.cat(
         [torch.randperm(length, generator=generator)[:3].sort().values + r * length for r in range(rows)]
     )
     return Batch(
@@ -73,8 +74,7 @@ def batch(seed: int, rows: int = 2, length: int = 12) -> Batch:
         types=torch.zeros_like(tokens),
         cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
         max_seqlen=length,
-        masked=masked,
-        labels=tokens[masked],
-        real_tokens=rows * length,
-        attended=rows * length * length,
+        targets=targets,
+        labels=tokens[targets],
+        lengths=np.full(rows, length),
     )
