@@ -36,7 +36,14 @@ ONLY_IN = {
     "deepspeed": ("train/engine.py",),
     "mpi4py": ("ranks/comm.py",),
     "datasets": ("data/records.py",),
-    "transformers": ("measure/transformers_models.py", "data/tokenizer_files.py"),
+    "transformers": (
+        "measure/transformers_models.py",
+        "data/tokenizer_files.py",
+        "model/settings.py",
+        "model/rotary.py",
+        "model/modules.py",
+        "model/hosted.py",
+    ),
 }
 
 

@@ -6,23 +6,13 @@ one module at a time with tensors from elsewhere. Post-LN only; attention is `at
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert2bert.model.attention import attend
 from bert2bert.model.config import BertConfig
 from bert2bert.model.core import Shared
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+from bert2bert.model.modules import activation
 
 
 class Embeddings(nn.Module):
@@ -92,7 +82,7 @@ class Intermediate(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act = _ACTIVATIONS[config.hidden_act]
+        self.act = activation(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.dense(x))
@@ -148,7 +138,7 @@ class Transform(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.act = _ACTIVATIONS[config.hidden_act]
+        self.act = activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:

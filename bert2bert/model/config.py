@@ -7,7 +7,7 @@ about the function (id2label, use_cache, …) are ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -141,21 +141,21 @@ class BertConfig:
         return {"architectures": [architecture], "model_type": "bert", **values}
 
 
-def check_architecture(config: Mapping[str, Any]) -> None:
-    """Refuse (InvalidConfig) another architecture's config, by whatever in it says so, before its keys are read."""
+def check_architecture(config: Mapping[str, Any], trained: Sequence[str] = ("bert",)) -> None:
+    """Refuse (InvalidConfig) an architecture that no core trains, by whatever in the config says so, before its keys
+    are read. A config without a model_type is a BERT's. trained: the model types that have a core."""
     kind, classes = config.get("model_type"), config.get("architectures") or []
     found = None
     if kind is not None:
-        found = None if kind == "bert" else f"model_type is {kind!r}"
+        found = None if kind in trained else f"model_type is {kind!r}"
     elif classes and not any(str(name).startswith("Bert") for name in classes):
-        found = f"architectures is {classes!r}"
+        found = f"there is no model_type, and architectures is {classes!r}"
     elif foreign := [key for key in config if key in _FOREIGN]:
         found = f"there is no model_type, and {foreign[0]!r} is a key of {_FOREIGN[foreign[0]]}"
     if found:
         raise InvalidConfig(
-            f"model config: {found}; this trainer trains BERT (model_type 'bert', {' or '.join(HEADS)}) and nothing "
-            "else. Checkpoints of other architectures are grown and resharded here (bert2bert grow, reshard), and "
-            "trained by their own DeepSpeed scripts"
+            f"model config: {found}; this trainer trains models of model_type {', '.join(trained)}. Checkpoints of "
+            "other architectures are resharded here (bert2bert reshard), and trained by their own DeepSpeed scripts"
         )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +67,13 @@ class Core(nn.Module):
 
     config: the core's own settings. hf_config: the Hugging Face config, plain data, that rebuilds the model and that
     transformers reads; its ``architectures`` names one class. known: what the architecture's table says of every
-    parameter, by name. aliases: absent tied names and those that are kept. recompute: whether blocks keep only their
-    input for the backward pass and compute again what they need (activation checkpointing).
+    parameter, by name. sizes: of the table's axes. aliases: absent tied names and those that are kept. recompute:
+    whether blocks keep only their input for the backward pass and compute the rest again (activation checkpointing).
+    span: which tokens of its sequence a token sees in full attention.
     """
 
     config: Any
-    span: ClassVar[Span] = FULL
-    """Which tokens of its sequence a token sees in full attention."""
+    span: Span = FULL
 
     def __init__(self, hf_config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -82,12 +82,18 @@ class Core(nn.Module):
         self.heads = self.table.classes[self.hf_config["architectures"][0]]
         self.known: dict[str, Parameter] = self.table.parameters(self.hf_config, self.heads)
         self.aliases = self.table.aliases(self.hf_config, self.heads)
+        self.sizes = self.table.axis_sizes(self.hf_config)
         self.recompute = False
 
     @classmethod
-    @abstractmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Core:
-        """The model of a Hugging Face config, not initialised. Raises InvalidConfig."""
+        """The model of a Hugging Face config that names its class, not initialised. Raises InvalidConfig."""
+        return cls(config)
+
+    def linear(self, path: str) -> nn.Linear:
+        """A linear map of the sizes that the table says, with a bias where it says one."""
+        outputs, inputs = self.known[f"{path}.weight"].shape
+        return nn.Linear(inputs, outputs, bias=f"{path}.bias" in self.known)
 
     @property
     @abstractmethod
@@ -102,7 +108,7 @@ class Core(nn.Module):
     @property
     def width(self) -> int:
         """Features of a hidden state."""
-        return self.table.axis_sizes(self.hf_config)["embed"]
+        return self.sizes["embed"]
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -19,14 +19,31 @@ if TYPE_CHECKING:
 
     from bert2bert.model.core import Core
 
-CORES = {"bert": "bert.Bert"}
+CORES = {
+    "bert": "bert.Bert",
+    "gpt2": "gpt2.GPT2",
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "llama.Llama"),
+}
 """model_type -> module of this room and class."""
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raise InvalidConfig for a Hugging Face config that no core can be built from."""
-    check_architecture(config)
-    BertConfig.from_hf(config)
+    """Raise InvalidConfig or UnsupportedGrowth for a Hugging Face config that no core can be built from."""
+    check_architecture(config, tuple(CORES))
+    if config.get("model_type", "bert") == "bert":
+        BertConfig.from_hf(config)
+        return
+    class_of(config)
+    table_for(config).axis_sizes(config)
+    from bert2bert.model.settings import settings_of  # transformers, and with it torch: only for what needs them
+
+    settings_of(config)
+
+
+def _core(kind: str) -> type[Core]:
+    module, name = CORES[kind].split(".")
+    found: type[Core] = getattr(import_module(f"bert2bert.model.{module}"), name)
+    return found
 
 
 def class_of(config: Mapping[str, Any]) -> str:
@@ -51,9 +68,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype | None = None, *, compil
     Raises InvalidConfig.
     """
     check(config)
-    module, name = CORES[str(config.get("model_type", "bert"))].split(".")
-    core: type[Core] = getattr(import_module(f"bert2bert.model.{module}"), name)
-    model = core.from_hf(config)
+    model = _core(str(config.get("model_type", "bert"))).from_hf({**config, "architectures": [class_of(config)]})
     model.initialise()
     if compile_layers:
         model.compile_layers()

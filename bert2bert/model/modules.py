@@ -1,0 +1,59 @@
+"""The small modules that several cores are made of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert2bert.errors import InvalidConfig, did_you_mean
+
+_OWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """An activation by its name in a Hugging Face config: torch's own function where it has one, else transformers'.
+
+    Raises InvalidConfig for a name that transformers does not know.
+    """
+    if name in _OWN:
+        return _OWN[name]
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise InvalidConfig(f"model config: the activation is {name!r}; {did_you_mean(name, ACT2FN)}")
+    found: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return found
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + eps) · weight over the last dim (Zhang & Sennrich 2019); 16-bit inputs are taken to float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear map: the weight is [inputs, outputs]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)

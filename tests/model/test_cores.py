@@ -1,0 +1,191 @@
+"""Every core against transformers' own model, in float64 on scrambled weights: packed sequences against padded rows."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bert2bert.measure.transformers_models import Double
+from bert2bert.model import registry
+from bert2bert.model.batch import IGNORE, Batch
+from bert2bert.model.core import Core
+from bert2bert.model.program import LayerProgram
+from tests import tiny
+from tests.rounding import ROUNDING, WRONG, allowed, gap
+
+LENGTHS = (7, 1, 9, 4)
+ROPE = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,
+    },
+    "longrope": {
+        "rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 5.0], "factor": 2.0,
+        "original_max_position_embeddings": 8,
+    },
+}  # fmt: skip
+DECODERS: dict[str, dict[str, Any]] = {
+    **{name: {} for name, v in tiny.VARIANTS.items() if v.base["model_type"] in ("gpt2", "llama", "qwen2", "qwen3")},
+    "mistral": {"sliding_window": None},
+    "llama mlp_bias": {"mlp_bias": True, "attention_bias": True},
+    "mistral sliding_window": {"sliding_window": 3},
+    "qwen3 attention_bias": {"attention_bias": True},
+    **{f"llama {name}": {"rope_parameters": {"rope_theta": 100.0, **rope}} for name, rope in ROPE.items()},
+    "llama short dynamic": {
+        "rope_parameters": {"rope_theta": 100.0, **ROPE["dynamic"]}, "max_position_embeddings": 6,
+    },
+    "llama gelu": {"hidden_act": "gelu"},
+}  # fmt: skip
+
+
+def core_of(config: dict[str, Any], state: dict[str, torch.Tensor]) -> Core:
+    """This project's model of a config in float64, eval mode, with a state by transformers' names."""
+    core = registry.build(config, torch.float64)
+    core.load_weights(state)
+    return core.eval()
+
+
+def flat(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
+    """Sequences of random tokens; each token predicts the next one of its sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(tiny.TOKENS.start, tiny.TOKENS.stop, (sum(lengths),), generator=generator)
+    labels = torch.cat([torch.cat((part[1:], torch.tensor([IGNORE]))) for part in tokens.split(lengths)])
+    return Batch(
+        tokens=tokens, positions=torch.cat([torch.arange(n) for n in lengths]), types=torch.zeros_like(tokens),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), max_seqlen=max(lengths), targets=None, labels=labels,
+        lengths=np.array(lengths),
+    )  # fmt: skip
+
+
+def theirs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """transformers' logits at every token, from one padded row a sequence."""
+    rows = batch.tokens.split(batch.lengths.tolist())
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
+    return model(input_ids=ids, attention_mask=mask.long()).logits[mask]
+
+
+def pair(name: str, changes: dict[str, Any]) -> tuple[Core, torch.nn.Module]:
+    config = tiny.config_of(name.split()[0], **changes)
+    model = tiny.build(config)
+    tiny.scramble(model)
+    return core_of(config, model.state_dict()), model
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_are_transformers_own(name: str) -> None:
+    """Logits, loss and the gradient of every parameter; the same parameters in the same order."""
+    core, model = pair(name, DECODERS[name])
+    assert [(n, p.shape) for n, p in core.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+    batch = flat()
+    # transformers makes these frequencies within its forward pass, where the casts to float32 are lifted
+    with Double() if "short" in name or "longrope" in name else nullcontext():
+        found = core(batch, return_logits=True)
+    expected = theirs(model, batch)
+    assert gap(found.logits, expected, allowed(lambda: theirs(model, batch))) <= ROUNDING
+    loss = F.cross_entropy(expected, batch.labels)
+    assert float(found.loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-10)
+    assert found.predicted == (batch.labels != IGNORE).sum()
+    assert found.correct == (expected.argmax(-1) == batch.labels).sum()
+    ours = torch.autograd.grad(found.loss, list(core.parameters()))
+
+    def slopes() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(F.cross_entropy(theirs(model, batch), batch.labels), list(model.parameters()))
+
+    for slope, other, room in zip(ours, slopes(), allowed(slopes), strict=True):
+        assert gap(slope, other, room) <= ROUNDING
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral sliding_window"])
+def test_a_sequence_sees_only_its_own_past(name: str) -> None:
+    core, _ = pair(name, DECODERS[name])
+    batch, other = flat(), flat()
+    other.tokens = batch.tokens.clone()
+    other.tokens[12] = (batch.tokens[12] - 1).clamp(min=2)  # the fifth token of the third sequence
+    before, after = (core(b, return_logits=True).logits for b in (batch, other))
+    assert torch.equal(before[:12], after[:12]) and torch.equal(before[17:], after[17:])
+    assert (before != after).any(-1)[12:17].all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_what_does_not_learn_gets_no_gradient(name: str) -> None:
+    core, _ = pair(name, {})
+    program = LayerProgram(run=(0, 2), learn=(2,), embeddings_learn=False)
+    core(flat(), program).loss.backward()
+    grads = {n for n, p in core.named_parameters() if p.grad is not None}
+    top = {n for n, p in core.known.items() if p.part in ("layer.2", "head")}
+    assert grads == top
+
+
+def test_some_places_only() -> None:
+    """A batch may name the places at which is predicted, as an encoder's does."""
+    core, _ = pair("llama", {})
+    batch = flat()
+    everywhere = core(batch, return_logits=True)
+    batch.targets = torch.tensor([3, 0, 8])
+    batch.labels = torch.tensor([5, IGNORE, 7])
+    some = core(batch, return_logits=True)
+    assert gap(some.logits, everywhere.logits[batch.targets]) <= ROUNDING and some.predicted == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_head_in_chunks(dtype: torch.dtype) -> None:
+    """Loss and gradients are those of one product, whatever the size of a chunk; no label: zero, and no gradient."""
+    from bert2bert.model.causal import LinearCrossEntropy
+
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 6, dtype=dtype, requires_grad=True) for n in (11, 17))
+    labels = torch.randint(0, 17, (11,))
+    labels[[2, 7]] = IGNORE
+    wide = torch.promote_types(dtype, torch.float32)
+    loss = F.cross_entropy(F.linear(x, weight).to(wide), labels)
+    expected = torch.autograd.grad(3 * loss, (x, weight))
+    limit = {torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    for chunk in (1, 40, 1 << 20):
+        found, right, count = LinearCrossEntropy.apply(x, weight, labels, chunk)
+        assert float(found.detach()) == pytest.approx(float(loss), rel=1e-6)
+        assert (count, right) == (9, (F.linear(x, weight).argmax(-1) == labels).sum())
+        for a, b in zip(torch.autograd.grad(3 * found, (x, weight)), expected, strict=True):
+            assert a.dtype == dtype and (a - b).abs().max() <= limit * b.abs().max()
+    nothing, _, count = LinearCrossEntropy.apply(x, weight, torch.full((11,), IGNORE), 40)
+    assert nothing == 0 and count == 0 and not torch.autograd.grad(nothing, x)[0].any()
+
+
+def test_no_tensor_holds_all_logits() -> None:
+    """Neither forward nor backward makes a tensor of as many entries as tokens x vocabulary."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from bert2bert.model import causal
+
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.seen = max([self.seen, *sizes])
+            return out
+
+    x, weight = torch.randn(64, 4, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    with Largest() as watch:
+        causal.LinearCrossEntropy.apply(x, weight, torch.zeros(64, dtype=torch.int64), 256)[0].backward()
+    assert watch.seen <= 256
+
+
+def test_other_weights_give_other_logits() -> None:
+    """The guard of the laws above: one layer's norm left out is seen."""
+    core, model = pair("llama", {})
+    with torch.no_grad():
+        core.layers[1].input_layernorm.weight.mul_(1.0001)
+    batch = flat()
+    expected = theirs(model, batch)
+    assert gap(core(batch, return_logits=True).logits, expected, allowed(lambda: theirs(model, batch))) > WRONG
