@@ -21,6 +21,7 @@ from typing import Any
 import bert2bert.operators  # noqa: F401  (registers them)
 from bert2bert.operators.registry import FLAGS, OPERATORS, Operator
 from bert2bert.recipe import recipe
+from bert2bert.recipe.model_keys import MODEL_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "reference"
@@ -114,7 +115,7 @@ def recipes() -> str:
         if rows := [f"| `{f.name}` | {_type(hints[f.name])} | {_default(f)} |" for f in fields(cls) if f.init]:
             lines += ["| key | type | default |", "|---|---|---|", *rows, ""]
     lines += ["## Keys of `model`", "", wrap("A Hugging Face BERT config; no other key is taken."), ""]
-    lines += ["| key | type |", "|---|---|", *[f"| `{k}` | {_type(t)} |" for k, t in recipe.MODEL_KEYS.items()], ""]
+    lines += ["| key | type |", "|---|---|", *[f"| `{k}` | {_type(t)} |" for k, t in MODEL_KEYS.items()], ""]
     old = ", ".join(f"`{before}` (now `{now}`)" for before, now in recipe.RENAMED.items())
     lines += ["## Old names", "", wrap(f"Refused with the new name: {old}."), ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.errors import InvalidConfig
-from bert2bert.model.config import BertConfig, check_architecture
+from bert2bert.model import config as config_module
+from bert2bert.model.config import BertConfig
 from bert2bert.tables import table_for
 
 if TYPE_CHECKING:
@@ -27,17 +28,23 @@ CORES = {
 """model_type -> module of this room and class."""
 
 
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Raise InvalidConfig for a Hugging Face config of an architecture that no core trains."""
+    config_module.check_architecture(config, tuple(CORES))
+
+
 def check(config: Mapping[str, Any]) -> None:
     """Raise InvalidConfig or UnsupportedGrowth for a Hugging Face config that no core can be built from."""
-    check_architecture(config, tuple(CORES))
+    check_architecture(config)
     if config.get("model_type", "bert") == "bert":
         BertConfig.from_hf(config)
         return
-    class_of(config)
     table_for(config).axis_sizes(config)
-    from bert2bert.model.settings import settings_of  # transformers, and with it torch: only for what needs them
+    named = {**config, "architectures": [class_of(config)]}
+    import torch
 
-    settings_of(config)
+    with torch.device("meta"):  # whatever the core refuses, it refuses while it is built
+        _core(str(config["model_type"])).from_hf(named)
 
 
 def _core(kind: str) -> type[Core]:

@@ -1,5 +1,6 @@
 """Recipes: `from bert2bert.recipe import Recipe, Phase, …` is all that a recipe file needs. Imports no torch."""
 
+from bert2bert.recipe.model_keys import model_keys
 from bert2bert.recipe.recipe import (
     AdamW,
     Data,
@@ -25,5 +26,6 @@ __all__ = [
     "current",
     "from_dict",
     "load_recipe",
+    "model_keys",
     "renamed",
 ]

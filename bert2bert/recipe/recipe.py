@@ -20,31 +20,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from bert2bert.errors import InvalidConfig, did_you_mean
-from bert2bert.model.config import BertConfig, check_architecture
+from bert2bert.model import registry
+from bert2bert.recipe.model_keys import model_keys
 from bert2bert.recipe.settings import assign, build
+from bert2bert.tables import table_for
 
 SCHEDULES = ("linear", "cosine", "constant")
 RENAMED = {"batch_rows": "global_batch_size", "clip": "gradient_clipping", "mask_share": "mlm_probability"}
-
-# The keys of a Hugging Face BERT config that a recipe may state, and their types.
-MODEL_KEYS: dict[str, Any] = {
-    "model_type": str,
-    "architectures": list[str],
-    "vocab_size": int,
-    "hidden_size": int,
-    "num_hidden_layers": int,
-    "num_attention_heads": int,
-    "intermediate_size": int,
-    "max_position_embeddings": int,
-    "type_vocab_size": int,
-    "hidden_act": str,
-    "hidden_dropout_prob": float,
-    "attention_probs_dropout_prob": float,
-    "layer_norm_eps": float,
-    "initializer_range": float,
-    "tie_word_embeddings": bool,
-    "pad_token_id": int | None,
-}
 
 
 def _require(holds: bool, what: str, found: Any, expected: str) -> None:
@@ -171,13 +153,14 @@ class Phase:
 class Recipe:
     """One pre-training run.
 
-    ``model``: a Hugging Face BERT config. ``global_batch_size``: rows of data.seq_len slots per optimizer step over all
+    ``model``: a Hugging Face config, with its model_type where it is no BERT's; None takes that of the checkpoint which
+    the run starts from (--resume). ``global_batch_size``: rows of data.seq_len slots per optimizer step over all
     ranks. ``gradient_clipping``: the gradient norm's limit, 0 for none. ``*_every``: in optimizer steps; the last step
     is always evaluated and saved. ``keep_checkpoints``: how many of the latest stay on disk.
     """
 
     name: str
-    model: Annotated[dict[str, Any], MODEL_KEYS]
+    model: Annotated[dict[str, Any], model_keys] | None
     data: Data
     global_batch_size: int
     phases: tuple[Phase, ...]
@@ -191,9 +174,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", self.name, "a name")
-        if isinstance(self.model, dict):
-            check_architecture(self.model)  # or the keys of another would be taken for misspelt ones
-        BertConfig.from_hf(build(Annotated[dict, MODEL_KEYS], self.model, "model"))
         for key in ("global_batch_size", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"):
             _in_range(key, getattr(self, key), 1)
         _in_range("gradient_clipping", self.gradient_clipping, 0)
@@ -201,10 +181,18 @@ class Recipe:
         _require(self.steps > 0, "the number of steps of all phases", self.steps, "at least one")
         names = [phase.name for phase in self.phases]
         _require(len(set(names)) == len(names), "the list of phase names", names, "different names")
-        positions = self.model["max_position_embeddings"]
-        if self.data.seq_len > positions:
+        if self.model is not None:
+            self._check_model(self.model)
+
+    def _check_model(self, model: dict[str, Any]) -> None:
+        registry.check(build(Annotated[dict, model_keys], model, "model"))
+        table = table_for({"model_type": "bert", **model})
+        key = table.key("pos") if "pos" in table.sizes else "max_position_embeddings"
+        positions = model.get(key)
+        if positions is not None and self.data.seq_len > positions - table.first_position:
             raise InvalidConfig(
-                f"data.seq_len is {self.data.seq_len}, but model.max_position_embeddings is {positions}"
+                f"data.seq_len is {self.data.seq_len}, but model.{key} is {positions}"
+                + (f", of which {table.first_position} are no token's" if table.first_position else "")
             )
         for i, phase in enumerate(self.phases):
             if isinstance(phase.program, SubModels) and self.layers % phase.program.layers_per_stage:
@@ -215,7 +203,12 @@ class Recipe:
 
     @property
     def layers(self) -> int:
-        return int(self.model["num_hidden_layers"])
+        """Layers of the model, of all its stacks; 0 where it is not known yet."""
+        if self.model is None:
+            return 0
+        table = table_for({"model_type": "bert", **self.model})
+        sizes = table.axis_sizes(self.model)
+        return sum(sizes[axis] for axis in table.depth)
 
     @property
     def steps(self) -> int:

@@ -1,13 +1,15 @@
 """Typed settings: frozen dataclasses from plain values, and dotted overrides of single values. Knows no recipe.
 
 Types understood: int, float, str, bool, ``X | None``, dataclasses, unions of dataclasses told apart by their ``kind``,
-lists and tuples of one type, and ``Annotated[dict, {key: type}]`` for a dict with closed keys. Refused, as
+lists and tuples of one type, ``Any`` for what is taken as it is, and ``Annotated[dict, keys]`` for a dict with closed
+keys: {key: type}, or a function that gives them for a value. Refused, as
 `InvalidConfig` naming the value by its dotted name: unknown keys (with the nearest known ones), values of another type.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -24,8 +26,8 @@ def build(tp: Any, value: Any, where: str = "", renamed: Mapping[str, str] = Map
     """``value`` (dicts, lists, scalars) as an instance of the declared type ``tp``; ``where`` is its dotted name;
     ``renamed``: old keys, which are refused, and their new names."""
     tp, optional = _strip(tp, value, where)
-    if value is None and optional:
-        return None
+    if tp is Any or (value is None and optional):
+        return value
     if is_dataclass(tp) and isinstance(tp, type):
         known = _known(tp)
         fixed = {f.name for f in fields(tp) if not f.init}
@@ -45,8 +47,8 @@ def build(tp: Any, value: Any, where: str = "", renamed: Mapping[str, str] = Map
             _expect(len(value) == len(inner), where, value, f"{len(inner)} values")
         return get_origin(tp)(build(inner[0], item, f"{where}.{i}", renamed) for i, item in enumerate(value))
     if get_origin(tp) is typing.Annotated:
-        known = get_args(tp)[1]
         _expect(isinstance(value, dict), where, value, "a dict")
+        known = _keys(tp, value)
         for key in value:
             if key not in known:
                 raise InvalidConfig(f"unknown key {_join(where, key)!r}: {_near(key, known)}")
@@ -83,7 +85,7 @@ def _parts(tp: Any, value: Any, where: str) -> dict[str, Any]:
     if is_dataclass(tp):
         return _known(tp)
     if get_origin(tp) is typing.Annotated:
-        return dict(get_args(tp)[1])
+        return _keys(tp, value)
     return {str(i): get_args(tp)[0] for i in range(len(value or ()))} if get_origin(tp) in (tuple, list) else {}
 
 
@@ -129,6 +131,12 @@ def _strip(tp: Any, value: Any, where: str) -> tuple[Any, bool]:
     return kinds[kind], False
 
 
+def _keys(tp: Any, value: Any) -> dict[str, Any]:
+    """The keys of a dict with closed keys, and their types."""
+    keys = get_args(tp)[1]
+    return dict(keys(value) if callable(keys) else keys)
+
+
 def _known(tp: Any) -> dict[str, Any]:
     """The settable fields of a dataclass and their types."""
     hints = get_type_hints(tp, include_extras=True)
@@ -151,6 +159,11 @@ def _expect(holds: bool, where: str, found: Any, expected: str) -> None:
 
 
 def _parse(tp: Any, text: str, path: str) -> Any:
+    if tp is Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
     _expect(tp in _SCALARS, path, text, "a list, which only the recipe's file can set")
     if tp is bool:
         _expect(text.lower() in ("true", "false"), path, text, "true or false")

@@ -40,7 +40,7 @@ def check_model(source: Source, recipe: Recipe) -> None:
         raise InvalidCheckpoint(
             f"{source.folder}: no config says which model this is. Put the model's config.json into the folder"
         )
-    theirs, ours = ({"model_type": "bert", **config} for config in (source.config, recipe.model))
+    theirs, ours = ({"model_type": "bert", **config} for config in (source.config, recipe.model or {}))
     found, about = theirs, {"model_type": ours["model_type"]}
     if theirs["model_type"] == ours["model_type"]:
         found, about = _described(theirs), _described(ours)

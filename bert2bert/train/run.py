@@ -9,22 +9,26 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bert2bert.checkpoints.open import open_source
 from bert2bert.data.bins import TokenBins
 from bert2bert.errors import InvalidConfig
 from bert2bert.files.disk import disk_errors
 from bert2bert.model import registry
 from bert2bert.ranks import distributed, stopping
 from bert2bert.ranks.rendezvous import Stopped
-from bert2bert.recipe import Recipe
+from bert2bert.recipe import Recipe, model_keys
+from bert2bert.tables import table_for
 from bert2bert.train import engine as engines
 from bert2bert.train import run_folder
 from bert2bert.train.errors import explained
 from bert2bert.train.loop import Loop
+from bert2bert.train.save import whole
 
 
 def train(
@@ -48,8 +52,10 @@ def train(
     """
     output = Path(output)
     resume = None if resume is None else Path(resume)
-    registry.check(recipe.model)
-    vocab_size = int(recipe.model["vocab_size"])
+    if recipe.model is None:
+        recipe = replace(recipe, model=_model_of(resume))
+    model_config = {"model_type": "bert", **(recipe.model or {})}
+    vocab_size = table_for(model_config).axis_sizes(model_config)["vocab"]
     bins = TokenBins.open(recipe.data.bins)
     if bins.vocab_size > vocab_size:
         raise InvalidConfig(
@@ -69,7 +75,7 @@ def train(
             continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, resume))
             torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
             compiled = device.type == "cuda" and _stage(ds_config) < 3
-            model = registry.build(recipe.model, compile_layers=compiled)
+            model = registry.build(model_config, compile_layers=compiled)
             engine = engines.build(recipe, ds_config, model)
             try:
                 loop = Loop(recipe, engine, bins, output, stop, lock, quiet)
@@ -80,6 +86,25 @@ def train(
                     return loop.run()
             finally:
                 engine.destroy()
+
+
+def _model_of(resume: Path | None) -> dict[str, Any]:
+    """The config of the checkpoint that a run starts from, as far as it says what the model computes. Raises
+    InvalidConfig where there is none."""
+    if resume is None:
+        raise InvalidConfig(
+            "the recipe has no model (model=None takes that of a checkpoint), and there is no checkpoint to take it "
+            "from; give one with --resume, or write the model's config into the recipe"
+        )
+    newest = whole(resume) if resume.is_dir() and not os.path.lexists(resume / "latest") else None
+    config = open_source(newest or resume).config
+    if config is None:
+        raise InvalidConfig(
+            f"{resume}: no config says which model this is, and the recipe has none either. Put the model's "
+            "config.json into the folder"
+        )
+    known = model_keys({"model_type": "bert", **config})
+    return {key: value for key, value in config.items() if key in known}
 
 
 def _stage(ds_config: Mapping[str, Any]) -> int:

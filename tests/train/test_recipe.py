@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -167,26 +168,61 @@ def test_a_broken_file_is_refused_with_its_path(tmp_path: Path, text: str, messa
     assert message in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["LlamaConfig", "GPT2Config", "T5Config", "ModernBertConfig", "Qwen3MoeConfig", "RobertaConfig"]
-)
-@pytest.mark.parametrize("said", ["all", "class", "keys"])
-def test_a_recipe_of_another_architecture_says_what_is_trained_here(tmp_path: Path, name: str, said: str) -> None:
-    """Whether the config says so by its model_type, its class or, written by hand, by nothing but its keys."""
+def other_recipe(folder: Path, config: dict[str, Any]) -> Path:
+    """A recipe file with another model."""
+    before, model, after = TINY.partition("model={")[0], "model=", TINY.partition("\n    },\n")[2]
+    path = folder / "other.py"
+    path.write_text(f"{before}{model}{config!r},\n{after}")
+    return path
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "GPT2Config", "T5Config", "ModernBertConfig", "Qwen3MoeConfig"])
+@pytest.mark.parametrize("dropped", [("model_type",), ("model_type", "architectures")])
+def test_a_model_without_a_type_is_taken_for_no_bert(tmp_path: Path, name: str, dropped: tuple[str, ...]) -> None:
+    """Whether its class says so or, written by hand, nothing but its keys."""
     import transformers
 
     config = json.loads(getattr(transformers, name)().to_json_string())
     config["architectures"] = [name.replace("Config", "ForCausalLM")]
-    dropped = {"all": (), "class": ("model_type",), "keys": ("model_type", "architectures")}[said]
-    if (name, said) == ("RobertaConfig", "keys"):
-        pytest.skip("such a config could be a BERT's")
-    path = tmp_path / "other.py"
-    given = {key: value for key, value in config.items() if key not in dropped}
-    before, model, after = TINY.partition("model={")[0], "model=", TINY.partition("\n    },\n")[2]
-    path.write_text(f"{before}{model}{given!r},\n{after}")
     with pytest.raises(InvalidConfig) as caught:
-        load_recipe(path)
-    assert "this trainer trains BERT" in str(caught.value) and "did you mean" not in str(caught.value)
+        load_recipe(other_recipe(tmp_path, {key: value for key, value in config.items() if key not in dropped}))
+    assert "there is no model_type" in str(caught.value) and "did you mean" not in str(caught.value)
+
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 67, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**LLAMA, "model_type": "bloom"}, "model_type is 'bloom'; this trainer trains models of model_type bert"),
+        ({**LLAMA, "hidden_sise": 16}, "unknown key 'model.hidden_sise': did you mean 'hidden_size'"),
+        ({**LLAMA, "hidden_size": "16"}, "model.hidden_size is '16'; expected a value of type int"),
+        ({**LLAMA, "num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
+        ({**LLAMA, "architectures": ["LlamaModel"]}, "expected one of LlamaForCausalLM"),
+        ({**LLAMA, "max_position_embeddings": 8}, "data.seq_len is 32, but model.max_position_embeddings is 8"),
+        ({**LLAMA, "rope_parameters": {"rope_type": "odd", "rope_theta": 1.0}}, "rope_type is 'odd'"),
+    ],
+)
+def test_what_is_wrong_with_another_model_is_said(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        load_recipe(other_recipe(tmp_path, config))
+    assert message in str(caught.value)
+
+
+def test_values_of_another_model_are_set_by_their_types(tmp_path: Path) -> None:
+    path = other_recipe(tmp_path, LLAMA)
+    set_to = ["model.hidden_size=32", "model.attention_dropout=0.5", "model.head_dim=none", "model.hidden_act=gelu"]
+    recipe = load_recipe(path, set_to)
+    assert recipe.layers == 2 and recipe.model is not None
+    assert [recipe.model[k] for k in ("hidden_size", "attention_dropout", "head_dim", "hidden_act")] == [
+        32, 0.5, None, "gelu",
+    ]  # fmt: skip
+    with pytest.raises(InvalidConfig, match=r"unknown key 'model\.hiden_size'"):
+        load_recipe(path, ["model.hiden_size=32"])
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
