@@ -23,7 +23,9 @@ from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader
 from bert2bert.model.attention import attend, plan_padding, uses_kernel
 from bert2bert.model.batch import Batch
-from bert2bert.model.bert import Bert, label_loss
+from bert2bert.model.bert import Bert
+from bert2bert.model.core import Shared
+from bert2bert.model.masked import label_loss
 from bert2bert.model.program import LayerProgram, full
 from bert2bert.model.registry import build
 from bert2bert.recipe import AdamW, Data, Phase, Recipe
@@ -118,10 +120,11 @@ def gradients(model: Bert, loss: Tensor) -> dict[str, Tensor]:
 def by_hand(model: Bert, batch: Batch, program: LayerProgram) -> Tensor:
     """The loss of a sub-model written down without layer programs; padded attention; never compiled."""
     padding = plan_padding(batch.cu_seqlens, batch.max_seqlen, len(batch.tokens))
+    shared = Shared(batch.cu_seqlens, batch.max_seqlen, padding)
     x = model.bert.embeddings(batch.tokens, batch.types, batch.positions)
     for number in program.run:
         x = x.detach() if number in program.learn[:1] and not program.embeddings_learn else x
-        x = model.bert.encoder.layer[number](x, batch.cu_seqlens, batch.max_seqlen, padding)
+        x = model.bert.encoder.layer[number](x, shared)
     return label_loss(model.cls.predictions(x[batch.targets]), batch.labels)[0]
 
 

@@ -6,6 +6,8 @@ one module at a time with tensors from elsewhere. Post-LN only; attention is `at
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -156,12 +158,16 @@ class Predictions(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.transform(x)
-        if not self.tied and torch.is_grad_enabled():
-            # Untied, Hugging Face keeps a `bias` that nothing reads. It gets a gradient of zero here: under ZeRO-3 a
-            # parameter without one is stepped with the gradient of an earlier step.
-            x = x + 0 * self.bias.sum()
-        return self.decoder(x)
+        return decoded(self, self.transform(x))
+
+
+def decoded(head: Any, x: Tensor) -> Tensor:
+    """Logits of a head that may be tied and keeps a `bias` beside its decoder."""
+    if not head.tied and torch.is_grad_enabled():
+        # Untied, Hugging Face keeps a `bias` that nothing reads. It gets a gradient of zero here: under ZeRO-3 a
+        # parameter without one is stepped with the gradient of an earlier step.
+        x = x + 0 * head.bias.sum()
+    return head.decoder(x)
 
 
 class Heads(nn.Module):

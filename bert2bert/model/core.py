@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from bert2bert.errors import InvalidCheckpoint, did_you_mean
 from bert2bert.model.attention import FULL, Padding, Span, padding_for
 from bert2bert.model.batch import Batch
+from bert2bert.model.modules import RMSNorm
 from bert2bert.model.program import LayerProgram, full
 from bert2bert.tables import Parameter, table_for
 
@@ -69,11 +70,13 @@ class Core(nn.Module):
     transformers reads; its ``architectures`` names one class. known: what the architecture's table says of every
     parameter, by name. sizes: of the table's axes. aliases: absent tied names and those that are kept. recompute:
     whether blocks keep only their input for the backward pass and compute the rest again (activation checkpointing).
-    span: which tokens of its sequence a token sees in full attention.
+    span: which tokens of its sequence a token sees in full attention. zero_padding: whether the padding token's row is
+    0 among fresh weights.
     """
 
     config: Any
     span: Span = FULL
+    zero_padding: ClassVar[bool] = True
 
     def __init__(self, hf_config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -94,6 +97,15 @@ class Core(nn.Module):
         """A linear map of the sizes that the table says, with a bias where it says one."""
         outputs, inputs = self.known[f"{path}.weight"].shape
         return nn.Linear(inputs, outputs, bias=f"{path}.bias" in self.known)
+
+    def norm(self, path: str) -> nn.Module:
+        """A norm of the kind, size and epsilon that the table says, with a bias where it says one."""
+        (size,), eps = self.known[f"{path}.weight"].shape, float(self.hf_config.get(*self.table.eps))
+        return (
+            RMSNorm(size, eps)
+            if self.table.norm == "rms"
+            else nn.LayerNorm(size, eps, bias=f"{path}.bias" in self.known)
+        )
 
     @property
     @abstractmethod
@@ -157,26 +169,31 @@ class Core(nn.Module):
 
     @torch.no_grad()
     def initialise(self, opened: Opened | None = None) -> None:
-        """Draw fresh weights as transformers does: normal with the table's deviation, biases 0, norm gains 1, the
-        padding token's row 0. The draws follow from torch's random state alone, whatever ``opened`` does."""
+        """Draw fresh weights as transformers does: with the table's deviation (`draw`), biases 0, norm gains 1, the
+        padding token's row 0 (``zero_padding``). The draws follow from torch's random state alone, whatever ``opened``
+        does."""
         for path, module in self.named_modules():
             own = dict(module.named_parameters(recurse=False))
             with nullcontext() if opened is None or not own else opened(list(own.values())):
                 for name, parameter in own.items():
                     self._draw(f"{path}.{name}" if path else name, parameter)
         for module in self.modules():  # last: a tied decoder has drawn the rows again
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            if self.zero_padding and isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 with nullcontext() if opened is None else opened([module.weight]):
                     module.weight[module.padding_idx] = 0
 
     def _draw(self, path: str, parameter: nn.Parameter) -> None:
         about = self.known[self.aliases.get(path, path)]
         if len(about.shape) > 1:
-            nn.init.normal_(parameter, std=self.table.std(about.pattern, self.hf_config))
+            self.draw(parameter, self.table.std(about.pattern, self.hf_config))
         elif path.endswith("bias"):
             nn.init.zeros_(parameter)
         else:
             nn.init.ones_(parameter)
+
+    def draw(self, weight: Tensor, std: float) -> None:
+        """Fill a fresh weight of more than one dimension."""
+        nn.init.normal_(weight, std=std)
 
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
         """Compile the Transformer block (once: all layers of one kind share its code). Parameter names stay.

@@ -15,7 +15,7 @@ from bert2bert.model.attention import CAUSAL, attend
 from bert2bert.model.batch import Batch
 from bert2bert.model.causal import Decoder, Head
 from bert2bert.model.core import Core, Shared
-from bert2bert.model.modules import RMSNorm, activation
+from bert2bert.model.modules import activation
 from bert2bert.model.rotary import Frequencies, rotate
 from bert2bert.model.settings import settings_of
 
@@ -31,8 +31,8 @@ class Attention(nn.Module):
         self.v_proj = core.linear(f"{path}.v_proj")
         self.o_proj = core.linear(f"{path}.o_proj")
         normed = f"{path}.q_norm.weight" in core.known
-        self.q_norm = RMSNorm(size, core.config.rms_norm_eps) if normed else None
-        self.k_norm = RMSNorm(size, core.config.rms_norm_eps) if normed else None
+        self.q_norm = core.norm(f"{path}.q_norm") if normed else None
+        self.k_norm = core.norm(f"{path}.k_norm") if normed else None
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         q, k, v = (proj(x).view(len(x), -1, self.size) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -67,8 +67,8 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(core, f"{path}.self_attn", size)
         self.mlp = MLP(core, f"{path}.mlp")
-        self.input_layernorm = RMSNorm(core.width, core.config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(core.width, core.config.rms_norm_eps)
+        self.input_layernorm = core.norm(f"{path}.input_layernorm")
+        self.post_attention_layernorm = core.norm(f"{path}.post_attention_layernorm")
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), shared)
@@ -83,7 +83,7 @@ class Backbone(nn.Module):
         count = core.sizes["layers"]
         self.embed_tokens = nn.Embedding(core.sizes["vocab"], core.width, padding_idx=core.config.pad_token_id)
         self.layers = nn.ModuleList(Layer(core, f"model.layers.{i}", size) for i in range(count))
-        self.norm = RMSNorm(core.width, core.config.rms_norm_eps)
+        self.norm = core.norm("model.norm")
 
 
 class Llama(Decoder):

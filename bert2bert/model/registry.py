@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CORES = {
     "bert": "bert.Bert",
+    "roberta": "roberta.Roberta",
+    "modernbert": "modernbert.ModernBert",
     "gpt2": "gpt2.GPT2",
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "llama.Llama"),
 }

@@ -15,10 +15,15 @@ from dataclasses import fields
 from typing import Any
 
 from bert2bert.errors import InvalidConfig, did_you_mean
+from bert2bert.tables import TABLES
 from bert2bert.tables.rope import OLD_KEYS
 
-_OF_FILES = ("_name_or_path", "torch_dtype", "torchscript", "use_bfloat16", "num_labels", "n_ctx", "head_dim")
-"""Other keys of config.json files, old and new, that say nothing about the function."""
+_OF_FILES = (
+    "_name_or_path", "torch_dtype", "torchscript", "use_bfloat16", "num_labels", "n_ctx", "head_dim",
+    "gradient_checkpointing", "position_embedding_type", "layer_norm_eps", "reference_compile",
+    "repad_logits_with_grad",
+)  # fmt: skip
+"""Other keys of config.json files, old and new, that say nothing about the function (or the table refuses it)."""
 
 
 def keys_of(model_type: str) -> dict[str, Any]:
@@ -27,7 +32,8 @@ def keys_of(model_type: str) -> dict[str, Any]:
 
     cls = _class(model_type)
     declared = {f.name: f.type for f in fields(cls)}
-    other = (*cls().to_dict(), *cls.attribute_map, *GenerationConfig().to_dict(), *_OF_FILES, *OLD_KEYS)
+    every = TABLES[model_type].every[0] if model_type in TABLES else ""  # read by transformers, and written again
+    other = (*cls().to_dict(), *cls.attribute_map, *GenerationConfig().to_dict(), *_OF_FILES, *OLD_KEYS, every)
     return {**declared, **{key: Any for key in other if key not in declared}}
 
 
@@ -39,6 +45,9 @@ def settings_of(config: Mapping[str, Any]) -> Any:
     for key in config:
         if key not in known and not key.startswith(extra):
             raise InvalidConfig(f"model config: unknown key {key!r} of a {kind}; {did_you_mean(key, known)}")
+    for key, value in config.items():
+        if "drop" in key and isinstance(value, int | float) and not 0 <= value < 1:
+            raise InvalidConfig(f"model config: {key} is {value!r}, expected a number from 0 to below 1")
     try:
         found = _class(kind).from_dict(copy.deepcopy(dict(config)))
     except Exception as error:  # its validators raise what they like

@@ -24,7 +24,12 @@ ROBERTA = replace(
     },
     constants={"tau": 1, "rho": 1, "one": 1},
     must_agree={"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True},
-    requires={"is_decoder": False, "add_cross_attention": False, "pad_token_id": 1},
+    requires={
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "pad_token_id": 1,
+        "position_embedding_type": "absolute",
+    },
     first_position=2,
     rows=(
         Row("roberta.embeddings.word_embeddings.weight", "vocab -> embed"),
