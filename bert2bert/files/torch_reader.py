@@ -3,7 +3,7 @@
 A pickle can run code when it is opened. `unpickle` builds tensors and plain containers alone; here the few classes that
 ZeRO files need become plain values: DeepSpeed's (this package never imports it), paths, namespaces, numpy's scalars and
 arrays. Where the caller allows it, as in a user's client state, anything else stays an inert `unpickle.Object`, which
-`frames` can write back.
+`torch_writer` writes back.
 
 Refuses, as InvalidCheckpoint: files that are missing, truncated, not torch files, or of torch's format before 1.6, what
 runs code by its very name, and other classes where none are allowed.
@@ -23,8 +23,9 @@ import torch
 
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_check
+from bert2bert.files.pickled_names import Name, Unsafe
 from bert2bert.files.sniff import describe, sniff
-from bert2bert.files.unpickle import STORAGES, Bare, Name, Object, Storage, Unpickler, Unsafe
+from bert2bert.files.unpickle import STORAGES, Bare, Object, Storage, Unpickler, named
 
 _NODES, _NODES_A_BYTE = 10_000, 16  # values that a structure may unfold to: it can name one many times over
 
@@ -201,6 +202,8 @@ def _plain(value: Any, budget: _Budget) -> Any:
 
 def _opened(found: Object, budget: _Budget) -> Any:
     """An object of a known class as a plain value."""
+    if not isinstance(found.made_by, Name):  # what a call gave, or a class inside a class: none of DeepSpeed's is
+        raise Unsafe(named(found.made_by))
     name = str(found.made_by)
     if name in _INERT:
         state = found.state if isinstance(found.state, dict) else {}

@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from bert2bert.files.unpickle import STORAGES, Bare, Name, Object, Storage
+from bert2bert.files.pickled_names import Name
+from bert2bert.files.unpickle import STORAGES, Bare, Object, Storage
 from bert2bert.files.zip_writer import File, Zipped
 
 _STORAGES: dict[torch.dtype, type] = {
@@ -137,12 +138,8 @@ class _PyPickler(_Tensors, pickle._Pickler):
         elif known := self.memo.get(id(obj)):  # type: ignore[attr-defined]
             self.write(self.get(known[0]))  # type: ignore[attr-defined]
         elif isinstance(obj, Name):
-            module, _, inner = obj.name.rpartition(".")
-            if module:  # a class inside a class, which has a name of its own in later protocols alone
-                self.save(Object(Name("builtins", "getattr"), (Name(obj.module, module), inner)))
-            else:
-                self.write(_global(obj))
-                self.memoize(obj)  # type: ignore[attr-defined]
+            self.write(_global(obj))
+            self.memoize(obj)  # type: ignore[attr-defined]
         else:
             self._save_object(obj)
 

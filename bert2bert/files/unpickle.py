@@ -1,18 +1,19 @@
 """Read a pickle without running it: only tensors and plain containers come to life.
 
 Whatever else a file names, a class or a function, is never imported and never called: it becomes a `Name`, and what the
-file would have made with it an inert `Object`, which remembers how it was to be made. `frames` can write it back so,
+file would have made with it an inert `Object`, which remembers how it was to be made. `torch_writer` writes it back so,
 which restores the real thing in the program that the file is for, and runs nothing here.
 
-Refuses (pickle.UnpicklingError) names whose only use in a file is to run code, and operations on what is neither a
-plain container nor an `Object`.
+Refuses (pickle.UnpicklingError) names whose only use in a file is to run code (`pickled_names`), calls of what was
+fetched from an object (but for a class or function inside a class, and `functools.partial` of what may be called), and
+operations on what is neither a plain container nor an `Object`. Longer than other modules: what comes to life and what
+stays inert is one decision.
 """
 
 from __future__ import annotations
 
 import _compat_pickle
 import io
-import itertools
 import pickle
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -21,23 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 
-_CODE = {  # modules and functions by which a pickle runs programs; a thing of any other name stays inert
-    "os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "runpy", "importlib", "ctypes", "code", "codeop", "pip",
-    "webbrowser", "timeit", "pdb", "bdb", "marshal", "_posixsubprocess", "multiprocessing.util",
-    *(f"builtins.{name}" for name in ("eval", "exec", "compile", "open", "__import__", "breakpoint", "input")),
-    "io.open", "_io.open", "io.FileIO", "_io.FileIO",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Name:
-    """A class or function that a file names."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return self.name if self.module == "builtins" else f"{self.module}.{self.name}"
+from bert2bert.files.pickled_names import Name, Unsafe, checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +44,6 @@ STORAGES: dict[str, torch.dtype] = {
 """The classes of storages in torch's files."""
 
 
-class Unsafe(pickle.UnpicklingError):
-    """A file names what runs code; ``args[0]`` is the `Name`."""
-
-
 class Bare:
     """No state was given (None can be one)."""
 
@@ -75,7 +56,7 @@ class Object:
     given then, as in the tuple of `object.__reduce__`.
     """
 
-    made_by: Name
+    made_by: Name | Object
     args: tuple[Any, ...]
     new: bool | dict[str, Any] = False
     state: Any = Bare
@@ -84,6 +65,7 @@ class Object:
 
     def parts(self) -> Iterator[Any]:
         """Everything inside it."""
+        yield from (self.made_by,) if isinstance(self.made_by, Object) else ()
         yield from self.args
         yield from self.new.values() if isinstance(self.new, dict) else ()
         yield from (self.state,) if self.state is not Bare else ()
@@ -96,10 +78,43 @@ def foreign(tree: Any) -> set[Name]:
     found: set[Name] = set()
     for value in walk(tree):
         if isinstance(value, Object):
-            found.add(value.made_by)
+            found.add(inside_class(value) or named(value.made_by))
         elif isinstance(value, Name):
             found.add(value)
     return found
+
+
+_GETATTR = Name("builtins", "getattr")
+
+
+def inside_class(found: Any) -> Name | None:
+    """The path of a class or function inside a class, which is ``getattr(Outer, "Inner")`` here; None for others."""
+    if not isinstance(found, Object) or found.made_by != _GETATTR or len(found.args) != 2:
+        return None
+    outer, inner = found.args[0], found.args[1]
+    outer = outer if isinstance(outer, Name) else inside_class(outer)
+    return Name(outer.module, f"{outer.name}.{inner}") if outer and isinstance(inner, str) else None
+
+
+def named(called: Name | Object) -> Name:
+    """The name of what a file calls, or of what made it."""
+    while isinstance(called, Object):
+        called = inside_class(called) or called.made_by
+    return called
+
+
+def _check_called(called: Name | Object) -> None:
+    """Raise Unsafe where a file calls what it fetched from an object by name, which can be anything."""
+    if isinstance(called, Name) or inside_class(called):
+        return
+    made_by = called.made_by
+    if not isinstance(made_by, Name) or made_by == _GETATTR or made_by.module in ("operator", "_operator"):
+        raise Unsafe(named(called))
+    if made_by == Name("functools", "partial"):  # its function is said twice
+        state = called.state[:1] if isinstance(called.state, tuple) else ()
+        for function in (*called.args[:1], *state):
+            if isinstance(function, Object):
+                _check_called(function)
 
 
 def walk(tree: Any) -> Iterator[Any]:
@@ -201,23 +216,29 @@ class Unpickler(pickle._Unpickler):
         self.load_storage = load_storage
 
     def find_class(self, module: str, name: str) -> Any:
-        """A dtype, or the `Name` alone."""
+        """A dtype, or the `Name` alone; what is inside a class, as protocols before 4 write it."""
         if self.proto < 3:
             module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
             module = _compat_pickle.IMPORT_MAPPING.get(module, module)
         found = getattr(torch, name, None) if module == "torch" else None
         if isinstance(found, torch.dtype | torch.layout | torch.memory_format | torch.qscheme):
             return found
-        whole, parents = Name(module, name), itertools.accumulate(module.split("."), "{}.{}".format)
-        if f"{module}.{name}" in _CODE or any(parent in _CODE for parent in parents):
-            raise Unsafe(whole)
-        return whole
+        checked(Name(module, name))
+        outer, *inner = name.split(".")
+        reached: Name | Object = Name(module, outer)
+        for part in inner:
+            reached = Object(_GETATTR, (reached, part))
+        return reached
 
     def _make(self, made_by: Any, args: Any, new: bool | dict[str, Any]) -> None:
-        if not isinstance(made_by, Name) or type(args) is not tuple:
+        if not isinstance(made_by, Name | Object) or type(args) is not tuple:
             raise pickle.UnpicklingError(f"it calls a {type(made_by).__name__}")
-        make = _MAKE.get(made_by) if not isinstance(new, dict) else None
-        self.append(make(*args) if make else Object(made_by, args, new))
+        _check_called(made_by)
+        make = _MAKE.get(made_by) if isinstance(made_by, Name) and not isinstance(new, dict) else None
+        made = make(*args) if make else Object(made_by, args, new)
+        if made_by == _GETATTR and len(args) == 2 and isinstance(args[1], str):
+            checked(inside_class(made) or Name("", args[1]))
+        self.append(made)
 
     def _reduce(self) -> None:
         args, made_by = self.stack.pop(), self.stack.pop()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import datetime
 import decimal
@@ -14,6 +15,8 @@ import enum
 import fractions
 import functools
 import io
+import json
+import operator
 import os
 import pathlib
 import random
@@ -21,8 +24,9 @@ import shutil
 import subprocess
 import sys
 import uuid
+import zoneinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -34,10 +38,11 @@ from bert2bert.checkpoints.inspect_text import render
 from bert2bert.checkpoints.open import open_source
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader, torch_writer
+from bert2bert.files.pickled_names import Name, Unsafe, checked
 from bert2bert.growth.source_model import match
 from tests.checkpoints.engines import Case, hf_config, release, save_cases
 from tests.distributed import run_ranks
-from tests.doors import reshard
+from tests.doors import grow, reshard
 
 QUIET: dict[str, Any] = {"say": lambda _: None}
 RAN: list[str] = []
@@ -83,6 +88,80 @@ class Table(dict[str, int]):
         self.note = "x"
 
 
+class Trainer:
+    class Mode(enum.Enum):
+        TRAIN = "train"
+
+    class Parts(enum.Flag):
+        A = 1
+        B = 2
+
+    @dataclasses.dataclass
+    class Args:
+        lr: float = 1e-3
+
+        class code:
+            class Inner(NamedTuple):
+                step: int
+
+    class Table(dict[str, int]):
+        pass
+
+    @classmethod
+    def make(cls, lr: float) -> Trainer.Args:
+        return cls.Args(lr)
+
+    @staticmethod
+    def count(text: str) -> MadeBy:
+        return MadeBy(Trainer.count, text)
+
+
+class MadeBy:
+    """An object that pickles as a call of a function: of a class's, or of one with some arguments given."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> Any:
+        return self.function, self.args
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MadeBy) and self.args == other.args
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Keyword:
+    """Made by keyword only, which protocol 2 writes as a call of what a call gave."""
+
+    def __new__(cls, *, a: int) -> Keyword:
+        made = super().__new__(cls)
+        made.a = a  # type: ignore[attr-defined]
+        return made
+
+    def __getnewargs_ex__(self) -> Any:
+        return (), {"a": self.a}  # type: ignore[attr-defined]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keyword) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class ByAttribute:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enumeration, with a state to show that it is kept."""
+
+    word = "a"
+
+    def __reduce__(self) -> Any:
+        return getattr, (ByAttribute, "one"), {"word": self.word}
+
+    one: Any = None
+
+
+ByAttribute.one = ByAttribute()
+
+
 class Loud:
     """Runs when it is made and when it is given its state."""
 
@@ -120,6 +199,14 @@ def cyclic() -> Settings:
 
 
 VALUES: dict[str, Any] = {
+    "nested": [
+        Trainer.Mode.TRAIN, Trainer.Parts.A | Trainer.Parts.B, Trainer.Args(), Trainer.Args.code.Inner(1),
+        Trainer.Table(a=1), [Trainer.Args(0.5), Trainer.Args], Trainer.Args.code,
+    ],
+    "calls": [
+        Trainer.make, Trainer.count, MadeBy(Trainer.count, "x"), MadeBy(functools.partial(Trainer.count), "y"),
+        Keyword(a=2), zoneinfo.ZoneInfo("UTC"), ByAttribute.one,
+    ],
     "enumeration": [Colour.RED, Level.HIGH, Flags.A | Flags.B],
     "times": [datetime.datetime(2024, 5, 6, 7, tzinfo=datetime.timezone.utc), datetime.timedelta(1), datetime.date.min],
     "containers": [
@@ -221,7 +308,7 @@ def test_values_nested_too_deep_are_refused_before_a_byte_is_written(run: Path, 
     assert not (tmp_path / "t").exists()
 
 
-STATE = {key: VALUES[key] for key in ("enumeration", "times", "containers", "own", "arrays")} | {
+STATE = {key: VALUES[key] for key in ("enumeration", "times", "containers", "own", "arrays", "nested", "calls")} | {
     "call": Calls(), "cycle": cyclic(), 7: "a key that is no text", "tensors": TENSORS,
 }  # fmt: skip
 
@@ -255,6 +342,16 @@ def test_a_run_with_classes_in_its_client_state(run: Path, tmp_path: Path, stage
             assert same(tensor, back["tensors"][key]) and type(back["tensors"][key]) is type(tensor), key
 
 
+def test_a_grown_run_has_them_too(run: Path, tmp_path: Path) -> None:
+    for name, config in {"own": hf_config(), "grown": hf_config() | {"num_hidden_layers": 3}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"model_type": "bert", **config}))
+    RAN.clear()
+    grow(run / "z2", tmp_path / "t", tmp_path / "grown.json", source_config=tmp_path / "own.json", **QUIET)
+    assert not RAN
+    back = torch.load(tmp_path / "t" / "global_step1" / "mp_rank_00_model_states.pt", weights_only=False)
+    assert all(same(STATE[key], back[key]) for key in STATE.keys() - {"call", "cycle", "tensors"})
+
+
 def verified(source: Path, target: Path) -> list[str]:
     from bert2bert.measure.resharded import compare
 
@@ -284,6 +381,67 @@ def test_what_runs_programs_by_its_name_is_refused_anywhere(tmp_path: Path, what
         torch_writer.save(file, {"state": {"x": torch_writer.Object(class_of, ("touch /tmp/never",))}, "module": {}})
     with pytest.raises(InvalidCheckpoint, match=rf"refused, it names '{what}'"):
         torch_reader.load(tmp_path / "a.pt", plain=("module",))
+
+
+class Reduced:
+    """Pickles as a call of anything."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+    def __reduce__(self) -> Any:
+        return self.parts
+
+
+class Outer:
+    """A class with a module in it, by which a file can get at what runs programs."""
+
+    os = os
+
+
+def fetched(of: Any, *names: str) -> Any:
+    for name in names:
+        of = Reduced(getattr, (of, name))
+    return of
+
+
+GATES: dict[str, tuple[Any, str]] = {
+    "globals": (fetched(hello, "__globals__"), r".*hello\.__globals__"),
+    "subclasses": (fetched(Outer(), "__subclasses__"), r"\.__subclasses__"),
+    "of an object": (Reduced(fetched(Outer(), "os", "abort"), ()), "getattr"),
+    "by operator": (Reduced(operator.attrgetter("os.abort"), (Outer,)), "operator.attrgetter"),
+    "of a call": (
+        Reduced(Reduced(Reduced(functools.partial, (functools.partial, hello)), ()), ()),
+        "functools.partial",
+    ),
+    "partial": (Reduced(functools.partial(fetched(Outer(), "os", "abort")), ()), "getattr"),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("key", GATES)
+def test_calls_of_what_was_fetched_from_an_object_are_refused(tmp_path: Path, key: str, protocol: int) -> None:
+    value, name = GATES[key]
+    torch.save({"state": value, "module": {}}, tmp_path / "a.pt", pickle_protocol=protocol)
+    with pytest.raises(InvalidCheckpoint, match=f"refused, it names '{name}'"):
+        torch_reader.load(tmp_path / "a.pt", plain=("module",))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "ok"),
+    [
+        ("torch", "os.system", False), ("torch", "utils.data.os.system", False), ("torch", "builtins.eval", False),
+        ("builtins", "eval.__call__", False), ("posix", "system", False), ("code.x", "Y", False),
+        ("run", "Trainer.code.X", True), ("run", "_Trainer.sys.X", True), ("run", "code", True),
+        ("run.os", "Y", True), ("run", "Trainer.eval", True), ("run", "timeit", True), ("run", "eval", True),
+    ],
+)  # fmt: skip
+def test_a_name_is_of_programs_where_a_module_of_them_leads_to_it(module: str, name: str, ok: bool) -> None:
+    with contextlib.nullcontext() if ok else pytest.raises(Unsafe):
+        assert checked(Name(module, name)) == Name(module, name)
 
 
 # ------------------------------------------------------------------------------------------------ state dicts
