@@ -13,36 +13,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from bert2bert.errors import InvalidConfig
-from bert2bert.model.attention import FULL, Span, attend
+from bert2bert.model.attention import FULL, attend
 from bert2bert.model.batch import Batch
 from bert2bert.model.core import Shared
 from bert2bert.model.masked import Encoder
-from bert2bert.model.modules import activation
+from bert2bert.model.modules import activation, chain
 from bert2bert.model.rotary import Frequencies, rotate
 from bert2bert.model.settings import settings_of
 
 _FULL, _LOCAL = "full_attention", "sliding_attention"
 
 
-class Embeddings(nn.Module):
-    """Words, normalised: int64 [T] -> [T, hidden]."""
-
-    def __init__(self, core: ModernBert) -> None:
-        super().__init__()
-        self.tok_embeddings = nn.Embedding(core.sizes["vocab"], core.width, padding_idx=core.config.pad_token_id)
-        self.norm = core.norm("model.embeddings.norm")
-        self.drop = nn.Dropout(core.config.embedding_dropout)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.drop(self.norm(self.tok_embeddings(tokens)))
-
-
 class Attention(nn.Module):
     """Multi-head attention, full or local; queries, keys and values come from one map."""
 
-    def __init__(self, core: ModernBert, path: str, local: bool) -> None:
+    def __init__(self, core: ModernBert, path: str, kind: str) -> None:
         super().__init__()
-        self.size, self.local, self.span = core.sizes["qk"], local, core.window if local else FULL
+        self.size, self.local, self.span = core.sizes["qk"], kind == _LOCAL, core.spans[kind]
         self.dropout_p = float(core.config.attention_dropout)
         self.Wqkv = core.linear(f"{path}.Wqkv")
         self.Wo = core.linear(f"{path}.Wo")
@@ -79,10 +66,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One Transformer block: [T, hidden] -> [T, hidden]."""
 
-    def __init__(self, core: ModernBert, path: str, local: bool) -> None:
+    def __init__(self, core: ModernBert, path: str, kind: str) -> None:
         super().__init__()
         self.attn_norm = core.norm(f"{path}.attn_norm") if f"{path}.attn_norm.weight" in core.known else nn.Identity()
-        self.attn = Attention(core, f"{path}.attn", local)
+        self.attn = Attention(core, f"{path}.attn", kind)
         self.mlp_norm = core.norm(f"{path}.mlp_norm")
         self.mlp = MLP(core, f"{path}.mlp")
 
@@ -96,27 +83,18 @@ class Backbone(nn.Module):
 
     def __init__(self, core: ModernBert) -> None:
         super().__init__()
-        kinds = core.config.layer_types
-        self.embeddings = Embeddings(core)
-        self.layers = nn.ModuleList(Layer(core, f"model.layers.{i}", kind == _LOCAL) for i, kind in enumerate(kinds))
+        self.embeddings = chain(
+            tok_embeddings=nn.Embedding(core.sizes["vocab"], core.width, padding_idx=core.config.pad_token_id),
+            norm=core.norm("model.embeddings.norm"),
+            drop=nn.Dropout(core.config.embedding_dropout),
+        )
+        kinds = enumerate(core.config.layer_types)
+        self.layers = nn.ModuleList(Layer(core, f"model.layers.{i}", kind) for i, kind in kinds)
         self.final_norm = core.norm("model.final_norm")
 
 
-class Head(nn.Module):
-    """dense, activation, norm before the decoder."""
-
-    def __init__(self, core: ModernBert) -> None:
-        super().__init__()
-        self.dense = core.linear("head.dense")
-        self.act = activation(core.config.classifier_activation)
-        self.norm = core.norm("head.norm")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.act(self.dense(x)))
-
-
 class ModernBert(Encoder):
-    """The whole model. window: the tokens that a local layer's token sees before and after itself."""
+    """The whole model. spans: which tokens of its sequence a token sees, by kind of layer."""
 
     zero_padding = False
 
@@ -124,18 +102,19 @@ class ModernBert(Encoder):
         super().__init__(hf_config)
         self.config = settings_of(self.hf_config)
         kinds, window = set(self.config.layer_types), self.config.local_attention // 2
-        if window < 0 or kinds - {_FULL, _LOCAL}:
+        self.spans = {_FULL: FULL, _LOCAL: (window, window)}
+        if window < 0 or not kinds <= self.spans.keys():
             raise InvalidConfig(
                 f"model config: local_attention is {self.config.local_attention} and the kinds of layer_types are "
-                f"{', '.join(sorted(kinds))}; expected a count of tokens, and {_FULL} or {_LOCAL}"
+                f"{', '.join(sorted(kinds))}; expected a count of tokens, and {' or '.join(self.spans)}"
             )
-        self.window = (window, window)
         self.frequencies = {kind: Frequencies(self.config, kind) for kind in kinds}
         self.model = Backbone(self)
-        self.head = Head(self)
+        act = activation(self.config.classifier_activation)
+        self.head = chain(dense=self.linear("head.dense"), act=act, norm=self.norm("head.norm"))
         self.decoder = nn.Linear(self.width, self.sizes["vocab"], bias=self.config.decoder_bias)
         if self.aliases:
-            self.decoder.weight = self.model.embeddings.tok_embeddings.weight
+            self.decoder.weight = self.model.embeddings.get_parameter("tok_embeddings.weight")
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -145,14 +124,11 @@ class ModernBert(Encoder):
         return self.model.embeddings(batch.tokens)
 
     def shared(self, x: Tensor, batch: Batch) -> Shared:
-        def of(kind: str, span: Span) -> tuple[Any, Any]:
-            if kind not in self.frequencies:
-                return None, None
-            padding = self.attention(x, batch, self.sizes["qk"], float(self.config.attention_dropout), span)
-            return padding, self.frequencies[kind].table(batch.positions, batch.max_seqlen, x.dtype)
-
-        (padding, rotary), (local_padding, local_rotary) = of(_FULL, FULL), of(_LOCAL, self.window)
-        return Shared(batch.cu_seqlens, batch.max_seqlen, padding, local_padding, rotary, local_rotary)
+        size, dropout_p = self.sizes["qk"], float(self.config.attention_dropout)
+        padding = {kind: self.attention(x, batch, size, dropout_p, self.spans[kind]) for kind in self.frequencies}
+        rotary = {kind: f.table(batch.positions, batch.max_seqlen, x.dtype) for kind, f in self.frequencies.items()}
+        found: Any = (of.get(kind) for of in (padding, rotary) for kind in self.spans)
+        return Shared(batch.cu_seqlens, batch.max_seqlen, *found)
 
     def decode(self, x: Tensor) -> Tensor:
         return self.decoder(self.head(self.model.final_norm(x)))

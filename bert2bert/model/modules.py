@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -11,28 +12,33 @@ from torch import Tensor, nn
 
 from bert2bert.errors import InvalidConfig, did_you_mean
 
-_OWN: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
+_OWN: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_new": functools.partial(nn.GELU, "tanh"),
+    "gelu_pytorch_tanh": functools.partial(nn.GELU, "tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
 }
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """An activation by its name in a Hugging Face config: torch's own function where it has one, else transformers'.
+def activation(name: str) -> nn.Module:
+    """An activation by its name in a Hugging Face config: torch's own where it has one, else transformers'.
 
     Raises InvalidConfig for a name that transformers does not know.
     """
     if name in _OWN:
-        return _OWN[name]
+        return _OWN[name]()
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
         raise InvalidConfig(f"model config: the activation is {name!r}; {did_you_mean(name, ACT2FN)}")
-    found: Callable[[Tensor], Tensor] = ACT2FN[name]
+    found: nn.Module = ACT2FN[name]
     return found
+
+
+def chain(**modules: nn.Module) -> nn.Sequential:
+    """Modules that are applied one after another, each under its name."""
+    return nn.Sequential(OrderedDict(modules))
 
 
 class RMSNorm(nn.Module):

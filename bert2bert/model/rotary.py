@@ -4,7 +4,8 @@ The frequencies are transformers' own (`ROPE_INIT_FUNCTIONS`), in float32; angle
 a float64 model. Types that depend on the length of a row ("dynamic", "longrope") take the length given, which is the
 row's bound and not the longest document in it, so that packing changes nothing.
 
-Refuses (`InvalidConfig`) a rope type that transformers does not know.
+Refuses (`InvalidConfig`): a rope type that transformers does not know, and heads of which only some features turn, as
+the models that have a core here turn whole heads.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ class Frequencies:
         if self.type != "default" and self.type not in ROPE_INIT_FUNCTIONS:
             known = ("default", *ROPE_INIT_FUNCTIONS)
             raise InvalidConfig(f"model config: rope_type is {self.type!r}; {did_you_mean(self.type, known)}")
+        part = self.parameters.get("partial_rotary_factor")
+        if part not in (None, 1) and self.type != "proportional":
+            raise InvalidConfig(
+                f"model config: partial_rotary_factor is {part!r}; a {settings.model_type} turns whole heads in "
+                "transformers: leave it out, or set rope_type to 'proportional'"
+            )
         self._of = functools.cache(self._made)
 
     def table(self, positions: Tensor, length: int, dtype: torch.dtype) -> Rotary:
@@ -59,16 +66,12 @@ class Frequencies:
             return found, scale
         settings = self.settings
         size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-        size = int(size * self.parameters.get("partial_rotary_factor", 1.0))
         steps = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
         return 1.0 / (self.parameters["rope_theta"] ** steps), 1.0
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the first features of every head of x, [T, heads, d], as far as the tables reach."""
+    """Turn the heads of x, [T, heads, d]; in its dtype, though under autocast the tables are wider."""
     cosines, sines = (table[:, None] for table in rotary)
-    size = cosines.shape[-1]
-    turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
-    low, high = turned.chunk(2, dim=-1)
-    turned = turned * cosines + torch.cat((-high, low), dim=-1) * sines
-    return turned if rest is None else torch.cat((turned, rest), dim=-1)
+    low, high = x.chunk(2, dim=-1)
+    return (x * cosines + torch.cat((-high, low), dim=-1) * sines).to(x.dtype)

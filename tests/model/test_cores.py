@@ -31,6 +31,7 @@ ROPE = {
         "rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 5.0], "factor": 2.0,
         "original_max_position_embeddings": 8,
     },
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 2.0},
 }  # fmt: skip
 DECODERS: dict[str, dict[str, Any]] = {
     **{name: {} for name, v in tiny.VARIANTS.items() if v.base["model_type"] in ("gpt2", "llama", "qwen2", "qwen3")},

@@ -128,12 +128,28 @@ def test_rotary_settings_of_older_configs(old: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_recomputing_changes_nothing(name: str) -> None:
+    """Activation checkpointing: the same gradients from the same draws, bit for bit."""
+    config = tiny.config_of(name) | dict.fromkeys(DROPOUT[name], 0.3)
+    core, batch = registry.build(config).train(), flat()
+
+    def slopes() -> list[torch.Tensor]:
+        torch.manual_seed(2)
+        return list(torch.autograd.grad(core(batch).loss, list(core.parameters())))
+
+    plain, core.recompute = slopes(), True
+    assert all(map(torch.equal, slopes(), plain))
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_16_bit_is_near(name: str) -> None:
     core, _ = pair(name, ENCODERS[name])
     batch = flat()
     exact, limit = core(batch).loss, allowed(lambda: core(batch).loss, torch.bfloat16, spare=32)
     near = core.bfloat16()(batch).loss
     assert near.dtype == torch.float32 and 0 < gap(near, exact, limit) <= ROUNDING
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 0 < gap(core.float()(batch).loss, exact, limit) <= ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -146,13 +162,16 @@ def test_16_bit_is_near(name: str) -> None:
         ("modernbert", {"hidden_activation": "gleu"}, "did you mean 'gelu'"),
         ("modernbert", {"architectures": ["ModernBertModel"]}, "expected one of ModernBertForMaskedLM"),
         ("modernbert", {"embedding_dropout": 1.5}, "embedding_dropout is 1.5"),
+        ("modernbert", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+         "partial_rotary_factor is 0.5; a modernbert turns whole heads"),
+        ("modernbert", {"rope_scaling": {"rope_type": "liner", "factor": 2.0}}, "did you mean 'linear'"),
         ("roberta", {"pad_token_id": 0}, "pad_token_id is 0"),
         ("roberta", {"is_decoder": True}, "is_decoder is True"),
         ("roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ("roberta", {"num_attention_heads": 3}, "num_attention_heads"),
         ("roberta", {"hidden_dropout_prob": -0.1}, "hidden_dropout_prob is -0.1"),
     ],
-)
+)  # fmt: skip
 def test_configs_that_are_refused(name: str, changes: dict[str, Any], text: str) -> None:
     config = {**tiny.VARIANTS[name].base, "architectures": [tiny.VARIANTS[name].cls], **changes}
     with pytest.raises(UserError, match=text):
