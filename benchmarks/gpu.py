@@ -49,14 +49,14 @@ from parity import (
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader
 from bert2bert.model.batch import IGNORE, Batch
-from bert2bert.model.config import BertConfig
 from bert2bert.model.core import Core
-from bert2bert.model.flops import peak_flops, step_flops
 from bert2bert.model.program import full
 from bert2bert.model.registry import build
 from bert2bert.ranks.launcher import set_up
 from bert2bert.recipe import AdamW
+from bert2bert.tables.flops import Flops
 from bert2bert.terminal.arguments import Parser
+from bert2bert.train.compute import peak_flops, step_flops
 
 
 def compiler_counts() -> tuple[int, int]:
@@ -102,29 +102,30 @@ class Case:
         }  # fmt: skip
 
 
-def ours(engine: Any, program: Any, config: BertConfig, lr: float) -> Callable[[Batch], float]:
+def ours(engine: Any, program: Any, flops: Flops, lr: float) -> Callable[[Batch], float]:
     """What bert2bert.train.loop.Loop does in a step, the sums over ranks included."""
 
     def run(batch: Batch) -> float:
         engine.apply(program)
         engine.set_lr(lr)
-        predicted = int((batch.labels != IGNORE).sum())
         loss, _, _ = engine.forward(batch.to(engine.device, non_blocking=True), program)
         engine.backward(loss)
-        engine.sum([float(loss.detach()), batch.real_tokens, batch.attended, predicted])
-        return step_flops(config, batch.real_tokens, batch.attended, predicted, program)
+        spent = step_flops(flops, batch, program)
+        engine.sum([float(loss.detach()), batch.real_tokens, spent])
+        return spent
 
     return run
 
 
-def bare(model: Core, optimizer: Bare, device: torch.device) -> Callable[[Batch], float]:
+def bare(model: Core, optimizer: Bare, flops: Flops, device: torch.device) -> Callable[[Batch], float]:
+    whole = full(len(model.layers))
+
     def run(batch: Batch) -> float:
-        predicted = int((batch.labels != IGNORE).sum())
         loss = model(batch.to(device, non_blocking=True)).loss
         loss.backward()
         optimizer.step()
         float(loss.detach())  # a loop logs it
-        return step_flops(model.config, batch.real_tokens, batch.attended, predicted)
+        return step_flops(flops, batch, whole)
 
     return run
 
@@ -169,8 +170,9 @@ def speeds(
     programs = {"engine": full(layers)} | {
         f"engine, {depth} layers": sub_model(depth, stage) for depth in range(stage, layers + 1, stage)
     }
-    runs = {name: ours(engine, p, BertConfig.from_hf(config), adam.lr) for name, p in programs.items()}
-    runs["bare"] = bare(plain, Bare(plain, adam, clip=1.0), device)
+    flops = Flops(plain.hf_config, plain.heads)
+    runs = {name: ours(engine, p, flops, adam.lr) for name, p in programs.items()}
+    runs["bare"] = bare(plain, Bare(plain, adam, clip=1.0), flops, device)
     runs["transformers"] = hugging_face(theirs, their_optimizer, device, rows)
     if compile_theirs:
         compiled = torch.compile(theirs, backend=backend(device))

@@ -17,7 +17,7 @@ from bert2bert.errors import some
 from bert2bert.growth.exactness import reasons, zeroed
 from bert2bert.growth.opened import Growth, open_growth
 from bert2bert.growth.source_model import CheckpointModel, short_of_class
-from bert2bert.measure.cost import bandwidth, cost, cost_line, flops_per_token
+from bert2bert.measure.cost import bandwidth, cost, cost_line, flops_per_token, row_length
 
 _LABELS = {  # recipe key -> what a summary calls it
     "width": "width", "depth": "depth", "vocab": "vocabulary", "positions": "positions", "experts": "experts",
@@ -94,7 +94,8 @@ class Description:
         if self.forward_flops:
             small, large = self.forward_flops
             ratio = f"({large / small:.2f}x)"
-            lines.append(f"compute  {small / 1e6:.4g} -> {large / 1e6:.4g} MFLOP a token forward {ratio}")
+            rows = f"in rows of {row_length(self.growth.plan.config):,}"
+            lines.append(f"compute  {small / 1e6:.4g} -> {large / 1e6:.4g} MFLOP a token forward, {rows} {ratio}")
         lines += self._kept()
         if not model.trained and recipe.get("moments"):
             lines.append(f"note     --moments {recipe['moments']} changes nothing: the source holds weights only")

@@ -9,15 +9,13 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from bert2bert.algebra import axes
 from bert2bert.algebra.draws import drawn
 from bert2bert.checkpoints.commit.threads import files_at_once
 from bert2bert.checkpoints.job import BLOCK
 from bert2bert.checkpoints.write import deal
 from bert2bert.errors import InvalidConfig
-from bert2bert.model.config import BertConfig
-from bert2bert.model.flops import forward_flops
 from bert2bert.tables import table_for
+from bert2bert.tables.flops import Flops, Work
 
 if TYPE_CHECKING:
     from bert2bert.growth.opened import Growth
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 _BLOCKS = 8  # of rows that a thread holds at a time: values, their source, the file being written
 _STRUCTURE = 200_000_000  # bytes of names, shapes, file structure and allocator slack, measured by benchmarks/growth.py
 _DRAW = 3e-8  # seconds that one core takes for a random number and its place, measured (see docs/benchmarks.md)
-_LOOKED_UP = frozenset({"vocab", "pos", "types", "buckets"})  # axes of tables, of which a token takes one row
+_LONGEST = 2048  # tokens of a row; a model of longer contexts is rarely pre-trained on longer ones
 
 
 def bandwidth(text: str) -> tuple[float, float]:
@@ -96,19 +94,18 @@ def cost_line(found: dict[str, Any]) -> str:
     )
 
 
+def row_length(config: Mapping[str, Any]) -> int:
+    """Tokens of the rows for which `flops_per_token` counts: as many as the model has positions, at most 2,048."""
+    table = table_for(config)
+    longest = config.get("max_position_embeddings") or config.get("n_positions") or _LONGEST
+    return min(int(longest) - table.first_position, _LONGEST)
+
+
 def flops_per_token(config: Mapping[str, Any], heads: frozenset[str]) -> float:
-    """Forward FLOPs of one token in a row of full length, 15 % of tokens through a masked-LM head; those of the linear
-    maps alone where the model is not a BERT (an encoder-decoder: a token read and one written)."""
-    if config["model_type"] == "bert":
-        length = int(config["max_position_embeddings"])
-        c = BertConfig.from_hf(config)
-        return forward_flops(c, real_tokens=length, attended=length**2, predicted=round(0.15 * length)) / length
-    table, products = table_for(config), 0.0
-    for p in table.parameters(config, heads).values():
-        if "-" in p.spec and not axes.read_axes(p.spec) & _LOOKED_UP:
-            fused = p.spec.startswith("experts ") and len(p.shape) == 3
-            products += prod(p.shape[fused:]) * (int(config.get("num_experts_per_tok") or 2) if fused else 1)
-    if table.tied(config) and any("mlm" in tie.needs for tie in table.ties if "mlm" in heads):
-        sizes = table.axis_sizes(config)
-        products += sizes["vocab"] * sizes["embed"]
-    return 2 * products
+    """Forward FLOPs of one token in full rows (see `row_length`), 15 % of them through a masked-LM head, all through a
+    causal one; of an encoder-decoder, of a token read and one written."""
+    table, length = table_for(config), row_length(config)
+    masked = any(name.endswith("ForMaskedLM") for name in table.classes)
+    written = (length,) if "decoder" in heads else ()
+    work = Work((length,), round(0.15 * length) if masked else length, written)
+    return Flops(config, heads).forward(work) / length

@@ -21,15 +21,15 @@ from bert2bert.checkpoints.manifest import Grown
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import MaskedLoader, eval_batches
 from bert2bert.files.lock import Lock
-from bert2bert.model.batch import IGNORE
-from bert2bert.model.flops import peak_flops, step_flops
 from bert2bert.ranks import distributed, stopping
 from bert2bert.recipe import Recipe
 from bert2bert.recipe.programs import draw
 from bert2bert.recipe.schedules import lr_at, peak_of
+from bert2bert.tables.flops import Flops
 from bert2bert.train import engine as engines
 from bert2bert.train import run_folder
 from bert2bert.train.banner import banner, ending
+from bert2bert.train.compute import peak_flops, step_flops
 from bert2bert.train.errors import check_finite, explained
 from bert2bert.train.evaluate import MASK_SEED, evaluate
 from bert2bert.train.metrics import Interval, MetricsWriter
@@ -65,6 +65,7 @@ class Loop:
         self.digests = {"digest": bins.digest, "tokenizer_digest": bins.tokenizer_digest}
         name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
         self.peak = None if name is None else peak_flops(name, engine.precision)
+        self.flops = Flops(engine.model.hf_config, engine.model.heads)
         self.step = 0
         self.spent = start().spent
         self.growth: Grown | None = None
@@ -177,24 +178,22 @@ class Loop:
         engine.apply(program)
         engine.set_lr(lr)
         loss = torch.zeros((), device=engine.device)
-        tokens = attended = predicted = 0
+        tokens = flops = 0
         with explained(f"in step {self.step + 1} (phase {phase.name!r})", self.newest):
             for _ in range(engine.accumulation):
                 batch = next(self.loader)
                 tokens += batch.real_tokens
-                attended += batch.attended
-                predicted += int((batch.labels != IGNORE).sum())
+                flops += step_flops(self.flops, batch, program)
                 micro_loss, _, _ = engine.forward(batch.to(engine.device, non_blocking=True), program)
                 engine.backward(micro_loss)
                 loss += micro_loss.detach().float()
-        local = [float(loss) / engine.accumulation / engine.world, tokens, attended, predicted]
+        local = [float(loss) / engine.accumulation / engine.world, tokens, flops]
         mean, *totals = engine.sum([*local, float(self.lock.lost), *stopping.asked(self.stop)])
-        tokens, attended, predicted = (int(total) for total in totals[:3])
-        if totals[3]:
+        if totals[2]:
             distributed.write_on_first(self.output, self.lock.check)
-        stopped = stopping.answer(totals[4:])
-        self.spent["flops"] += step_flops(self.engine.model.config, tokens, attended, predicted, program)
-        self.spent["tokens"] += tokens
+        stopped = stopping.answer(totals[3:])
+        self.spent["tokens"] += int(totals[0])
+        self.spent["flops"] += totals[1]
         self.spent["steps"] += 1
         self.spent["seconds"] += time.perf_counter() - began
         if engine.precision != "fp16":  # which has its loss scale to recover with
