@@ -2,8 +2,8 @@
 
 * The variable-length flash kernel of torch (`torch.nn.attention.varlen`): CUDA of compute capability 8.0 or newer, bf16
   or fp16, head size a multiple of 8 up to 256, no dropout on the attention probabilities (the kernel has none).
-* Padded `scaled_dot_product_attention`: everywhere else, and the reference. The flat tokens are spread to
-  [sequences, longest], masked and gathered back; sequences of one common length need neither.
+* Padded `scaled_dot_product_attention`: everywhere else, and the reference. Sequences of similar length are spread to
+  [sequences, longest of them], masked and gathered back; sequences of one common length need neither.
 
 Dropout on the attention probabilities in training therefore costs the fast kernel on a GPU; this is warned about once.
 """
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+_GROUPS = 8  # of sequences that are padded alike
 _KERNEL_ARGUMENTS = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
 
 
@@ -30,15 +31,22 @@ FULL: Span = (-1, -1)
 CAUSAL: Span = (-1, 0)
 
 
-class Padding(NamedTuple):
-    """How flat tokens spread to rows of `length` slots. slots: int64 [T], row * length + column of each token, None
-    where every sequence fills its row. mask: bool, broadcasts to [rows, 1, length, length], True where a query (third
-    dim) sees a key; None where all see all, and for `CAUSAL`, which lets no token see the padding behind it."""
+class Group(NamedTuple):
+    """Sequences of about one length: `rows` of `length` slots. mask: bool, broadcasts to [rows, 1, length, length],
+    True where a query (third dim) sees a key; None where all see all, and for `CAUSAL`, which lets no token see the
+    padding behind it."""
 
     length: int
     rows: int
-    slots: Tensor | None
     mask: Tensor | None
+
+
+class Padding(NamedTuple):
+    """How flat tokens spread to the slots of groups, one group behind the other. slots: int64 [T], the slot of each
+    token; None where every token is in its slot already."""
+
+    groups: tuple[Group, ...]
+    slots: Tensor | None
 
 
 @functools.cache
@@ -103,18 +111,21 @@ def uses_kernel(
     return True
 
 
-def plan_padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int, span: Span = FULL) -> Padding:
+def plan_padding(
+    cu_seqlens: Tensor, max_seqlen: int, tokens: int, span: Span = FULL, *, one_group: bool = False
+) -> Padding:
     """The padding of `tokens` flat tokens; computed once per forward and used by every layer of that span.
 
-    Empty sequences (the repeated tail of cu_seqlens) take no row. Reads the lengths from the device unless the counts
-    alone show that all sequences are of equal length. Raises ValueError when cu_seqlens does not describe the tokens.
+    Sequences of similar length share a group, so that a short one is not padded to the longest; one_group: all are
+    padded alike, which keeps the structure that compiled code sees. Empty sequences (the repeated tail of cu_seqlens)
+    take no row. Reads the lengths from the device unless the counts alone show that all sequences are of equal length.
+    Raises ValueError when cu_seqlens does not describe the tokens.
     """
-    if cu_seqlens.device.type != "cpu" and (cu_seqlens.numel() - 1) * max_seqlen == tokens:
+    device = cu_seqlens.device
+    if device.type != "cpu" and (cu_seqlens.numel() - 1) * max_seqlen == tokens:
         # S sequences of at most max_seqlen make up S * max_seqlen tokens; on the CPU reading and checking costs nothing
-        rows = cu_seqlens.numel() - 1
-        return Padding(max_seqlen, rows, None, _within(max_seqlen, span, cu_seqlens.device))
-    offsets = cu_seqlens.long()
-    lengths = offsets.diff()
+        return Padding((Group(max_seqlen, cu_seqlens.numel() - 1, _within(max_seqlen, span, device)),), None)
+    lengths = cu_seqlens.long().diff()
     lengths = lengths[lengths != 0]
     sizes = lengths.tolist()
     if not sizes or sum(sizes) != tokens or min(sizes) < 0 or max(sizes) > max_seqlen:
@@ -122,18 +133,42 @@ def plan_padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int, span: Span = 
             f"cu_seqlens describes {len(sizes)} sequences of lengths {sizes[:8]}{'…' * (len(sizes) > 8)}, {sum(sizes)} "
             f"tokens in all; expected {tokens} tokens in sequences of at most max_seqlen {max_seqlen}"
         )
-    length, rows = max(sizes), len(sizes)
-    near = _within(length, span, offsets.device)
-    if min(sizes) == length:
-        return Padding(length, rows, None, near)
-    row = torch.repeat_interleave(torch.arange(rows, device=offsets.device), lengths, output_size=tokens)
-    column = torch.arange(tokens, device=offsets.device) - (lengths.cumsum(0) - lengths)[row]
-    mask = near
-    if span[1]:  # else padding, which comes last, is seen by none
-        mask = (torch.arange(length, device=offsets.device) < lengths[:, None])[:, None, None, :]
-        if near is not None:  # a place of padding that saw no token at all would make gradients that are no numbers
-            mask = near & (mask | torch.eye(length, dtype=torch.bool, device=offsets.device))
-    return Padding(length, rows, row * length + column, mask)
+    if min(sizes) == max(sizes):
+        return Padding((Group(sizes[0], len(sizes), _within(sizes[0], span, device)),), None)
+    begins, groups, base = [0] * len(sizes), [], 0
+    for members in [list(range(len(sizes)))] if one_group else _similar(sizes):
+        length = max(sizes[i] for i in members)
+        for row, i in enumerate(members):
+            begins[i] = base + row * length
+        base += len(members) * length
+        mask = _mask(lengths[torch.tensor(members, device=device)], length, span)
+        groups.append(Group(length, len(members), mask))
+    within = torch.arange(tokens, device=device) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    first = torch.tensor(begins, device=device)
+    return Padding(tuple(groups), torch.repeat_interleave(first, lengths, output_size=tokens) + within)
+
+
+def _similar(sizes: list[int]) -> list[list[int]]:
+    """Sequence numbers by length, longest first: the shortest of a group has more than 3/4 of the longest's length."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if groups and (4 * sizes[i] > 3 * sizes[groups[-1][0]] or len(groups) == _GROUPS):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _mask(lengths: Tensor, length: int, span: Span) -> Tensor | None:
+    """Who sees whom in rows of `length` slots that hold sequences of these lengths."""
+    near = _within(length, span, lengths.device)
+    if not span[1] or bool((lengths == length).all()):  # where none looks ahead, padding, which comes last, is unseen
+        return near
+    mask = (torch.arange(length, device=lengths.device) < lengths[:, None])[:, None, None, :]
+    if near is None:
+        return mask
+    # a slot of padding that saw no token at all would make gradients that are no numbers
+    return near & (mask | torch.eye(length, dtype=torch.bool, device=lengths.device))
 
 
 def _within(length: int, span: Span, device: torch.device) -> Tensor | None:
@@ -154,6 +189,8 @@ def padding_for(
     dropout_p: float,
     training: bool,
     span: Span = FULL,
+    *,
+    one_group: bool = False,
 ) -> Padding | None:
     """The padding that the layers of one forward share, or None where they will use the kernel.
 
@@ -164,7 +201,7 @@ def padding_for(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if uses_kernel(x.device, dtype, head_size, dropout_p, training, span):
         return None
-    return plan_padding(cu_seqlens, max_seqlen, x.shape[0], span)
+    return plan_padding(cu_seqlens, max_seqlen, x.shape[0], span, one_group=one_group)
 
 
 def attend(
@@ -206,16 +243,22 @@ def _options(span: Span) -> dict[str, Any]:
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Padding, dropout_p: float, span: Span) -> Tensor:
-    length, rows, slots, mask = padding
+    groups, slots = padding
+    total = sum(group.length * group.rows for group in groups)
 
-    def spread(x: Tensor) -> Tensor:
+    def spread(x: Tensor) -> tuple[Tensor, ...]:
         if slots is not None:
-            x = x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, slots, x)
-        return x.reshape(-1, length, *x.shape[1:]).transpose(1, 2)
+            x = x.new_zeros(total, *x.shape[1:]).index_copy(0, slots, x)
+        return x.split([group.length * group.rows for group in groups])
 
-    out = scaled_dot_product_attention(
-        spread(q), spread(k), spread(v), attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None and not span[1],
-        enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
-    out = out.transpose(1, 2).reshape(-1, *q.shape[1:])
+    def within(group: Group, *inputs: Tensor) -> Tensor:
+        queries, keys, values = (x.reshape(-1, group.length, *x.shape[1:]).transpose(1, 2) for x in inputs)
+        out = scaled_dot_product_attention(
+            queries, keys, values, attn_mask=group.mask, dropout_p=dropout_p,
+            is_causal=group.mask is None and not span[1], enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out.transpose(1, 2).reshape(-1, *q.shape[1:])
+
+    parts = [within(group, *inputs) for group, *inputs in zip(groups, spread(q), spread(k), spread(v), strict=True)]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out if slots is None else out.index_select(0, slots)

@@ -12,7 +12,6 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert2bert.model.attention import CAUSAL
@@ -24,7 +23,8 @@ CHUNK = 1 << 24
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy in nats of logits x Wᵀ over labels != -100 (0 where there is none), right guesses, labels.
+    """Mean cross-entropy in nats of logits x Wᵀ over labels != -100 (0 where there is none), labels with the
+    largest logit, labels.
 
     x: [N, hidden]; weight: [vocabulary, hidden]; labels: int64 [N]; chunk: logits held at a time.
     """
@@ -39,15 +39,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         for_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x), step := max(1, chunk // len(weight))):
             part, answers = x[start : start + step], labels[start : start + step]
-            logits = (part @ weight.T).to(wide)
-            loss += F.cross_entropy(logits, answers, ignore_index=IGNORE, reduction="sum")
-            right += (logits.argmax(-1) == answers).sum()
+            logs = (part @ weight.T).to(wide).log_softmax(-1)
+            kept, place = answers != IGNORE, answers.clamp(min=0)[:, None]
+            of_label = logs.gather(1, place)[:, 0]
+            loss -= (of_label * kept).sum()
+            right += ((of_label == logs.amax(-1)) & kept).sum()  # an argmax takes several times as long
             if for_x is None and for_weight is None:
                 continue
-            kept = answers != IGNORE
-            slope = logits.softmax(-1)
-            slope[kept.nonzero()[:, 0], answers[kept]] -= 1
-            slope = (slope * kept[:, None]).to(x.dtype)
+            slope = logs.exp_().scatter_add_(1, place, logs.new_full(place.shape, -1.0))
+            slope = slope.mul_(kept[:, None]).to(x.dtype)
             if for_x is not None:
                 for_x[start : start + step] = slope @ weight
             if for_weight is not None:

@@ -86,7 +86,7 @@ class Core(nn.Module):
         self.known: dict[str, Parameter] = self.table.parameters(self.hf_config, self.heads)
         self.aliases = self.table.aliases(self.hf_config, self.heads)
         self.sizes = self.table.axis_sizes(self.hf_config)
-        self.recompute = False
+        self.recompute = self.compiled = False
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Core:
@@ -165,7 +165,9 @@ class Core(nn.Module):
     def attention(self, x: Tensor, batch: Batch, head_size: int, dropout_p: float, span: Span | None = None) -> Any:
         """The padding that layers of one span share; None where they use the kernel."""
         span = self.span if span is None else span
-        return padding_for(x, batch.cu_seqlens, batch.max_seqlen, head_size, dropout_p, self.training, span)
+        return padding_for(
+            x, batch.cu_seqlens, batch.max_seqlen, head_size, dropout_p, self.training, span, one_group=self.compiled
+        )  # fmt: skip
 
     @torch.no_grad()
     def initialise(self, opened: Opened | None = None) -> None:
@@ -205,6 +207,7 @@ class Core(nn.Module):
         import torch._dynamo.config as dynamo  # not at the top: it takes a second and only compiling needs it
 
         dynamo.recompile_limit = max(dynamo.recompile_limit, 32)
+        self.compiled = True
         for layer in self.layers:
             layer.compile(backend=backend)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bert2bert.model import attention
-from bert2bert.model.attention import attend, plan_padding, uses_kernel
+from bert2bert.model.attention import CAUSAL, FULL, attend, plan_padding, uses_kernel
 from tests.rounding import ROUNDING, allowed, gap
 
 
@@ -19,12 +19,51 @@ def flat(lengths: list[int], dtype: torch.dtype = torch.float64) -> tuple[torch.
     return q, k, v, torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+def formula(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, span: tuple[int, int] = FULL
+) -> torch.Tensor:
     rows = []
     for start, stop in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         a, b, c = (x[start:stop].transpose(0, 1) for x in (q, k, v))
-        rows.append((torch.softmax(a @ b.mT / q.shape[-1] ** 0.5, -1) @ c).transpose(0, 1))
+        b, c = (x.repeat_interleave(a.shape[0] // x.shape[0], dim=0) for x in (b, c))
+        ahead = torch.arange(stop - start) - torch.arange(stop - start)[:, None]
+        before, after = (stop if side < 0 else side for side in span)
+        seen = (ahead <= after) & (ahead >= -before)
+        scores = (a @ b.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+        rows.append((torch.softmax(scores, -1) @ c).transpose(0, 1))
     return torch.cat(rows)
+
+
+SPANS = [FULL, CAUSAL, (2, 0), (20, 0), (2, 2), (1, 3), (30, 30)]
+
+
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("lengths", [[5, 1, 9, 8, 20, 3, 2], [7, 7], [3, 6, 0, 0]])
+@pytest.mark.parametrize("one_group", [False, True])
+def test_spans_and_grouped_heads(span: tuple[int, int], lengths: list[int], one_group: bool) -> None:
+    """Causal and windowed attention with 4 query heads on 2, sequences padded by groups or all alike; gradients too."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    padding = plan_padding(cu, max(lengths), len(q), span, one_group=one_group)
+    assert len(padding.groups) == 1 or not one_group
+    found, expected = attend(q, k, v, cu, max(lengths), padding=padding, span=span), formula(q, k, v, cu, span)
+    assert gap(found, expected, allowed(lambda: formula(q, k, v, cu, span))) <= ROUNDING
+    weight = torch.randn_like(found)
+    ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
+
+    def slopes() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((formula(q, k, v, cu, span) * weight).sum(), (q, k, v))
+
+    assert all(gap(*parts) <= ROUNDING for parts in zip(ours, slopes(), allowed(slopes), strict=True))
+
+
+def test_short_sequences_are_not_padded_to_long_ones() -> None:
+    cu = torch.tensor([0, 100, 104, 107, 110, 186]).int()
+    groups = plan_padding(cu, 128, 186).groups
+    assert [(group.length, group.rows) for group in groups] == [(100, 2), (4, 1), (3, 2)]
+    many = torch.tensor([0, *(2**i for i in range(12))]).cumsum(0).int()
+    assert len(plan_padding(many, 2048, int(many[-1])).groups) == 8
 
 
 @pytest.mark.parametrize("lengths", [[5, 1, 9], [4, 4, 4], [7], [3, 6, 0, 0], [4, 4, 0]])
@@ -46,11 +85,10 @@ def test_padded_is_the_formula(lengths: list[int], slack: int) -> None:
 def test_equal_lengths_take_the_fast_path_and_agree_with_the_masked_one() -> None:
     q, k, v, cu = flat([6, 6, 6])
     fast = plan_padding(cu, 6, 18)
-    assert fast == (6, 3, None, None)
-    assert plan_padding(torch.tensor([0, 6, 12, 18, 18, 18]).int(), 9, 18) == (6, 3, None, None)
-    masked = attention.Padding(
-        8, 3, torch.arange(18) + 2 * (torch.arange(18) // 6), (torch.arange(8) < 6).expand(3, 1, 1, 8)
-    )
+    assert fast == (((6, 3, None),), None)
+    assert plan_padding(torch.tensor([0, 6, 12, 18, 18, 18]).int(), 9, 18) == fast
+    group = attention.Group(8, 3, (torch.arange(8) < 6).expand(3, 1, 1, 8))
+    masked = attention.Padding((group,), torch.arange(18) + 2 * (torch.arange(18) // 6))
     a, b = (attend(q, k, v, cu, 6, padding=padding) for padding in (fast, masked))
     assert gap(a, b, allowed(lambda: formula(q, k, v, cu))) <= ROUNDING
 
