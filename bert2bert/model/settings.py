@@ -3,8 +3,9 @@
 For every architecture but BERT, whose config this project reads itself (`config.BertConfig`). transformers imports
 torch with its config classes, so this happens only when it is asked for.
 
-Refuses (`InvalidConfig`): a model type that the installed transformers does not know, keys that its config does not
-have, and whatever its own checks refuse.
+Refuses (`InvalidConfig`): a model type that the installed transformers does not know, keys that are almost one of its
+config's, dropout rates that are none, and whatever its own checks refuse. Other keys are carried along and not read, as
+transformers does: files have many.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 from bert2bert.errors import InvalidConfig, did_you_mean
@@ -40,11 +42,10 @@ def keys_of(model_type: str) -> dict[str, Any]:
 def settings_of(config: Mapping[str, Any]) -> Any:
     """transformers' config object of a Hugging Face config. Raises InvalidConfig."""
     kind = str(config.get("model_type"))
-    known = keys_of(kind)
-    extra = ("task_specific_params", "summary_", "auto_map")
-    for key in config:
-        if key not in known and not key.startswith(extra):
-            raise InvalidConfig(f"model config: unknown key {key!r} of a {kind}; {did_you_mean(key, known)}")
+    absent = keys_of(kind).keys() - config.keys()
+    for key in config.keys() - keys_of(kind).keys():
+        if misspelt := get_close_matches(key, absent, n=1, cutoff=0.92):
+            raise InvalidConfig(f"model config: unknown key {key!r} of a {kind}; did you mean {misspelt[0]!r}?")
     for key, value in config.items():
         if "drop" in key and isinstance(value, int | float) and not 0 <= value < 1:
             raise InvalidConfig(f"model config: {key} is {value!r}, expected a number from 0 to below 1")

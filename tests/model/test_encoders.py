@@ -158,7 +158,7 @@ def test_16_bit_is_near(name: str) -> None:
         ("modernbert", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
         ("modernbert", {"layer_types": ["full_attention"]}, "transformers refuses it as a modernbert"),
         ("modernbert", {"local_attention": -2}, "local_attention is -2"),
-        ("modernbert", {"local_atention": 8}, "did you mean 'local_attention'"),
+        ("modernbert", {"classifer_bias": True}, "did you mean 'classifier_bias'"),
         ("modernbert", {"hidden_activation": "gleu"}, "did you mean 'gelu'"),
         ("modernbert", {"architectures": ["ModernBertModel"]}, "expected one of ModernBertForMaskedLM"),
         ("modernbert", {"embedding_dropout": 1.5}, "embedding_dropout is 1.5"),
@@ -179,13 +179,14 @@ def test_configs_that_are_refused(name: str, changes: dict[str, Any], text: str)
 
 
 def test_configs_of_published_checkpoints() -> None:
-    """Keys that older versions of transformers wrote are no reason to refuse."""
+    """Keys that older versions of transformers wrote, and anybody's, are no reason to refuse."""
     roberta = tiny.config_of("roberta") | {"gradient_checkpointing": False, "position_embedding_type": "absolute"}
     modern = tiny.VARIANTS["modernbert"].base | {
         "architectures": ["ModernBertForMaskedLM"], "layer_norm_eps": 1e-05, "position_embedding_type": "absolute",
         "gradient_checkpointing": False, "reference_compile": True, "repad_logits_with_grad": False,
         "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "sparse_prediction": False,
-        "torch_dtype": "float32", "transformers_version": "4.47.0.dev0",
+        "torch_dtype": "float32", "transformers_version": "4.47.0.dev0", "_attn_implementation_autoset": True,
+        "my_note": "trained twice",
     }  # fmt: skip
     for config in (roberta, modern):
         built = registry.build(config)
