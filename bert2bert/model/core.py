@@ -2,8 +2,9 @@
 
 A core is the language model of one or more architectures. It gives four things: its list of blocks (`layers`), `embed`,
 `shared` (what all blocks read beside the hidden states) and `predict`. Everything else stands here once: the forward
-over the layers that a program runs, fresh weights, weights by name, compiling and recomputation. Hidden states stay
-[tokens, hidden] from the embeddings to the loss; what lies below the lowest learning layer runs without autograd.
+over the layers that a program runs (`Core`), fresh weights, weights by name, compiling and recomputation
+(`LanguageModel`, which `hosted.Hosted` is, too). Hidden states stay [tokens, hidden] from the embeddings to the loss;
+what lies below the lowest learning layer runs without autograd.
 
 `named_parameters()` is that of transformers' class with the language-model head, in its order, and so are the results,
 gradients included. Every parameter is read inside the module that owns it, which is what ZeRO-3 gathers by and what
@@ -63,19 +64,17 @@ class Shared(NamedTuple):
     local_rotary: Rotary | None = None
 
 
-class Core(nn.Module):
-    """One language model. Built by `registry.build`; subclasses say which architectures they compute.
+class LanguageModel(nn.Module):
+    """What a run trains: flat packed tokens in, a loss out. Built by `registry.build`.
 
     config: the core's own settings. hf_config: the Hugging Face config, plain data, that rebuilds the model and that
     transformers reads; its ``architectures`` names one class. known: what the architecture's table says of every
     parameter, by name. sizes: of the table's axes. aliases: absent tied names and those that are kept. recompute:
     whether blocks keep only their input for the backward pass and compute the rest again (activation checkpointing).
-    span: which tokens of its sequence a token sees in full attention. zero_padding: whether the padding token's row is
-    0 among fresh weights.
+    zero_padding: whether the padding token's row is 0 among fresh weights.
     """
 
     config: Any
-    span: Span = FULL
     zero_padding: ClassVar[bool] = True
 
     def __init__(self, hf_config: Mapping[str, Any]) -> None:
@@ -89,28 +88,14 @@ class Core(nn.Module):
         self.recompute = self.compiled = False
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Core:
+    def from_hf(cls, config: Mapping[str, Any]) -> LanguageModel:
         """The model of a Hugging Face config that names its class, not initialised. Raises InvalidConfig."""
         return cls(config)
-
-    def linear(self, path: str) -> nn.Linear:
-        """A linear map of the sizes that the table says, with a bias where it says one."""
-        outputs, inputs = self.known[f"{path}.weight"].shape
-        return nn.Linear(inputs, outputs, bias=f"{path}.bias" in self.known)
-
-    def norm(self, path: str) -> nn.Module:
-        """A norm of the kind, size and epsilon that the table says, with a bias where it says one."""
-        (size,), eps = self.known[f"{path}.weight"].shape, float(self.hf_config.get(*self.table.eps))
-        return (
-            RMSNorm(size, eps)
-            if self.table.norm == "rms"
-            else nn.LayerNorm(size, eps, bias=f"{path}.bias" in self.known)
-        )
 
     @property
     @abstractmethod
     def layers(self) -> nn.ModuleList:
-        """The blocks, in the order of the forward pass; each is called with the hidden states and `Shared`."""
+        """The blocks, in the order of the forward pass."""
 
     @property
     def name(self) -> str:
@@ -128,46 +113,9 @@ class Core(nn.Module):
         return tuple(f"layer.{i}" for i in range(len(self.layers)))
 
     @abstractmethod
-    def embed(self, batch: Batch) -> Tensor:
-        """What enters the first block: [T, hidden]."""
-
-    @abstractmethod
-    def shared(self, x: Tensor, batch: Batch) -> Shared:
-        """What all blocks read. Computed once a forward, outside of the blocks, so that compiled ones hold no
-        data-dependent shape. x: what `embed` gives."""
-
-    @abstractmethod
-    def predict(self, x: Tensor, batch: Batch, return_logits: bool) -> Output:
-        """The loss and the counts of a batch from the hidden states above the last block."""
-
-    def encode(self, batch: Batch, program: LayerProgram | None = None) -> Tensor:
-        """Hidden states [T, hidden] above the last layer that the program runs (default: all layers run and learn)."""
-        layers = self.layers
-        program = full(len(layers)) if program is None else program.check(len(layers))
-        grad = torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad and program.embeddings_learn):
-            x = self.embed(batch)
-        shared = self.shared(x, batch)
-        for place, number in enumerate(program.run):
-            learns = grad and place >= len(program.frozen)
-            with torch.set_grad_enabled(learns):
-                if self.recompute and learns and self.training:
-                    x = checkpoint(layers[number], x, shared, use_reentrant=False)
-                else:
-                    x = layers[number](x, shared)
-        return x
-
     def forward(self, batch: Batch, program: LayerProgram | None = None, *, return_logits: bool = False) -> Output:
         """Loss and counts of a batch; return_logits adds the logits. Raises InvalidConfig for a program that names
         layers the model lacks."""
-        return self.predict(self.encode(batch, program), batch, return_logits)
-
-    def attention(self, x: Tensor, batch: Batch, head_size: int, dropout_p: float, span: Span | None = None) -> Any:
-        """The padding that layers of one span share; None where they use the kernel."""
-        span = self.span if span is None else span
-        return padding_for(
-            x, batch.cu_seqlens, batch.max_seqlen, head_size, dropout_p, self.training, span, one_group=self.compiled
-        )  # fmt: skip
 
     @torch.no_grad()
     def initialise(self, opened: Opened | None = None) -> None:
@@ -240,3 +188,67 @@ class Core(nn.Module):
                 raise InvalidCheckpoint(f"weights for the model: unexpected {name}; " + did_you_mean(name, wanted))
         for name, parameter in wanted.items():
             parameter.copy_(state[name])
+
+
+class Core(LanguageModel):
+    """A language model whose blocks are this project's own and run over flat tokens.
+
+    span: which tokens of its sequence a token sees in full attention.
+    """
+
+    span: Span = FULL
+
+    def linear(self, path: str) -> nn.Linear:
+        """A linear map of the sizes that the table says, with a bias where it says one."""
+        outputs, inputs = self.known[f"{path}.weight"].shape
+        return nn.Linear(inputs, outputs, bias=f"{path}.bias" in self.known)
+
+    def norm(self, path: str) -> nn.Module:
+        """A norm of the kind, size and epsilon that the table says, with a bias where it says one."""
+        (size,), eps = self.known[f"{path}.weight"].shape, float(self.hf_config.get(*self.table.eps))
+        return (
+            RMSNorm(size, eps)
+            if self.table.norm == "rms"
+            else nn.LayerNorm(size, eps, bias=f"{path}.bias" in self.known)
+        )
+
+    @abstractmethod
+    def embed(self, batch: Batch) -> Tensor:
+        """What enters the first block: [T, hidden]."""
+
+    @abstractmethod
+    def shared(self, x: Tensor, batch: Batch) -> Shared:
+        """What all blocks read. Computed once a forward, outside of the blocks, so that compiled ones hold no
+        data-dependent shape. x: what `embed` gives."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, batch: Batch, return_logits: bool) -> Output:
+        """The loss and the counts of a batch from the hidden states above the last block."""
+
+    def encode(self, batch: Batch, program: LayerProgram | None = None) -> Tensor:
+        """Hidden states [T, hidden] above the last layer that the program runs (default: all layers run and learn)."""
+        layers = self.layers
+        program = full(len(layers)) if program is None else program.check(len(layers))
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad and program.embeddings_learn):
+            x = self.embed(batch)
+        shared = self.shared(x, batch)
+        for place, number in enumerate(program.run):
+            learns = grad and place >= len(program.frozen)
+            with torch.set_grad_enabled(learns):
+                if self.recompute and learns and self.training:
+                    x = checkpoint(layers[number], x, shared, use_reentrant=False)
+                else:
+                    x = layers[number](x, shared)
+        return x
+
+    def forward(self, batch: Batch, program: LayerProgram | None = None, *, return_logits: bool = False) -> Output:
+        """As `LanguageModel.forward`."""
+        return self.predict(self.encode(batch, program), batch, return_logits)
+
+    def attention(self, x: Tensor, batch: Batch, head_size: int, dropout_p: float, span: Span | None = None) -> Any:
+        """The padding that layers of one span share; None where they use the kernel."""
+        span = self.span if span is None else span
+        return padding_for(
+            x, batch.cu_seqlens, batch.max_seqlen, head_size, dropout_p, self.training, span, one_group=self.compiled
+        )  # fmt: skip

@@ -18,7 +18,7 @@ from bert2bert.tables import table_for
 if TYPE_CHECKING:
     import torch
 
-    from bert2bert.model.core import Core
+    from bert2bert.model.core import LanguageModel
 
 CORES = {
     "bert": "bert.Bert",
@@ -26,6 +26,7 @@ CORES = {
     "modernbert": "modernbert.ModernBert",
     "gpt2": "gpt2.GPT2",
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "llama.Llama"),
+    **dict.fromkeys(("t5", "mixtral", "qwen2_moe", "qwen3_moe"), "hosted.Hosted"),
 }
 """model_type -> module of this room and class."""
 
@@ -49,9 +50,9 @@ def check(config: Mapping[str, Any]) -> None:
         _core(str(config["model_type"])).from_hf(named)
 
 
-def _core(kind: str) -> type[Core]:
+def _core(kind: str) -> type[LanguageModel]:
     module, name = CORES[kind].split(".")
-    found: type[Core] = getattr(import_module(f"bert2bert.model.{module}"), name)
+    found: type[LanguageModel] = getattr(import_module(f"bert2bert.model.{module}"), name)
     return found
 
 
@@ -69,7 +70,9 @@ def class_of(config: Mapping[str, Any]) -> str:
     )
 
 
-def build(config: Mapping[str, Any], dtype: torch.dtype | None = None, *, compile_layers: bool = False) -> Core:
+def build(
+    config: Mapping[str, Any], dtype: torch.dtype | None = None, *, compile_layers: bool = False
+) -> LanguageModel:
     """A freshly initialised model from a Hugging Face config, in ``dtype`` (default float32).
 
     The language-model head is that of ``architectures``, or of the architecture's usual class. compile_layers: compile

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from bert2bert.checkpoints.groups import Group, param_groups
 from bert2bert.errors import InvalidConfig
 from bert2bert.model.batch import Batch
-from bert2bert.model.core import Core
+from bert2bert.model.core import LanguageModel
 from bert2bert.model.program import LayerProgram
 from bert2bert.ranks.distributed import RANKS, total
 from bert2bert.ranks.launcher import device_number
@@ -84,7 +84,7 @@ class Engine:
     gradient over all ranks before clipping (None: DeepSpeed computed none).
     """
 
-    def __init__(self, ds: Any, model: Core, groups: list[Group], device: torch.device) -> None:
+    def __init__(self, ds: Any, model: LanguageModel, groups: list[Group], device: torch.device) -> None:
         self.ds = ds
         self.model = model
         self.groups = groups
@@ -245,7 +245,7 @@ def restore_linear() -> None:
         torch.nn.functional.linear = original
 
 
-def build(recipe: Recipe, ds_config: Mapping[str, Any], model: Core) -> Engine:
+def build(recipe: Recipe, ds_config: Mapping[str, Any], model: LanguageModel) -> Engine:
     """The engine that trains ``model`` (in fp32 on any device) as the recipe says.
 
     ``ds_config``: DeepSpeed's own, see bert2bert.train.ds_config.resolve. Joins the process group by `start` if that

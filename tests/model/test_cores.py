@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bert2bert.errors import InvalidConfig
 from bert2bert.measure.transformers_models import Double
 from bert2bert.model import registry
-from bert2bert.model.batch import IGNORE, Batch
-from bert2bert.model.core import Core
+from bert2bert.model.batch import IGNORE, Batch, Decoder
+from bert2bert.model.core import LanguageModel
+from bert2bert.model.hosted import Hosted
 from bert2bert.model.program import LayerProgram
 from tests import tiny
 from tests.rounding import ROUNDING, WRONG, allowed, gap
@@ -68,9 +70,17 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "modernbert short dynamic": {"rope_parameters": by_kind(**ROPE["dynamic"]), "max_position_embeddings": 6},
 }
 CORES = DECODERS | ENCODERS
+_BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
+HOSTED: dict[str, dict[str, Any]] = {
+    **{name: {} for name, v in tiny.VARIANTS.items() if v.base["model_type"] == "t5"},
+    "t5-untied scaled": {"scale_decoder_outputs": True},
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _BALANCED),
+    "mixtral sliding_window": {"sliding_window": 3},
+    "qwen3_moe normed": {"norm_topk_prob": True},
+}
 
 
-def core_of(config: dict[str, Any], state: dict[str, torch.Tensor]) -> Core:
+def core_of(config: dict[str, Any], state: dict[str, torch.Tensor]) -> LanguageModel:
     """This project's model of a config in float64, eval mode, with a state by transformers' names."""
     core = registry.build(config, torch.float64)
     core.load_weights(state)
@@ -97,7 +107,7 @@ def theirs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=mask.long()).logits[mask]
 
 
-def pair(name: str, changes: dict[str, Any]) -> tuple[Core, torch.nn.Module]:
+def pair(name: str, changes: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
     config = tiny.config_of(name.split()[0], **changes)
     model = tiny.build(config)
     tiny.scramble(model)
@@ -215,3 +225,172 @@ def test_other_weights_give_other_logits() -> None:
     batch = flat()
     expected = theirs(model, batch)
     assert gap(core(batch, return_logits=True).logits, expected, allowed(lambda: theirs(model, batch))) > WRONG
+
+
+# ------------------------------------------------------------------------------- models that transformers computes
+
+
+def asked(name: str, seed: int = 0) -> Batch:
+    """`flat`; for a T5 with a decoder of other lengths, which predicts random tokens."""
+    batch = flat(seed=seed)
+    if not name.startswith("t5"):
+        return batch
+    other = flat((3, 5, 1, 8), seed=seed + 1)
+    batch.decoder = Decoder(other.tokens, other.cu_seqlens, 8, other.lengths)
+    batch.labels = torch.where(other.tokens % 5 == 0, IGNORE, other.tokens.flip(0))
+    return batch
+
+
+def rows_of(values: torch.Tensor, lengths: Any, filler: int = 0) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(values.split(list(lengths))), True, filler)
+
+
+def padded(batch: Batch) -> dict[str, torch.Tensor]:
+    """What transformers' own training is given for a batch, its labels included."""
+    mask = rows_of(torch.ones_like(batch.tokens), batch.lengths)
+    given = {"input_ids": rows_of(batch.tokens, batch.lengths), "attention_mask": mask}
+    if batch.decoder is None:  # it moves labels by one itself
+        return given | {"labels": rows_of(batch.tokens, batch.lengths, IGNORE)}
+    tokens, lengths = batch.decoder.tokens, batch.decoder.lengths
+    given |= {"decoder_input_ids": rows_of(tokens, lengths), "labels": rows_of(batch.labels, lengths, IGNORE)}
+    return given | {"decoder_attention_mask": rows_of(torch.ones_like(tokens), lengths)}
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_hosted_models_are_transformers_own(name: str) -> None:
+    """Logits, loss with the router's, gradients; parameters and their order; the tables' names and parts."""
+    core, model = pair(name, HOSTED[name])
+    assert [(n, p.shape) for n, p in core.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+    assert set(core.known) == {n for n, _ in model.named_parameters()}
+    assert set(core.parts) == {p.part for p in core.known.values() if "layer." in p.part}
+    batch = asked(name)
+    given = padded(batch)
+    mask = given["decoder_attention_mask" if batch.decoder else "attention_mask"] == 1
+    with Double():  # transformers' forward pass casts to float32
+        found = core(batch, return_logits=True)
+    assert gap(found.logits, model(**given).logits[mask], allowed(lambda: model(**given).logits)) <= ROUNDING
+    theirs = model(**given)
+    assert float(found.loss.detach()) == pytest.approx(float(theirs.loss.detach()), rel=1e-12)
+    assert found.predicted == (batch.labels != IGNORE).sum()
+    assert found.correct == (theirs.logits[mask].argmax(-1) == batch.labels).sum()
+
+    def slopes() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(model(**given).loss, list(model.parameters()))
+
+    with Double():
+        ours = torch.autograd.grad(core(batch).loss, list(core.parameters()))
+        with torch.no_grad():
+            plain = core(batch).loss
+    for slope, other, room in zip(ours, slopes(), allowed(slopes), strict=True):
+        assert gap(slope, other, room) <= ROUNDING
+    head = F.cross_entropy(theirs.logits[mask], batch.labels)  # without gradients the loss is the head's alone
+    assert float(plain) == pytest.approx(float(head.detach()), rel=1e-12)
+    assert ("aux_loss" in theirs) == (float(plain) != pytest.approx(float(found.loss.detach()), rel=1e-6))
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.VARIANTS if name not in HOSTED])
+def test_every_architecture_can_be_hosted(name: str) -> None:
+    """As the reference of a core: the same parameters in the same order, the same logits."""
+    config = tiny.config_of(name)
+    model = tiny.build(config)
+    tiny.scramble(model)
+    hosted = Hosted({**config, "architectures": [registry.class_of(config)]}).double().eval()
+    hosted.load_weights({n: p.detach() for n, p in model.named_parameters()})
+    assert [n for n, _ in hosted.named_parameters()] == [n for n, _ in model.named_parameters()]
+    batch = flat()
+    batch.positions = batch.positions + hosted.table.first_position
+    with Double(), torch.no_grad():
+        found = hosted(batch, return_logits=True).logits
+        given = padded(batch)
+        del given["labels"]
+        out = model(**given)
+    logits = out["logits" if "logits" in out else "prediction_logits"][given["attention_mask"] == 1]
+    assert gap(found, logits) <= ROUNDING
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_program_runs_its_layers_alone(name: str) -> None:
+    """A mixture's bottom layers, the lowest of them frozen: transformers' model of those, and its gradients."""
+    core, small = pair(name, _BALANCED)
+    program = LayerProgram(run=(0, 1), learn=(1,), embeddings_learn=False)
+    small.model.layers = small.model.layers[:2]
+    small.config.num_hidden_layers = 2
+    with Double():
+        found = core(asked(name), program)
+    found.loss.backward()
+    theirs = small(**padded(asked(name))).loss
+    assert float(found.loss.detach()) == pytest.approx(float(theirs.detach()), rel=1e-12)
+    learning = {n: p for n, p in small.named_parameters() if core.known[n].part in ("layer.1", "head")}
+    slopes = torch.autograd.grad(theirs, list(learning.values()))
+    grads = {n: p.grad for n, p in core.named_parameters() if p.grad is not None}
+    assert grads.keys() == learning.keys()
+    for (n, grad), slope in zip(grads.items(), slopes, strict=True):
+        assert (grad - slope).abs().max() <= 1e-10 * slope.abs().max(), n
+    assert len(core.layers) == 3  # the list is whole again
+
+
+@pytest.mark.parametrize("name", ["t5", "mixtral"])
+def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
+    core, _ = pair(name, HOSTED[name])
+    core.float().train()
+    found = []
+    for core.recompute in (False, True):
+        core.zero_grad()
+        core(asked(name)).loss.backward()
+        found.append([p.grad.clone() for p in core.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_programs_that_cannot_run_are_refused() -> None:
+    core, _ = pair("t5", {})
+    with pytest.raises(InvalidConfig, match="use the program Full"):
+        core(asked("t5"), LayerProgram(run=(0, 1), learn=(0, 1), embeddings_learn=True))
+    assert core(asked("t5"), LayerProgram(tuple(range(5)), tuple(range(5)), True)).predicted > 0
+    hosted = Hosted(tiny.config_of("modernbert"))
+    with pytest.raises(InvalidConfig, match="in the place of layer 1"):
+        hosted(flat(), LayerProgram(run=(0, 2), learn=(0, 2), embeddings_learn=True))
+    batch = flat()
+    batch.nsp_labels = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(InvalidConfig, match="without pairs of segments"):
+        hosted(batch)
+
+
+def test_filler_is_left_out() -> None:
+    """Neither head nor router sees it, wherever it lies; a batch of filler alone has a loss of zero."""
+    core, _ = pair("mixtral", _BALANCED)
+    batch, filled = flat((7, 9, 1)), flat((7, 5, 9, 1))  # the last is a document of one token
+    for what, filler in (("tokens", 3), ("labels", IGNORE)):
+        values = getattr(batch, what)
+        setattr(filled, what, torch.cat((values[:7], torch.full((5,), filler), values[7:])))
+    filled.lengths = batch.lengths
+    filled.cu_seqlens = torch.cat((filled.cu_seqlens, filled.cu_seqlens[-1:]))  # and an empty place
+    with Double():
+        one, other = core(batch, return_logits=True), core(filled, return_logits=True)
+    assert one.predicted == other.predicted and gap(other.loss, one.loss) <= ROUNDING
+    assert gap(torch.cat((other.logits[:7], other.logits[12:])), one.logits) <= ROUNDING
+    filled.lengths = np.array([7, 5, 9, 1])  # the same as a sequence is routed, too
+    with Double():
+        assert gap(core(filled).loss, one.loss) > WRONG
+    empty = flat((6, 4))
+    empty.labels, empty.lengths = torch.full_like(empty.labels, IGNORE), np.array([], dtype=np.int64)
+    with torch.no_grad():
+        assert core(empty).loss == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_are_the_experts(dtype: torch.dtype) -> None:
+    """Where widths are whole 16 bytes; loss and gradients are those of experts computed one after the other."""
+    config = tiny.config_of("mixtral", hidden_size=24, intermediate_size=16, **_BALANCED)
+    core = registry.build(config).to(dtype)
+    assert core._experts() == "grouped_mm" and core.double()._experts() == "eager"
+    core = core.to(dtype)
+    found = {}
+    for way in ("grouped_mm", "eager"):
+        core._experts = lambda way=way: way  # type: ignore[method-assign]
+        core.zero_grad()
+        core(flat()).loss.backward()
+        found[way] = {n: p.grad.clone() for n, p in core.named_parameters() if p.grad is not None}
+    limit = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    for name, grad in found["grouped_mm"].items():
+        other = found["eager"][name]
+        assert (grad - other).abs().max() <= limit * other.abs().max() + 1e-12, name

@@ -1,0 +1,249 @@
+"""Models whose forward pass is transformers' own: T5, the mixtures of experts, and any other class with a table.
+
+The parts of transformers' model are this model's parts, so parameters have its names in its order, and DeepSpeed sees
+nothing else. Flat tokens are padded to one row a sequence, with a mask, filler left out, and what the head reads is
+gathered back. The head answers with the loss in place of all logits, in chunks of tokens where it has no bias
+(`causal.LinearCrossEntropy`). Slower than the other cores by the padding, and their reference.
+
+Experts are computed by grouped matrix products where their widths allow it, else one after the other. Blocks are not
+compiled: which tokens go to which expert, and how long a row is, change from batch to batch.
+
+A layer program changes the list of layers that transformers' forward pass goes through. A mixture whose config says so
+(output_router_logits) gets its router's auxiliary loss while gradients are computed; without, as in an evaluation, the
+loss is the head's alone.
+
+Refuses (`InvalidConfig`): next-sentence labels; programs, other than that of all layers, of models with two stacks, of
+which only the first layer has position biases, and those that run a layer in the place of one of another kind.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.initialization import no_init_weights
+
+from bert2bert.errors import InvalidConfig
+from bert2bert.model.batch import IGNORE, Batch
+from bert2bert.model.causal import CHUNK, LinearCrossEntropy
+from bert2bert.model.core import LanguageModel, Output
+from bert2bert.model.masked import label_loss
+from bert2bert.model.program import LayerProgram, full
+from bert2bert.model.settings import settings_of
+
+
+class Answers(nn.Linear):
+    """transformers' head, which answers (loss, right guesses, predictions) while it is asked, with the logits behind
+    them if they are wanted. asked: places int64 [M] among the rows that come, labels int64 [M], wanted."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        self.weight, self.bias = head.weight, head.bias
+        self.asked: tuple[Tensor, Tensor, bool] | None = None
+
+    def forward(self, x: Tensor) -> Any:
+        if self.asked is None:
+            return super().forward(x)
+        places, labels, wanted = self.asked
+        x = x.flatten(0, -2).index_select(0, places)
+        if self.bias is not None:
+            logits = super().forward(x)
+            return *label_loss(logits, labels), logits
+        found = LinearCrossEntropy.apply(x, self.weight, labels, CHUNK)
+        return (*found, super().forward(x)) if wanted else found
+
+
+class Place(nn.Module):
+    """A layer where a program runs it. learns: whether its gradient is computed; first: whether the gradient ends in
+    front of it; recompute: whether it keeps only its input for the backward pass."""
+
+    def __init__(self, layer: nn.Module, learns: bool, first: bool, recompute: bool) -> None:
+        super().__init__()
+        self.layer, self.learns, self.first, self.recompute = layer, learns, first, recompute
+        self.attention_type = getattr(layer, "attention_type", None)  # ModernBERT asks its layers
+
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Any:
+        x = x.detach() if self.first else x
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns):
+            if self.recompute and torch.is_grad_enabled():
+                return checkpoint(self.layer, x, *others, use_reentrant=False, **named)
+            return self.layer(x, *others, **named)
+
+
+class Rows:
+    """Flat tokens as padded rows, one a sequence. mask: bool [rows, length], where tokens are; places: int64 [T], of
+    every flat token among the padded ones (0 of those left out). kept: bool [T]."""
+
+    def __init__(self, cu_seqlens: Tensor, kept: Tensor | None = None) -> None:
+        lengths = cu_seqlens.long().diff()
+        lengths = lengths[lengths > 0]
+        kept = torch.ones_like(lengths, dtype=torch.bool) if kept is None else kept
+        self.kept = kept.repeat_interleave(lengths)
+        lengths = lengths[kept]
+        self.mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        self.places = torch.zeros(len(self.kept), dtype=torch.int64, device=lengths.device)
+        self.places[self.kept] = self.mask.flatten().nonzero()[:, 0]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values [T] as rows; 0 where no token is."""
+        rows = values.new_zeros(self.mask.shape)
+        rows[self.mask] = values[self.kept]
+        return rows
+
+
+def _real(batch: Batch) -> Tensor | None:
+    """bool [sequences]: which are no filler, found by their labels; None where all are. A filler of one token counts as
+    a sequence: it predicts as little."""
+    lengths = batch.cu_seqlens.long().diff()
+    lengths = lengths[lengths > 0]
+    if len(batch.lengths) == len(lengths) or batch.targets is not None:
+        return None
+    labelled = [bool((part != IGNORE).any()) for part in batch.labels.split(lengths.tolist())]
+    real = torch.tensor(labelled, device=lengths.device) | (lengths == 1)
+    real[0] |= not real.any()
+    return real
+
+
+class Hosted(LanguageModel):
+    """Any language model of transformers that has a table."""
+
+    def __init__(self, hf_config: Mapping[str, Any]) -> None:
+        super().__init__(hf_config)
+        self.config = settings_of(self.hf_config)
+        self.config.use_cache = False
+        self.coefficient = float(getattr(self.config, "router_aux_loss_coef", 0.0) or 0.0)
+        self.routed = self.coefficient > 0 and bool(getattr(self.config, "output_router_logits", False))
+        with no_init_weights():
+            model = getattr(transformers, self.name)._from_config(self.config, experts_implementation="eager")
+        model.tie_weights()
+        head = model.get_output_embeddings()
+        path = next(name for name, module in model.named_modules() if module is head)
+        if f"{path}.weight" not in self.aliases:
+            head.weight = nn.Parameter(torch.empty_like(head.weight))  # a T5 is tied whatever its config says
+        model.set_submodule(path, Answers(head))
+        self._hosted, self._path = [model], path  # in a list: not a part of this model, whose parts are its parts
+        for name, part in model.named_children():
+            self.add_module(name, part)
+
+    @property
+    def stacks(self) -> dict[str, nn.ModuleList]:
+        """The lists of layers, by the depth axis of the table that numbers each."""
+        paths = {row.depth: row.name.split(".{")[0] for row in self.table.rows if row.depth}
+        found = {axis: self.get_submodule(paths[axis]) for axis in self.table.depth}
+        return {axis: stack for axis, stack in found.items() if isinstance(stack, nn.ModuleList)}
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return nn.ModuleList(chain.from_iterable(self.stacks.values()))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(f"{axis.removesuffix('s')}.{i}" for axis, stack in self.stacks.items() for i in range(len(stack)))
+
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """Nothing: the blocks stay as transformers has them."""
+
+    def forward(self, batch: Batch, program: LayerProgram | None = None, *, return_logits: bool = False) -> Output:
+        """As `LanguageModel.forward`; without gradients the loss is the head's alone. Raises InvalidConfig for
+        next-sentence labels."""
+        if batch.nsp_labels is not None:
+            raise InvalidConfig(
+                f"the batch has next-sentence labels, which a {self.name} run by transformers does not learn from; "
+                "prepare the text without pairs of segments"
+            )
+        (model,), head = self._hosted, cast(Answers, self.get_submodule(self._path))
+        head.asked, inputs = self._inputs(batch, return_logits)
+        if "experts" in self.sizes:
+            self.config._experts_implementation = self._experts()
+        try:
+            with self._running(program):
+                found = model(**inputs)
+        finally:
+            head.asked = None
+        loss, correct, predicted, *logits = found["logits" if "logits" in found else "prediction_logits"]
+        if inputs.get("output_router_logits"):
+            balance = sys.modules[type(model).__module__].load_balancing_loss_func
+            mask = inputs["attention_mask"]
+            loss = loss + self.coefficient * balance(
+                found.router_logits, self.sizes["experts"], self.config.num_experts_per_tok, mask
+            )
+        return Output(loss, correct, predicted, logits[0] if return_logits else None)
+
+    def _inputs(self, batch: Batch, wanted: bool) -> tuple[tuple[Tensor, Tensor, bool], dict[str, Any]]:
+        """What the head is asked, and what transformers' forward pass is called with."""
+        rows = Rows(batch.cu_seqlens, _real(batch))
+        given: dict[str, Any] = {"input_ids": rows.spread(batch.tokens), "attention_mask": rows.mask.long()}
+        if batch.decoder is not None:
+            rows = Rows(batch.decoder.cu_seqlens)
+            tokens = rows.spread(batch.decoder.tokens)
+            given |= {"decoder_input_ids": tokens, "decoder_attention_mask": rows.mask.long()}
+        else:
+            given["position_ids"] = rows.spread(batch.positions)
+        if hasattr(self.config, "type_vocab_size"):
+            given["token_type_ids"] = rows.spread(batch.types)
+        if self.routed and torch.is_grad_enabled():
+            given["output_router_logits"] = True
+        places = rows.places if batch.targets is None else rows.places[batch.targets]
+        return (places, batch.labels, wanted), given
+
+    def _experts(self) -> str:
+        """transformers' name of how experts are computed. Grouped products read rows of whole 16 bytes, and know no
+        float64."""
+        dtype = next(self.parameters()).dtype
+        whole = all(self.sizes[axis] * dtype.itemsize % 16 == 0 for axis in ("embed", "ffn"))
+        return "grouped_mm" if whole and dtype != torch.float64 else "eager"
+
+    @contextmanager
+    def _running(self, program: LayerProgram | None) -> Iterator[None]:
+        """Let transformers' forward pass go through the layers of a program."""
+        stacks = self.stacks
+        count = sum(map(len, stacks.values()))
+        recompute = self.recompute and self.training
+        program = full(count) if program is None else program.check(count)
+        if program == full(count) and not recompute:
+            yield
+            return
+        if program != full(count):
+            self._check(program)
+        first = None if program.embeddings_learn or program.frozen else program.run[0]
+        kept = {stack: list(stack) for stack in stacks.values()}
+        numbered = list(chain.from_iterable(kept.values()))
+        frozen = set(program.frozen)
+        try:
+            below = 0
+            for stack, layers in kept.items():
+                run = [n for n in program.run if below <= n < below + len(layers)]
+                _fill(stack, [Place(numbered[n], n not in frozen, n == first, recompute) for n in run])
+                below += len(layers)
+            yield
+        finally:
+            for stack, layers in kept.items():
+                _fill(stack, layers)
+
+    def _check(self, program: LayerProgram) -> None:
+        """Raise InvalidConfig for a program that this model cannot run."""
+        if len(self.table.depth) > 1:
+            raise InvalidConfig(
+                f"layer program: runs the layers {program.run} of a {self.table.model_type}, learning {program.learn}; "
+                "the first layer of each of its stacks has the position biases of all, so that only all of its layers "
+                "together can be trained: use the program Full"
+            )
+        for place, number in enumerate(program.run):
+            kinds = [self.table.layer_kind(self.hf_config, n) for n in (place, number)]
+            if kinds[0] != kinds[1]:
+                raise InvalidConfig(
+                    f"layer program: runs layer {number} ({kinds[1]}) in the place of layer {place} ({kinds[0]}); "
+                    "transformers takes a layer's attention from its place, so run layers from the bottom up"
+                )
+
+
+def _fill(stack: nn.ModuleList, layers: list[nn.Module]) -> None:
+    """Change what a list of layers holds."""
+    stack._modules = {str(i): layer for i, layer in enumerate(layers)}
