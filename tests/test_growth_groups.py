@@ -51,6 +51,37 @@ def regrouped(change: Any) -> TargetSpec:
     return replace(spec, groups=tuple(change(list(spec.groups))))
 
 
+def test_groups_of_layers_with_rates_of_their_own_say_where_added_layers_go(tmp_path: Path) -> None:
+    def by_layer(groups: list[TargetGroup]) -> list[TargetGroup]:
+        names = [name for group in groups for name in group.names]
+        parts = [[n for n in names if f".layer.{i}." in n] for i in range(2)]
+        parts.append([n for n in names if ".layer." not in n])
+        return [
+            replace(groups[0], names=tuple(part), hyper=groups[0].hyper | {"lr": 1e-4 * (i + 1)})
+            for i, part in enumerate(parts)
+        ]
+
+    source, said = foreign(tmp_path / "run", regrouped(by_layer)), list[str]()
+    how: dict[str, Any] = {"source_config": config(tmp_path), "measure": False, "say": said.append}
+    deep = config(tmp_path, num_hidden_layers=4)
+    grow(source, tmp_path / "grown", deep, **how)
+    told = "layer.0, layer.2 in 0 (lr 0.0001); layer.1, layer.3 in 1 (lr 0.0002). A script that goes on must"
+    assert told in "\n".join(said)
+    groups = open_source(tmp_path / "grown").groups
+    assert [sorted({n.split(".")[3] for n in g["names"] if ".layer." in n}) for g in groups] == [
+        ["0", "2"],
+        ["1", "3"],
+        [],
+    ]
+    for name, target, more in (
+        ("wide", config(tmp_path, hidden_size=64, num_attention_heads=4), {}),
+        ("new", deep, {"groups": "layers"}),
+    ):
+        said.clear()
+        grow(source, tmp_path / name, target, **how, **more)
+        assert said and "optimizer groups: the source's" not in "\n".join(said)
+
+
 def test_groups_keep_the_order_of_the_sources_script(tmp_path: Path) -> None:
     """Scripts differ in it, shapes need not: another order would put weights in wrong places, in silence."""
     plain = spec_of(foreign(tmp_path / "plain", make_spec()))

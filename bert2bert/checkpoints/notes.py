@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from bert2bert.checkpoints.hub.beside import left_beside
 from bert2bert.errors import some
@@ -52,6 +52,32 @@ def regrouped(source: Source, spec: TargetSpec, made_of: Mapping[str, Sequence[s
             name, was, now = changed[0]
             found.append(f"--groups: {key} changes for {len(changed)} parameters, first {name}: {was} -> {now}")
     return found
+
+
+def kept_groups(spec: TargetSpec, parts: Mapping[str, str], layers: Collection[str]) -> list[str]:
+    """Into which of the source's own groups, of no known layout, the parameters of added layers go, in a sentence.
+
+    parts: of the target's tensors that are in a layer, as of `groups.Member`; layers: the source's parts.
+    """
+    if spec.group_layout != "source" or set(parts.values()) <= set(layers):
+        return []
+    places: dict[str, dict[int, Any]] = {}  # layer -> its groups, with their rates
+    for place, group in enumerate(spec.groups):
+        for name in group.names:
+            if name in parts:
+                places.setdefault(parts[name], {})[place] = group.hyper.get("lr")
+    alike: dict[tuple[tuple[int, Any], ...], list[str]] = {}
+    for layer, found in places.items():
+        alike.setdefault(tuple(found.items()), []).append(layer)
+    told = []
+    for own, names in alike.items():
+        rates = ", ".join(dict.fromkeys(f"{rate:.3g}" for _, rate in own if rate is not None))
+        told.append(f"{some(names, 4)} in {', '.join(str(place) for place, _ in own)} (lr {rates or 'not stored'})")
+    return [
+        f"optimizer groups: the source's {len(spec.groups)} are kept, and the parameters of a layer go into those of "
+        f"the layer that they are made of: {'; '.join(told)}. A script that goes on must build its groups so, or "
+        "choose others with --groups"
+    ]
 
 
 def left(source: Source, spec: TargetSpec) -> list[str]:

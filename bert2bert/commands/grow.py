@@ -18,7 +18,7 @@ from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.expert_parallel.target import notes as expert_notes
 from bert2bert.checkpoints.job import TargetSpec
 from bert2bert.checkpoints.manifest import Grown, Manifest
-from bert2bert.checkpoints.notes import left, regrouped, rounding, still_frozen, unopened
+from bert2bert.checkpoints.notes import kept_groups, left, regrouped, rounding, still_frozen, unopened
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec, widest
 from bert2bert.checkpoints.target import Target
@@ -189,11 +189,20 @@ def _notes(growth: Growth, spec: TargetSpec, named: dict[str, str], folder: Path
     found += expert_notes(spec)
     if format != "hub":
         found += beyond_class(model.table, growth.plan.config, model.heads)
-        found += [*regrouped(source, spec, _made_of(growth, named)), *still_frozen(spec)]
+        found += [*regrouped(source, spec, _made_of(growth, named)), *_kept_groups(growth, spec, named)]
+        found += still_frozen(spec)
     if source.format == "hub":
         found += left(source, spec)
     found += [*buffers.left_out(source, format), *unopened(source, format)]
     return found + clients.notes(source, spec.beside, folder, target)
+
+
+def _kept_groups(growth: Growth, spec: TargetSpec, named: dict[str, str]) -> list[str]:
+    """What to know of groups where layers are added."""
+    model, config = growth.model, growth.plan.config
+    grown = table_for(config).parameters(config, model.heads)
+    parts = {named[name]: p.part for name, p in grown.items() if p.layer is not None}
+    return kept_groups(spec, parts, {p.part for p in model.parameters.values()})
 
 
 def _drift(

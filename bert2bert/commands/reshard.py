@@ -106,9 +106,11 @@ def _open(path: Path, tag: str | None, config: Path | None) -> Source:
         source.config = read_config(config)
     for meta in source.tensors.values():
         if meta.dtype not in _EXACT:
+            frozen = not meta.trainable
             raise UnsupportedGrowth(
-                f"{path}: '{meta.name}' is {meta.dtype}, which a checkpoint of float32, bfloat16 or float16 cannot "
-                "hold unchanged.\nConvert it first, or leave it out of the checkpoint."
+                f"{path}: '{meta.name}' is {meta.dtype}{', a parameter that the run froze' * frozen}, which a "
+                "checkpoint of float32, bfloat16 or float16 cannot hold unchanged.\nConvert it first, or leave it out "
+                f"of the checkpoint{' (save_checkpoint with exclude_frozen_parameters=True)' * frozen}."
             )
     return source
 

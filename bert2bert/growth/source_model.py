@@ -27,6 +27,7 @@ from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.zero.layout import row_blocks
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.files.sniff import instead
+from bert2bert.growth.unfit import check_numbers, instead_of
 from bert2bert.tables import TABLES, Parameter, Table, table_for
 
 if TYPE_CHECKING:
@@ -199,20 +200,6 @@ def match(source: Source, config: Mapping[str, Any], file: Path | None = None) -
         ) from error
 
 
-def _in_place(source: Source, name: str) -> str:
-    """What to say of a parameter that is not there: what its module has instead that is no floating-point number."""
-    module = name.rpartition(".")[0] + "."
-    found = {n: buffer for n, buffer in source.buffers.items() if n.startswith(module) and hasattr(buffer, "dtype")}
-    if not found:
-        return "Is this the config of this checkpoint?"
-    first = name if name in found else min(found)
-    kind = str(found[first].dtype).removeprefix("torch.")
-    return (
-        f"In its place stands {first} ({kind}): weights that are quantised or packed cannot be grown. Use the "
-        "checkpoint they were made from, or save the model again with its weights as floating-point numbers."
-    )
-
-
 def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     _check_adapter(source)
     table = table_for(config)
@@ -231,10 +218,11 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
             said["tie_word_embeddings"] = table.tied(config)
             raise InvalidCheckpoint(
                 f"{source.path}: tensor {naming.stored(name)} is missing, which the config asks for "
-                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\n{_in_place(source, naming.stored(name))}"
+                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\n{instead_of(source, naming.stored(name))}"
             )
         if canonical[name].shape != parameter.shape:
             raise InvalidCheckpoint(_shape_error(source, table, config, parameter, canonical[name].shape))
+    check_numbers(source, (canonical[name] for name in parameters))
     copies = {a: k for a, k in table.aliases(config, heads).items() if a in canonical and k in parameters}
     strange += [meta.name for name, meta in canonical.items() if name not in parameters and name not in copies]
     if source.format == "hub":  # in a run's files, buffers are said to be buffers

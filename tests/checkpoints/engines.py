@@ -37,6 +37,7 @@ class Case:
     zero: dict[str, Any] = field(default_factory=dict)  # more of ds_config["zero_optimization"]
     config: dict[str, Any] = field(default_factory=dict)  # more of ds_config
     frozen: tuple[str, ...] = ()  # parts of names
+    exclude_frozen: bool = False  # from what is saved
     skip: tuple[int, ...] = ()  # optimizer groups that no step touches
     buffer: bool = False  # one persistent buffer
     stored_buffers: bool = False  # all buffers are persistent, as older versions of transformers had many of them
@@ -240,7 +241,9 @@ def save(engine: Any, case: Case, folder: Path) -> None:
     """The case's checkpoint and, by rank 0, its truth file."""
     import deepspeed.comm as dist
 
-    engine.save_checkpoint(str(folder / case.name), client_state=dict(case.client_state))
+    engine.save_checkpoint(
+        str(folder / case.name), client_state=dict(case.client_state), exclude_frozen_parameters=case.exclude_frozen
+    )
     if case.stage == 0:
         return  # no partitions for DeepSpeed's functions to gather
     found = truth(engine, case)

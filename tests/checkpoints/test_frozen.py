@@ -11,13 +11,13 @@ import torch
 
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import STATES
-from bert2bert.errors import UnsupportedGrowth
+from bert2bert.errors import InvalidCheckpoint, UnsupportedGrowth
 from tests.checkpoints.engines import Case, build, hf_config, release, save_cases, train, truth
 from tests.checkpoints.targets import make_tensors, reader
 from tests.checkpoints.test_readers_zero import edit
 from tests.checkpoints.test_stage0 import spec_of
 from tests.distributed import run_ranks
-from tests.doors import write_checkpoint
+from tests.doors import reshard, write_checkpoint
 
 FROZEN = ("layer.0.", "LayerNorm.bias")
 CASES = [
@@ -110,6 +110,42 @@ def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
             first = f"{len(frozen)} parameters, first bert.encoder.layer.0.attention.self.query.weight"
             assert first in "\n".join(said) and "must freeze these and no others" in "\n".join(said)
         said.clear()
+
+
+def test_frozen_ones_that_cannot_grow_are_named(tmp_path: Path) -> None:
+    """Those that a run left out of its files, and those of a quantised base model."""
+    from tests.doors import grow
+
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    model = {"model_type": "bert", "architectures": ["BertForPreTraining"]}
+    (tmp_path / "config.json").write_text(json.dumps(hf_config() | model))
+    how: dict[str, Any] = {"source_config": tmp_path / "config.json", "measure": False, "say": lambda _: None}
+    cases = [
+        Case(f"z{s}{e}", s, steps=1, frozen=("layer.0.",), exclude_frozen=e) for s in (1, 2) for e in (True, False)
+    ]
+    save_cases(tmp_path, 1, cases)
+
+    def whole(content: Any) -> None:
+        content["module"][name] = content["module"][name].to(torch.int8)
+
+    for stage in (1, 2):
+        left_out, kept = tmp_path / f"z{stage}True", tmp_path / f"z{stage}False"
+        reshard(left_out, tmp_path / f"u{stage}", say=lambda _: None)
+        for folder in (left_out, tmp_path / f"u{stage}"):
+            with pytest.raises(InvalidCheckpoint, match=rf"{name} is missing(.|\n)*save it without exclude_frozen_par"):
+                grow(folder, tmp_path / "out", tmp_path / "config.json", **how)
+        grow(kept, tmp_path / f"out{stage}", tmp_path / "config.json", **how)
+        edit(kept / "global_step1" / "mp_rank_00_model_states.pt", whole)
+        with pytest.raises(InvalidCheckpoint, match=rf"{name} is int8, a parameter that the run froze: .*quantised"):
+            grow(kept, tmp_path / "out", tmp_path / "config.json", **how)
+        with pytest.raises(UnsupportedGrowth, match=rf"'{name}' is int8, a parameter that the run froze"):
+            reshard(kept, tmp_path / "out", say=lambda _: None)
+    three = hf_config(num_hidden_layers=3) | model
+    (tmp_path / "config.json").write_text(json.dumps(three))
+    with pytest.raises(
+        InvalidCheckpoint, match=r"layer\.2\..* is missing(.|\n)*Is this the config of this checkpoint\?$"
+    ):
+        grow(tmp_path / "z2False", tmp_path / "out", tmp_path / "config.json", **how)
 
 
 def test_growth_names_the_state_that_it_cannot_carry(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Why a stored tensor cannot grow, and the remedy: it is not there, or its numbers are those of a quantised weight.
+
+Refuses both (InvalidCheckpoint), by name: what a run froze and left out of its files, and frozen parameters of whole
+numbers or of 8 bits, are said to be that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bert2bert.errors import InvalidCheckpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from bert2bert.checkpoints.source import Source, TensorMeta
+
+_GROWS = ("float64", "float32", "bfloat16", "float16")
+_QUANTISED = (
+    "weights that are quantised or packed cannot be grown. Use the checkpoint they were made from, or save the model "
+    "again with its weights as floating-point numbers."
+)
+
+
+def check_numbers(source: Source, tensors: Iterable[TensorMeta]) -> None:
+    """Refuse (InvalidCheckpoint) parameters that are no floating-point numbers of 16 bits or more."""
+    for meta in tensors:
+        if meta.dtype not in _GROWS:
+            frozen = "" if meta.trainable else ", a parameter that the run froze"
+            raise InvalidCheckpoint(f"{source.path}: {meta.name} is {meta.dtype}{frozen}: {_QUANTISED}")
+
+
+def instead_of(source: Source, name: str) -> str:
+    """What to say of a parameter that is not there: what its module has instead that is no floating-point number, or
+    how a run leaves it out of its files."""
+    module = name.rpartition(".")[0] + "."
+    found = {n: buffer for n, buffer in source.buffers.items() if n.startswith(module) and hasattr(buffer, "dtype")}
+    if found:
+        first = name if name in found else min(found)
+        return f"In its place stands {first} ({str(found[first].dtype).removeprefix('torch.')}): {_QUANTISED}"
+    asked = "Is this the config of this checkpoint?"
+    listed = source.lists_frozen and source.manifest is None  # a resharded file lists those that its source had
+    if source.format == "hub" or listed:
+        return asked
+    return (
+        f"{asked} If it is, the run may have frozen the parameter and left it out (exclude_frozen_parameters=True); "
+        "grow needs all of the model's. Load the checkpoint into an engine whose model has the frozen values "
+        "(load_checkpoint with load_module_strict=False), save it without exclude_frozen_parameters, and grow that."
+    )
