@@ -51,7 +51,7 @@ class Decoder(_OnDevice):
 class Batch(_OnDevice):
     """T tokens of S sequences, M positions at which the head predicts.
 
-    tokens, positions, types: int64 [T]; positions are ids of the position table (they restart in each sequence).
+    tokens, positions, types: int64 [T]; a position is a token's place in its sequence, from 0.
     cu_seqlens: int32 [S + 1], offsets of the sequences, from 0 to T, not decreasing; the tail may repeat T.
     max_seqlen: no sequence is longer.
     targets: int64 [M], flat indices at which the head predicts; None: everywhere, M = T (or the decoder's Td).
