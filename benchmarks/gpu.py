@@ -47,7 +47,8 @@ from parity import (
 )
 
 from bert2bert.data.bins import TokenBins
-from bert2bert.data.loader import MaskedLoader
+from bert2bert.data.loader import Loader
+from bert2bert.data.objective import Masked
 from bert2bert.model.batch import IGNORE, Batch
 from bert2bert.model.core import Core
 from bert2bert.model.program import full
@@ -180,7 +181,7 @@ def speeds(
     try:
         cases = {}
         for name, run in runs.items():
-            cases[name] = Case(run, MaskedLoader(bins, "train", seq_len, rows, 0, 1, seed=0), sync)
+            cases[name] = Case(run, Loader(bins, "train", Masked(), seq_len, rows, 0, 1, seed=0), sync)
             cases[name].round(3, warm=False)
         for _ in range(5 if device.type == "cuda" else 2):
             for case in cases.values():

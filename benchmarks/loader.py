@@ -1,10 +1,11 @@
 """How fast the loader feeds one rank, next to transformers' masked-LM collator in the same run.
 
-    python benchmarks/loader.py [--seq-len 512] [--rows 32] [--documents 200000] [--seconds 3] [--bins FOLDER] [--json]
+    python benchmarks/loader.py [--objective masked] [--seq-len 512] [--rows 32] [--documents 200000] [--seconds 3]
+        [--bins FOLDER] [--json]
 
 Without --bins it makes token bins with article-like document lengths (log-normal, median 270 tokens) in a temporary
-folder. Reported per core: tokens per second of CPU time of `MaskedLoader` (reading, packing into rows, masking,
-tensors), fill of the packing, time to compose the rows and to draw an epoch, tokens per second of
+folder. Reported per core: tokens per second of CPU time of `Loader` (reading, packing into rows, what the objective
+predicts, tensors), fill of the packing, time to compose the rows and to draw an epoch, tokens per second of
 `DataCollatorForLanguageModeling` on ready-made rows of the same size, and the ratio. Goal: at least 10 M tokens/s and
 99 % fill. The best of ten measurements is taken for both.
 """
@@ -26,12 +27,14 @@ import numpy as np
 import torch
 
 from bert2bert.data.bins import FORMAT_VERSION, TokenBins, blake, token_dtype
-from bert2bert.data.loader import MaskedLoader
+from bert2bert.data.loader import Loader
+from bert2bert.data.objective import OBJECTIVES, Objective
 from bert2bert.data.packing import Packer
 from bert2bert.terminal.arguments import Parser
 
 VOCAB_SIZE = 30522
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+SENTINELS = 100
 
 
 def synthetic_bins(folder: Path, documents: int) -> TokenBins:
@@ -41,7 +44,7 @@ def synthetic_bins(folder: Path, documents: int) -> TokenBins:
     splits = {}
     for split, count in (("train", documents), ("heldout", 10)):
         offsets = np.concatenate([[0], np.cumsum(np.maximum(1, rng.lognormal(5.6, 1.2, count)).astype(np.int64))])
-        rng.integers(5, VOCAB_SIZE, offsets[-1]).astype(dtype).tofile(folder / f"{split}.bin")
+        rng.integers(5, VOCAB_SIZE - SENTINELS, offsets[-1]).astype(dtype).tofile(folder / f"{split}.bin")
         np.save(folder / f"{split}.idx.npy", offsets)
         splits[split] = {"tokens": int(offsets[-1]), "documents": count}
     (folder / "tokenizer.json").write_text("{}")
@@ -49,7 +52,8 @@ def synthetic_bins(folder: Path, documents: int) -> TokenBins:
         "format_version": FORMAT_VERSION,
         "vocab_size": VOCAB_SIZE,
         "dtype": dtype.name,
-        "special": SPECIAL,
+        "special": {**SPECIAL, "eos": 3},
+        "sentinels": [VOCAB_SIZE - 1 - i for i in range(SENTINELS)],
         "tokenizer_digest": blake([b"{}"]),
         "digest": "",
         "splits": splits,
@@ -89,17 +93,18 @@ def collator(rows: int, seq_len: int) -> Callable[[], Any]:
     return lambda: collate([dict(example) for example in examples])
 
 
-def measure(bins: TokenBins, seq_len: int, rows: int, seconds: float) -> dict[str, Any]:
+def measure(bins: TokenBins, objective: Objective, seq_len: int, rows: int, seconds: float) -> dict[str, Any]:
     tokens, offsets = bins.split("train")
     start = time.process_time()
-    packer = Packer(offsets, seq_len, seed=0)
+    packer = Packer(offsets, seq_len, 0, objective.frame(bins.vocabulary))
     composed = time.process_time()
     packer.segments(np.arange(1))
     drawn = time.process_time()
-    loader = MaskedLoader(bins, "train", seq_len, rows, rank=0, world=1, seed=0)
+    loader = Loader(bins, "train", objective, seq_len, rows, rank=0, world=1, seed=0)
     ours = best_rate(lambda: next(loader), rows * seq_len, seconds)
     theirs = best_rate(collator(rows, seq_len), rows * seq_len, seconds)
     return {
+        "objective": objective.kind,
         "seq_len": seq_len,
         "rows": rows,
         "corpus_tokens": len(tokens),
@@ -114,6 +119,8 @@ def measure(bins: TokenBins, seq_len: int, rows: int, seconds: float) -> dict[st
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = {objective.kind: objective for objective in OBJECTIVES}
+    parser.add_argument("--objective", choices=kinds, default="masked")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--documents", type=int, default=200_000)
@@ -124,7 +131,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         bins = TokenBins.open(args.bins) if args.bins else synthetic_bins(Path(folder), args.documents)
-        found = measure(bins, args.seq_len, args.rows, args.seconds)
+        found = measure(bins, kinds[args.objective], args.seq_len, args.rows, args.seconds)
     if args.json:
         print(json.dumps(found))
         return
@@ -132,8 +139,9 @@ def main() -> None:
     print(f"fill {found['fill']:.2%}")
     print(f"rows composed in {found['compose_seconds']:.2f} s, an epoch drawn in {found['epoch_seconds']:.2f} s")
     print(
-        f"MaskedLoader {found['loader_tokens_per_s'] / 1e6:.1f} M tokens/s, DataCollatorForLanguageModeling"
-        f" {found['collator_tokens_per_s'] / 1e6:.2f} M tokens/s: {found['ratio']:.0f} times"
+        f"Loader ({found['objective']}) {found['loader_tokens_per_s'] / 1e6:.1f} M tokens/s,"
+        f" DataCollatorForLanguageModeling {found['collator_tokens_per_s'] / 1e6:.2f} M tokens/s:"
+        f" {found['ratio']:.0f} times"
     )
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bert2bert.checkpoints.groups import by_name
 from bert2bert.data.bins import TokenBins
-from bert2bert.data.loader import MaskedLoader
+from bert2bert.data.loader import Loader
+from bert2bert.data.objective import Masked
 from bert2bert.model.attention import attend, plan_padding, uses_kernel
 from bert2bert.model.batch import Batch
 from bert2bert.model.bert import Bert
@@ -151,7 +152,7 @@ def model_parity(size: str, seq_len: int, bins: TokenBins, device: torch.device)
 
     config = model_dict(size, seq_len, dropout=0.0)
     rows, learning = 4, SIZES[size][3]
-    batch = next(MaskedLoader(bins, "train", seq_len, rows, 0, 1, seed=0)).to(device)
+    batch = next(Loader(bins, "train", Masked(), seq_len, rows, 0, 1, seed=0)).to(device)
     exact = build(config).to(device).eval()
     with torch.no_grad():  # fresh biases of 0 and gains of 1 would hide mistakes; the same weights in every precision
         for name, p in exact.named_parameters():
@@ -199,7 +200,7 @@ def engine_parity(size: str, seq_len: int, bins: TokenBins, device: torch.device
     from bert2bert.train import partitions
 
     config, adam, rows = model_dict(size, seq_len, dropout=0.0), AdamW(lr=1e-3, eps=1e-3, weight_decay=0.01), 4
-    batch = next(MaskedLoader(bins, "train", seq_len, rows, 0, 1, seed=0)).to(device)
+    batch = next(Loader(bins, "train", Masked(), seq_len, rows, 0, 1, seed=0)).to(device)
     model = build(config).bfloat16().float().to(device)  # master weights begin as bf16 weights
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     other = build(config).to(device)

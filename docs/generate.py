@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import bert2bert.operators  # noqa: F401  (registers them)
+from bert2bert.data import objective
 from bert2bert.operators.registry import FLAGS, OPERATORS, Operator
-from bert2bert.recipe import recipe
+from bert2bert.recipe import old_names, recipe
 from bert2bert.recipe.model_keys import MODEL_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +98,8 @@ def _operator(operator: Operator) -> list[str]:
 RECIPE = (
     ("", recipe.Recipe), ("data", recipe.Data), ("optimizer", recipe.AdamW), ("phases.N", recipe.Phase),
     ("phases.N.schedule", recipe.Schedule), ("phases.N.program, kind `full`", recipe.Full),
-    ("phases.N.program, kind `sub-models`", recipe.SubModels),
+    ("phases.N.program, kind `sub-models`", recipe.SubModels), ("objective, kind `masked`", objective.Masked),
+    ("objective, kind `causal`", objective.Causal), ("objective, kind `span-corruption`", objective.SpanCorruption),
 )  # fmt: skip
 
 
@@ -116,7 +118,7 @@ def recipes() -> str:
             lines += ["| key | type | default |", "|---|---|---|", *rows, ""]
     lines += ["## Keys of `model`", "", wrap("A Hugging Face BERT config; no other key is taken."), ""]
     lines += ["| key | type |", "|---|---|", *[f"| `{k}` | {_type(t)} |" for k, t in MODEL_KEYS.items()], ""]
-    old = ", ".join(f"`{before}` (now `{now}`)" for before, now in recipe.RENAMED.items())
+    old = ", ".join(f"`{before}` (now `{now}`)" for before, now in old_names.RENAMED.items())
     lines += ["## Old names", "", wrap(f"Refused with the new name: {old}."), ""]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -21,7 +21,7 @@ The settings, as far as they could be confirmed:
                                      moments grown with the weights (the paper starts them afresh, from memory)
 """
 
-from bert2bert.recipe import AdamW, Data, Full, Phase, Recipe, Schedule, SubModels
+from bert2bert.recipe import AdamW, Data, Full, Masked, Phase, Recipe, Schedule, SubModels
 
 MODEL = {
     "architectures": ["BertForMaskedLM"],
@@ -56,7 +56,8 @@ LEFT = FULL_STEPS / (SUB_MODEL_STEPS + FULL_STEPS - WARMUP)  # 0.893 of the peak
 recipe = Recipe(
     name="bert-base-bert2bert",
     model=MODEL,
-    data=Data(bins="bins/wiki_books", seq_len=512, mlm_probability=0.15, eval_rows=2048),
+    data=Data(bins="bins/wiki_books", seq_len=512, eval_rows=2048),
+    objective=Masked(mlm_probability=0.15),
     global_batch_size=512,
     phases=(
         Phase(

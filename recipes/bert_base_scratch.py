@@ -10,7 +10,7 @@ Data, seed, batch, optimizer and schedule are those of bert_base_bert2bert.py, w
 settings and what is assumed.
 """
 
-from bert2bert.recipe import AdamW, Data, Phase, Recipe, Schedule
+from bert2bert.recipe import AdamW, Data, Masked, Phase, Recipe, Schedule
 
 MODEL = {
     "architectures": ["BertForMaskedLM"],
@@ -36,7 +36,8 @@ STEPS_PER_EPOCH = 12_500  # 3.28e9 tokens of data / (512 rows x 512 tokens)
 recipe = Recipe(
     name="bert-base-scratch",
     model=MODEL,
-    data=Data(bins="bins/wiki_books", seq_len=512, mlm_probability=0.15, eval_rows=2048),
+    data=Data(bins="bins/wiki_books", seq_len=512, eval_rows=2048),
+    objective=Masked(mlm_probability=0.15),
     global_batch_size=512,
     phases=(Phase("full", steps=40 * STEPS_PER_EPOCH, schedule=Schedule("linear", warmup_steps=10_000)),),
     optimizer=AdamW(lr=1e-4, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01),

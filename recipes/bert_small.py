@@ -12,7 +12,7 @@ What is known of the paper's settings and what is assumed here is said line by l
 paper says only that the source is trained, so all of it is assumed to be the same as the target's.
 """
 
-from bert2bert.recipe import AdamW, Data, Phase, Recipe, Schedule
+from bert2bert.recipe import AdamW, Data, Masked, Phase, Recipe, Schedule
 
 MODEL = {
     "architectures": ["BertForMaskedLM"],
@@ -38,7 +38,8 @@ STEPS_PER_EPOCH = 12_500  # 3.28e9 tokens of data / (512 rows x 512 tokens)
 recipe = Recipe(
     name="bert-small",
     model=MODEL,
-    data=Data(bins="bins/wiki_books", seq_len=512, mlm_probability=0.15, eval_rows=2048),
+    data=Data(bins="bins/wiki_books", seq_len=512, eval_rows=2048),
+    objective=Masked(mlm_probability=0.15),
     global_batch_size=512,
     phases=(Phase("full", steps=40 * STEPS_PER_EPOCH, schedule=Schedule("linear", warmup_steps=10_000)),),
     optimizer=AdamW(lr=1e-4, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01),

@@ -13,7 +13,7 @@ The share of sub-model steps, one eighth, is the paper's 5 epochs of 40; stages 
 12. The rate needs no long warm-up, as the optimizer's moments were grown with the weights.
 """
 
-from bert2bert.recipe import AdamW, Data, Full, Phase, Recipe, Schedule, SubModels
+from bert2bert.recipe import AdamW, Data, Full, Masked, Phase, Recipe, Schedule, SubModels
 
 MODEL = {
     "architectures": ["BertForMaskedLM"],
@@ -43,7 +43,8 @@ LEFT = FINAL + (1 - FINAL) * (STEPS - SUB_MODEL_STEPS) / (STEPS - WARMUP)
 recipe = Recipe(
     name="demo-bert2bert",
     model=MODEL,
-    data=Data(bins="bins/demo", seq_len=16, mlm_probability=0.15, eval_rows=2048),
+    data=Data(bins="bins/demo", seq_len=16, eval_rows=2048),
+    objective=Masked(mlm_probability=0.15),
     global_batch_size=128,
     phases=(
         Phase(

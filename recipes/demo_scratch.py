@@ -7,7 +7,7 @@ Expected:  held-out loss 5.47 nats (2026-11-21, 120 s of training on two shared 
            start of this size does not leave the plateau.
 """
 
-from bert2bert.recipe import AdamW, Data, Phase, Recipe, Schedule
+from bert2bert.recipe import AdamW, Data, Masked, Phase, Recipe, Schedule
 
 MODEL = {
     "architectures": ["BertForMaskedLM"],
@@ -31,7 +31,8 @@ MODEL = {
 recipe = Recipe(
     name="demo-scratch",
     model=MODEL,
-    data=Data(bins="bins/demo", seq_len=16, mlm_probability=0.15, eval_rows=2048),
+    data=Data(bins="bins/demo", seq_len=16, eval_rows=2048),
+    objective=Masked(mlm_probability=0.15),
     global_batch_size=128,
     phases=(Phase("full", steps=600, schedule=Schedule("linear", warmup_steps=100, final=0.1)),),
     optimizer=AdamW(lr=2e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),

@@ -8,7 +8,7 @@ Expected:  held-out loss 5.16 nats where the unigram entropy is 5.92 (2026-11-21
            rows and a wide initialisation shorten it. The source must be trained past it, or growth hands over little.
 """
 
-from bert2bert.recipe import AdamW, Data, Phase, Recipe, Schedule
+from bert2bert.recipe import AdamW, Data, Masked, Phase, Recipe, Schedule
 
 MODEL = {
     "architectures": ["BertForMaskedLM"],
@@ -32,7 +32,8 @@ MODEL = {
 recipe = Recipe(
     name="demo-small",
     model=MODEL,
-    data=Data(bins="bins/demo", seq_len=16, mlm_probability=0.15, eval_rows=2048),
+    data=Data(bins="bins/demo", seq_len=16, eval_rows=2048),
+    objective=Masked(mlm_probability=0.15),
     global_batch_size=128,
     phases=(Phase("full", steps=1000, schedule=Schedule("linear", warmup_steps=100, final=0.1)),),
     optimizer=AdamW(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01),

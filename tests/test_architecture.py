@@ -26,7 +26,7 @@ ALLOWED = {
     "growths": ("growth", "operators", "errors"),
     "measure": ("growth", "tables", "algebra", "checkpoints", "files", "data", "model", "errors"),
     "model": ("tables", "errors"),
-    "recipe": ("model", "tables", "errors"),
+    "recipe": ("data.objective", "model", "tables", "errors"),
     "data": ("model.batch", "files.sniff", "terminal", "errors"),
     "train": ("recipe", "data", "model", "tables", "checkpoints", "ranks", "files", "errors"),
     "report": ("errors",),

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bert2bert.algebra.realise import realise
+from bert2bert.data import objective as objectives
 from bert2bert.data.bins import TokenBins
-from bert2bert.data.masking import Masker
+from bert2bert.data.rows import Rows
 from bert2bert.errors import InvalidConfig, InvalidData, UnsupportedGrowth
 from bert2bert.growth.checks import pair_of
 from bert2bert.growth.choices import Choices
@@ -34,11 +35,10 @@ from bert2bert.measure.drift import whole
 from bert2bert.measure.tokens import open_bins, trained_length
 from bert2bert.measure.tokens import positions as positions_of
 from bert2bert.measure.transformers_models import IGNORE, Fetch, Sample
+from bert2bert.model.registry import objective_of
 from bert2bert.operators.builder import Builder
 from bert2bert.operators.width_ligo import Part, Scheme, save
 from bert2bert.tables import table_for
-
-_MASKED = 0.15
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Fit:
                 f"checkpoint with one, or a width that is not learned"
             )
         self.used = min((has for has in table.classes.values() if "mlm" in has and has <= heads), key=len)
-        self.pair, self.what, self.device, self.dtype = pair, transformers_models.kind(source, table), device, dtype
+        self.pair, self.what, self.device, self.dtype = pair, objective_of(source), device, dtype
         self.blend = Blend(Scheme(pair), self.used, weights, dtype, device)
         start = self.blend.scheme.initial(self.blend.build, self.blend.parameters, noise, seed)
         if not start:
@@ -212,8 +212,8 @@ class Fit:
 
 
 def rows_of(bins: TokenBins, split: str, what: str, rows: int, length: int, seed: int) -> Iterator[Sample]:
-    """Endless samples of [rows, length] random pieces of text. what: 'masked', BERT's 15 %; 'causal', the next token;
-    'seq2seq', the second half from the first (a prefix language model, Raffel et al. 2020)."""
+    """Endless samples of [rows, length] random pieces of text, predicted by the objective of an architecture that
+    trains `what`: 'masked', 'causal' or 'seq2seq'. Raises InvalidConfig for a tokenizer that does not fit it."""
     tokens = bins.split(split)[0]
     if len(tokens) < length:
         raise InvalidData(
@@ -221,21 +221,22 @@ def rows_of(bins: TokenBins, split: str, what: str, rows: int, length: int, seed
             f"more text, or a smaller --length"
         )
     rng, number = np.random.default_rng(seed), 0
-    masker = Masker(bins.vocab_size, bins.special, length, _MASKED, seed) if what == "masked" else None
+    objective = objectives.default(what)
+    objectives.check(objective, bins.vocabulary)
+    predict, frame = objective.predictor(bins.vocabulary, length, seed), objective.frame(bins.vocabulary)
     while True:
         starts = rng.integers(0, len(tokens) - length + 1, rows)
         ids = np.stack([tokens[at : at + length] for at in starts]).astype(np.int64)
-        labels = np.full(ids.shape, IGNORE)
-        if masker:
-            ids[:, 0], ids[:, -1] = bins.special["cls"], bins.special["sep"]
-            at, held = masker(ids, np.arange(number, number + rows), np.full(rows, length))
-            labels.flat[at[held != IGNORE]] = held[held != IGNORE]
-        elif what == "causal":
-            labels[:, :-1] = ids[:, 1:]
-        else:
-            ids, labels = ids[:, : length // 2], ids[:, length // 2 :]
+        if frame.each_segment and frame.before is not None and frame.after is not None:
+            ids[:, 0], ids[:, -1] = frame.before, frame.after
+        found = predict(Rows.whole(ids, number))
         number += rows
-        yield Sample(torch.from_numpy(ids), torch.from_numpy(labels))
+        read, labels = torch.from_numpy(found.read.tokens[0]), torch.from_numpy(found.labels[0])
+        if found.targets is not None:  # spare places lie at position 0, which predicts nothing
+            answers, used = labels, labels != IGNORE
+            labels = torch.full_like(read, IGNORE)
+            labels[torch.from_numpy(found.targets[0])[used]] = answers[used]
+        yield Sample(read.view(rows, -1), labels.view(rows, -1))
 
 
 def learn(

@@ -2,12 +2,13 @@
 
     tokenizer.json        the tokenizer that made the ids
     tokenizer_config.json what transformers must know to make the same of it: the roles of its special tokens
-    meta.json             sizes, special ids, digests, entropies, where the text came from
+    meta.json             sizes, ids of special tokens by role, digests, entropies, where the text came from
     {split}.bin           token ids, uint16 or uint32, documents one behind the other, no special tokens added
     {split}.idx.npy       int64 offsets of the documents, one more than there are documents
 
-Splits: 'train' and 'heldout'. Refuses, with `InvalidData`: a folder that is not bins, or one whose files do not have
-the sizes, boundaries and tokenizer that are recorded in its meta.json.
+Splits: 'train' and 'heldout'. Folders of format version 1, whose tokenizers have BERT's five special tokens, are read.
+Refuses, with `InvalidData`: a folder that is not bins, or one whose files do not have the sizes, boundaries and
+tokenizer that are recorded in its meta.json.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from bert2bert.data.vocabulary import ROLES, Vocabulary
 from bert2bert.errors import InvalidData, did_you_mean
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
 _FIELDS: dict[str, type] = {
     "format_version": int,
@@ -88,8 +90,17 @@ class TokenBins:
 
     @property
     def special(self) -> dict[str, int]:
-        """Ids of 'pad', 'unk', 'cls', 'sep', 'mask'."""
+        """Role -> id, of the special tokens that the tokenizer has."""
         return self.meta["special"]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the tokenizer offers to an objective."""
+        older = " (token bins of an older version, which record BERT's roles only)"
+        return Vocabulary(
+            self.vocab_size, self.special, tuple(self.meta.get("sentinels", ())), self.meta.get("add_bos", False),
+            where=f"the tokenizer of {self.folder}" + older * (self.meta["format_version"] == 1),
+        )  # fmt: skip
 
     @property
     def digest(self) -> str:
@@ -208,16 +219,29 @@ def _check_meta(folder: Path, meta: Any) -> None:
     for key, kind in _FIELDS.items():
         if not isinstance(meta.get(key), kind):
             raise wrong(f"has {key} = {meta.get(key)!r}, expected a value of type {kind.__name__}")
-    if meta["format_version"] != FORMAT_VERSION:
-        raise wrong(f"has format version {meta['format_version']}, this program reads version {FORMAT_VERSION}")
+    if not 1 <= meta["format_version"] <= FORMAT_VERSION:
+        raise wrong(f"has format version {meta['format_version']}, this program reads versions 1 to {FORMAT_VERSION}")
     if meta["vocab_size"] < 1 or meta["dtype"] != token_dtype(meta["vocab_size"]).name:
         raise wrong(f"has dtype {meta['dtype']!r} for a vocabulary of {meta['vocab_size']}")
-    for key in ("pad", "unk", "cls", "sep", "mask"):
-        value = meta["special"].get(key)
-        if not isinstance(value, int) or not 0 <= value < meta["vocab_size"]:
-            raise wrong(f"has special id {key} = {value!r}, expected 0 to {meta['vocab_size'] - 1}")
+    if what := _wrong_special(meta):
+        raise wrong(what)
     for split in SPLITS:
         recorded = meta["splits"].get(split)
         for key in ("tokens", "documents"):
             if not isinstance(recorded, dict) or not isinstance(recorded.get(key), int) or recorded[key] < 1:
                 raise wrong(f"records no positive number of {key} for split '{split}'")
+
+
+def _wrong_special(meta: dict[str, Any]) -> str | None:
+    """What is wrong with the special tokens of a meta.json."""
+    special, sentinels, bos = meta["special"], meta.get("sentinels", []), meta.get("add_bos", False)
+    if odd := sorted(special.keys() - set(ROLES)):
+        return f"gives the role {odd[0]!r} to a token, expected {', '.join(ROLES)}"
+    if not isinstance(sentinels, list) or not isinstance(bos, bool):
+        return f"has sentinels = {sentinels!r}, add_bos = {bos!r}, expected a list of ids and true or false"
+    needed = ROLES[:5] if meta["format_version"] == 1 else ("bos",) if bos else ()
+    ids = {**dict.fromkeys(needed), **special, **{f"sentinels[{i}]": value for i, value in enumerate(sentinels)}}
+    for key, value in ids.items():
+        if not isinstance(value, int) or not 0 <= value < meta["vocab_size"]:
+            return f"has special id {key} = {value!r}, expected 0 to {meta['vocab_size'] - 1}"
+    return None

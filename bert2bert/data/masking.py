@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from bert2bert.data.vocabulary import Vocabulary
 from bert2bert.errors import InvalidConfig
 
 IGNORE = -100
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15
 _FULL = (1 << 64) - 1
 
 
@@ -29,29 +30,29 @@ def mix(value: np.ndarray) -> np.ndarray:
 
 
 class Masker:
-    """Masks rows of `seq_len` slots over one vocabulary.
+    """Masks rows of `seq_len` slots over one vocabulary, whose special tokens are never chosen and never drawn as the
+    random token. share: of the tokens, to predict."""
 
-    special: ids that are never chosen and never drawn as the random token.
-    """
-
-    def __init__(self, vocab_size: int, special: dict[str, int], seq_len: int, share: float, seed: int) -> None:
+    def __init__(self, vocabulary: Vocabulary, seq_len: int, share: float, seed: int) -> None:
         self.quota = int(share * seq_len + 0.5) if 0 < share < 1 else 0
         if not self.quota:
             raise InvalidConfig(
-                f"mlm_probability is {share:g} with seq_len {seq_len}, expected a share between 0 and 1 that masks at"
-                " least one position a row."
+                f"objective.mlm_probability is {share:g} with seq_len {seq_len}, expected a share between 0 and 1 that"
+                " masks at least one position a row."
             )
-        if vocab_size <= len(set(special.values())):
-            raise InvalidConfig(f"the vocabulary of {vocab_size} tokens holds only special tokens; nothing to mask.")
-        self.seq_len, self.share, self.mask_id = seq_len, share, special["mask"]
-        self._chosen_from = np.ones(vocab_size, dtype=bool)
-        self._chosen_from[list(special.values())] = False
+        if vocabulary.size <= len(vocabulary.never_text):
+            raise InvalidConfig(
+                f"the vocabulary of {vocabulary.size} tokens holds only special tokens; nothing to mask."
+            )
+        self.seq_len, self.share, self.mask_id = seq_len, share, vocabulary.special["mask"]
+        self._chosen_from = np.ones(vocabulary.size, dtype=bool)
+        self._chosen_from[vocabulary.never_text] = False
         self._ordinary = np.flatnonzero(self._chosen_from).astype(np.int64)
-        self._slots = mix(np.arange(1, seq_len + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+        self._slots = mix(np.arange(1, seq_len + 1, dtype=np.uint64) * np.uint64(GOLDEN))
         # A key's low bits are replaced by the slot, so that selecting keys selects slots.
         self._low = np.uint64((1 << (seq_len - 1).bit_length()) - 1)
         self._slot = np.arange(seq_len, dtype=np.uint64)
-        self._base = np.uint64(_mix_int(seed ^ 0x6D61736B))
+        self._base = np.uint64(mix_int(seed ^ 0x6D61736B))
 
     def __call__(self, tokens: np.ndarray, numbers: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mask in place; return flat indices into the rows and the tokens that were there (-100 in spare places).
@@ -60,7 +61,7 @@ class Masker:
         row that are no filler. Returns int64 [R * quota] twice. Raises IndexError for an id outside the vocabulary.
         """
         rows = len(tokens)
-        row_keys = mix(self._base + numbers.astype(np.uint64) * np.uint64(_GOLDEN))[:, None]
+        row_keys = mix(self._base + numbers.astype(np.uint64) * np.uint64(GOLDEN))[:, None]
         keys = mix(row_keys ^ self._slots)
         keys &= ~self._low
         keys |= self._slot
@@ -74,7 +75,7 @@ class Masker:
         flat_tokens = tokens.reshape(-1)
         held = flat_tokens[flat]
         labels = np.where(used, held, IGNORE)
-        draw = mix(row_keys + (chosen | np.uint64(1)) * np.uint64(_GOLDEN) + (chosen & self._low))
+        draw = mix(row_keys + (chosen | np.uint64(1)) * np.uint64(GOLDEN) + (chosen & self._low))
         action, word = draw >> np.uint64(32), draw & np.uint64(0xFFFFFFFF)
         random = self._ordinary[(word * np.uint64(len(self._ordinary))) >> np.uint64(32)]
         new = np.where(action < int(0.8 * 2**32), self.mask_id, np.where(action < int(0.9 * 2**32), random, held))
@@ -82,5 +83,6 @@ class Masker:
         return flat.reshape(-1), labels.reshape(-1)
 
 
-def _mix_int(value: int) -> int:
+def mix_int(value: int) -> int:
+    """`mix` of one number, taken modulo 2^64."""
     return int(mix(np.array([value & _FULL], dtype=np.uint64))[0])

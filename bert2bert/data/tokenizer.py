@@ -29,18 +29,27 @@ class TextTokenizer:
 
     backend: a `tokenizers.Tokenizer`; special: 'pad', 'unk', 'cls', 'sep' and 'mask' -> token; config: what a
     tokenizer_config.json beside its tokenizer.json must say so that transformers makes the same tokenizer of the two;
-    notes: for the user, on how it was read.
+    notes: for the user, on how it was read; sentinels: ``<extra_id_0>``, … as far as there are; add_bos: whether it
+    puts its bos token before a text.
     """
 
     backend: Any
     special: Mapping[str, str]
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    sentinels: tuple[str, ...] = ()
+    add_bos: bool = False
 
     @property
     def special_ids(self) -> dict[str, int]:
         """Role -> id."""
         return {role: self.backend.token_to_id(token) for role, token in self.special.items()}
+
+    @property
+    def roles(self) -> dict[str, Any]:
+        """What meta.json of token bins records of the special tokens."""
+        sentinels = [self.backend.token_to_id(token) for token in self.sentinels]
+        return {"special": self.special_ids, "sentinels": sentinels, "add_bos": self.add_bos}
 
     @property
     def table_size(self) -> int:

@@ -27,6 +27,7 @@ from bert2bert.measure.tokens import Tokens, draw, draw_batch, positions
 from bert2bert.measure.transformers_models import Fetch, Passed
 from bert2bert.model.batch import IGNORE, Batch
 from bert2bert.model.config import ACTIVATIONS, BertConfig
+from bert2bert.model.registry import objective_of
 from bert2bert.model.streaming import BLOCK, Rows, Weights, streamed_bert
 from bert2bert.tables import Parameter, table_for
 
@@ -212,7 +213,7 @@ def gradient_error(model: CheckpointModel, plan: GrowthPlan, tokens: Tokens) -> 
     dtype = transformers_models.precision(gradients_memory(model, plan.config), "the gradients of both models")
     vocab = _vocab(model.config, plan.config)
     sample = draw(model, vocab, tokens, max(size(model, c) for c in (model.config, plan.config)))
-    what = transformers_models.kind(model.config, model.table)
+    what = objective_of(model.config)
 
     def of(config: Mapping[str, Any], fetch: Fetch) -> dict[str, Tensor]:
         return transformers_models.gradients(

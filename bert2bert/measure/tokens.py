@@ -18,12 +18,13 @@ import torch
 
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import eval_batches
+from bert2bert.data.objective import Masked
 from bert2bert.errors import InvalidConfig, InvalidData
 from bert2bert.files.sniff import describe
 from bert2bert.growth.source_model import CheckpointModel
-from bert2bert.measure import transformers_models
 from bert2bert.measure.transformers_models import Sample
 from bert2bert.model.batch import IGNORE, Batch
+from bert2bert.model.registry import objective_of
 
 _TOKENS, _RANDOM, _LENGTH, _PREDICTED = 2048, 512, 64, 0.15  # random tokens show a distance, which takes fewer
 _WORK = 1 << 40  # multiply-adds
@@ -58,7 +59,7 @@ def check(tokens: Tokens, vocab: int, *models: CheckpointModel) -> None:
 
 def draw(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Sample:
     """Rows of tokens for a model: fewer the more parameters it has."""
-    what = transformers_models.kind(model.config, model.table)
+    what = objective_of(model.config)
     rng = np.random.default_rng(0)
     mask = None
     if tokens.file:
@@ -94,7 +95,7 @@ def draw_batch(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -
     if tokens.bins:
         length = min(_LENGTH, trained_length(model), positions(model))
         rows = max(1, _TOKENS // length)
-        return eval_batches(open_bins(tokens.bins, vocab), "heldout", length, rows, rows, 0, 1, 0)[0]
+        return eval_batches(open_bins(tokens.bins, vocab), "heldout", Masked(), length, rows, rows, 0, 1, 0)[0]
     sample = draw(model, vocab, tokens, numel)
     rows, length = sample.ids.shape
     labels = sample.labels.flatten()

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from bert2bert.errors import InvalidCheckpoint, UserError
 from bert2bert.measure.streamed import Passed, Streamed
+from bert2bert.model.registry import objective_of
 from bert2bert.model.streaming import Rows, Weights
 from bert2bert.tables import Table
 
@@ -57,14 +58,6 @@ class Double(TorchFunctionMode):
             func = Tensor.double
         args = [torch.float64 if a is torch.float32 else a for a in args]
         return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
-
-
-def kind(config: Mapping[str, Any], table: Table) -> str:
-    """'seq2seq', 'causal' or 'masked': what a language-model head of this architecture predicts."""
-    if config.get("is_encoder_decoder"):
-        return "seq2seq"
-    masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in table.classes)
-    return "masked" if masked else "causal"
 
 
 def class_of(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> str:
@@ -169,7 +162,7 @@ def passed(
     path = next(prefix for prefix, module in model.named_modules() if module is decoder)
     shapes = {n: p.shape for n, p in table.parameters(config, heads).items()}
     streamed = Streamed(model, names, Weights(rows, shapes, dtype), f"{path}.weight")
-    hidden, pairs, what = [], [], kind(config, table)
+    hidden, pairs, what = [], [], objective_of(config)
     step = max(1, _TOKENS // sample.ids.shape[1])
     for rows_of in zip(sample.ids.split(step), sample.labels.split(step), strict=True):
         part = Sample(*rows_of)

@@ -70,6 +70,15 @@ def class_of(config: Mapping[str, Any]) -> str:
     )
 
 
+def objective_of(config: Mapping[str, Any]) -> str:
+    """What the language-model head of a config's architecture predicts: "masked", tokens hidden from an encoder;
+    "causal", the next token; "seq2seq", what an encoder-decoder writes. Raises UnsupportedGrowth without a table."""
+    classes = table_for({"model_type": "bert", **config}).classes
+    if any("decoder" in heads for heads in classes.values() if "mlm" in heads):
+        return "seq2seq"
+    return "masked" if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes) else "causal"
+
+
 def build(
     config: Mapping[str, Any], dtype: torch.dtype | None = None, *, compile_layers: bool = False
 ) -> LanguageModel:

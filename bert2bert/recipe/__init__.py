@@ -1,6 +1,8 @@
 """Recipes: `from bert2bert.recipe import Recipe, Phase, …` is all that a recipe file needs. Imports no torch."""
 
+from bert2bert.data.objective import Causal, Masked, SpanCorruption
 from bert2bert.recipe.model_keys import model_keys
+from bert2bert.recipe.old_names import current, renamed
 from bert2bert.recipe.recipe import (
     AdamW,
     Data,
@@ -9,19 +11,20 @@ from bert2bert.recipe.recipe import (
     Recipe,
     Schedule,
     SubModels,
-    current,
     from_dict,
     load_recipe,
-    renamed,
 )
 
 __all__ = [
     "AdamW",
+    "Causal",
     "Data",
     "Full",
+    "Masked",
     "Phase",
     "Recipe",
     "Schedule",
+    "SpanCorruption",
     "SubModels",
     "current",
     "from_dict",

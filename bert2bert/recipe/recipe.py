@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import runpy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from bert2bert.data.objective import Causal, Masked, Objective, SpanCorruption, default
 from bert2bert.errors import InvalidConfig, did_you_mean
 from bert2bert.model import registry
 from bert2bert.recipe.model_keys import model_keys
+from bert2bert.recipe.old_names import RENAMED, explain
 from bert2bert.recipe.settings import assign, build
 from bert2bert.tables import table_for
 
 SCHEDULES = ("linear", "cosine", "constant")
-RENAMED = {"batch_rows": "global_batch_size", "clip": "gradient_clipping", "mask_share": "mlm_probability"}
 
 
 def _require(holds: bool, what: str, found: Any, expected: str) -> None:
@@ -45,20 +45,16 @@ def _in_range(what: str, value: float, low: float, high: float = math.inf, *, op
 class Data:
     """Token bins (a folder that `bert2bert prepare` wrote) and how rows are cut from them.
 
-    ``seq_len``: token slots of a row; ``mlm_probability``: share of tokens to predict; ``eval_rows``: held-out rows of
-    one evaluation (fewer when the split has fewer).
+    ``seq_len``: token slots of a row; ``eval_rows``: held-out rows of one evaluation (fewer when the split has fewer).
     """
 
     bins: str
     seq_len: int
-    mlm_probability: float = 0.15
     eval_rows: int = 256
 
     def __post_init__(self) -> None:
         _require(bool(self.bins), "data.bins", self.bins, "the folder that `bert2bert prepare` wrote")
         _in_range("data.seq_len", self.seq_len, 8)
-        share = self.mlm_probability
-        _require(0 < share < 1, "data.mlm_probability", share, "a share between 0 and 1, such as 0.15")
         _in_range("data.eval_rows", self.eval_rows, 1)
 
 
@@ -155,8 +151,9 @@ class Recipe:
 
     ``model``: a Hugging Face config, with its model_type where it is no BERT's; None takes that of the checkpoint which
     the run starts from (--resume). ``global_batch_size``: rows of data.seq_len slots per optimizer step over all
-    ranks. ``gradient_clipping``: the gradient norm's limit, 0 for none. ``*_every``: in optimizer steps; the last step
-    is always evaluated and saved. ``keep_checkpoints``: how many of the latest stay on disk.
+    ranks. ``objective``: what is predicted; None takes the architecture's: Masked(), Causal() or SpanCorruption().
+    ``gradient_clipping``: the gradient norm's limit, 0 for none. ``*_every``: in optimizer steps; the last step is
+    always evaluated and saved. ``keep_checkpoints``: how many of the latest stay on disk.
     """
 
     name: str
@@ -165,6 +162,7 @@ class Recipe:
     global_batch_size: int
     phases: tuple[Phase, ...]
     optimizer: AdamW
+    objective: Masked | Causal | SpanCorruption | None = None
     gradient_clipping: float = 1.0
     seed: int = 0
     eval_every: int = 1000
@@ -186,6 +184,14 @@ class Recipe:
 
     def _check_model(self, model: dict[str, Any]) -> None:
         registry.check(build(Annotated[dict, model_keys], model, "model"))
+        trains = registry.objective_of(model)
+        if self.objective is None:
+            object.__setattr__(self, "objective", default(trains))  # so that what is recorded says it
+        elif self.objective.trains != trains:
+            raise InvalidConfig(
+                f"objective is {self.objective.kind!r}, but a {model.get('model_type', 'bert')} is trained by "
+                f"{default(trains).kind!r}; leave objective out of the recipe, or take another model"
+            )
         table = table_for({"model_type": "bert", **model})
         key = table.key("pos") if "pos" in table.sizes else "max_position_embeddings"
         positions = model.get(key)
@@ -209,6 +215,13 @@ class Recipe:
         table = table_for({"model_type": "bert", **self.model})
         sizes = table.axis_sizes(self.model)
         return sum(sizes[axis] for axis in table.depth)
+
+    @property
+    def predicts(self) -> Objective:
+        """The objective: `objective`, which is known once the model is."""
+        if self.objective is None:
+            raise ValueError(f"recipe {self.name!r} has neither an objective nor a model to take it from")
+        return self.objective
 
     @property
     def steps(self) -> int:
@@ -236,19 +249,6 @@ def from_dict(plain: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def current(override: str) -> str:
-    """An override ``key=value`` with its keys as they are called now."""
-    key, equals, value = override.partition("=")
-    return ".".join(RENAMED.get(part, part) for part in key.split(".")) + equals + value
-
-
-def renamed(plain: Any) -> Any:
-    """A recipe as an older run recorded it, with its keys as they are called now."""
-    if isinstance(plain, dict):
-        return {RENAMED.get(key, key): renamed(value) for key, value in plain.items()}
-    return [renamed(value) for value in plain] if isinstance(plain, list) else plain
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Run a recipe file, then apply ``key.sub.0=value`` overrides together; InvalidConfig says what is wrong where."""
     path = Path(path)
@@ -259,9 +259,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except InvalidConfig as error:
         raise InvalidConfig(f"recipe {path}: {error}") from error
     except Exception as error:  # the file is the user's code: any failure in it is his to read
-        key = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if key and key[1] in RENAMED:
-            raise InvalidConfig(f"recipe {path}: {key[1]} is called {RENAMED[key[1]]} now; rename it") from None
+        if old := explain(error):
+            raise InvalidConfig(f"recipe {path}: {old}") from None
         raise InvalidConfig(f"recipe {path} cannot be run: {type(error).__name__}: {error}") from error
     if not isinstance(found, Recipe):
         raise InvalidConfig(f"recipe {path} defines no `recipe = Recipe(...)` (found {type(found).__name__})")

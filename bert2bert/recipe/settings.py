@@ -24,7 +24,7 @@ _SCALARS = (int, float, str, bool)
 
 def build(tp: Any, value: Any, where: str = "", renamed: Mapping[str, str] = MappingProxyType({})) -> Any:
     """``value`` (dicts, lists, scalars) as an instance of the declared type ``tp``; ``where`` is its dotted name;
-    ``renamed``: old keys, which are refused, and their new names."""
+    ``renamed``: old dotted names, which are refused, and the new ones."""
     tp, optional = _strip(tp, value, where)
     if tp is Any or (value is None and optional):
         return value
@@ -35,7 +35,7 @@ def build(tp: Any, value: Any, where: str = "", renamed: Mapping[str, str] = Map
         given = {key: inner for key, inner in value.items() if key not in fixed}
         for key in given:
             if key not in known:
-                raise InvalidConfig(f"unknown key {_join(where, key)!r}: {_near(key, known, renamed)}")
+                raise InvalidConfig(f"unknown key {_join(where, key)!r}: {_near(_join(where, key), known, renamed)}")
         try:
             return tp(**{key: build(known[key], inner, _join(where, key), renamed) for key, inner in given.items()})
         except TypeError as error:  # a required key is absent
@@ -69,8 +69,10 @@ def assign(tp: Any, tree: Any, override: str, renamed: Mapping[str, str] = Mappi
     for key in path.split("."):
         known = _parts(tp, tree, path)
         if key not in known:
-            near = known and key not in renamed and _nearest(path, *root)
-            raise InvalidConfig(f"unknown key {path!r}: {near or _near(key, known, renamed)}")
+            near = known and path not in renamed and _nearest(path, *root)
+            if slot and tree is None:
+                near = f"{slot!r} is none, and only the recipe's file can say which it is"
+            raise InvalidConfig(f"unknown key {path!r}: {near or _near(path, known, renamed)}")
         node, slot, tp = tree, int(key) if isinstance(tree, list) else key, known[key]
         tree = node[slot] if isinstance(node, list) else node.get(slot)
     if parts := _parts(tp, tree, path):
@@ -122,13 +124,16 @@ def _strip(tp: Any, value: Any, where: str) -> tuple[Any, bool]:
     if get_origin(tp) not in (typing.Union, types.UnionType):
         return tp, False
     options = [option for option in get_args(tp) if option is not type(None)]
+    optional = len(options) < len(get_args(tp))
     if len(options) == 1:
         return options[0], True
+    if value is None and optional:
+        return type(None), True
     kinds = {str(next(f.default for f in fields(option) if f.name == "kind")): option for option in options}
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind not in kinds:
         raise InvalidConfig(f"{where}.kind is {kind!r}: {did_you_mean(str(kind), kinds)}")
-    return kinds[kind], False
+    return kinds[kind], optional
 
 
 def _keys(tp: Any, value: Any) -> dict[str, Any]:
@@ -143,10 +148,10 @@ def _known(tp: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(tp) if f.init}
 
 
-def _near(key: str, known: dict[str, Any], renamed: Mapping[str, str] = MappingProxyType({})) -> str:
-    if renamed.get(key) in known:
-        return f"it is called {renamed[key]} now"
-    return did_you_mean(key, known) if known else "it has no parts"
+def _near(path: str, known: dict[str, Any], renamed: Mapping[str, str] = MappingProxyType({})) -> str:
+    if path in renamed:
+        return f"it is called {renamed[path]} now"
+    return did_you_mean(_last(path), known) if known else "it has no parts"
 
 
 def _join(where: str, key: str) -> str:
@@ -164,7 +169,7 @@ def _parse(tp: Any, text: str, path: str) -> Any:
             return json.loads(text)
         except ValueError:
             return text
-    _expect(tp in _SCALARS, path, text, "a list, which only the recipe's file can set")
+    _expect(tp in _SCALARS, path, text, "a value that only the recipe's file can set")
     if tp is bool:
         _expect(text.lower() in ("true", "false"), path, text, "true or false")
         return text.lower() == "true"

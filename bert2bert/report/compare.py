@@ -5,7 +5,7 @@ first reaches it. ``saving = 1 - spent there / spent by the reference in all``, 
 bert2BERT paper counts) and once with what its source model had cost added. For a run that does not reach the mark, the
 gap is given. A run that another was grown from is a source: shown, not compared.
 
-Refuses runs whose held-out losses are not comparable (other data, tokenizer, sequence length, masking or evaluation
+Refuses runs whose held-out losses are not comparable (other data, tokenizer, sequence length, objective or evaluation
 size), the same run twice, and a reference that diverged. Light: matplotlib is imported only to write the picture.
 """
 

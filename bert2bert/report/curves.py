@@ -21,7 +21,7 @@ class Point:
 
     step: int
     phase: str
-    loss: float  # nats a masked token
+    loss: float  # nats a predicted token
     accuracy: float
     tokens: float
     flops: float
@@ -80,10 +80,12 @@ class Run:
 
     def evaluation(self) -> dict[str, Any]:
         """All that two held-out losses must have in common to be comparable."""
-        recipe = (self.about.get("recipe") or {}).get("data") or {}
+        recipe = self.about.get("recipe") or {}
+        rows = recipe.get("data") or {}
         found = {"data digest": self.data.get("digest"), "tokenizer digest": self.data.get("tokenizer_digest")}
-        masked = recipe.get("mlm_probability", recipe.get("mask_share"))  # what older runs called it
-        return found | {"mlm_probability": masked} | {key: recipe.get(key) for key in ("seq_len", "eval_rows")}
+        older = {"kind": "masked", "mlm_probability": rows.get("mlm_probability", rows.get("mask_share"))}
+        found |= {f"objective.{key}": value for key, value in recipe.get("objective", older).items()}
+        return found | {key: rows.get(key) for key in ("seq_len", "eval_rows")}
 
     def at(self, step: int) -> Point | None:
         """The last evaluation at or before a step."""

@@ -47,7 +47,7 @@ def figure_of(report: Report) -> Figure:
         axes.set_xlim(left=0)
         axes.grid(True, color="#e5e5e5", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("held-out loss (nats a masked token)")
+    panels[0].set_ylabel("held-out loss (nats a predicted token)")
     if any(run.boundaries for run in report.runs):
         handles.append(
             Line2D([], [], color=GREY, marker="|", markersize=10, linestyle="none", label="start of the phase named")

@@ -1,4 +1,4 @@
-"""What a comparison of runs found, typed. FLOPs are counts, seconds are of training, losses are nats a masked token.
+"""What a comparison of runs found, typed. FLOPs are counts, seconds are of training, losses are nats a predicted token.
 
 As JSON (`Report.as_json`), the fields are the keys, in this order.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bert2bert.data.bins import TokenBins
+from bert2bert.data.loader import Loader
 from bert2bert.recipe import Recipe
 
 if TYPE_CHECKING:
     from bert2bert.train.engine import Engine
 
 
-def banner(recipe: Recipe, engine: Engine, bins: TokenBins, output: Path, step: int) -> str:
+def banner(recipe: Recipe, engine: Engine, bins: TokenBins, loader: Loader, output: Path, step: int) -> str:
     """What is trained on what, by how many, at which sizes, and where it can be watched. step: where the run starts."""
     model = engine.model
     count = sum(prod(engine.shape(name)) for name in engine.names)
@@ -23,10 +25,14 @@ def banner(recipe: Recipe, engine: Engine, bins: TokenBins, output: Path, step: 
     rows, length = recipe.global_batch_size, recipe.data.seq_len
     ranks = f"{engine.world} rank{'s' * (engine.world > 1)}"
     phases = ", ".join(f"{phase.name} {phase.steps:,}" for phase in recipe.phases if phase.steps)
+    train, predicted = bins.meta["splits"]["train"], asdict(recipe.predicts)
     lines = {
         "model": f"{model.name}, {len(model.layers)} layers x {model.width}, {count:,} parameters",
         "run": f"{recipe.name}: {recipe.steps:,} steps ({phases})" + (f", from step {step:,} on" if step else ""),
-        "data": f"{bins.folder}: {bins.meta['splits']['train']['tokens']:,} tokens to train on",
+        "data": f"{bins.folder}: {train['tokens']:,} tokens to train on",
+        "packing": f"{loader.rows_per_epoch:,} rows an epoch, {loader.fill:.1%} of their slots filled; "
+        f"{loader.cut:.1%} of {train['documents']:,} documents are cut",
+        "predicts": ", ".join([predicted.pop("kind"), *(f"{key} {value:g}" for key, value in predicted.items())]),
         "ranks": f"{ranks} on {device}, {engine.precision}, ZeRO stage {engine.stage}",
         "batch": f"{engine.micro_rows} rows a micro-batch x {engine.accumulation} accumulated x {ranks} = {rows} rows "
         f"({rows * length:,} token slots) a step",

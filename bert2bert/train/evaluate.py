@@ -1,7 +1,8 @@
-"""Held-out loss and accuracy of the whole model: fixed rows, fixed masks, the work shared by all ranks."""
+"""Held-out loss and accuracy of the whole model: fixed rows and positions, the work shared by all ranks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,13 +10,14 @@ import torch
 from bert2bert.model.batch import Batch
 from bert2bert.train.engine import Engine
 
-MASK_SEED = 0
-"""Masks of evaluations do not follow the recipe's seed: runs of different seeds are compared on the same positions."""
+EVALUATION_SEED = 0
+"""Evaluations do not follow the recipe's seed: runs of different seeds are compared on the same rows and positions."""
 
 
 @torch.no_grad()
 def evaluate(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
-    """{"loss": nats a masked token, "accuracy": share of them guessed right} over every rank's batches. Collective.
+    """{"loss": nats a predicted token, "accuracy": share of them guessed right, "perplexity": e to the loss} over every
+    rank's batches. Collective.
 
     Every rank must have equally many batches (under ZeRO-3 a forward pass gathers weights from all).
     """
@@ -32,4 +34,6 @@ def evaluate(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
     finally:
         engine.training(True)
     total, right_sum, count_sum = engine.sum([float(loss), float(correct), float(predicted)])
-    return {"loss": total / max(count_sum, 1.0), "accuracy": right_sum / max(count_sum, 1.0)}
+    nats = total / max(count_sum, 1.0)
+    perplexity = math.inf if nats > 700 else math.exp(nats)
+    return {"loss": nats, "accuracy": right_sum / max(count_sum, 1.0), "perplexity": perplexity}

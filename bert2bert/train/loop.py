@@ -19,7 +19,7 @@ import torch
 
 from bert2bert.checkpoints.manifest import Grown
 from bert2bert.data.bins import TokenBins
-from bert2bert.data.loader import MaskedLoader, eval_batches
+from bert2bert.data.loader import Loader, eval_batches
 from bert2bert.files.lock import Lock
 from bert2bert.ranks import distributed, stopping
 from bert2bert.recipe import Recipe
@@ -31,7 +31,7 @@ from bert2bert.train import run_folder
 from bert2bert.train.banner import banner, ending
 from bert2bert.train.compute import peak_flops, step_flops
 from bert2bert.train.errors import check_finite, explained
-from bert2bert.train.evaluate import MASK_SEED, evaluate
+from bert2bert.train.evaluate import EVALUATION_SEED, evaluate
 from bert2bert.train.metrics import Interval, MetricsWriter
 from bert2bert.train.position import Progress, start
 from bert2bert.train.resume import Resumed, load
@@ -55,12 +55,12 @@ class Loop:
         self.recipe, self.engine, self.bins = recipe, engine, bins
         self.output, self.stop, self.lock, self.quiet = output, stop, lock, quiet
         data = recipe.data
-        self.loader = MaskedLoader(
-            bins, "train", data.seq_len, engine.micro_rows, engine.rank, engine.world, recipe.seed, data.mlm_probability
+        self.loader = Loader(
+            bins, "train", recipe.predicts, data.seq_len, engine.micro_rows, engine.rank, engine.world, recipe.seed
         )
         self.held_out = eval_batches(
-            bins, "heldout", data.seq_len, engine.micro_rows, data.eval_rows, engine.rank, engine.world, MASK_SEED,
-            data.mlm_probability,
+            bins, "heldout", recipe.predicts, data.seq_len, engine.micro_rows, data.eval_rows, engine.rank,
+            engine.world, EVALUATION_SEED,
         )  # fmt: skip
         self.digests = {"digest": bins.digest, "tokenizer_digest": bins.tokenizer_digest}
         name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
@@ -101,7 +101,7 @@ class Loop:
             source=source, continued=continued, step=self.step, bins=self.bins.folder, recipe_file=recipe_file,
         )  # fmt: skip
         distributed.write_on_first(self.output, describe)
-        self.say(banner(recipe, engine, self.bins, self.output, self.step))
+        self.say(banner(recipe, engine, self.bins, self.loader, self.output, self.step))
 
     def _take(self, found: Resumed) -> None:
         self.step, self.growth = found.progress.step, found.growth

@@ -1,7 +1,7 @@
 """Where a run stands, and whether a recipe can go on from there.
 
 Refuses (InvalidConfig) what would give the position another meaning: other data, another tokenizer, seed, row length or
-mask share, and phases already run that are no longer those of the recipe. Other changes (learning rate, more steps or
+objective, and phases already run that are no longer those of the recipe. Other changes (learning rate, more steps or
 phases) are allowed and reported.
 """
 
@@ -50,11 +50,12 @@ def continued(training: Trained, folder: Path, recipe: Recipe, data: Mapping[str
                 f"{training.data[key]}. Give the bins that the run was started with (--bins), or start a new run"
             )
     before, now = _flat(renamed(training.recipe)), _flat(recipe.to_dict())
-    for key in ("seed", "data.seq_len", "data.mlm_probability"):
+    for key in ("objective.kind", "seed", "data.seq_len", *(k for k in now if k.startswith("objective."))):
         if before.get(key) != now[key]:
+            remedy = f"--set {key}={before.get(key)}" if key != "objective.kind" else "that run's recipe"
             raise InvalidConfig(
                 f"{key} is {now[key]!r}, the run in {folder} had {before.get(key)!r}: its position in the data would "
-                f"mean other rows. Continue with --set {key}={before.get(key)}, or start a new run"
+                f"mean other rows. Continue with {remedy}, or start a new run"
             )
     phase, phase_step, step = training.phase, training.phase_step, training.step
     old, new = training.recipe["phases"], recipe.to_dict()["phases"]

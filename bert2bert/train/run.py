@@ -1,7 +1,8 @@
 """Pre-train: a recipe run into a folder, from random weights or from any checkpoint.
 
 Sets up what a run needs on every rank (process group, folder and its lock, model, engine) and hands over to the `loop`.
-Refuses (InvalidConfig) a tokenizer with more ids than the model, and what `run_folder`, `resume` and `engine` refuse.
+Refuses (InvalidConfig) a tokenizer with more ids than the model, or without what the objective needs, and what
+`run_folder`, `resume` and `engine` refuse.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from bert2bert.checkpoints.open import open_source
+from bert2bert.data import objective
 from bert2bert.data.bins import TokenBins
 from bert2bert.errors import InvalidConfig
 from bert2bert.files.disk import disk_errors
@@ -62,6 +64,7 @@ def train(
             f"the tokenizer of {bins.folder} has {bins.vocab_size} ids, the model's vocab_size is {vocab_size}; "
             f"set model.vocab_size to at least {bins.vocab_size}"
         )
+    objective.check_run(recipe.predicts, bins.vocabulary, recipe.data.seq_len, model_config)
     run_folder.check_folder(output)
     begun = "No step was made; run the same command again"
     with stopping.held() as stop, disk_errors(output), explained("before the first step", lambda: begun):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +11,9 @@ import torch
 
 from bert2bert.data import loader as module
 from bert2bert.data.bins import TokenBins
-from bert2bert.data.loader import MaskedLoader, eval_batches
+from bert2bert.data.loader import Loader, eval_batches
 from bert2bert.data.masking import Masker
+from bert2bert.data.objective import Masked
 from bert2bert.errors import InvalidConfig, InvalidData
 from bert2bert.model.batch import Batch
 from tests.data.fixtures import write_bins
@@ -28,8 +28,8 @@ def bins(tmp_path: Path) -> TokenBins:
     return write_bins(tmp_path / "bins", lengths.tolist(), vocab_size=9000, heldout=[7, 90, 33, 12] * 9, distinct=True)
 
 
-def loader(bins: TokenBins, rows: int = 4, rank: int = 0, world: int = 1, **options: Any) -> MaskedLoader:
-    return MaskedLoader(bins, "train", SEQ, rows, rank, world, **{"seed": 5, **options})
+def loader(bins: TokenBins, rows: int = 4, rank: int = 0, world: int = 1, seed: int = 5) -> Loader:
+    return Loader(bins, "train", Masked(), SEQ, rows, rank, world, seed)
 
 
 def rows_of(batch: Batch) -> list[tuple[bytes, ...]]:
@@ -165,17 +165,17 @@ def test_masking_shares(bins: TokenBins) -> None:
 def test_masks_change_with_the_epoch_and_the_seed_only(bins: TokenBins) -> None:
     tokens = np.tile(np.arange(5, 5 + SEQ), (6, 1))
     real = np.full(6, SEQ)
-    masker = Masker(bins.vocab_size, bins.special, SEQ, 0.15, seed=1)
+    masker = Masker(bins.vocabulary, SEQ, 0.15, seed=1)
     first = masker(tokens.copy(), np.arange(6), real)[0] % SEQ
     assert len({tuple(sorted(row)) for row in first.reshape(6, -1).tolist()}) > 4
     again = masker(tokens[:2].copy(), np.arange(4, 6), real[:2])[0] % SEQ
     assert np.array_equal(again, first.reshape(6, -1)[4:].ravel())
-    other = Masker(bins.vocab_size, bins.special, SEQ, 0.15, seed=2)(tokens.copy(), np.arange(6), real)[0] % SEQ
+    other = Masker(bins.vocabulary, SEQ, 0.15, seed=2)(tokens.copy(), np.arange(6), real)[0] % SEQ
     assert not np.array_equal(first, other)
 
 
 def test_rows_with_few_candidates_keep_the_shape(bins: TokenBins) -> None:
-    masker = Masker(bins.vocab_size, bins.special, SEQ, 0.5, seed=1)
+    masker = Masker(bins.vocabulary, SEQ, 0.5, seed=1)
     tokens = np.zeros((3, SEQ), dtype=np.int64)  # all filler
     tokens[1, :4] = [2, 77, 1, 3]  # one candidate: [CLS] 77 [UNK] [SEP]
     tokens[2, :8] = [2, 70, 71, 72, 73, 74, 75, 3]
@@ -189,7 +189,9 @@ def test_rows_with_few_candidates_keep_the_shape(bins: TokenBins) -> None:
 
 def test_evaluation_is_the_same_rows_at_any_world_size(bins: TokenBins) -> None:
     def rows(rows: int, world: int, limit: int | None) -> list[tuple[bytes, ...]]:
-        ranks = [eval_batches(bins, "heldout", SEQ, rows, limit, rank, world, seed=3) for rank in range(world)]
+        ranks = [
+            eval_batches(bins, "heldout", Masked(), SEQ, rows, limit, rank, world, seed=3) for rank in range(world)
+        ]
         assert len({len(rank) for rank in ranks}) == 1
         assert len({tuple(getattr(b, name).shape for name in SHAPES) for rank in ranks for b in rank}) == 1
         found = [row for rank in ranks for batch in rank for row in rows_of(batch)]
@@ -197,10 +199,10 @@ def test_evaluation_is_the_same_rows_at_any_world_size(bins: TokenBins) -> None:
         return sorted(row for row in found if row[0] != empty)
 
     whole = rows(4, 1, None)
-    assert len(whole) == MaskedLoader(bins, "heldout", SEQ, 1, 0, 1, 3).rows_per_epoch
+    assert len(whole) == Loader(bins, "heldout", Masked(), SEQ, 1, 0, 1, 3).rows_per_epoch
     assert whole == rows(3, 2, None) == rows(1, 5, None) == rows(100, 3, None)
     assert rows(4, 1, 7) == rows(2, 3, 7) and len(rows(4, 1, 7)) == 7
-    batches = [b for rank in range(2) for b in eval_batches(bins, "heldout", SEQ, 4, None, rank, 2, seed=3)]
+    batches = [b for rank in range(2) for b in eval_batches(bins, "heldout", Masked(), SEQ, 4, None, rank, 2, seed=3)]
     assert all((b.labels != -100).any() for b in batches)
     ids, _ = bins.split("heldout")
     assert sum(int((original(b) > 4).sum()) for b in batches) == len(ids)
@@ -215,17 +217,16 @@ def test_read_ahead_does_not_show(bins: TokenBins, monkeypatch: pytest.MonkeyPat
 
 
 def test_bad_arguments(bins: TokenBins) -> None:
-    for options, message in (
-        ({"rows": 0}, "rows of a micro-batch: 0"),
-        ({"rank": 2, "world": 2}, "rank 2 of 2, expected 0 to 1"),
-        ({"mlm_probability": 0.0}, "mlm_probability is 0 "),
-        ({"mlm_probability": 1.0}, "mlm_probability is 1 "),
-        ({"mlm_probability": 0.01}, "mlm_probability is 0.01 with seq_len 32"),
+    for rows, rank, world, message in (
+        (0, 0, 1, "rows of a micro-batch: 0"),
+        (4, 2, 2, "rank 2 of 2, expected 0 to 1"),
     ):
         with pytest.raises(InvalidConfig, match=message):
-            loader(bins, **options)  # type: ignore[arg-type]
+            loader(bins, rows, rank, world)
+    with pytest.raises(InvalidConfig, match=r"mlm_probability is 0\.01 with seq_len 32"):
+        Loader(bins, "train", Masked(0.01), SEQ, 4, 0, 1, 5)
     with pytest.raises(InvalidConfig, match="evaluation rows is 0"):
-        eval_batches(bins, "heldout", SEQ, 2, 0, 0, 1, seed=0)
+        eval_batches(bins, "heldout", Masked(), SEQ, 2, 0, 0, 1, seed=0)
 
 
 def test_a_token_outside_the_vocabulary(bins: TokenBins) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from bert2bert.data.packing import Packer
+from bert2bert.data.packing import Frame, Packer
 from bert2bert.errors import InvalidConfig
 
 RNG = np.random.default_rng(0)
@@ -24,8 +24,19 @@ MIXES: dict[str, tuple[Sequence[int], int]] = {
 }
 
 
-def packer(lengths: Sequence[int], seq_len: int, seed: int = 0) -> Packer:
-    return Packer(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), seq_len, seed)
+SEGMENT = Frame(2, 3, each_segment=True)
+
+
+FRAMES = {
+    "each segment": SEGMENT,
+    "document's end": Frame(None, 3, each_segment=False),
+    "document's beginning and end": Frame(2, 3, each_segment=False),
+    "nothing": Frame(None, None, each_segment=True),
+}
+
+
+def packer(lengths: Sequence[int], seq_len: int, seed: int = 0, frame: Frame = SEGMENT) -> Packer:
+    return Packer(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), seq_len, seed, frame)
 
 
 def epoch(packed: Packer, number: int) -> np.ndarray:
@@ -34,24 +45,37 @@ def epoch(packed: Packer, number: int) -> np.ndarray:
     return np.stack([found.row, found.start, found.slots], axis=1)
 
 
+@pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("mix", list(MIXES))
-def test_every_token_exactly_once_in_full_rows(mix: str) -> None:
+def test_every_token_exactly_once_in_full_rows(mix: str, frame: str) -> None:
     lengths, seq_len = MIXES[mix]
-    packed = packer(lengths, seq_len)
+    packed = packer(lengths, seq_len, frame=FRAMES[frame])
     ends = np.cumsum(lengths)
     for number in (0, 1, 5):
-        rows = epoch(packed, number)
-        real = rows[rows[:, 1] >= 0]
-        assert (real[:, 2] >= 3).all()
-        start, stop = real[:, 1], real[:, 1] + real[:, 2] - 2
+        found = packed.segments(np.arange(number * packed.rows, (number + 1) * packed.rows))
+        real = found.start >= 0
+        before = found.opens & (packed.frame.before is not None)
+        after = found.closes & (packed.frame.after is not None)
+        start, stop = found.start[real], (found.start + found.slots - before - after)[real]
         # No segment crosses a document's end; the segments tile the split without gap or overlap.
-        assert (np.searchsorted(ends, start, side="right") == np.searchsorted(ends, stop - 1, side="right")).all()
-        order = np.argsort(start)
+        some = stop > start
+        last = np.searchsorted(ends, stop[some] - 1, side="right")
+        assert (np.searchsorted(ends, start[some], side="right") == last).all()
+        order = np.lexsort((stop, start))
         assert start[order][0] == 0 and stop[order][-1] == ends[-1]
         assert (start[order][1:] == stop[order][:-1]).all()
-        assert (np.bincount(rows[:, 0], weights=rows[:, 2], minlength=packed.rows) == seq_len).all()
-        assert real[:, 2].sum() / (packed.rows * seq_len) == pytest.approx(packed.fill, rel=1e-12)
-    assert packed.fill >= 0.99
+        if packed.frame.each_segment:
+            assert some.all() and found.opens[real].all() and found.closes[real].all()
+        else:
+            assert found.opens.sum() == found.closes.sum() == len(lengths)
+            assert np.isin(start[found.opens[real]], ends - lengths).all()
+            assert np.isin(stop[found.closes[real]], ends).all()
+        assert (np.bincount(found.row, weights=found.slots, minlength=packed.rows) == seq_len).all()
+        assert found.slots[real].sum() / (packed.rows * seq_len) == pytest.approx(packed.fill, rel=1e-12)
+        documents = np.searchsorted(ends, start[some], side="right")
+        alone = packed.pieces(number) - np.bincount(documents, minlength=len(lengths))
+        assert alone.sum() == (~some).sum() and set(alone) <= {0, 1}
+    assert packed.fill >= (0.98 if mix == "exact rows" else 0.99)
 
 
 def test_tiny_splits() -> None:

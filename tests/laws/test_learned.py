@@ -236,7 +236,7 @@ def test_the_command_on_encoders_and_encoder_decoders(name: str, tmp_path: Path)
     tiny.scramble(model)
     model.save_pretrained(tmp_path / "small")
     (tmp_path / "large.json").write_text(json.dumps(wide(config)))
-    write_bins(tmp_path / "bins", [300, 200], 29, heldout=[90])
+    write_bins(tmp_path / "bins", [300, 200], 29, heldout=[90], sentinels=5)
     run = {"steps": 2, "rows": 2, "length": 8, "say": lambda text: None}
     found = learn(tmp_path / "small", tmp_path / "large.json", tmp_path / "bins", tmp_path / "maps", **run)
     assert len(found.losses) == 2 and load(tmp_path / "maps")[1]["length"] == 8
@@ -252,12 +252,17 @@ def test_the_command_on_encoders_and_encoder_decoders(name: str, tmp_path: Path)
 
 
 def test_rows_of_text(tmp_path: Path) -> None:
-    bins = write_bins(tmp_path / "bins", [400], 500, heldout=[20], distinct=True)
+    bins = write_bins(tmp_path / "bins", [400], 500, heldout=[20], distinct=True, sentinels=9)
     causal, again = (next(rows_of(bins, "train", "causal", 3, 16, 4)) for _ in range(2))
     assert torch.equal(causal.ids, again.ids) and torch.equal(causal.labels[:, :-1], causal.ids[:, 1:])
     assert (causal.labels[:, -1] == IGNORE).all() and (causal.ids.diff() == 1).all()
     pairs = next(rows_of(bins, "train", "seq2seq", 3, 16, 4))
-    assert torch.equal(torch.cat([pairs.ids, pairs.labels], 1), causal.ids)
+    for read, written, text in zip(pairs.ids, pairs.labels, causal.ids, strict=True):
+        kept = torch.cat([read[(read > 4) & (read < 491)], written[(written > 4) & (written < 491)]])
+        assert torch.equal(kept.sort().values, text) and read[-1] == written[-1] == 3 and written[0] == 499
+    other = write_bins(tmp_path / "other", [400], 500)
+    with pytest.raises(InvalidConfig, match="no sentinels"):
+        next(rows_of(other, "train", "seq2seq", 3, 16, 4))
     masked = next(rows_of(bins, "train", "masked", 3, 16, 4))
     chosen = masked.labels != IGNORE
     assert chosen.sum(1).tolist() == [2, 2, 2] and torch.equal(masked.labels[chosen], causal.ids[chosen])

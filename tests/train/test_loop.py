@@ -197,6 +197,7 @@ def evaluations(bins: Path, stages: tuple[int, ...]) -> list[dict[str, float]]:
 
     from bert2bert.data.bins import TokenBins
     from bert2bert.data.loader import eval_batches
+    from bert2bert.data.objective import Masked
     from bert2bert.train import engine as engines
     from bert2bert.train.evaluate import evaluate
 
@@ -204,7 +205,7 @@ def evaluations(bins: Path, stages: tuple[int, ...]) -> list[dict[str, float]]:
     out = []
     for stage in stages:
         engine = engines.build(runs.recipe(bins), tiny.ds_config(stage, world=world), tiny.model(nsp=False))
-        batches = eval_batches(TokenBins.open(bins), "heldout", 16, 2, 11, rank, world, 0)
+        batches = eval_batches(TokenBins.open(bins), "heldout", Masked(), 16, 2, 11, rank, world, 0)
         before = torch.get_rng_state()
         out.append(evaluate(engine, batches))
         assert torch.equal(before, torch.get_rng_state())  # dropout is off: training does not notice

@@ -5,13 +5,28 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bert2bert.errors import InvalidConfig
-from bert2bert.recipe import AdamW, Data, Full, Phase, Recipe, Schedule, SubModels, from_dict, load_recipe
+from bert2bert.recipe import (
+    AdamW,
+    Causal,
+    Data,
+    Full,
+    Masked,
+    Phase,
+    Recipe,
+    Schedule,
+    SubModels,
+    current,
+    from_dict,
+    load_recipe,
+    renamed,
+)
 
 TINY = '''"""A recipe for tests."""
 from bert2bert.recipe import AdamW, Data, Full, Phase, Recipe, Schedule, SubModels
@@ -81,7 +96,7 @@ def test_overrides_are_judged_together(tiny: Path) -> None:
         ("steps=3", "unknown key 'steps': did you mean 'phases.0.steps' or 'phases.1.steps'?"),
         ("train.steps=3", "did you mean 'phases.0.steps' or 'phases.1.steps'?"),
         ("clip=2", "unknown key 'clip': it is called gradient_clipping now"),
-        ("data.mask_share=0.2", "unknown key 'data.mask_share': it is called mlm_probability now"),
+        ("data.mask_share=0.2", "unknown key 'data.mask_share': it is called objective.mlm_probability now"),
         ("hidden_size=64", "unknown key 'hidden_size': did you mean 'model.hidden_size'?"),
         ("lr=1", "did you mean 'optimizer.lr'?"),
         ("sed=1", "did you mean 'seed'?"),
@@ -105,14 +120,16 @@ def test_overrides_are_judged_together(tiny: Path) -> None:
         ("optimizer.lr=inf", "optimizer.lr is inf"),
         ("optimizer.betas.0=1", "optimizer.betas.0 is 1.0; expected a number in [0, 1)"),
         ("data.seq_len=128", "data.seq_len is 128, but model.max_position_embeddings is 64"),
-        ("data.mlm_probability=15", "data.mlm_probability is 15.0; expected a share between 0 and 1"),
+        ("objective.mlm_probability=15", "objective.mlm_probability is 15.0; expected a share between 0 and 1"),
         ("model.num_attention_heads=3", "num_attention_heads"),
-        ("model.architectures=BertForMaskedLM", "expected a list, which only the recipe's file can set"),
+        ("model.architectures=BertForMaskedLM", "expected a value that only the recipe's file can set"),
         ("global_batch_size=0", "global_batch_size is 0; expected a number of at least 1"),
         ("eval_every=0", "eval_every is 0"),
         ("gradient_clipping=-1", "gradient_clipping is -1.0"),
         ("phases.1.schedule.final=2", "schedule.final is 2.0; expected a number of at least 0 and at most 1"),
         ("phases.1.name=sub-models", "expected different names"),
+        ("objective.noise_density=0.2", "unknown key 'objective.noise_density'"),
+        ("objective=causal", "'objective' is no single value; its parts: mlm_probability"),
         ("data.bins=", "data.bins is ''; expected the folder"),
     ],
 )
@@ -128,6 +145,11 @@ def test_a_wrong_override_is_refused_with_its_name(tiny: Path, override: str, me
         (lambda plain: plain.update(epochs=3), "unknown key 'epochs'"),
         (lambda plain: plain["phases"][0]["program"].update(kind="sub-model"), "did you mean 'sub-models'"),
         (lambda plain: plain["phases"][0]["program"].pop("kind"), "phases.0.program.kind is None"),
+        (lambda plain: plain.update(objective={"kind": "mask"}), "objective.kind is 'mask': did you mean 'masked'"),
+        (
+            lambda plain: plain.update(objective={"kind": "causal"}),
+            "objective is 'causal', but a bert is trained by 'masked'; leave objective out of the recipe",
+        ),
         (lambda plain: plain["data"].update(seq_len="32"), "data.seq_len is '32'; expected a value of type int"),
         (lambda plain: plain["data"].update(seq_len=True), "data.seq_len is True; expected a value of type int"),
         (lambda plain: plain["optimizer"].update(betas=[0.9]), "optimizer.betas is [0.9]; expected 2 values"),
@@ -156,7 +178,10 @@ def test_a_wrong_dict_is_refused_with_its_name(tiny: Path, change: object, messa
         (TINY.replace("global_batch_size=8", "global_batch_size=0"), "global_batch_size is 0"),
         (TINY.replace("global_batch_size=8", "global_batch=8"), "global_batch"),
         (TINY.replace("global_batch_size=8", "batch_rows=8"), "batch_rows is called global_batch_size now"),
-        (TINY.replace("Data(", "Data(mask_share=0.1, "), "mask_share is called mlm_probability now"),
+        (
+            TINY.replace("Data(", "Data(mask_share=0.1, "),
+            "data.mask_share is called objective.mlm_probability now; write objective=Masked(mlm_probability=…) in",
+        ),
         (TINY.replace('"vocab_size"', '"vocab_sise"'), "unknown key 'model.vocab_sise': did you mean 'vocab_size'"),
     ],
 )
@@ -193,6 +218,32 @@ LLAMA = {
     "model_type": "llama", "vocab_size": 67, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 32,
 }  # fmt: skip
+
+
+def test_the_objective_is_that_of_the_architecture(tmp_path: Path, tiny: Path) -> None:
+    """It is part of what is recorded, and its settings of what can be set; without a model it waits for one."""
+    assert load_recipe(tiny).objective == Masked(0.15)
+    assert load_recipe(tiny, ["objective.mlm_probability=0.3"]).predicts == Masked(0.3)
+    llama = load_recipe(other_recipe(tmp_path, LLAMA))
+    assert llama.predicts == Causal() and llama.to_dict()["objective"] == {"kind": "causal"}
+    assert from_dict(llama.to_dict()) == llama
+    open_recipe = replace(llama, model=None, objective=None)
+    assert open_recipe.objective is None and from_dict(open_recipe.to_dict()) == open_recipe
+    assert replace(open_recipe, model=load_recipe(tiny).model).objective == Masked()
+    path = other_recipe(tmp_path, LLAMA)
+    path.write_text(path.read_text().replace(repr(LLAMA), "None"))
+    with pytest.raises(InvalidConfig, match="'objective' is none, and only the recipe's file can say which it is"):
+        load_recipe(path, ["objective.mlm_probability=0.3"])
+
+
+def test_old_names(tiny: Path) -> None:
+    assert current("data.mask_share=0.3") == current("data.mlm_probability=0.3") == "objective.mlm_probability=0.3"
+    assert current("batch_rows=8") == "global_batch_size=8" and current("data.bins=clip") == "data.bins=clip"
+    new = load_recipe(tiny, ["objective.mlm_probability=0.3"]).to_dict()
+    for name in ("mask_share", "mlm_probability"):
+        old = {key: value for key, value in new.items() if key not in ("objective", "global_batch_size")}
+        old |= {"data": {**new["data"], name: 0.3}, "batch_rows": new["global_batch_size"]}
+        assert renamed(old) == new == renamed(new)
 
 
 @pytest.mark.parametrize(
