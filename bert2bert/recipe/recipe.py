@@ -250,18 +250,33 @@ def from_dict(plain: dict[str, Any]) -> Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Run a recipe file, then apply ``key.sub.0=value`` overrides together; InvalidConfig says what is wrong where."""
+    """Run a recipe file, then apply ``key.sub.0=value`` overrides together; InvalidConfig says what is wrong where.
+
+    ``size=NAME`` takes the recipe of that name which the file defines beside ``recipe``, such as one that runs in a
+    minute, ``tiny = replace(recipe, …)``.
+    """
     path = Path(path)
+    name, overrides = "recipe", list(overrides)
+    for text in [text for text in overrides if text.partition("=")[0] == "size"]:
+        overrides.remove(text)
+        name = text.partition("=")[2]
     if not path.is_file():
         raise InvalidConfig(f"no recipe {path}: expected a Python file that defines `recipe = Recipe(...)`")
     try:
-        found = runpy.run_path(str(path)).get("recipe")
+        defined = runpy.run_path(str(path))
     except InvalidConfig as error:
         raise InvalidConfig(f"recipe {path}: {error}") from error
     except Exception as error:  # the file is the user's code: any failure in it is his to read
         if old := explain(error):
             raise InvalidConfig(f"recipe {path}: {old}") from None
         raise InvalidConfig(f"recipe {path} cannot be run: {type(error).__name__}: {error}") from error
+    found = defined.get(name)
+    if name != "recipe" and not isinstance(found, Recipe):
+        sizes = [n for n, value in defined.items() if isinstance(value, Recipe) and n != "recipe" and n.islower()]
+        raise InvalidConfig(
+            f"recipe {path} defines no recipe of size {name!r}; "
+            + (did_you_mean(name, sizes) if sizes else "leave size= out")
+        )
     if not isinstance(found, Recipe):
         raise InvalidConfig(f"recipe {path} defines no `recipe = Recipe(...)` (found {type(found).__name__})")
     if not overrides:

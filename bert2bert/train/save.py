@@ -107,7 +107,7 @@ def save(
     manifest = Manifest(
         kind="train",
         tag=tag,
-        format="zero",
+        form="zero",
         stage=engine.stage,
         world_size=engine.world,
         precision=engine.precision,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bert2bert.errors import InvalidConfig
 from bert2bert.recipe import Full, SubModels, from_dict, load_recipe
 from bert2bert.recipe.schedules import lr_at, peak_of
 from bert2bert.train.ds_config import read, resolve
@@ -35,6 +36,26 @@ def test_a_recipe_loads_and_its_header_says_command_machine_and_expectation(path
         assert word in header
     ds_config = next(word for word in header.split() if word.startswith("ds_configs/"))
     resolve(read(ROOT / ds_config), found, int(header.split("--num_gpus")[1].split()[0]))
+
+
+SIZED = ("gpt2_small_scratch", "llama_continue", "modernbert_scratch", "t5_scratch", "upcycled_mixtral")
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_a_tiny_size_is_the_same_experiment(name: str) -> None:
+    """Fewer and smaller of everything, but the same architecture, objective and optimizer."""
+    path = ROOT / "recipes" / f"{name}.py"
+    whole, tiny = load_recipe(path), load_recipe(path, ["size=tiny", "phases.0.steps=7"])
+    assert tiny.phases[0].steps == 7 and tiny.steps < 100 < whole.steps
+    assert (tiny.optimizer, tiny.objective) == (whole.optimizer, whole.objective)
+    assert (tiny.model or {}).keys() >= (whole.model or {}).keys() - {"num_decoder_layers"}
+    with pytest.raises(InvalidConfig, match=f"{name}.py defines no recipe of size 'tinny'; did you mean 'tiny'"):
+        load_recipe(path, ["size=tinny"])
+
+
+def test_a_size_of_a_recipe_that_has_none(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="no recipe of size 'tiny'; leave size= out"):
+        load_recipe(ROOT / "recipes" / "bert_small.py", ["size=tiny"])
 
 
 @pytest.mark.parametrize(("grown", "config"), [("bert_base_bert2bert", "bert_base"), ("demo_bert2bert", "demo_base")])
