@@ -138,7 +138,7 @@ def kernel_parity(device: torch.device, heads: int, head_size: int) -> Checks:
     results: list[tuple[Any, Any]] = []
     for dtype, pad in ((torch.float64, padding), (torch.bfloat16, padding), (torch.bfloat16, None)):
         given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        found = attend(given[0], given[1], given[2], ends, 512, padding=pad)
+        found = attend(given[0], given[1], given[2], ends, 512, plan=pad)
         back = torch.autograd.grad(found, given, out.to(dtype))
         results.append((found.detach(), dict(zip("qkv", back, strict=True))))
     for what, exact, plain, kernel in zip(("forward", "gradients"), *results, strict=True):

@@ -31,7 +31,7 @@ from bert2bert.commands.grow import target_spec
 from bert2bert.commands.plan import describe
 from bert2bert.files import torch_writer, zip_writer
 from bert2bert.growth.opened import open_growth
-from bert2bert.measure.cost import cost, cost_line
+from bert2bert.measure.cost import cost
 from bert2bert.tables import table_for
 
 LLAMA = {
@@ -151,9 +151,9 @@ def dry_run(folder: Path, pair: str, width: str = "hyperclone", depth: str = "st
         growth = open_growth(sources[form], config, width=width, depth=depth)
         described = describe(growth)
         expected = cost(growth, target_ranks, (2.0, 1.0))
-        text = described.summary() + "\n" + cost_line(expected)
+        text = described.summary() + "\n" + expected.line()
         found["plan_seconds"][form] = time.perf_counter() - start
-    found |= {"summary": text, "cost": expected, "parameters": list(described.parameters)}
+    found |= {"summary": text, "cost": expected.as_json(), "parameters": list(described.parameters)}
 
     start = time.perf_counter()
     spec = target_spec(growth, replace(target, precision="bf16"))

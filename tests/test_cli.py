@@ -103,7 +103,7 @@ def test_every_command_prints_one_object(home: Path, tmp_path: Path, capfd: pyte
     assert ask("plan", small, "--config", home / "large.json")["parameters"][1] > 0
     found = ask("grow", small, grown, "--config", home / "large.json", "--workers", "2")
     assert found["folder"] == str(grown / "global_step0") and found["growth"]["exactness"]["function"] == []
-    assert found["form"] == "universal" and found["growth"]["drift"]["predictions"] > 0
+    assert found["format"] == "universal" and found["growth"]["drift"]["predictions"] > 0
     assert ask("verify", small, grown)["ok"] is True
     found = ask("reshard", grown, tmp_path / "z1", "--format", "zero", "--stage", "1", "--world-size", "2")
     assert (found["stage"], found["world_size"]) == (1, 2) and found["reshard"]["source"]["path"]

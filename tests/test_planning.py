@@ -14,7 +14,7 @@ from bert2bert.commands.cli import main
 from bert2bert.errors import InvalidConfig
 from bert2bert.growth.opened import open_growth
 from bert2bert.growth.source_model import open_model
-from bert2bert.measure.cost import bandwidth, cost, cost_line
+from bert2bert.measure.cost import bandwidth, cost
 from bert2bert.tables import table_for
 from tests.planning import plan_growth
 
@@ -43,15 +43,15 @@ def test_cost_is_that_of_the_rank_with_the_most_to_do(source: Path) -> None:
     sizes = [4 * int(torch.Size(t.shape).numel()) for t in growth.plan.tensors.values()]
     read = 4 * sum(int(torch.Size(p.shape).numel()) for p in growth.model.parameters.values())
     one = cost(growth, 1, (2.0, 0.5))
-    assert (one["bytes_read"], one["bytes_written"]) == (read, sum(sizes))
-    assert one["seconds"] == pytest.approx(read / 2e9 + sum(sizes) / 0.5e9)
+    assert (one.bytes_read, one.bytes_written) == (read, sum(sizes))
+    assert one.seconds == pytest.approx(read / 2e9 + sum(sizes) / 0.5e9)
     three = cost(growth, 3, (2.0, 0.5))
-    assert three["bytes_written"] == max(sum(sizes[i] for i in hand) for hand in deal(sizes, 3)) < sum(sizes) / 2.5
-    assert three["bytes_read"] < read / 2.5 and three["memory"] == one["memory"]
-    assert cost_line(three).startswith("cost     3 ranks at 2 GB/s read, 0.5 GB/s written (each): about ")
+    assert three.bytes_written == max(sum(sizes[i] for i in hand) for hand in deal(sizes, 3)) < sum(sizes) / 2.5
+    assert three.bytes_read < read / 2.5 and three.memory == one.memory
+    assert three.line().startswith("cost     3 ranks at 2 GB/s read, 0.5 GB/s written (each): about ")
     with pytest.raises(InvalidConfig, match="--ranks is 0"):
         cost(growth, 0, (1.0, 1.0))
-    assert one["numbers_drawn"] == 0 and "random numbers" not in cost_line(one)
+    assert one.numbers_drawn == 0 and "random numbers" not in one.line()
 
 
 def test_cost_counts_random_numbers(source: Path) -> None:
@@ -63,9 +63,9 @@ def test_cost_counts_random_numbers(source: Path) -> None:
     ))  # fmt: skip
     noise = [t for t in growth.plan.tensors.values() if t.noise is not None]
     assert len(noise) > 6 and all(t.noise and t.noise.dim == 1 for t in noise)
-    assert noisy["numbers_drawn"] == sum(int(torch.Size(t.shape).numel()) for t in noise)
-    assert noisy["seconds"] > plain["seconds"] and noisy["bytes_written"] == plain["bytes_written"]
-    assert " to draw random numbers), at most" in cost_line(noisy)
+    assert noisy.numbers_drawn == sum(int(torch.Size(t.shape).numel()) for t in noise)
+    assert noisy.seconds > plain.seconds and noisy.bytes_written == plain.bytes_written
+    assert " to draw random numbers), at most" in noisy.line()
 
 
 @pytest.mark.parametrize(

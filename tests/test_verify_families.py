@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import xxhash
 from safetensors.torch import load_file, save_file
 
+from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.commands import cli
 from bert2bert.commands.verify import verify
-from bert2bert.errors import InvalidConfig, InvalidData
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig, InvalidData
 from bert2bert.growth.source_model import open_model
 from bert2bert.measure import transformers_models
 from bert2bert.measure.checks import Verified
@@ -324,3 +326,37 @@ def test_a_config_that_transformers_refuses_is_no_reference(tmp_path: Path) -> N
         transformers_models.NoReference, match=r"refuses the config of a GPT2LMHeadModel: (.|\n)*--no-logits"
     ):
         transformers_models.build(TABLES["gpt2"], config, frozenset({"mlm"}), torch.empty, torch.float64)
+
+
+def test_manifests_of_before_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is now `format` was `form`, in the manifest and in the identities of sources: one is verified, checked,
+    shown, and grown again as before."""
+    save(tmp_path / "small", "gpt2")
+    save(tmp_path / "other", "gpt2")
+    goal = target(tmp_path / "same.json", "gpt2", **{key: tiny.config_of("gpt2")[key] for key in GROWN["gpt2"]})
+    how = ["--config", str(goal), "--with", str(tmp_path / "other"), "--alpha", "0.5", "--no-measure"]
+    assert cli.main(["grow", str(tmp_path / "small"), str(tmp_path / "grown"), *how]) == 0
+    (file,) = (tmp_path / "grown").glob("*/bert2bert.json")
+    new = json.loads(file.read_text())
+    seal = new.pop("digest")
+    growth = new["growth"]
+    old = {"form" if key == "format" else key: value for key, value in new.items()}
+    old["growth"] = growth | {
+        key: {"form" if k == "format" else k: v for k, v in growth[key].items()} for key in ("source", "with")
+    }
+    assert old["form"] == "universal" and old["growth"]["source"]["form"] == old["growth"]["with"]["form"] == "hub"
+    old["digest"] = xxhash.xxh3_128(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    assert xxhash.xxh3_128(json.dumps(new, sort_keys=True).encode()).hexdigest() == seal != old["digest"]
+    file.write_text(json.dumps(old))
+    assert Manifest.from_json(old) == Manifest.from_json(new) and Manifest.from_json(old).intact
+    capsys.readouterr()
+    assert cli.main(["inspect", str(tmp_path / "grown"), "--check"]) == 0
+    assert cli.main(["inspect", str(tmp_path / "grown")]) == 0
+    assert f"grown from    {tmp_path / 'small'} (hub, tag None)" in capsys.readouterr().out
+    report = verify(tmp_path / "small", tmp_path / "grown", other=tmp_path / "other")
+    assert report.ok, report.text()
+    grow(tmp_path / "grown", tmp_path / "twice", target(tmp_path / "big.json", "gpt2"), say=silent)
+    assert json.loads(next((tmp_path / "twice").glob("*/bert2bert.json")).read_text())["format"] == "universal"
+    file.write_text(json.dumps(old | {"form": "zero"}))
+    with pytest.raises(InvalidCheckpoint, match="the files have format 'universal', the manifest says 'zero'"):
+        open_model(tmp_path / "grown")

@@ -111,7 +111,7 @@ def _render_history(found: Inspection) -> list[tuple[str, str]]:
     if growth := found.growth:
         source = growth.source
         options = ", ".join(f"{k} {growth.operators[k]}" for k in ("width", "depth", "seed") if k in growth.operators)
-        lines.append(("grown from", f"{source.get('path')} ({source.get('form')}, tag {source.get('tag')})"))
+        lines.append(("grown from", f"{source.get('path')} ({source.get('format')}, tag {source.get('tag')})"))
         lines.append(("grown by", f"{options}; plan {growth.plan_digest[:16]}"))
         for what, reasons in growth.exactness.items():
             lines.append((f"  {what}", "not exact: " + "; ".join(reasons) if reasons else "exact"))

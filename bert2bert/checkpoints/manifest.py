@@ -2,7 +2,8 @@
 
 The one place where a manifest is read (`read_manifest`) and written (`write_manifest`). It is written last, so a folder
 that has one is complete. Refuses, as InvalidCheckpoint, a manifest of another format version, one with an entry of
-another type or a file name that leads out of the folder, and (`check_sizes`) files that are not those it lists.
+another type or a file name that leads out of the folder, and (`check_sizes`) files that are not those it lists. What
+is now called ``format`` was called ``form`` in manifests of before, which are read as well.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FORMAT_VERSION = 1
 _SEAL = "digest"  # entry that holds the manifest's digest of itself
 _NUMBER = (int, float)
 _SHAPES: dict[str, Any] = {
-    "kind": str, "form": str, "tag": (str, None), "stage": (int, None), "world_size": (int, None),
+    "kind": str, "format": str, "form": str, "tag": (str, None), "stage": (int, None), "world_size": (int, None),
     "expert_parallel": int,
     "precision": (str, None), "group_layout": (str, None), "model": ({}, None), "aliases": {"*": str},
     "groups": [{"part": str, "decay": bool, "names": [str], "hyper": {}, "step": int}],
@@ -44,6 +45,8 @@ _SHAPES: dict[str, Any] = {
 }  # fmt: skip
 """Key -> type: a class, None, a tuple of alternatives, [type of every item], {key: type} ("*": of every entry). A key
 that is absent or unknown is accepted."""
+_IDENTITIES = ("source", "other")
+"""Entries that are a `Source.identity`, by the names of the fields."""
 _NEEDED = {"groups": ("names",), "tensors": ("shape",)}
 
 
@@ -54,6 +57,7 @@ class _Section:
     def from_json(cls, found: Mapping[str, Any]) -> Self:
         """From an object whose entries have the types of `_SHAPES`."""
         known = {entry.name for entry in fields(cls)} - {"more"}  # type: ignore[arg-type]
+        found = {key: _current(v) if key in _IDENTITIES and isinstance(v, dict) else v for key, v in found.items()}
         given = {key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key in known}
         given["more"] = {key: value for key, value in found.items() if key not in known}
         return cls(**given)
@@ -153,7 +157,7 @@ class Manifest:
 
     kind: str | None = None  # "growth" or "train": what a run that continues from it has to restore
     tag: str | None = None
-    form: str | None = None  # format: "zero", "universal" or "hub"
+    format: str | None = None  # "zero", "universal" or "hub"
     stage: int | None = None  # ZeRO stage, of format zero
     world_size: int | None = None  # ranks, of format zero
     precision: str | None = None  # "fp32", "bf16" or "fp16"
@@ -183,7 +187,8 @@ class Manifest:
                 "Use the version of bert2bert that wrote it."
             )
         _check(path, found)
-        given = {entry.name: found[entry.name] for entry in fields(cls) if entry.name in found}
+        named = _current(found)
+        given = {entry.name: named[entry.name] for entry in fields(cls) if entry.name in named}
         sections: tuple[tuple[str, type[_Section]], ...] = (
             ("digests", Digests), ("growth", Grown), ("training", Trained), ("reshard", Resharded)
         )  # fmt: skip
@@ -204,6 +209,12 @@ class Manifest:
             found[key] = None if found[key] is None else found[key].to_json()
         optional = ("buffers", "digests", "expert_parallel", "reshard")
         return {key: value for key, value in found.items() if key not in optional or value is not None}
+
+
+def _current(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a manifest, or of a source's identity in one, with the key ``form`` of before as ``format``."""
+    renamed = {"format" if key == "form" else key: value for key, value in found.items()}
+    return {**renamed, "format": found["format"]} if "format" in found else renamed
 
 
 def read_manifest(folder: Path) -> Manifest | None:

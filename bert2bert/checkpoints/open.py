@@ -142,7 +142,7 @@ def _check_names(source: Source) -> None:
 
 def _check_manifest(source: Source, manifest: Manifest) -> None:
     """The files are those that the manifest describes: format, stage, world size, every name and shape."""
-    pairs: dict[str, tuple[Any, Any]] = {"form": (source.format, manifest.form)}
+    pairs: dict[str, tuple[Any, Any]] = {"format": (source.format, manifest.format)}
     if source.format == "zero":
         for key in ("stage", "world_size", "precision"):
             pairs[key] = getattr(source, key), getattr(manifest, key)

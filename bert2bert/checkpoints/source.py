@@ -163,7 +163,7 @@ class Source:
         return {
             "path": str(self.path),
             "tag": self.tag,
-            "form": self.format,
+            "format": self.format,
             "stage": self.stage,
             "world_size": self.world_size,
             "sha256": total.hexdigest(),

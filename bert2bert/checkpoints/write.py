@@ -72,7 +72,7 @@ def _filled(manifest: Manifest, spec: TargetSpec, target: Target, entries: Mappi
     return dataclasses.replace(
         manifest,
         tag=spec.tag,
-        form=target.format,
+        format=target.format,
         stage=target.stage,
         world_size=target.ranks,
         precision=spec.precision,

@@ -215,7 +215,7 @@ def _written(folder: Path, how: str) -> dict[str, Any]:
     from bert2bert.checkpoints.commit.pending import check_complete
 
     manifest = check_complete(folder).to_json()
-    kept = ("tag", "form", "stage", "world_size", "precision", "group_layout", "counters", "versions", how)
+    kept = ("tag", "format", "stage", "world_size", "precision", "group_layout", "counters", "versions", how)
     return {"folder": str(folder), **{key: manifest.get(key) for key in kept}}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from bert2bert.checkpoints.spec import Content, known_layout, make_spec, widest
 from bert2bert.checkpoints.target import Target
 from bert2bert.commands.plan import describe
 from bert2bert.commands.writing import completed, versions, write
-from bert2bert.errors import LossyGrowth, UnsupportedGrowth
+from bert2bert.errors import UnsupportedGrowth
 from bert2bert.growth import buffers
 from bert2bert.growth.exactness import reasons
 from bert2bert.growth.opened import Growth, open_growth
@@ -34,17 +35,6 @@ from bert2bert.measure.tokens import Tokens, check
 from bert2bert.ranks.comm import ALONE, Comm, on_first, together
 from bert2bert.tables import table_for
 from bert2bert.tables.table import Parameter
-
-
-def accept(growth: Growth, lossy: bool) -> None:
-    """Raise LossyGrowth for a plan that misses its operator's promise, unless that was accepted."""
-    reasons = growth.plan.exactness.lossy
-    if reasons and not lossy:
-        raise LossyGrowth(
-            "this width cannot keep the function:\n  " + "\n  ".join(reasons) + "\n"
-            "Choose a width that is a multiple of the source's, or accept the change with --lossy; "
-            "the drift is then measured and stored."
-        )
 
 
 def target_names(growth: Growth, format: str) -> dict[str, str]:
@@ -61,7 +51,8 @@ def target_names(growth: Growth, format: str) -> dict[str, str]:
 def target_spec(growth: Growth, target: Target) -> TargetSpec:
     """Everything about the checkpoint to write except its values."""
     model, plan = growth.model, growth.plan
-    source, named, made = model.source, target_names(growth, target.format), origins(growth)
+    source, named = model.source, target_names(growth, target.format)
+    made = {name: growth.dtypes(name) for name in plan.tensors}
     grown = table_for(plan.config).parameters(plan.config, model.heads)
     own = source.format == "hub" and not target.precision  # each tensor's dtype is kept
     content = Content(
@@ -78,15 +69,6 @@ def target_spec(growth: Growth, target: Target) -> TargetSpec:
     )
     carried = buffers.grown(growth, target.format)
     return replace(make_spec(source, content, target), buffers=carried.buffers, extras=carried.extras)
-
-
-def origins(growth: Growth) -> dict[str, list[str]]:
-    """Canonical name -> the dtypes, by torch's names, of the stored tensors that a target tensor is made of."""
-    models = [m for m in (growth.other, growth.model) if m is not None]
-    return {
-        name: [models[leaf].source.meta(models[leaf].stored(source)).dtype for leaf, source in growth.plan.roots(name)]
-        for name in growth.plan.tensors
-    }
 
 
 def _made_of(growth: Growth, named: dict[str, str]) -> dict[str, list[str]]:
@@ -155,13 +137,32 @@ def grow(
     Every rank of ``comm`` calls this alike; rank 0 reports, measures the change of the function (streamed, no
     model in memory) and commits. Raises UserError of all kinds; what is finished then, the same call uses again.
     """
+    return write_growth(
+        partial(open_growth, source, config, **how), folder, target, lossy=lossy, measure=measure, bins=bins, comm=comm,
+        say=say, bar=bar,
+    )  # fmt: skip
+
+
+def write_growth(
+    opened: Callable[[], Growth],
+    folder: Path,
+    target: Target,
+    *,
+    lossy: bool,
+    measure: bool,
+    bins: Path | None = None,
+    comm: Comm = ALONE,
+    say: Callable[[str], None] = print,
+    bar: bool = True,
+) -> Path:
+    """`grow`, of a growth that ``opened`` gives on every rank."""
     tokens = Tokens(bins)
 
     def prepare() -> tuple[Growth, TargetSpec, Watch]:
-        growth = open_growth(source, config, **how)
+        growth = opened()
         check(tokens, growth.model.table.axis_sizes(growth.model.config)["vocab"], growth.model)
         watch = Watch(growth.model.source, *([growth.other.source] if growth.other else []))
-        accept(growth, lossy)
+        growth.accept(lossy)
         spec = completed(target_spec(growth, target), growth.model.source, target, folder, comm)
         return growth, spec, watch
 
@@ -185,7 +186,7 @@ def grow(
 def _notes(growth: Growth, spec: TargetSpec, named: dict[str, str], folder: Path, target: Target) -> list[str]:
     """What the target does not hold, or holds otherwise, in sentences. named: as `target_names` gives it."""
     model, source, format = growth.model, growth.model.source, target.format
-    found = rounding(spec, format, {named[n]: dtypes for n, dtypes in origins(growth).items()})
+    found = rounding(spec, format, {named[n]: growth.dtypes(n) for n in growth.plan.tensors})
     found += expert_notes(spec)
     if format != "hub":
         found += beyond_class(model.table, growth.plan.config, model.heads)

@@ -17,7 +17,7 @@ from bert2bert.errors import some
 from bert2bert.growth.exactness import reasons, zeroed
 from bert2bert.growth.opened import Growth, open_growth
 from bert2bert.growth.source_model import CheckpointModel, short_of_class
-from bert2bert.measure.cost import bandwidth, cost, cost_line, flops_per_token, row_length
+from bert2bert.measure.cost import Cost, bandwidth, cost, flops_per_token, row_length
 
 _LABELS = {  # recipe key -> what a summary calls it
     "width": "width", "depth": "depth", "vocab": "vocabulary", "positions": "positions", "experts": "experts",
@@ -69,7 +69,7 @@ class Description:
             "parameters": list(self.parameters),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "forwardflops_per_token": list(self.forward_flops) if self.forward_flops else None,
+            "forward_flops_per_token": list(self.forward_flops) if self.forward_flops else None,
             "tensors": {
                 name: {"shape": list(t.shape), "from": list(t.sources), "axes": t.axes, "bytes": t.bytes, "how": t.how}
                 for name, t in self.tensors.items()
@@ -118,17 +118,17 @@ class Planned:
     """A `Description` and what carrying it out costs."""
 
     description: Description
-    cost: dict[str, Any]
+    cost: Cost
 
     def as_json(self) -> dict[str, Any]:
         """As ``plan --json`` prints it."""
-        return self.description.as_json() | {"cost": self.cost}
+        return self.description.as_json() | {"cost": self.cost.as_json()}
 
     def text(self) -> str:
         """The summary, the cost, and a line for every target tensor."""
         tensors = self.description.tensors
         wide = max(len(name) for name in tensors)
-        lines = [self.description.summary(), cost_line(self.cost)]
+        lines = [self.description.summary(), self.cost.line()]
         lines.append(f"\n{'target tensor':{wide}}  {'shape':14} {'bytes':>14}  {'from':{wide}}  how")
         for name, t in tensors.items():
             shape = " x ".join(map(str, t.shape))

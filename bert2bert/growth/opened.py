@@ -6,13 +6,14 @@ does not describe the checkpoint), and a second checkpoint that the grown model 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert2bert.algebra.plan import GrowthPlan
-from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.errors import InvalidConfig, LossyGrowth, UnsupportedGrowth
 from bert2bert.growth.choices import Choices
 from bert2bert.growth.compose import interpolate
 from bert2bert.growth.plan import plan_growth
@@ -44,6 +45,21 @@ class Growth:
         own = self.plan.leaves - 1
         return [source for leaf, source in self.plan.roots(name) if leaf == own]
 
+    def dtypes(self, name: str) -> list[str]:
+        """The dtypes, by torch's names, of the stored tensors that a target tensor is made of."""
+        models = [m for m in (self.other, self.model) if m is not None]
+        return [models[leaf].source.meta(models[leaf].stored(root)).dtype for leaf, root in self.plan.roots(name)]
+
+    def accept(self, lossy: bool) -> None:
+        """Raise LossyGrowth for a plan that misses its operator's promise, unless that was accepted."""
+        reasons = self.plan.exactness.lossy
+        if reasons and not lossy:
+            raise LossyGrowth(
+                "this width cannot keep the function:\n  " + "\n  ".join(reasons) + "\n"
+                "Choose a width that is a multiple of the source's, or accept the change with --lossy; "
+                "the drift is then measured and stored."
+            )
+
 
 def open_growth(
     source: Path,
@@ -62,6 +78,18 @@ def open_growth(
     choices = Choices.parse(**how)
     target = read_config(config)
     model = open_model(source, source_config, tag)
+    return planned(model, target, choices, None if other is None else partial(open_model, other), alpha)
+
+
+def planned(
+    model: CheckpointModel,
+    target: Mapping[str, Any],
+    choices: Choices,
+    other: Callable[[], CheckpointModel] | None = None,
+    alpha: float | None = None,
+) -> Growth:
+    """Plan the growth of an open model into that of the config ``target``. other: opens the one to interpolate with,
+    which is done last. Raises UnsupportedGrowth, InvalidConfig, and what ``other`` raises."""
     plan = plan_growth(model.config, target, choices, heads=model.heads, optimizer=model.trained)
     plan = replace(plan, config={**plan.config, "architectures": _classes(model, plan.config)})
     if other is None:
@@ -70,7 +98,7 @@ def open_growth(
         return Growth(model, plan)
     if alpha is None:
         raise InvalidConfig("--with needs --alpha, the share of the grown model, from 0 to 1 (0.5 and 0.25 are usual)")
-    second = open_model(other)
+    second = other()
     return Growth(model, between(second, model, plan, alpha, choices.moments), second)
 
 

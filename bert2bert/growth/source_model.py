@@ -131,11 +131,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InvalidConfig(f"{file}: not a readable JSON config{instead(file, 'text') or f' ({error})'}") from None
     if not isinstance(config, dict):
         raise InvalidConfig(f"{file}: holds a JSON {type(config).__name__}; a Hugging Face config is an object")
-    _check_type(config, str(file))
+    check_type(config, str(file))
     return plain(config)
 
 
-def _check_type(config: Mapping[str, Any], where: str, names: Collection[str] = ()) -> None:
+def check_type(config: Mapping[str, Any], where: str, names: Collection[str] = ()) -> None:
     """Refuse a config without model_type (InvalidConfig). names: of the checkpoint's tensors, which may tell it."""
     if isinstance(config.get("model_type"), str):
         return
@@ -156,7 +156,7 @@ def open_model(path: Path, source_config: Path | None = None, tag: str | None = 
             f"{path}: the checkpoint does not say which model it holds (no bert2bert.json, no config.json).\n"
             f"Give the model's Hugging Face config with --source-config FILE."
         )
-    _check_type(config, f"{source_config or path}", source.tensors)
+    check_type(config, f"{source_config or path}", source.tensors)
     return match(source, config, source_config)
 
 

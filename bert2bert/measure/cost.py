@@ -6,6 +6,7 @@ Refuses (`InvalidConfig`) a bandwidth that is not two positive numbers, and less
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -26,27 +27,62 @@ _DRAW = 3e-8  # seconds that one core takes for a random number and its place, m
 _LONGEST = 2048  # tokens of a row; a model of longer contexts is rarely pre-trained on longer ones
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What the rank with the most to do takes."""
+
+    ranks: int
+    """Processes that share the work."""
+    disk_gb_per_s: tuple[float, float]
+    """At which one rank reads and writes: taken as given, not measured."""
+    bytes_read: int
+    bytes_written: int
+    numbers_drawn: int
+    """Random numbers."""
+    seconds: float
+    """Of its disk, and of one core to draw the random numbers."""
+    memory: int
+    """Anonymous memory beyond the imported program, in bytes."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``plan --json`` prints it."""
+        return {**vars(self), "disk_gb_per_s": list(self.disk_gb_per_s)}
+
+    def line(self) -> str:
+        """In one line, for a terminal."""
+        read, write = self.disk_gb_per_s
+        drawing = self.numbers_drawn * _DRAW
+        noise = f" ({drawing:.3g} s of them to draw random numbers)" if drawing > 0.1 * self.seconds else ""
+        return (
+            f"cost     {self.ranks} rank{'s' * (self.ranks > 1)} at {read:g} GB/s read, {write:g} GB/s written "
+            f"(each): about {self.seconds:.3g} s{noise}, at most {self.bytes_read / 1e9:.3g} GB read, "
+            f"{self.bytes_written / 1e9:.3g} GB written and {self.memory / 1e9:.2g} GB of memory a rank"
+        )
+
+
 def bandwidth(text: str) -> tuple[float, float]:
     """``READ,WRITE`` in GB/s. Raises InvalidConfig."""
     try:
         read, write = (float(part) for part in text.split(","))
     except ValueError:
         read = write = 0.0
-    if not 0 < min(read, write) <= max(read, write) < float("inf"):
-        raise InvalidConfig(f"--disk-bandwidth is {text!r}; expected READ,WRITE in GB/s for one rank, such as 2,1")
+    _check_bandwidth((read, write), text)
     return read, write
 
 
-def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any]:
-    """What the rank with the most to do reads and writes, in bytes, how long its disk takes, and one core to draw its
-    random numbers, in seconds, and its anonymous memory, in bytes, beyond the imported program. disk: GB/s that one
-    rank reads and writes at.
+def _check_bandwidth(disk: tuple[float, float], given: object) -> None:
+    if not 0 < min(disk) <= max(disk) < float("inf"):
+        raise InvalidConfig(f"--disk-bandwidth is {given!r}; expected READ,WRITE in GB/s for one rank, such as 2,1")
+
+
+def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> Cost:
+    """What carrying out a growth takes. disk: GB/s that one rank reads and writes at.
 
     As a universal checkpoint is dealt out; reading is taken to be spread alike, each source byte read once. Memory: the
     plan's index lists, the structure of the files, and a few blocks of rows; more where an entry mixes a whole tensor.
-    Raises InvalidConfig for less than one rank.
+    Raises InvalidConfig for less than one rank, and a bandwidth that is not two positive numbers.
     """
-
+    _check_bandwidth(disk, disk)
     if ranks < 1:
         raise InvalidConfig(f"--ranks is {ranks}; expected at least 1, the number of processes that share the work")
     model, plan = growth.model, growth.plan
@@ -69,28 +105,14 @@ def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> dict[str, Any
         if a is not None
     }
     random = sum(map(drawn, made)) * written // sum(sizes)
-    return {
-        "ranks": ranks,
-        "disk_gb_per_s": list(disk),
-        "bytes_read": read,
-        "bytes_written": written,
-        "numbers_drawn": random,
-        "seconds": read / disk[0] / 1e9 + written / disk[1] / 1e9 + random * _DRAW,
-        "memory": files_at_once(block) * (_BLOCKS * block + 2 * max(mixed, default=0))
-        + _STRUCTURE
-        + sum(arrays.values()),
-    }
-
-
-def cost_line(found: dict[str, Any]) -> str:
-    """A `cost` in one line."""
-    read, write = found["disk_gb_per_s"]
-    drawing = found["numbers_drawn"] * _DRAW
-    noise = f" ({drawing:.3g} s of them to draw random numbers)" if drawing > 0.1 * found["seconds"] else ""
-    return (
-        f"cost     {found['ranks']} rank{'s' * (found['ranks'] > 1)} at {read:g} GB/s read, {write:g} GB/s written "
-        f"(each): about {found['seconds']:.3g} s{noise}, at most {found['bytes_read'] / 1e9:.3g} GB read, "
-        f"{found['bytes_written'] / 1e9:.3g} GB written and {found['memory'] / 1e9:.2g} GB of memory a rank"
+    return Cost(
+        ranks=ranks,
+        disk_gb_per_s=disk,
+        bytes_read=read,
+        bytes_written=written,
+        numbers_drawn=random,
+        seconds=read / disk[0] / 1e9 + written / disk[1] / 1e9 + random * _DRAW,
+        memory=files_at_once(block) * (_BLOCKS * block + 2 * max(mixed, default=0)) + _STRUCTURE + sum(arrays.values()),
     )
 
 

@@ -49,6 +49,17 @@ class Padding(NamedTuple):
     slots: Tensor | None
 
 
+class Kernel(NamedTuple):
+    """The variable-length kernel, and the keyword arguments by which it keeps to a span."""
+
+    call: Callable[..., Tensor]
+    options: dict[str, Any]
+
+
+Plan = Padding | Kernel
+"""How attention is computed: made once a forward (`plan_for`), used by every layer of a span."""
+
+
 @functools.cache
 def _kernel() -> Callable[..., Any] | None:
     """torch's varlen_attn, to be called with its seven positional arguments, or None where torch has no such kernel.
@@ -78,7 +89,7 @@ def _kernel() -> Callable[..., Any] | None:
 def _warn_dropout() -> None:
     warnings.warn(
         "attention dropout > 0 in training: the variable-length kernel has no dropout, using padded attention, which "
-        "is slower; set attention_probs_dropout_prob to 0 for the fast kernel",
+        "is slower; set it to 0 in the model's config for the fast kernel",
         stacklevel=3,
     )
 
@@ -181,7 +192,7 @@ def _within(length: int, span: Span, device: torch.device) -> Tensor | None:
     return (ahead <= after) & (ahead >= -before)
 
 
-def padding_for(
+def plan_for(
     x: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -191,16 +202,17 @@ def padding_for(
     span: Span = FULL,
     *,
     one_group: bool = False,
-) -> Padding | None:
-    """The padding that the layers of one forward share, or None where they will use the kernel.
+) -> Plan:
+    """What the layers of one forward share.
 
     x: [T, hidden], what enters the layers; under autocast its dtype is not that of the queries. Planned outside of the
-    layers, so that compiled ones hold no data-dependent shape.
+    layers, so that compiled ones hold no data-dependent shape and ask nothing of the device.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if uses_kernel(x.device, dtype, head_size, dropout_p, training, span):
-        return None
+    kernel = _kernel()
+    if kernel is not None and uses_kernel(x.device, dtype, head_size, dropout_p, training, span):
+        return Kernel(kernel, _options(span))
     return plan_padding(cu_seqlens, max_seqlen, x.shape[0], span, one_group=one_group)
 
 
@@ -212,29 +224,26 @@ def attend(
     max_seqlen: int,
     dropout_p: float = 0.0,
     training: bool = False,
-    padding: Padding | None = None,
+    plan: Plan | None = None,
     span: Span = FULL,
 ) -> Tensor:
     """softmax(q kᵀ / √d) v inside each sequence; a token sees those tokens of its own sequence that `span` says.
 
     q: [T, heads, d], k, v: [T, key-value heads, d], flat tokens; query head i reads key-value head i // (heads /
     key-value heads). cu_seqlens: int32 [S + 1], offsets from 0 to T, the tail may repeat T. max_seqlen: no sequence is
-    longer. dropout_p: on the attention probabilities, in training only. padding: what plan_padding returns for the same
-    span, when the caller knows it already and the kernel is not to be used.
+    longer. dropout_p: on the attention probabilities, in training only. plan: what `plan_for` or `plan_padding` gives
+    for the same span, where the caller has it.
     Returns [T, heads, d]. Raises ValueError when cu_seqlens does not describe the tokens.
     """
-    if padding is None:
-        kernel = _kernel()
-        if kernel is not None and uses_kernel(q.device, q.dtype, q.shape[-1], dropout_p, training, span):
-            options, group = _options(span), q.shape[1] // k.shape[1]
-            if group > 1:
-                k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-            return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
-        padding = plan_padding(cu_seqlens, max_seqlen, q.shape[0], span)
-    return _padded(q, k, v, padding, dropout_p if training else 0.0, span)
+    if plan is None:
+        plan = plan_for(q, cu_seqlens, max_seqlen, q.shape[-1], dropout_p, training, span)
+    if isinstance(plan, Padding):
+        return _padded(q, k, v, plan, dropout_p if training else 0.0, span)
+    if (group := q.shape[1] // k.shape[1]) > 1:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    return plan.call(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **plan.options)
 
 
-@functools.cache
 def _options(span: Span) -> dict[str, Any]:
     """The keyword arguments by which the kernel of the installed torch keeps to a span."""
     if span == FULL:

@@ -41,8 +41,8 @@ class Bert(Encoder):
         return self.bert.embeddings(batch.tokens, batch.types, batch.positions)
 
     def shared(self, x: Tensor, batch: Batch) -> Shared:
-        padding = self.attention(x, batch, self.sizes["qk"], self.config.attention_probs_dropout_prob)
-        return Shared(batch.cu_seqlens, batch.max_seqlen, padding)
+        plan = self.attention(x, batch, self.sizes["qk"], self.config.attention_probs_dropout_prob)
+        return Shared(batch.cu_seqlens, batch.max_seqlen, plan)
 
     def decode(self, x: Tensor) -> Tensor:
         return self.cls.predictions(x)

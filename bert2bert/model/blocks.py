@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
         shape = (x.shape[0], self.heads, -1)
         q, k, v = self.query(x).view(shape), self.key(x).view(shape), self.value(x).view(shape)
         out = attend(
-            q, k, v, shared.cu_seqlens, shared.max_seqlen, self.dropout_p, self.training, shared.padding
+            q, k, v, shared.cu_seqlens, shared.max_seqlen, self.dropout_p, self.training, shared.plan
         )  # fmt: skip
         return out.flatten(1)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bert2bert.errors import InvalidCheckpoint, did_you_mean
-from bert2bert.model.attention import FULL, Padding, Span, padding_for
+from bert2bert.model.attention import FULL, Plan, Span, plan_for
 from bert2bert.model.batch import Batch
 from bert2bert.model.modules import RMSNorm
 from bert2bert.model.program import LayerProgram, full
@@ -53,13 +53,13 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Shared(NamedTuple):
-    """What all blocks of one forward read. padding, rotary: of full (or causal) attention; local_padding, local_rotary:
-    of the layers that see a window only. A padding is None where the variable-length kernel is used."""
+    """What all blocks of one forward read. plan, rotary: of full (or causal) attention; local_plan, local_rotary: of
+    the layers that see a window only."""
 
     cu_seqlens: Tensor
     max_seqlen: int
-    padding: Padding | None
-    local_padding: Padding | None = None
+    plan: Plan | None
+    local_plan: Plan | None = None
     rotary: Rotary | None = None
     local_rotary: Rotary | None = None
 
@@ -246,9 +246,9 @@ class Core(LanguageModel):
         """As `LanguageModel.forward`."""
         return self.predict(self.encode(batch, program), batch, return_logits)
 
-    def attention(self, x: Tensor, batch: Batch, head_size: int, dropout_p: float, span: Span | None = None) -> Any:
-        """The padding that layers of one span share; None where they use the kernel."""
+    def attention(self, x: Tensor, batch: Batch, head_size: int, dropout_p: float, span: Span | None = None) -> Plan:
+        """How layers of one span compute attention."""
         span = self.span if span is None else span
-        return padding_for(
+        return plan_for(
             x, batch.cu_seqlens, batch.max_seqlen, head_size, dropout_p, self.training, span, one_group=self.compiled
         )  # fmt: skip

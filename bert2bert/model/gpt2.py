@@ -29,7 +29,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         q, k, v = (part.view(len(x), -1, self.size) for part in self.c_attn(x).chunk(3, dim=-1))
         out = attend(
-            q, k, v, shared.cu_seqlens, shared.max_seqlen, self.dropout_p, self.training, shared.padding, self.span
+            q, k, v, shared.cu_seqlens, shared.max_seqlen, self.dropout_p, self.training, shared.plan, self.span
         )  # fmt: skip
         return self.dropout(self.c_proj(out.flatten(1)))
 
@@ -94,8 +94,8 @@ class GPT2(Decoder):
         return self.drop(self.transformer.wte(batch.tokens) + self.transformer.wpe(batch.positions))
 
     def shared(self, x: Tensor, batch: Batch) -> Shared:
-        padding = self.attention(x, batch, self.sizes["qk"], float(self.config.attn_pdrop))
-        return Shared(batch.cu_seqlens, batch.max_seqlen, padding)
+        plan = self.attention(x, batch, self.sizes["qk"], float(self.config.attn_pdrop))
+        return Shared(batch.cu_seqlens, batch.max_seqlen, plan)
 
     def last_norm(self, x: Tensor) -> Tensor:
         return self.transformer.ln_f(x)

@@ -41,7 +41,7 @@ class Attention(nn.Module):
         if shared.rotary is not None:
             q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
         out = attend(
-            q, k, v, shared.cu_seqlens, shared.max_seqlen, self.dropout_p, self.training, shared.padding, self.span
+            q, k, v, shared.cu_seqlens, shared.max_seqlen, self.dropout_p, self.training, shared.plan, self.span
         )  # fmt: skip
         return self.o_proj(out.flatten(1))
 
@@ -109,9 +109,9 @@ class Llama(Decoder):
         return self.model.embed_tokens(batch.tokens)
 
     def shared(self, x: Tensor, batch: Batch) -> Shared:
-        padding = self.attention(x, batch, self.size, float(self.config.attention_dropout))
+        plan = self.attention(x, batch, self.size, float(self.config.attention_dropout))
         rotary = self.frequencies.table(batch.positions, batch.max_seqlen, x.dtype)
-        return Shared(batch.cu_seqlens, batch.max_seqlen, padding, rotary=rotary)
+        return Shared(batch.cu_seqlens, batch.max_seqlen, plan, rotary=rotary)
 
     def last_norm(self, x: Tensor) -> Tensor:
         return self.model.norm(x)

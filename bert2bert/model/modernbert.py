@@ -36,14 +36,14 @@ class Attention(nn.Module):
         self.out_drop = nn.Dropout(self.dropout_p)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        padding, rotary = shared.padding, shared.rotary
+        plan, rotary = shared.plan, shared.rotary
         if self.local:
-            padding, rotary = shared.local_padding, shared.local_rotary
+            plan, rotary = shared.local_plan, shared.local_rotary
         q, k, v = self.Wqkv(x).view(len(x), 3, -1, self.size).unbind(1)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = attend(
-            q, k, v, shared.cu_seqlens, shared.max_seqlen, self.dropout_p, self.training, padding, self.span
+            q, k, v, shared.cu_seqlens, shared.max_seqlen, self.dropout_p, self.training, plan, self.span
         )  # fmt: skip
         return self.out_drop(self.Wo(out.flatten(1)))
 
@@ -125,9 +125,9 @@ class ModernBert(Encoder):
 
     def shared(self, x: Tensor, batch: Batch) -> Shared:
         size, dropout_p = self.sizes["qk"], float(self.config.attention_dropout)
-        padding = {kind: self.attention(x, batch, size, dropout_p, self.spans[kind]) for kind in self.frequencies}
+        plan = {kind: self.attention(x, batch, size, dropout_p, self.spans[kind]) for kind in self.frequencies}
         rotary = {kind: f.table(batch.positions, batch.max_seqlen, x.dtype) for kind, f in self.frequencies.items()}
-        found: Any = (of.get(kind) for of in (padding, rotary) for kind in self.spans)
+        found: Any = (of.get(kind) for of in (plan, rotary) for kind in self.spans)
         return Shared(batch.cu_seqlens, batch.max_seqlen, *found)
 
     def decode(self, x: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ class Roberta(Encoder):
         return self.roberta.embeddings(batch.tokens, batch.types, batch.positions)
 
     def shared(self, x: Tensor, batch: Batch) -> Shared:
-        padding = self.attention(x, batch, self.sizes["qk"], float(self.config.attention_probs_dropout_prob))
-        return Shared(batch.cu_seqlens, batch.max_seqlen, padding)
+        plan = self.attention(x, batch, self.sizes["qk"], float(self.config.attention_probs_dropout_prob))
+        return Shared(batch.cu_seqlens, batch.max_seqlen, plan)
 
     def decode(self, x: Tensor) -> Tensor:
         return self.lm_head(x)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bert2bert.errors import InvalidCheckpoint
-from bert2bert.model.attention import padding_for
+from bert2bert.model.attention import plan_for
 from bert2bert.model.batch import Batch
 from bert2bert.model.bert import first_tokens
 from bert2bert.model.blocks import Embeddings, Layer, Pooler, Transform
@@ -93,10 +93,10 @@ def streamed_bert(config: BertConfig, weights: Weights, batch: Batch) -> tuple[T
     used, tokens = batch.tokens.unique(return_inverse=True)
     read = tokens, batch.types, batch.positions
     x = run(embeddings, "bert.embeddings.", *read, **{_WORDS: weights.pick(_TOKENS, used)})
-    padding = padding_for(
+    plan = plan_for(
         x, batch.cu_seqlens, batch.max_seqlen, config.head_size, config.attention_probs_dropout_prob, training=False
     )
-    shared = Shared(batch.cu_seqlens, batch.max_seqlen, padding)
+    shared = Shared(batch.cu_seqlens, batch.max_seqlen, plan)
     for number in range(config.num_hidden_layers):
         x = run(layer, f"bert.encoder.layer.{number}.", x, shared)
     pairs = None

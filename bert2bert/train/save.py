@@ -107,7 +107,7 @@ def save(
     manifest = Manifest(
         kind="train",
         tag=tag,
-        form="zero",
+        format="zero",
         stage=engine.stage,
         world_size=engine.world,
         precision=engine.precision,

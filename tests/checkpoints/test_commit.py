@@ -320,10 +320,10 @@ def test_check_complete_finds_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "a" / "b.pt").write_bytes(b"12345")
     with pytest.raises(InvalidCheckpoint, match=r"has no bert2bert\.json"):
         check_complete(tmp_path)
-    manifest = Manifest(kind="train", form="zero", files=file_sizes(tmp_path))
+    manifest = Manifest(kind="train", format="zero", files=file_sizes(tmp_path))
     write_manifest(tmp_path, manifest)
     found = json.loads((tmp_path / "bert2bert.json").read_text())
-    assert check_complete(tmp_path) == manifest == Manifest(kind="train", form="zero", files={"a/b.pt": 5})
+    assert check_complete(tmp_path) == manifest == Manifest(kind="train", format="zero", files={"a/b.pt": 5})
     assert Manifest.from_json(found).intact and not Manifest.from_json({**found, "kind": "growth"}).intact
     (tmp_path / "a" / "b.pt").write_bytes(b"1234")
     with pytest.raises(InvalidCheckpoint, match=r"b\.pt: 4 bytes long, the manifest says 5"):
@@ -441,7 +441,7 @@ def test_links_inside_the_folder_and_in_a_hub_cache_are_followed(tmp_path: Path)
     (tmp_path / "models--a--b" / "blobs" / "f00d").write_text("12345")
     (snapshot / "model.safetensors").symlink_to("../../blobs/f00d")
     (snapshot / "again").symlink_to("model.safetensors")
-    write_manifest(snapshot, Manifest(kind="growth", form="hub", files={"model.safetensors": 5, "again": 5}))
+    write_manifest(snapshot, Manifest(kind="growth", format="hub", files={"model.safetensors": 5, "again": 5}))
     check_complete(snapshot)
 
 

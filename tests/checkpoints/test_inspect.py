@@ -76,11 +76,11 @@ def test_a_hub_folder_and_a_grown_one(tmp_path: Path) -> None:
     growth = {
         "operators": {"width": "aki", "depth": "stack", "seed": 3},
         "plan_digest": "0123456789abcdef0123",
-        "source": {"path": "runs/small", "form": "zero", "tag": "global_step400"},
+        "source": {"path": "runs/small", "format": "zero", "tag": "global_step400"},
         "exactness": {"function": ["embed 32 -> 48 is uneven"], "moments": []},
     }
     manifest = {
-        "format_version": 1, "kind": "growth", "form": "hub", "files": {}, "growth": growth,
+        "format_version": 1, "kind": "growth", "format": "hub", "files": {}, "growth": growth,
         "training": {"spent": {"flops": 1.5e12, "steps": 12000}}, "versions": {"torch": "2.13.0"},
     }  # fmt: skip
     (tmp_path / "bert2bert.json").write_text(json.dumps(manifest))

@@ -365,7 +365,7 @@ def test_the_manifest_finds_lost_truncated_and_exchanged_files(saved: Callable[[
     tag = shutil.copytree(saved(2) / "z2fp32" / "global_step3", tmp_path / "tag")
     plain = open_source(tag)
     manifest = {
-        "format_version": 1, "form": "zero", "stage": 2, "world_size": 2, "precision": "fp32",
+        "format_version": 1, "format": "zero", "stage": 2, "world_size": 2, "precision": "fp32",
         "model": {"model_type": "bert"}, "aliases": {"extra.tied": "cls.predictions.bias"},
         "files": {p.name: p.stat().st_size for p in tag.iterdir()},
         "tensors": {n: {"shape": list(m.shape)} for n, m in reversed(plain.tensors.items())},

@@ -257,7 +257,7 @@ def test_the_manifest_says_what_was_written(tmp_path: Path) -> None:
     )
     manifest = json.loads((folder / "bert2bert.json").read_text())
     assert folder == tmp_path / "d" / "global_step7" and (tmp_path / "d" / "latest").read_text() == "global_step7"
-    head = {"kind": "growth", "tag": "global_step7", "form": "zero", "stage": 2, "world_size": 3, "precision": "fp32"}
+    head = {"kind": "growth", "tag": "global_step7", "format": "zero", "stage": 2, "world_size": 3, "precision": "fp32"}
     assert (
         head.items() <= manifest.items()
         and Grown.from_json(manifest["growth"]) == Grown.from_json(growth)

@@ -47,7 +47,7 @@ def test_spans_and_grouped_heads(span: tuple[int, int], lengths: list[int], one_
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
     padding = plan_padding(cu, max(lengths), len(q), span, one_group=one_group)
     assert len(padding.groups) == 1 or not one_group
-    found, expected = attend(q, k, v, cu, max(lengths), padding=padding, span=span), formula(q, k, v, cu, span)
+    found, expected = attend(q, k, v, cu, max(lengths), plan=padding, span=span), formula(q, k, v, cu, span)
     assert gap(found, expected, allowed(lambda: formula(q, k, v, cu, span))) <= ROUNDING
     weight = torch.randn_like(found)
     ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
@@ -89,7 +89,7 @@ def test_equal_lengths_take_the_fast_path_and_agree_with_the_masked_one() -> Non
     assert plan_padding(torch.tensor([0, 6, 12, 18, 18, 18]).int(), 9, 18) == fast
     group = attention.Group(8, 3, (torch.arange(8) < 6).expand(3, 1, 1, 8))
     masked = attention.Padding((group,), torch.arange(18) + 2 * (torch.arange(18) // 6))
-    a, b = (attend(q, k, v, cu, 6, padding=padding) for padding in (fast, masked))
+    a, b = (attend(q, k, v, cu, 6, plan=padding) for padding in (fast, masked))
     assert gap(a, b, allowed(lambda: formula(q, k, v, cu))) <= ROUNDING
 
 

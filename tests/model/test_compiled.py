@@ -69,8 +69,7 @@ def test_each_kind_of_block_is_compiled_once(name: str, monkeypatch: pytest.Monk
     """Over the kernel, as on a GPU: no graph break, and nothing is compiled again when packing or depth varies."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     monkeypatch.setattr(attention, "uses_kernel", lambda *_, **__: True)
-    for cached in (attention._kernel, attention._options):
-        cached.cache_clear()
+    attention._kernel.cache_clear()
     config = tiny.config_of(name, **DEEP.get(name, {"num_hidden_layers": 5, "max_position_embeddings": 26}))
     torch.manual_seed(3)
     core = registry.build(config)
@@ -96,5 +95,27 @@ def test_each_kind_of_block_is_compiled_once(name: str, monkeypatch: pytest.Monk
         assert not counters["graph_break"], dict(counters["graph_break"])
     others = first - kinds  # the loss, and what compiles beside the blocks
     assert 0 <= others <= 1 and settled - first <= 2 * kinds
-    for cached in (attention._kernel, attention._options):
-        cached.cache_clear()
+    attention._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["modernbert", "qwen3"])
+def test_torchs_own_kernel_is_traced_whole(name: str) -> None:
+    """With the plan of a GPU, the real kernel stands in the one graph of a block. It cannot run here."""
+    call = attention._kernel()
+    if call is None:
+        pytest.skip("this torch has no variable-length kernel")
+    core, found = registry.build(tiny.config_of(name)), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        found.append(graph)
+        raise RuntimeError("seen")
+
+    batch = row(7, 1, 9, 7)
+    layer, x = core.layers[1], core.embed(batch)
+    span = getattr(layer, "attn", getattr(layer, "self_attn", None)).span
+    plan = attention.Kernel(call, attention._options(span))
+    shared = core.shared(x, batch)._replace(plan=plan, local_plan=plan)
+    with dynamo(), pytest.raises(Exception, match="seen"):
+        torch.compile(layer, backend=backend, fullgraph=True)(x, shared)
+    (graph,) = found
+    assert sum("varlen_attn" in str(node.target) for node in graph.graph.nodes) == 1

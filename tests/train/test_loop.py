@@ -40,7 +40,7 @@ def test_a_save_killed_in_its_commit_is_not_taken_for_a_foreign_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between any two of its steps: one mark at least says whose the folder is."""
-    manifest = Manifest(kind="train", form="zero", world_size=0)
+    manifest = Manifest(kind="train", format="zero", world_size=0)
     for call in ("fsync_tree", "write_manifest", "set_latest"):
         fake(tmp_path, 4, None)
         with monkeypatch.context() as patch:
@@ -85,7 +85,7 @@ def test_ranks_that_do_not_see_the_same_folder_are_told_so(tmp_path: Path) -> No
     folder = tmp_path / "global_step2"
     (folder / save.random_file(0)).touch()
     with pytest.raises(UserError, match="lacks the files of 1 of 2 ranks, the first of them 1"):
-        save._commit(tmp_path, folder, Manifest(form="zero", world_size=2), [], 1)
+        save._commit(tmp_path, folder, Manifest(format="zero", world_size=2), [], 1)
     assert not (tmp_path / "latest").exists() and not (folder / save.MANIFEST).exists()
 
 
