@@ -22,7 +22,7 @@ SMALL = {
     "model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 64, "hidden_size": 16,
     "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 16,
 }  # fmt: skip
-COMMANDS = ("prepare", "inspect", "operators", "plan", "grow", "reshard", "learn", "verify", "report")
+COMMANDS = ("prepare", "inspect", "operators", "config", "plan", "grow", "reshard", "learn", "verify", "report")
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:

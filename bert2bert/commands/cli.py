@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert2bert.commands.options import parser
+from bert2bert.commands.options import SIZES, parser
 from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.ranks.comm import ALONE, Comm
 from bert2bert.terminal import interrupts
@@ -156,6 +156,14 @@ def _plan(args: argparse.Namespace, comm: Comm) -> None:
     _show(args, planned.as_json(), planned.text)
 
 
+def _config(args: argparse.Namespace, comm: Comm) -> None:
+    from bert2bert.commands.config import configure
+
+    sizes = {key: getattr(args, key) for key in SIZES}
+    made = configure(args.source, args.output, source_config=args.source_config, tag=args.tag, **sizes)
+    _show(args, made.as_json(), made.text)
+
+
 def _target(args: argparse.Namespace) -> Target:
     from bert2bert.checkpoints.target import Target, file_bytes
 
@@ -268,6 +276,7 @@ _RUNS = {
     "prepare": _prepare,
     "inspect": _inspect,
     "operators": _operators,
+    "config": _config,
     "plan": _plan,
     "grow": _grow,
     "reshard": _reshard,

@@ -64,7 +64,11 @@ def _source_options(p: ArgumentParser) -> None:
 
 def _target_config(p: ArgumentParser) -> None:
     p.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="config.json of the larger model (Hugging Face)"
+        "--config",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="config.json of the larger model (Hugging Face), or the folder that holds it",
     )
 
 
@@ -200,6 +204,29 @@ def _operators(p: ArgumentParser) -> None:
     p.add_argument("name", nargs="?", metavar="NAME", help="show one operator in full")
 
 
+SIZES = {  # option of `config`, as Python has it -> its value and help
+    "width": ("W", "size of the hidden states: 2x the source's, or 768; heads keep their size"),
+    "depth": ("D", "layers: 1.5x the source's, or 12; of both stacks of an encoder-decoder"),
+    "ffn": ("F", "feed-forward size: 4x the source's, or 3072 (default: it grows as the width does)"),
+    "params": ("N", "number of parameters: 500M, 1.3B, or 3x the source's; chooses width and depth at about the "
+               "source's aspect, or the one of the two that is not given"),
+    "heads": ("H", "attention heads, so many or 2x the source's (default: as many as fit the width)"),
+    "kv_heads": ("K", "key-value heads, so many or 2x (default: groups stay as large as they are)"),
+    "experts": ("E", "experts of a mixture, so many or 2x"),
+    "vocab": ("V", "tokens of the vocabulary, so many or 2x; no tokenizer is copied then"),
+}  # fmt: skip
+
+
+def _config(p: ArgumentParser) -> None:
+    p.add_argument(
+        "source", type=Path, metavar="SOURCE", help=_CHECKPOINT + "; or a config.json, or a folder that holds one"
+    )
+    p.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the folder to write; it must be new")
+    for name, (metavar, text) in SIZES.items():
+        p.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
+    _source_options(p)
+
+
 def _plan(p: ArgumentParser) -> None:
     _source(p)
     _growth_options(p)
@@ -295,6 +322,12 @@ _COMMANDS: dict[str, tuple[Any, ...]] = {  # name: (function that adds its optio
         "List the growth operators: paper, what each preserves, what it needs. With a name: formula and options.",
         "bert2bert operators",
         "bert2bert operators lemon",
+    ),
+    "config": (
+        _config,
+        "Write the config of a larger or smaller model whose sizes divide, and say which operators make it.",
+        "bert2bert config llama-small --width 2x --depth 1.5x --output llama-large",
+        "bert2bert config runs/small --params 500M --output large",
     ),
     "plan": (
         _plan,

@@ -198,9 +198,11 @@ class Table:
                         f"embed {old['embed']} -> {new['embed']} does not scale {unit}={old[unit]} to a whole number; "
                         f"give {unit} too"
                     )
-        resized = dict(config)
+        resized, keys = dict(config), {re.split(r"[/*|]", expression)[0] for expression in self.sizes.values()}
         for axis, expression in self.sizes.items():
             first, *rest = re.findall(r"[\w.]+", expression.split("|")[0])
+            synonyms = [key for key in expression.split("|")[1:] if key in config and key not in keys]
+            first = synonyms[0] if synonyms and first not in config else first
             if first in self.sizes or axis == "labels" or (axis in ("qk", "v") and rest and axis not in changes):
                 continue
             resized[first] = new[axis] * (new[rest[0]] if rest else 1)
