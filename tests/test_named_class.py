@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from bert2bert.errors import InvalidCheckpoint
+from bert2bert.errors import InvalidCheckpoint, UnsupportedGrowth
 from bert2bert.growth.source_model import open_model
 from tests import tiny
 from tests.checkpoints.engines import hf_model
@@ -78,6 +78,20 @@ def test_one_of_two_tied_tensors_that_differs_is_named(name: str, part: str, oth
     ours = read(tmp_path / "both")
     assert {f"{head}.decoder.weight", f"{head}.decoder.bias"} <= ours.keys()
     assert all(torch.equal(value, theirs[n]) for n, value in ours.items())
+    target = deeper(tmp_path / "both", tmp_path / "g.json")
+    with pytest.raises(UnsupportedGrowth, match=rf"{head}\.decoder\.{part} differs from (.|\n)*if not, remove "):
+        grow(tmp_path / "both", tmp_path / "g", target, format="hub", measure=False, say=silent)
+    target.write_text(json.dumps(json.loads(target.read_text()) | {"tie_word_embeddings": False}))
+    lines: list[str] = []
+    grow(tmp_path / "both", tmp_path / "g", target, format="hub", measure=False, say=lines.append)
+    assert f"not tied, whatever the config says: {head}.decoder.{part} differs from {kept[part]}" in "\n".join(lines)
+
+
+def test_a_tie_that_no_config_undoes_is_named_with_what_to_remove(tmp_path: Path) -> None:
+    copy = "encoder.embed_tokens.weight"
+    save(tmp_path / "s", "t5", lambda t: t | {copy: t["shared.weight"] + 1})
+    with pytest.raises(InvalidCheckpoint, match=rf"{copy} differs from shared.weight(.|\n)*remove {copy}"):
+        open_model(tmp_path / "s")
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -177,6 +177,8 @@ def source_notes(model: CheckpointModel) -> list[str]:
                 f"{len(renamed)} tensors have other names in the files than in transformers (first {old}: {new})"
             )
     found += short_of_class(model.table, model.config, model.heads)
+    if model.untied:
+        found.append(f"not tied, whatever the config says: {model.untied[0]} differs from {model.untied[1]}; both grow")
     if copies := model.copies():
         found.append(f"copies of tied tensors, of which one counts: {some([f'{a} = {k}' for a, k in copies.items()])}")
     if model.left:

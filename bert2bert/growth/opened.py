@@ -90,6 +90,14 @@ def planned(
 ) -> Growth:
     """Plan the growth of an open model into that of the config ``target``. other: opens the one to interpolate with,
     which is done last. Raises UnsupportedGrowth, InvalidConfig, and what ``other`` raises."""
+    if model.untied and model.table.tied(target):
+        own, kept = model.untied
+        raise UnsupportedGrowth(
+            f"{model.source.path}: {own} differs from {kept}, of which its config makes it a copy, so the two count as "
+            "untied, as in transformers; the target config ties them, and a growth cannot change that.\nIf the "
+            "difference is meant, set tie_word_embeddings to false in the target config; if not, remove "
+            f"{own} from the source."
+        )
     plan = plan_growth(model.config, target, choices, heads=model.heads, optimizer=model.trained)
     plan = replace(plan, config={**plan.config, "architectures": _classes(model, plan.config)})
     if other is None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,8 @@ class CheckpointModel:
     parameters: dict[str, Parameter]
     naming: Naming
     left: tuple[str, ...] = ()
+    untied: tuple[str, str] | None = None
+    """A stored tensor and that of which the config makes it a copy, where they differ: such a model is not tied."""
 
     @property
     def trained(self) -> bool:
@@ -239,7 +241,8 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
             own = table.parameters(untied, heads)
             lacks = [name for name in own if name not in canonical]
             if absent in own and not lacks:
-                return _match(source, untied)  # as transformers does, too
+                names = naming.stored(absent), naming.stored(kept)
+                return replace(_match(source, untied), untied=names)  # as transformers does, too
             found = f"{source.path}: {canonical[absent].name} differs from {canonical[kept].name}"
             if absent in own:  # transformers unties the one and not the other; here both are tied, or neither
                 lack = naming.stored(lacks[0])
@@ -250,8 +253,9 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
                     f"{canonical[absent].name}."
                 )
             raise InvalidCheckpoint(
-                f"{found}, of which it should be a copy.\nIs this the config of this checkpoint, and are all files of "
-                "one save?"
+                f"{found}, of which it should be a copy: a {table.model_type} ties the two whatever its config says.\n"
+                f"Is this the config of this checkpoint, and are all files of one save? If {canonical[kept].name} "
+                f"counts, remove {canonical[absent].name}."
             )
     _check_words(source, table, config, canonical, heads)
     gone = [naming.known[name] for name in naming.known if name in left]
