@@ -241,7 +241,7 @@ def test_given_tokens_and_held_out_text(name: str, tmp_path: Path) -> None:
     ids.write_text("[5, 6, 7, 8, 9]\n10 11 12 13 14\n\n")
     given = verify(tmp_path / "small", tmp_path / "big", tokens=ids)
     assert given.ok and given.drift.tokens == 10 and str(ids) in given.drift.text
-    write_bins(tmp_path / "bins", [30], 29, heldout=[90, 50])
+    write_bins(tmp_path / "bins", [30], 29, heldout=[90, 50], sentinels=5)
     held = verify(tmp_path / "small", tmp_path / "big", bins=tmp_path / "bins")
     assert held.ok and held.drift.text == "held-out text"
     assert held.drift.loss_source != given.drift.loss_source

@@ -23,18 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bert2bert.algebra.realise import realise
-from bert2bert.data import objective as objectives
 from bert2bert.data.bins import TokenBins
-from bert2bert.data.rows import Rows
 from bert2bert.errors import InvalidConfig, InvalidData, UnsupportedGrowth
 from bert2bert.growth.checks import pair_of
 from bert2bert.growth.choices import Choices
 from bert2bert.growth.source_model import open_model, read_config
 from bert2bert.measure import transformers_models
 from bert2bert.measure.drift import whole
-from bert2bert.measure.tokens import open_bins, trained_length
+from bert2bert.measure.tokens import Pieces, open_bins, trained_length
 from bert2bert.measure.tokens import positions as positions_of
-from bert2bert.measure.transformers_models import IGNORE, Fetch, Sample
+from bert2bert.measure.transformers_models import Fetch, Sample
 from bert2bert.model.registry import objective_of
 from bert2bert.operators.builder import Builder
 from bert2bert.operators.width_ligo import Part, Scheme, save
@@ -213,30 +211,18 @@ class Fit:
 
 def rows_of(bins: TokenBins, split: str, what: str, rows: int, length: int, seed: int) -> Iterator[Sample]:
     """Endless samples of [rows, length] random pieces of text, predicted by the objective of an architecture that
-    trains `what`: 'masked', 'causal' or 'seq2seq'. Raises InvalidConfig for a tokenizer that does not fit it."""
+    trains `what`: 'masked', 'causal' or 'seq2seq'."""
     tokens = bins.split(split)[0]
     if len(tokens) < length:
         raise InvalidData(
             f"token bins {bins.folder}: split {split!r} has {len(tokens)} tokens, fewer than one row of {length}; use "
             f"more text, or a smaller --length"
         )
-    rng, number = np.random.default_rng(seed), 0
-    objective = objectives.default(what)
-    objectives.check(objective, bins.vocabulary)
-    predict, frame = objective.predictor(bins.vocabulary, length, seed), objective.frame(bins.vocabulary)
+    rng, number, pieces = np.random.default_rng(seed), 0, Pieces(what, bins, length, seed)
     while True:
         starts = rng.integers(0, len(tokens) - length + 1, rows)
-        ids = np.stack([tokens[at : at + length] for at in starts]).astype(np.int64)
-        if frame.each_segment and frame.before is not None and frame.after is not None:
-            ids[:, 0], ids[:, -1] = frame.before, frame.after
-        found = predict(Rows.whole(ids, number))
+        yield pieces(np.stack([tokens[at : at + length] for at in starts]), number)
         number += rows
-        read, labels = torch.from_numpy(found.read.tokens[0]), torch.from_numpy(found.labels[0])
-        if found.targets is not None:  # spare places lie at position 0, which predicts nothing
-            answers, used = labels, labels != IGNORE
-            labels = torch.full_like(read, IGNORE)
-            labels[torch.from_numpy(found.targets[0])[used]] = answers[used]
-        yield Sample(read.view(rows, -1), labels.view(rows, -1))
 
 
 def learn(

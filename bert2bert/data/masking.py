@@ -40,13 +40,13 @@ class Masker:
                 f"objective.mlm_probability is {share:g} with seq_len {seq_len}, expected a share between 0 and 1 that"
                 " masks at least one position a row."
             )
-        if vocabulary.size <= len(vocabulary.never_text):
+        if vocabulary.size <= len(vocabulary.all_special):
             raise InvalidConfig(
                 f"the vocabulary of {vocabulary.size} tokens holds only special tokens; nothing to mask."
             )
         self.seq_len, self.share, self.mask_id = seq_len, share, vocabulary.special["mask"]
         self._chosen_from = np.ones(vocabulary.size, dtype=bool)
-        self._chosen_from[vocabulary.never_text] = False
+        self._chosen_from[vocabulary.all_special] = False
         self._ordinary = np.flatnonzero(self._chosen_from).astype(np.int64)
         self._slots = mix(np.arange(1, seq_len + 1, dtype=np.uint64) * np.uint64(GOLDEN))
         # A key's low bits are replaced by the slot, so that selecting keys selects slots.

@@ -43,7 +43,7 @@ class Masked:
     mlm_probability: float = 0.15
     kind: str = field(default="masked", init=False)
     trains: ClassVar[str] = "masked"
-    needs: ClassVar[tuple[str, ...]] = ("cls", "sep", "mask")
+    needs: ClassVar[tuple[str, ...]] = ("pad", "cls", "sep", "mask")
 
     def __post_init__(self) -> None:
         _share("mlm_probability", self.mlm_probability)
@@ -149,19 +149,27 @@ def default(trains: str) -> Objective:
     return next(objective for objective in OBJECTIVES if objective.trains == trains)
 
 
-def lacks(objective: Objective, vocabulary: Vocabulary) -> list[str]:
-    """What the objective needs and the tokenizer does not have, in words."""
-    found = [f"{role} token" for role in objective.needs if role not in vocabulary.special]
+def lacks(objective: Objective, vocabulary: Vocabulary) -> str:
+    """What the objective needs and the tokenizer does not have, in words ("no mask token"); empty where it fits."""
+    roles = [role for role in objective.needs if role not in vocabulary.special]
+    found = [f"no {' or '.join(filter(None, (', '.join(roles[:-1]), roles[-1])))} token"] if roles else []
     if isinstance(objective, SpanCorruption) and not vocabulary.sentinels:
-        found.append("sentinels (<extra_id_0>, …)")
-    return found
+        found.append("no sentinels (<extra_id_0>, …)")
+    return " and ".join(found)
+
+
+def uses(vocabulary: Vocabulary) -> str:
+    """Which objectives a tokenizer can train, and what the others would need: a line for people."""
+    without = {objective.kind: lacks(objective, vocabulary) for objective in OBJECTIVES}
+    fit = ", ".join(kind for kind, what in without.items() if not what)
+    return "; ".join([fit or "nothing", *(f"not {kind} ({what})" for kind, what in without.items() if what)])
 
 
 def check(objective: Objective, vocabulary: Vocabulary) -> None:
     """Raise InvalidConfig for a tokenizer with which the objective cannot be trained."""
     if without := lacks(objective, vocabulary):
         raise InvalidConfig(
-            f"{vocabulary.where} has no {' and no '.join(without)}, which the objective {objective.kind!r} needs. "
+            f"{vocabulary.where} has {without}, which the objective {objective.kind!r} needs. "
             + _REMEDIES[objective.kind]
         )
 
@@ -176,10 +184,3 @@ def check_run(objective: Objective, vocabulary: Vocabulary, seq_len: int, model:
             f"model.decoder_start_token_id is {start}, but the padding token of {vocabulary.where} is {pad}, with "
             f"which what the decoder reads begins; set it to {pad}, or prepare the text with the model's tokenizer"
         )
-
-
-def uses(vocabulary: Vocabulary) -> str:
-    """Which objectives a tokenizer can train, and what the others would need: a line for people."""
-    fit = [objective.kind for objective in OBJECTIVES if not lacks(objective, vocabulary)]
-    others = [f"not {o.kind} (no {', no '.join(without)})" for o in OBJECTIVES if (without := lacks(o, vocabulary))]
-    return "; ".join([", ".join(fit), *others] if fit else others)

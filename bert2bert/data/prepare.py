@@ -26,6 +26,7 @@ import numpy as np
 
 from bert2bert import __version__
 from bert2bert.data.bins import FORMAT_VERSION, SPLITS, SplitWriter, blake, token_dtype
+from bert2bert.data.objective import uses
 from bert2bert.data.records import Records, open_dataset
 from bert2bert.data.text import DOCUMENTS, TextFile
 from bert2bert.data.tokenizer import TextTokenizer, failed, train_tokenizer
@@ -66,7 +67,7 @@ def prepare(
     heldout: list[Source] = [TextFile(Path(path).expanduser()) for path in heldout_text]
     _check_files([source for source in train + heldout if isinstance(source, TextFile)])
     taken = None if tokenizer is None else load_tokenizer(Path(tokenizer))
-    notes = () if taken is None else taken.notes
+    notes = () if taken is None else (*taken.notes, f"tokenizer {tokenizer} can train {uses(taken.vocabulary)}")
     if dataset is not None:
         records = open_dataset(dataset, dataset_config, dataset_split, text_column)
         notes += records.notes
@@ -172,7 +173,7 @@ def _write(folder: Path, stream: _Stream, tokenizer: TextTokenizer) -> dict[str,
         "format_version": FORMAT_VERSION,
         "vocab_size": vocab_size,
         "dtype": dtype.name,
-        **tokenizer.roles,
+        **tokenizer.vocabulary.to_json(),
         "tokenizer_digest": blake([text.encode()]),
         "digest": blake(f"{split} {writer.digest.hexdigest()}\n".encode() for split, writer in writers.items()),
         "splits": splits,
@@ -268,10 +269,10 @@ def _check_options(
 def _check_files(files: list[TextFile]) -> None:
     for file in files:
         file.check()
-    for path, uses in Counter(file.path.resolve() for file in files).items():
-        if uses > 1:
+    for path, times in Counter(file.path.resolve() for file in files).items():
+        if times > 1:
             raise InvalidConfig(
-                f"text file {path} is given {uses} times.\n"
+                f"text file {path} is given {times} times.\n"
                 "  Give each file once, and what is held out only as --heldout-text."
             )
 

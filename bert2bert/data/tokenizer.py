@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bert2bert.data.vocabulary import Vocabulary
 from bert2bert.errors import InvalidConfig, UserError
 
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -27,7 +28,7 @@ def failed(error: BaseException) -> bool:
 class TextTokenizer:
     """A fast tokenizer and the roles of its special tokens.
 
-    backend: a `tokenizers.Tokenizer`; special: 'pad', 'unk', 'cls', 'sep' and 'mask' -> token; config: what a
+    backend: a `tokenizers.Tokenizer`; special: role -> token, of those that it has; config: what a
     tokenizer_config.json beside its tokenizer.json must say so that transformers makes the same tokenizer of the two;
     notes: for the user, on how it was read; sentinels: ``<extra_id_0>``, … as far as there are; add_bos: whether it
     puts its bos token before a text.
@@ -41,15 +42,11 @@ class TextTokenizer:
     add_bos: bool = False
 
     @property
-    def special_ids(self) -> dict[str, int]:
-        """Role -> id."""
-        return {role: self.backend.token_to_id(token) for role, token in self.special.items()}
-
-    @property
-    def roles(self) -> dict[str, Any]:
-        """What meta.json of token bins records of the special tokens."""
-        sentinels = [self.backend.token_to_id(token) for token in self.sentinels]
-        return {"special": self.special_ids, "sentinels": sentinels, "add_bos": self.add_bos}
+    def vocabulary(self) -> Vocabulary:
+        """What it offers to an objective."""
+        special = {role: self.backend.token_to_id(token) for role, token in self.special.items()}
+        sentinels = tuple(self.backend.token_to_id(token) for token in self.sentinels)
+        return Vocabulary(self.table_size, special, sentinels, self.add_bos)
 
     @property
     def table_size(self) -> int:
@@ -73,14 +70,21 @@ class TextTokenizer:
         """
         from tokenizers import Tokenizer
 
-        roles = {str(self.config.get(f"{role}_token")) for role in (*self.special, "bos", "eos")}
+        roles = {*self.special.values(), *self.sentinels}
         state = json.loads(self.backend.to_str())
         for token in state["added_tokens"]:
             split = token["special"] and self.config.get("split_special_tokens", False)
             token["special"] = split or token["content"] in roles
         if state["model"].get("dropout"):
             state["model"]["dropout"] = None
-        tokenizer = Tokenizer.from_str(json.dumps({**state, "truncation": None, "padding": None}))
+        if state["model"]["type"] == "Unigram":  # it would find them in a text as it finds any piece
+            hidden = {token: f"\0{token}\0" for token in roles}
+            state["model"]["vocab"] = [(hidden.get(piece, piece), score) for piece, score in state["model"]["vocab"]]
+            for token in state["added_tokens"]:
+                token["content"] = hidden.get(token["content"], token["content"])
+        tokenizer = Tokenizer.from_str(
+            json.dumps({**state, "truncation": None, "padding": None, "post_processor": None})
+        )
         tokenizer.encode_special_tokens = True
         return tokenizer
 

@@ -1,17 +1,20 @@
 """Whether a tokenizer that transformers made from people's files is the one that the files describe.
 
 ``settings``: file name -> its JSON, of the settings files that exist. Refuses, with `InvalidData`: ids other than the
-files say, settings without effect, a vocabulary without one of BERT's special tokens.
+files say, settings without effect, special tokens with which no objective can be trained.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from bert2bert.data.tokenizer import SPECIAL
+from bert2bert.data.objective import OBJECTIVES, lacks, uses
+from bert2bert.data.tokenizer import SPECIAL, TextTokenizer
+from bert2bert.data.vocabulary import ROLES
 from bert2bert.errors import InvalidData
 
 CONFIG = "tokenizer_config.json"
@@ -82,27 +85,20 @@ def check_ids(backend: Any, settings: Mapping[str, Any], named: Path) -> None:
 
 
 def roles(found: Any, settings: Mapping[str, Any], named: Path) -> dict[str, str]:
-    """Role -> token. Told by the tokenizer, else by BERT's or RoBERTa's names; a token that only transformers' default
-    adds behind the vocabulary has no row in any model and is not taken."""
+    """Role -> token, of the roles that there are: as the tokenizer says, else by BERT's or RoBERTa's names if the
+    vocabulary has all of them. A token that only transformers' default adds behind the vocabulary has no row in any
+    model and is not taken."""
     backend = found.backend_tokenizer
     own = backend.get_vocab(with_added_tokens=False)
     listed = {token for _, token, _ in _added(settings, named)}
     for name in (CONFIG, "special_tokens_map.json"):
         values = (v.get("content") if isinstance(v, dict) else v for v in settings.get(name, {}).values())
         listed |= {value for value in values if isinstance(value, str)}
-    known = {*own, *listed}
-    given = {role: str(token) for role in SPECIAL if (token := getattr(found, f"{role}_token", None)) is not None}
-    names = next((n for n in (SPECIAL, _ROBERTA) if all(given.get(role, n[role]) in known for role in n)), SPECIAL)
-    special = {role: given.get(role, names[role]) for role in SPECIAL}
-    for role, token in special.items():
-        if token not in known or backend.token_to_id(token) is None:
-            raise InvalidData(
-                f"tokenizer {named} has no {token} token ({role}); BERT needs one each for"
-                f" {', '.join(SPECIAL)}, and this {type(found).__name__} has"
-                f" {', '.join(f'{r} {t}' for r, t in given.items() if t in known) or 'none'}.\n"
-                f"  Add it to the vocabulary, name it in {CONFIG} if it has another name ({role}_token), or leave"
-                " --tokenizer out to train one."
-            )
+    known = {token for token in {*own, *listed} if backend.token_to_id(token) is not None}
+    given = {role: str(token) for role in ROLES if (token := getattr(found, f"{role}_token", None)) is not None}
+    usual = next((n for n in (SPECIAL, _ROBERTA) if all(given.get(role, n[role]) in known for role in n)), {})
+    named_or_usual = {**usual, **given}
+    special = {role: named_or_usual[role] for role in ROLES if named_or_usual.get(role) in known}
     unknown = getattr(backend.model, "unk_token", None)
     if type(backend.model).__name__ == "WordPiece" and unknown not in own:
         raise InvalidData(
@@ -110,6 +106,33 @@ def roles(found: Any, settings: Mapping[str, Any], named: Path) -> dict[str, str
             f" cannot be tokenised.\n  Add it there, or name the vocabulary's own in {CONFIG} (unk_token)."
         )
     return special
+
+
+def sentinels(backend: Any) -> tuple[str, ...]:
+    """T5's ``<extra_id_0>``, ``<extra_id_1>``, … as far as they go without a gap."""
+    names = map("<extra_id_{}>".format, count())
+    return tuple(takewhile(lambda name: backend.token_to_id(name) is not None, names))
+
+
+def adds_bos(found: Any, special: Mapping[str, str]) -> bool:
+    """Whether the tokenizer's template puts the bos token before a text."""
+    if "bos" not in special:
+        return False
+    text, framed = (found(PROBE, add_special_tokens=added)["input_ids"] for added in (False, True))
+    return framed[:1] == [found.backend_tokenizer.token_to_id(special["bos"])] and framed[: len(text)] != text
+
+
+def check_use(made: TextTokenizer, found: Any, named: Path) -> None:
+    """Refuse a tokenizer with which no objective could be trained."""
+    if any(not lacks(objective, made.vocabulary) for objective in OBJECTIVES):
+        return
+    has = ", ".join(f"{role} {token}" for role, token in made.special.items()) or "none"
+    raise InvalidData(
+        f"tokenizer {named} can train {uses(made.vocabulary)}. Of special tokens, this {type(found).__name__}"
+        f" has {has}.\n"
+        f"  Name them in {CONFIG} (mask_token, cls_token and sep_token for BERT, eos_token for a decoder), add to the"
+        " vocabulary what is not there, or leave --tokenizer out to train one."
+    )
 
 
 def contradictions(

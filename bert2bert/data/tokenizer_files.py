@@ -1,12 +1,12 @@
 """A tokenizer out of people's files, as transformers makes it: of a folder, a tokenizer.json or a vocab.txt.
 
 The ids are those of `AutoTokenizer` for the folder, whatever its kind (WordPiece, byte-level BPE, Unigram), and its
-special tokens are found in it, not by their names. What transformers itself reads without a word and gets wrong, or
-reads another way than one of the files says, is refused or becomes a note.
+special tokens are found in it, not by their names; roles that it lacks stay absent. What transformers itself reads
+without a word and gets wrong, or reads another way than one of the files says, is refused or becomes a note.
 
 Refuses, with `InvalidData`: what transformers cannot read, or reads only with Python code (a class that is not fast,
-code of the folder's own); settings that it does not honour; a vocabulary without one of BERT's special tokens, or one
-whose added tokens get other ids than the folder says; pointers, other encodings and archives instead of the files.
+code of the folder's own); settings that it does not honour; special tokens with which no objective can be trained;
+added tokens that get other ids than the folder says; pointers, other encodings and archives instead of the files.
 """
 
 from __future__ import annotations
@@ -21,14 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from bert2bert.data.tokenizer import TextTokenizer, failed
-from bert2bert.data.tokenizer_checks import CONFIG, PROBE, check_ids, contradictions, roles
+from bert2bert.data.tokenizer_checks import (
+    CONFIG,
+    PROBE,
+    adds_bos,
+    check_ids,
+    check_use,
+    contradictions,
+    roles,
+    sentinels,
+)  # fmt: skip
 from bert2bert.errors import InvalidData
 from bert2bert.files.sniff import describe, sniff
 
 _SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tekken.json")
 _MODELS = (".model", ".bpe", ".spm")  # of sentencepiece and tiktoken
-_NAMED = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
 _SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
@@ -83,8 +91,14 @@ def _of_folder(folder: Path, named: Path) -> TextTokenizer:
             f"  {_ANOTHER}"
         ) from error
     made = TextTokenizer(
-        backend, special, _written(found, special), tuple(contradictions(found, state, settings, folder, named))
+        backend,
+        special,
+        _written(found, special),
+        tuple(contradictions(found, state, settings, folder, named)),
+        sentinels(backend),
+        adds_bos(found, special),
     )
+    check_use(made, found, named)
     rows = settings.get("config.json", {}).get("vocab_size")
     if isinstance(rows, int) and made.table_size > rows:
         note = (
@@ -216,7 +230,6 @@ def _json(file: Path, named: Path) -> dict[str, Any]:
 
 def _written(found: Any, special: Mapping[str, str]) -> dict[str, Any]:
     """tokenizer_config.json of the tokenizer as this project keeps it: its tokenizer.json as it is, with the roles."""
-    named = {**{role: getattr(found, f"{role}_token", None) for role in _NAMED}, **special}
     length = found.model_max_length
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -225,7 +238,7 @@ def _written(found: Any, special: Mapping[str, str]) -> dict[str, Any]:
         "clean_up_tokenization_spaces": bool(found.clean_up_tokenization_spaces),
         **({"split_special_tokens": True} if found.split_special_tokens else {}),
         **({"model_max_length": length} if length < 1 << 60 else {}),
-        **{f"{role}_token": str(token) for role, token in named.items() if token is not None},
+        **{f"{role}_token": token for role, token in special.items()},
         **({"additional_special_tokens": extra} if (extra := [str(t) for t in found.extra_special_tokens]) else {}),
     }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
 
@@ -25,12 +26,16 @@ class Vocabulary:
     add_bos: bool = False
     where: str = "this tokenizer"
 
+    def to_json(self) -> dict[str, Any]:
+        """What meta.json of token bins records of it, beside its size."""
+        return {"special": dict(self.special), "sentinels": list(self.sentinels), "add_bos": self.add_bos}
+
     @property
     def filler(self) -> int:
         """Id for slots that nothing reads: the padding token, or else any special token."""
         return self.special.get("pad", next(iter(self.special.values()), 0))
 
     @property
-    def never_text(self) -> list[int]:
-        """Ids that no text holds."""
+    def all_special(self) -> list[int]:
+        """Ids of all special tokens, sentinels included."""
         return sorted({*self.special.values(), *self.sentinels})

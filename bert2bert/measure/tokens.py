@@ -1,10 +1,11 @@
 """Tokens on which two models are compared: given ids, held-out text of token bins, or random ones from a fixed seed.
 
-Fewer for a larger model or vocabulary, so that a comparison stays cheap. Encoders predict 15 % of the places, decoders
-the next token, encoder-decoders a permutation of what they read.
+Fewer for a larger model or vocabulary, so that a comparison stays cheap. What is predicted of text from bins, the
+architecture's objective says; of other tokens, encoders predict 15 % of the places, decoders the next, encoder-decoders
+a permutation of what they read.
 
-Refuses ids that the models cannot read and rows of different lengths (`InvalidData`), and bins of another vocabulary
-(`InvalidConfig`).
+Refuses ids that the models cannot read and rows of different lengths (`InvalidData`), and bins of another vocabulary or
+of a tokenizer that does not fit the objective (`InvalidConfig`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bert2bert.data import objective as objectives
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import eval_batches
-from bert2bert.data.objective import Masked
+from bert2bert.data.rows import Rows
 from bert2bert.errors import InvalidConfig, InvalidData
 from bert2bert.files.sniff import describe
 from bert2bert.growth.source_model import CheckpointModel
@@ -54,14 +56,42 @@ def check(tokens: Tokens, vocab: int, *models: CheckpointModel) -> None:
     if tokens.file:
         _given(tokens.file, vocab, min(map(positions, models)))
     elif tokens.bins:
-        open_bins(tokens.bins, vocab)
+        objectives.check(_objective(models[0]), open_bins(tokens.bins, vocab).vocabulary)
+
+
+def _objective(model: CheckpointModel) -> objectives.Objective:
+    return objectives.default(objective_of(model.config))
+
+
+class Pieces:
+    """Pieces of text as samples of the objective of an architecture that trains `what`: each a row of one segment.
+
+    Raises InvalidConfig for a tokenizer that does not fit the objective.
+    """
+
+    def __init__(self, what: str, bins: TokenBins, length: int, seed: int) -> None:
+        objective = objectives.default(what)
+        objectives.check(objective, bins.vocabulary)
+        self.predict, self.frame = objective.predictor(bins.vocabulary, length, seed), objective.frame(bins.vocabulary)
+
+    def __call__(self, text: np.ndarray, first: int) -> Sample:
+        """text: token ids [rows, length]; first: the number of the first row, from which the randomness follows."""
+        ids, frame = text.astype(np.int64), self.frame
+        if frame.each_segment and frame.before is not None and frame.after is not None:
+            ids[:, 0], ids[:, -1] = frame.before, frame.after
+        found = self.predict(Rows.whole(ids, first))
+        read, labels = torch.from_numpy(found.read.tokens[0]), torch.from_numpy(found.labels[0])
+        if found.targets is not None:
+            answers, used = labels, labels != IGNORE
+            labels = torch.full_like(read, IGNORE)
+            labels[torch.from_numpy(found.targets[0])[used]] = answers[used]
+        return Sample(read.view(len(ids), -1), labels.view(len(ids), -1))
 
 
 def draw(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Sample:
     """Rows of tokens for a model: fewer the more parameters it has."""
     what = objective_of(model.config)
     rng = np.random.default_rng(0)
-    mask = None
     if tokens.file:
         ids = _given(tokens.file, vocab, positions(model))
     else:
@@ -70,12 +100,11 @@ def draw(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Samp
         if tokens.bins:
             bins = open_bins(tokens.bins, vocab)
             text = bins.split("heldout")[0]
-            rows, mask = min(rows, max(1, len(text) // length)), bins.special["mask"]
-            ids = np.resize(np.asarray(text[: rows * length], dtype=np.int64), (rows, length))
-        else:
-            pad = model.config.get("pad_token_id")
-            known = np.array([i for i in range(vocab) if i != pad] or [0])  # padding may move positions
-            ids = known[rng.integers(0, len(known), (rows, length))]
+            rows = min(rows, max(1, len(text) // length))
+            return Pieces(what, bins, length, seed=0)(np.resize(text[: rows * length], (rows, length)), 0)
+        pad = model.config.get("pad_token_id")
+        known = np.array([i for i in range(vocab) if i != pad] or [0])  # padding may move positions
+        ids = known[rng.integers(0, len(known), (rows, length))]
     labels = np.full(ids.shape, IGNORE)
     if what == "causal":
         labels[:, :-1] = ids[:, 1:]
@@ -84,9 +113,6 @@ def draw(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Samp
     else:
         at = rng.permutation(ids.size)[: max(1, round(_PREDICTED * ids.size))]
         labels.flat[at] = ids.flat[at]
-        if mask is not None:
-            ids = ids.copy()
-            ids.flat[at] = mask
     return Sample(torch.from_numpy(ids), torch.from_numpy(labels))
 
 
@@ -95,7 +121,7 @@ def draw_batch(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -
     if tokens.bins:
         length = min(_LENGTH, trained_length(model), positions(model))
         rows = max(1, _TOKENS // length)
-        return eval_batches(open_bins(tokens.bins, vocab), "heldout", Masked(), length, rows, rows, 0, 1, 0)[0]
+        return eval_batches(open_bins(tokens.bins, vocab), "heldout", _objective(model), length, rows, rows, 0, 1, 0)[0]
     sample = draw(model, vocab, tokens, numel)
     rows, length = sample.ids.shape
     labels = sample.labels.flatten()

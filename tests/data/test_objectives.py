@@ -248,16 +248,20 @@ T5 = Vocabulary(100, {"pad": 0, "eos": 1, "unk": 2}, sentinels=(99, 98), where="
 
 def test_a_tokenizer_that_does_not_fit() -> None:
     for objective, vocabulary, message in (
-        (Masked(), LLAMA, "bins/text has no cls token and no sep token and no mask token, which .* 'masked' needs"),
+        (
+            Masked(),
+            LLAMA,
+            "bins/text has no pad, cls, sep or mask token, which the objective 'masked' needs",
+        ),
         (Causal(), BERT, "has no eos token.*Name the token that ends a document.*eos_token.*prepare"),
         (SpanCorruption(), LLAMA, r"no pad token and no sentinels \(<extra_id_0>.*T5"),
     ):
         with pytest.raises(InvalidConfig, match=message):
             check(objective, vocabulary)
-    assert [lacks(o, v) for o, v in ((Masked(), BERT), (Causal(), LLAMA), (SpanCorruption(), T5))] == [[], [], []]
+    assert [lacks(o, v) for o, v in ((Masked(), BERT), (Causal(), LLAMA), (SpanCorruption(), T5))] == [""] * 3
     assert uses(LLAMA) == (
-        "causal; not masked (no cls token, no sep token, no mask token); not span-corruption (no pad token, no "
-        "sentinels (<extra_id_0>, …))"
+        "causal; not masked (no pad, cls, sep or mask token); not span-corruption (no pad token and no sentinels "
+        "(<extra_id_0>, …))"
     )
     assert LLAMA.filler in (0, 1, 2)
 

@@ -90,7 +90,7 @@ def same(at: Path, kept: Path) -> list[list[int]]:
         assert load_tokenizer(kept).for_text().encode(text, add_special_tokens=False).ids == ids
         told.append(ids)
     assert found.table_size > max(max(ids, default=0) for ids in told)
-    for role, index in found.special_ids.items():
+    for role, index in found.vocabulary.special.items():
         assert getattr(truth, f"{role}_token_id") in (index, None) and getattr(again, f"{role}_token_id") == index
     return told
 
@@ -233,7 +233,7 @@ def test_byte_level_bpe_and_documents_of_many_lines(tmp_path: Path) -> None:
     assert bins.split("train")[0].tolist() == truth(blocks[0], add_special_tokens=False)["input_ids"]
     held = (tmp_path / "h.txt").read_text().rstrip("\n")  # far longer than a piece
     assert bins.split("heldout")[0].tolist() == truth(held, add_special_tokens=False)["input_ids"]
-    assert meta["special"] == {"pad": 1, "unk": 3, "cls": 0, "sep": 2, "mask": 4}
+    assert meta["special"] == {"pad": 1, "unk": 3, "cls": 0, "sep": 2, "mask": 4, "bos": 0, "eos": 2}
     written = reference(tmp_path / "bins")
     assert written("the cats")["input_ids"] == truth("the cats")["input_ids"]
 
@@ -324,7 +324,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer_config": BERT, "added_tokens": {"\x7f": len(WORDS)}},
         r"token '\\x7f' is nothing to its normaliser",
     ),
-    "no mask": ({"words": [w for w in WORDS if w != "[MASK]"], "tokenizer_config": BERT}, r"no \[MASK\] token \(mask"),
+    "no mask": (
+        {"words": [w for w in WORDS if w != "[MASK]"], "tokenizer_config": BERT},
+        r"can train nothing; not masked \(no mask token\)",
+    ),
     "settings not JSON": ({"tokenizer_config": [BERT]}, r"tokenizer_config.json cannot be read: it holds a list"),
 }
 
@@ -336,8 +339,10 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, name: str) -> None:
         load_tokenizer(folder(tmp_path / "hub", **files))
 
 
-def test_a_decoders_tokenizer_has_no_mask(tmp_path: Path) -> None:
-    with pytest.raises(InvalidData, match=r"has no \[PAD\] token \(pad\).*this GPT2Tokenizer has none"):
+def test_special_tokens_that_transformers_alone_would_add_are_none(tmp_path: Path) -> None:
+    with pytest.raises(
+        InvalidData, match=r"can train nothing; .*not causal \(no eos token\).*this GPT2Tokenizer has none"
+    ):
         load_tokenizer(byte_level(tmp_path / "hub", "GPT2Tokenizer"))
 
 
@@ -357,7 +362,7 @@ def test_folders_without_a_vocabulary_that_can_be_read(tmp_path: Path) -> None:
     folder(at / "snapshots/0a1b", tokenizer_config=BERT)
     with pytest.raises(InvalidData, match=r"hub's cache: give .*snapshots/0a1b"):
         load_tokenizer(at)
-    assert load_tokenizer(at / "snapshots/0a1b").special_ids["mask"] == 4
+    assert load_tokenizer(at / "snapshots/0a1b").vocabulary.special["mask"] == 4
     (at / "snapshots/0a1b/added_tokens.json").symlink_to(at / "blobs/2c")
     with pytest.raises(InvalidData, match=r"added_tokens.json cannot be read: No such file"):
         load_tokenizer(at / "snapshots/0a1b")
