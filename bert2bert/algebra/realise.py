@@ -103,8 +103,7 @@ def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, abs
         x = reads[term.origin](term.source, how.name, low, high)
     else:
         x = torch.from_numpy(np.zeros_like(term.given[low:high]) if how.gradient else term.given[low:high])
-    copied = x.dtype != dtype
-    x = x.to(dtype)
+    read, x = x, x.to(dtype)
     for d, dim in enumerate(term.dims):
         if dim.new:
             x = x.unsqueeze(d)
@@ -115,20 +114,24 @@ def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, abs
             matrix = np.abs(dim.mix[used - plain]) if absolute else dim.mix[used - plain]
             index = np.where(index < plain, index, plain + np.searchsorted(used, index))
             # a product's rounding depends on where its operands lie, and shards lie anywhere: copies are aligned alike
-            x = x.contiguous() if copied else x.clone(memory_format=torch.contiguous_format)
+            x = x.clone(memory_format=torch.contiguous_format) if _shares(x, read) else x.contiguous()
             mixed = torch.tensordot(x, torch.from_numpy(matrix).to(x, copy=True), ([d], [1])).movedim(-1, d)
             x = torch.cat([x, mixed], d)
-            copied = True
         run = int(np.argmin(np.append(index == np.arange(index[0], index[0] + len(index)), False)))  # most keep the old
         kept, more = x.narrow(d, int(index[0]), run), torch.from_numpy(index[run:])
-        x, copied = (torch.cat([kept, x.index_select(d, more)], d), True) if run < len(index) else (kept, copied)
+        x = torch.cat([kept, x.index_select(d, more)], d) if run < len(index) else kept
     for d, dim in enumerate(term.dims):
         factor = dim.grad if how.gradient else dim.param
         if factor is not None:
             power = np.abs(factor) if absolute else factor**how.power
             shaped = torch.from_numpy(power).to(dtype).view([-1 if i == d else 1 for i in range(x.ndim)])
-            x, copied = (x.mul_(shaped) if copied else x * shaped), True
-    return x if copied else x.clone()
+            x = x * shaped if _shares(x, read) else x.mul_(shaped)
+    return x.clone() if _shares(x, read) else x
+
+
+def _shares(x: Tensor, read: Tensor) -> bool:
+    """Whether x lies in the memory of what was read, which is its reader's and not to be changed or returned."""
+    return x.untyped_storage().data_ptr() == read.untyped_storage().data_ptr()
 
 
 def _plain(dim: Dim) -> Dim:

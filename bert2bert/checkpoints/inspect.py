@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bert2bert.checkpoints.commit.pending import file_sizes
+from bert2bert.checkpoints.facts import as_json
 from bert2bert.checkpoints.manifest import MANIFEST, Digests, Grown, Trained, read_manifest
 from bert2bert.checkpoints.open import locate, open_source
 from bert2bert.checkpoints.source import Source
@@ -142,7 +143,7 @@ def inspect(path: str | Path, tag: str | None = None) -> Inspection:
         step=sorted({source.step(m.name) for m in tensors if m.trainable}) if len(source.states) > 1 else [],
         counters=source.counters,
         groups=[_group(source, group) for group in source.groups],
-        lr_scheduler=_plain(source.lr_scheduler),
+        lr_scheduler=as_json(source.lr_scheduler),
         loss_scale=(source.loss_scaler or {}).get("cur_scale") if source.precision == "fp16" else None,
         client_state=sorted(map(str, source.client_state)),
         tied=source.aliases,
@@ -174,20 +175,11 @@ def _architecture(config: dict[str, Any] | None) -> Architecture | None:
 def _group(source: Source, group: dict[str, Any]) -> GroupFacts:
     names = group["names"]
     return GroupFacts(
-        hyper={key: _plain(group[key]) for key in HYPER if key in group},
+        hyper={key: as_json(group[key]) for key in HYPER if key in group},
         tensors=len(names),
         parameters=sum(source.tensors[name].numel for name in names),
         step=sorted({source.step(name) for name in names}),
     )
-
-
-def _plain(value: Any) -> Any:
-    """The value with tuples as lists and anything JSON cannot hold as text."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bert2bert import __version__
 from bert2bert.checkpoints.commit import journal
 from bert2bert.checkpoints.commit.journal import Entry, Finisher
 from bert2bert.checkpoints.commit.pending import file_sizes
 from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.commit.threads import files_at_once, write_files
+from bert2bert.checkpoints.facts import as_json, versions
 from bert2bert.checkpoints.job import FilePlan, Job, Tally, TargetSpec, Values, pending, tensor_entries
 from bert2bert.checkpoints.manifest import Digests, GroupEntry, Manifest, TensorEntry
 from bert2bert.checkpoints.planned import planned
@@ -79,33 +77,15 @@ def _filled(manifest: Manifest, spec: TargetSpec, target: Target, entries: Mappi
         group_layout=spec.group_layout,
         model=spec.config,
         aliases=spec.aliases,
-        groups=[GroupEntry(g.part, g.decay, g.names, _plain(g.hyper), g.step) for g in spec.groups],
+        groups=[GroupEntry(g.part, g.decay, g.names, as_json(g.hyper), g.step) for g in spec.groups],
         buffers=sorted(spec.buffers),
         tensors=tensor_entries(spec, (entry.tensors for entry in entries.values())),
         files={name: entry.size for name, entry in entries.items()},
         digests=Digests(FILE_DIGEST, TENSOR_DIGEST, {name: entry.digest for name, entry in entries.items()}),
         counters=spec.counters,
-        versions={"bert2bert": __version__, "torch": str(torch.__version__), "deepspeed": _version("deepspeed")},
+        versions=versions("deepspeed"),
         expert_parallel=spec.expert_parallel.size if spec.expert_parallel else None,
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _plain(value: Any) -> Any:
-    """Hyper-parameters as JSON can hold them: tensors become numbers, tuples lists, others their text."""
-    if isinstance(value, torch.Tensor):
-        return value.item() if value.numel() == 1 and not value.is_complex() else repr(value.tolist())
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | None) else repr(value)
 
 
 def write_checkpoint(

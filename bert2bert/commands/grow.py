@@ -17,6 +17,7 @@ from bert2bert.algebra.realise import values
 from bert2bert.checkpoints import clients
 from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.expert_parallel.target import notes as expert_notes
+from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.job import TargetSpec
 from bert2bert.checkpoints.manifest import Grown, Manifest
 from bert2bert.checkpoints.notes import kept_groups, left, regrouped, rounding, still_frozen, unopened
@@ -24,7 +25,7 @@ from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec, widest
 from bert2bert.checkpoints.target import Target
 from bert2bert.commands.plan import describe
-from bert2bert.commands.writing import completed, versions, write
+from bert2bert.commands.writing import completed, write
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.growth import buffers
 from bert2bert.growth.exactness import reasons

@@ -20,6 +20,7 @@ from bert2bert.checkpoints import clients
 from bert2bert.checkpoints.commit.pending import check_contents
 from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.expert_parallel.target import notes as expert_notes
+from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.hub.beside import all_beside
 from bert2bert.checkpoints.job import TargetSpec
 from bert2bert.checkpoints.manifest import Manifest, Resharded
@@ -28,7 +29,7 @@ from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec
 from bert2bert.checkpoints.target import Target
-from bert2bert.commands.writing import completed, versions, write
+from bert2bert.commands.writing import completed, write
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
 from bert2bert.growth.source_model import read_config
 from bert2bert.growth.target_names import Names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
@@ -53,8 +52,3 @@ def write(
     if comm.rank == 0:
         say(f"written  {written}")
     return written
-
-
-def versions() -> dict[str, str]:
-    """Of the programs that made a checkpoint."""
-    return {"bert2bert": version("bert2bert"), "torch": version("torch")}

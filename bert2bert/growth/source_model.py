@@ -7,36 +7,42 @@ loading) is left, and reported; of copies of tied tensors one counts; a head tha
 
 Refuses (`InvalidCheckpoint`) a config that does not describe the stored tensors, naming the first tensor and axis that
 disagree, and a checkpoint with tensors that the architecture's table does not know: integer ones, adapters that are not
-merged, and other heads among them. Longer than other modules: matching is one decision, with many refusals.
+merged, and other heads among them. `mismatch` words these.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert2bert.algebra import axes
 from bert2bert.checkpoints.hub.files import in_cache, is_there, plain
 from bert2bert.checkpoints.hub.names import Naming, is_obsolete, read_names
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.zero.layout import row_blocks
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.files.sniff import instead
-from bert2bert.growth.unfit import check_numbers, instead_of
+from bert2bert.growth.mismatch import (
+    check_adapter,
+    check_depth,
+    check_own,
+    check_words,
+    half_untied,
+    missing,
+    not_a_copy,
+    unknown_tensors,
+    wrong_shape,
+)
+from bert2bert.growth.unfit import check_numbers
 from bert2bert.tables import TABLES, Parameter, Table, table_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bert2bert.checkpoints.source import Source, TensorMeta
-
-_ADAPTED = re.compile(r"(^|\.)((lora|vera|hada|lokr|oft|boft|ia3)_|(base_layer|modules_to_save|original_module)\.)")
-"""In names of a model with an adapter of PEFT that can be merged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +120,7 @@ def short_of_class(table: Table, config: Mapping[str, Any], heads: frozenset[str
         return []
     return [
         f"{cls}, which the config names, has {len(rest)} tensors that the source lacks, first {rest[0]}: transformers "
-        "draws them anew, here they are left out, and a strict load needs a model without them"
+        "initialises them randomly, here they are left out, and a strict load needs a model without them"
     ]
 
 
@@ -162,38 +168,13 @@ def open_model(path: Path, source_config: Path | None = None, tag: str | None = 
     return match(source, config, source_config)
 
 
-def _check_depth(source: Source, config: Mapping[str, Any]) -> None:
-    """A config with more layers than there are tensors is not that of the checkpoint, however many it names."""
-    table = table_for(config)
-    for axis in table.depth:
-        if int(config.get(table.key(axis)) or 0) > len(source.tensors):
-            raise InvalidCheckpoint(
-                f"{source.path}: the config says {table.key(axis)}={config[table.key(axis)]}, the checkpoint has "
-                f"{len(source.tensors)} tensors in all.\nIs this the config of this checkpoint?"
-            )
-
-
-def _check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:
-    """A config given beside the checkpoint's own must not contradict it: not every key shows in the shapes."""
-    table, own = table_for(config), source.config or {}
-    mine, theirs = dict(config), dict(own)
-    if (key := "rope_parameters") in table.must_agree:  # which older configs say in other words, or leave out
-        mine[key], theirs[key] = (table.settled(c)[key] for c in (config, own))
-    for key in dict.fromkeys((*map(table.key, table.sizes), *table.must_agree)):
-        if key in mine and key in theirs and mine[key] != theirs[key]:
-            raise InvalidCheckpoint(
-                f"{file}: {key} is {mine[key]!r}, the config that {source.path} itself holds says {theirs[key]!r}.\n"
-                f"Leave --source-config out."
-            )
-
-
 def match(source: Source, config: Mapping[str, Any], file: Path | None = None) -> CheckpointModel:
     """Find the names and the heads of a checkpoint, and check every shape against the config. file: that holds the
     config, where it is not the checkpoint's own. Raises InvalidCheckpoint, InvalidConfig, UnsupportedGrowth."""
     try:
         if source.config and file:
-            _check_own(source, config, file)
-        _check_depth(source, config)
+            check_own(source, config, file)
+        check_depth(source, config)
         return _match(source, config)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # sizes that are no numbers
         raise InvalidConfig(
@@ -203,7 +184,27 @@ def match(source: Source, config: Mapping[str, Any], file: Path | None = None) -
 
 
 def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
-    _check_adapter(source)
+    check_adapter(source)
+    model = _described(source, config)
+    differing = _differing(model)
+    if differing:
+        untied = {**config, "tie_word_embeddings": False}
+        own, stored = model.table.parameters(untied, model.heads), _tensors(model)
+        lacks = [name for name in own if name not in stored]
+        if differing[0] not in own:
+            raise not_a_copy(source, model.table, stored, *differing)
+        if lacks:
+            raise half_untied(source, stored, *differing, model.naming, lacks[0], model.aliases())
+        names = model.stored(differing[0]), model.stored(differing[1])
+        model = replace(_described(source, untied), untied=names)  # as transformers does, too
+        if differing := _differing(model):  # a copy that every model of the architecture ties
+            raise not_a_copy(source, model.table, _tensors(model), *differing)
+    check_words(source, model.table, model.config, _tensors(model), model.heads, named_class(config))
+    return model
+
+
+def _described(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
+    """The model whose parameters are all stored in the shapes of the config; whether copies are equal is not read."""
     table = table_for(config)
     heads = frozenset.union(*table.classes.values())
     ties = table.aliases(config, heads)
@@ -216,51 +217,34 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     parameters = table.parameters(config, heads)
     for name, parameter in parameters.items():
         if name not in canonical:
-            said = {table.key(axis): config.get(table.key(axis)) for axis in table.depth}
-            said["tie_word_embeddings"] = table.tied(config)
-            raise InvalidCheckpoint(
-                f"{source.path}: tensor {naming.stored(name)} is missing, which the config asks for "
-                f"({', '.join(f'{k}={v}' for k, v in said.items())}).\n{instead_of(source, naming.stored(name))}"
-            )
+            raise missing(source, table, config, naming.stored(name))
         if canonical[name].shape != parameter.shape:
-            raise InvalidCheckpoint(_shape_error(source, table, config, parameter, canonical[name].shape))
+            raise wrong_shape(source, table, config, parameter, canonical[name].shape)
     check_numbers(source, (canonical[name] for name in parameters))
-    copies = {a: k for a, k in table.aliases(config, heads).items() if a in canonical and k in parameters}
+    copies = {a for a, k in table.aliases(config, heads).items() if k in parameters}
     strange += [meta.name for name, meta in canonical.items() if name not in parameters and name not in copies]
-    if source.format == "hub":  # in a run's files, buffers are said to be buffers
+    if source.format == "hub":  # in a run's files, buffers are marked as buffers
         strange += [name for name in source.buffers if not is_obsolete(name)]
     if strange:
-        raise InvalidCheckpoint(
-            f"{source.path}: {len(strange)} tensors are not part of a {table.model_type} of this config, first "
-            f"{strange[0]}.\nKnown heads: {', '.join(table.classes)}. Remove other heads before growing, or check the "
-            "config's number of layers and tie_word_embeddings."
-        )
-    for absent, kept in copies.items():
-        if not _same(source, canonical[absent], canonical[kept]):
-            untied = {**config, "tie_word_embeddings": False}
-            own = table.parameters(untied, heads)
-            lacks = [name for name in own if name not in canonical]
-            if absent in own and not lacks:
-                names = naming.stored(absent), naming.stored(kept)
-                return replace(_match(source, untied), untied=names)  # as transformers does, too
-            found = f"{source.path}: {canonical[absent].name} differs from {canonical[kept].name}"
-            if absent in own:  # transformers unties the one and not the other; here both are tied, or neither
-                lack = naming.stored(lacks[0])
-                raise InvalidCheckpoint(
-                    f"{found}, so it is no tied copy, but {lack}, which a model without tied tensors has as well, is "
-                    f"missing.\nIf the difference is meant, store {lack} too, as a copy of "
-                    f"{naming.stored(table.aliases(config, heads).get(lacks[0], lacks[0]))}; if not, remove "
-                    f"{canonical[absent].name}."
-                )
-            raise InvalidCheckpoint(
-                f"{found}, of which it should be a copy: a {table.model_type} ties the two whatever its config says.\n"
-                f"Is this the config of this checkpoint, and are all files of one save? If {canonical[kept].name} "
-                f"counts, remove {canonical[absent].name}."
-            )
-    _check_words(source, table, config, canonical, heads)
+        raise unknown_tensors(source, table, strange)
     gone = [naming.known[name] for name in naming.known if name in left]
     gone += [name for name in source.buffers if source.format == "hub"]
     return CheckpointModel(source, dict(config), table, heads, parameters, naming, tuple(gone))
+
+
+def _tensors(model: CheckpointModel) -> dict[str, TensorMeta]:
+    """The stored tensors by canonical name, copies among them, without those that are left."""
+    known = model.naming.known.items()
+    return {name: model.source.tensors[stored] for name, stored in known if stored not in model.left}
+
+
+def _differing(model: CheckpointModel) -> tuple[str, str] | None:
+    """The first stored copy of a tied tensor that differs from it, and the tensor, canonical names."""
+    stored = _tensors(model)
+    for absent, kept in model.aliases().items():
+        if absent in stored and kept in model.parameters and not _same(model.source, stored[absent], stored[kept]):
+            return absent, kept
+    return None
 
 
 def _ignored(table: Table, config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
@@ -269,17 +253,8 @@ def _ignored(table: Table, config: Mapping[str, Any], names: Iterable[str]) -> s
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def _check_adapter(source: Source) -> None:
-    """Refuse (InvalidCheckpoint) an adapter beside its base model, or without it, as a run saves it."""
-    if any(_ADAPTED.search(name) for name in source.tensors):
-        raise InvalidCheckpoint(
-            f"{source.path}: its names are those of a PEFT model whose adapter is not merged. Load it with its base "
-            "model, call merge_and_unload() and save_pretrained(), then grow what that wrote."
-        )
-
-
 def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorMeta], bare: bool) -> frozenset[str]:
-    """The heads whose tensors are there, and those without own tensors that the class or the outer name tells of.
+    """The heads whose tensors are there, and those without own tensors that the class or the outer name implies.
 
     They are those of the class that explains the stored tensors best, of the config's own where several do, and what
     there is besides: of several heads with these names (a classifier of labels, of choices) those of the stored shapes.
@@ -310,37 +285,10 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorM
     heads |= fits | {head for head, tensors in more.items() if tensors - explained}
     # A head that is all tied has no tensors to show: the class that the config names has it, whatever else is stored.
     cls = named_class(config)
-    told = [table.classes[cls]] if cls in table.classes else []
+    named_heads = [table.classes[cls]] if cls in table.classes else []
     # Where it names none, both functions are kept; a classifier of T5 has no rows beside a tied head.
     tied = [has for has in names if "mlm" in has and not bare and len(table.depth) == 1]
-    return heads.union(*(has for has in told or tied if names[has][0] <= set(stored)))
-
-
-def _check_words(
-    source: Source, table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorMeta], heads: frozenset[str]
-) -> None:
-    """Refuse (InvalidCheckpoint) a head beside one of words, where the table has no rows for both (a T5's decoder), or
-    where the words' one, of the class in the config, lacks only biases: transformers starts those at 0 and has it."""
-    cls = named_class(config)
-    more = table.classes.get(cls, frozenset[str]())
-    words = table.parameters(config, heads | more if "mlm" in more else heads)
-    lacks = [name for name in words if name not in stored]
-    alone = table.parameters(config, heads - {"mlm"})
-    other = [name for name in alone if name not in table.parameters(config, more | {"mlm"})]
-    if "mlm" in heads:
-        beside = {head for has in table.classes.values() if "decoder" in has for head in has - {"decoder", "mlm"}}
-        clash = heads & beside and any(p.spec != words[name].spec for name, p in alone.items())
-    else:
-        clash = "mlm" in more and table.tied(config) and all(name.endswith(".bias") for name in lacks)
-    if not clash or not other:
-        return
-    fits = ", ".join(name for name, has in table.classes.items() if has == heads - {"mlm"})
-    do = f"store {lacks[0]}, zeros" if lacks else f"remove {stored[other[0]].name} and its like"
-    raise InvalidCheckpoint(
-        f"{source.path}: the config's architectures names {cls or 'no class'}, whose head of words reads the same norm "
-        f"as {stored[other[0]].name}{f' and lacks only {lacks[0]}' if lacks else ''}: these cannot grow together.\n"
-        f"For the other head, name its class in architectures{f' ({fits})' if fits else ''}; for the words, {do}."
-    )
+    return heads.union(*(has for has in named_heads or tied if names[has][0] <= set(stored)))
 
 
 def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:
@@ -349,26 +297,3 @@ def _same(source: Source, copy: TensorMeta, kept: TensorMeta) -> bool:
         source.read(copy.name, "fp32", *rows).equal(source.read(kept.name, "fp32", *rows))
         for rows in row_blocks(kept.shape)
     )
-
-
-def _shape_error(
-    source: Source, table: Table, config: Mapping[str, Any], parameter: Parameter, found: tuple[int, ...]
-) -> str:
-    text = f"{source.path}: {parameter.name}   {parameter.spec}\n  the checkpoint has {found}, the config expects "
-    text += f"{parameter.shape}."
-    if "labels" in parameter.spec and found[1:] == parameter.shape[1:]:
-        count, labels = config.get("num_labels", "2, the default"), config.get("id2label")
-        says = f"num_labels={count}" if labels is None else f"id2label of {len(labels)}"
-        return text + (
-            f"\n  The config has {says}, {parameter.name} has {found[0]} rows, one a label.\n  Set "
-            f"num_labels to {found[0]} in the config (and id2label, if it is there), or remove {parameter.name} if "
-            "no head reads it."
-        )
-    for dim, have, want in zip(axes.parse(parameter.spec), found, parameter.shape, strict=False):
-        if have != want:
-            named = [a.axis for product in dim for a in product]
-            of = dict.fromkeys(table.key(a) for a in named if table.follows.get(a, a) in table.sizes)
-            keys = ", ".join(f"{key}={config[key]}" for key in of if key in config)
-            text += f"\n  axis '{' '.join(named)}': {have} features, expected {want} from {keys or 'the table'}."
-            break
-    return text + "\n  Is this the config of this checkpoint (--source-config)?"

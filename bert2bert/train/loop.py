@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.manifest import Grown
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import Loader, eval_batches
@@ -36,7 +37,7 @@ from bert2bert.train.metrics import Interval, MetricsWriter
 from bert2bert.train.position import Progress, start
 from bert2bert.train.resume import Resumed, load
 from bert2bert.train.rng import seed_all
-from bert2bert.train.save import save, tag_of, versions
+from bert2bert.train.save import save, tag_of
 
 
 class Loop:
@@ -97,8 +98,9 @@ class Loop:
         self.held_entropy = self.bins.meta["splits"]["heldout"].get("unigram_entropy")
         describe = partial(
             run_folder.describe, self.output, recipe, ds_config, model=engine.model.hf_config, world=engine.world,
-            versions=versions(), data={**self.digests, "heldout_unigram_entropy": self.held_entropy}, command=command,
-            source=source, continued=continued, step=self.step, bins=self.bins.folder, recipe_file=recipe_file,
+            versions=versions("deepspeed"), data={**self.digests, "heldout_unigram_entropy": self.held_entropy},
+            command=command, source=source, continued=continued, step=self.step, bins=self.bins.folder,
+            recipe_file=recipe_file,
         )  # fmt: skip
         distributed.write_on_first(self.output, describe)
         self.say(banner(recipe, engine, self.bins, self.loader, self.output, self.step))

@@ -133,7 +133,7 @@ def describe(
     model: Mapping[str, Any],
     data: Mapping[str, Any],
     world: int,
-    versions: Mapping[str, str],
+    versions: Mapping[str, str | None],
     command: Sequence[str] | None,
     source: Mapping[str, Any] | None,
     continued: bool,

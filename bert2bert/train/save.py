@@ -17,14 +17,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bert2bert import __version__
 from bert2bert.checkpoints.commit.pending import file_sizes, set_latest
+from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.manifest import (
     MANIFEST,
     Digests,
@@ -67,11 +66,6 @@ def random_file(rank: int) -> str:
 def random_ranks(folder: Path) -> int:
     """How many ranks the run had whose random states lie in a tag's folder: it may have been resharded since."""
     return sum(1 for _ in folder.glob("bert2bert_rng_rank_*.pt"))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what wrote a checkpoint or a run folder."""
-    return {"bert2bert": __version__} | {name: version(name) for name in ("torch", "deepspeed")}
 
 
 def save(
@@ -121,7 +115,7 @@ def save(
         tensors={name: TensorEntry(engine.shape(name), digests[name]) for name in engine.names},
         digests=Digests(FILE_DIGEST, TENSOR_DIGEST, dict(sorted(contents.items()))),
         counters=engine.counters,
-        versions=versions(),
+        versions=versions("deepspeed"),
         growth=growth,
         training=Trained(
             recipe=dict(recipe),
