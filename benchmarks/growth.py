@@ -11,7 +11,7 @@ values, written by the package itself), into a universal checkpoint and into nat
 * `grow`, digested, synced and committed; alone and with --workers 2; weights alone, too;
 * DeepSpeed's ds_to_universal, and an expansion of its folder, tensor by tensor with index_select and torch.save;
 * DeepSpeed's zero_to_fp32, and such an expansion of what it gives (the moments are lost). Neither rival syncs anything;
-  what it takes to sync its output afterwards is told apart, for its pages may be in memory alone until then.
+  what it takes to sync its output afterwards is reported separately, for its pages may be in memory alone until then.
 
 Every contestant runs in a process of its own and is timed after its imports. The source's pages are synced and dropped
 from the page cache (posix_fadvise) before each, so all read from the disk; the cache of a virtual disk's host is out of

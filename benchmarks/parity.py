@@ -3,7 +3,7 @@
 A result must lie within 1e-4 of its float64 value in fp32 (TF32 would be about 3e-4 off), and in bf16 at most twice as
 far from float64 as the plain bf16 computation of the same thing is: padded attention, transformers' model, layers that
 are not compiled. Distance is ‖found − expected‖ / ‖expected‖ over all tensors together, where one tensor may be ten
-times as far off as the whole (gradients of key biases are zero but for rounding and left out).
+times as far off as the whole (gradients of key biases are zero except for rounding and left out).
 
 Every check yields (name, distance, distance allowed).
 """

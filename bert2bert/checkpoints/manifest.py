@@ -51,7 +51,7 @@ _NEEDED = {"groups": ("names",), "tensors": ("shape",)}
 
 
 class _Section:
-    """A dataclass that is an object in JSON. Its field ``more`` has the entries that are no fields of it."""
+    """A dataclass that is an object in JSON. Its field ``more`` has the entries that are not fields of it."""
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Self:

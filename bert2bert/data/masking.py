@@ -58,7 +58,7 @@ class Masker:
         """Mask in place; return flat indices into the rows and the tokens that were there (-100 in spare places).
 
         tokens: int64 [R, seq_len], written to. numbers: int64 [R], the rows' numbers. real: int64 [R], slots of each
-        row that are no filler. Returns int64 [R * quota] twice. Raises IndexError for an id outside the vocabulary.
+        row that are not filler. Returns int64 [R * quota] twice. Raises IndexError for an id outside the vocabulary.
         """
         rows = len(tokens)
         row_keys = mix(self._base + numbers.astype(np.uint64) * np.uint64(GOLDEN))[:, None]

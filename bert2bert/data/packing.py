@@ -56,7 +56,7 @@ class Segments:
 
     @classmethod
     def merged(cls, parts: Sequence[tuple[np.ndarray, Segments]]) -> Segments:
-        """Of several sets of rows, which are numbered anew: (new numbers of the rows, their segments)."""
+        """Of several sets of rows, which are renumbered: (new numbers of the rows, their segments)."""
         row = np.concatenate([numbers[part.row] for numbers, part in parts])
         order = np.argsort(row, kind="stable")
         columns = zip(*(part._columns()[1:] for _, part in parts), strict=True)

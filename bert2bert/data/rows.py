@@ -59,7 +59,7 @@ class Rows:
         return [self.slots[a:b][self.real[a:b]] for a, b in pairwise(self.edges)]
 
     def real_slots(self) -> np.ndarray:
-        """Slots of each row that are no filler: int64 [rows]."""
+        """Slots of each row that are not filler: int64 [rows]."""
         found = np.full(len(self.numbers), self.seq_len, dtype=np.int64)
         found[self.begins[~self.real] // self.seq_len] -= self.slots[~self.real]
         return found

@@ -183,7 +183,7 @@ def _rows(file: Path, named: Path) -> dict[str, dict[str, int]]:
 
 
 def _look(folder: Path, named: Path) -> None:
-    """Refuse files that are no text; if the folder has no vocabulary, the message names what it holds."""
+    """Refuse files that are not text; if the folder has no vocabulary, the message names what it holds."""
     names = sorted(file.name for file in folder.iterdir() if file.is_symlink() or file.is_file())
     vocabularies = [name for name in names if name in _VOCABULARIES or name.endswith(_MODELS)]
     if not vocabularies:

@@ -126,7 +126,7 @@ def hex16(value: int) -> str:
 
 
 def file_digest(path: Path, read: Callable[[int], None] | None = None) -> str:
-    """Digest of a file's content as 32 hexadecimal digits, streamed; ``read`` is told of the bytes as they come."""
+    """Digest of a file's content as 32 hexadecimal digits, streamed; ``read`` gets the bytes of each read."""
     total, buffer = xxhash.xxh3_128(), bytearray(_BUFFER)
     view = memoryview(buffer)
     with open(path, "rb", buffering=0) as file:

@@ -112,7 +112,7 @@ class Lock:
     def acquire(self, say: Callable[[str], None]) -> None:
         """Take the lock, making its folder if there is none. InvalidConfig if somebody has it; OSError passes.
 
-        ``say``: is told what is waited for, and from whom the folder is taken over.
+        ``say``: receives what is waited for, and from whom the folder is taken over.
         """
         seen: tuple[Any, float] | None = None
         while True:

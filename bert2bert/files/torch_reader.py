@@ -81,7 +81,7 @@ _VALUES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 """What becomes a plain value: how, from the arguments and the state."""
 USUAL = {*_INERT, *_VALUES, "numpy.ndarray"}
-"""Names about which nobody needs to be told."""
+"""Names that need no report."""
 
 
 def load_all(paths: Sequence[Path], plain: Collection[str] | None = None) -> list[Any]:

@@ -5,7 +5,7 @@ file would have made with it an inert `Object`, which remembers how it was to be
 which restores the real thing in the program that the file is for, and runs nothing here.
 
 Refuses (pickle.UnpicklingError) names whose only use in a file is to run code (`pickled_names`), calls of what was
-fetched from an object (but for a class or function inside a class, and `functools.partial` of what may be called), and
+fetched from an object (except a class or function inside a class, and `functools.partial` of what may be called), and
 operations on what is neither a plain container nor an `Object`. Longer than other modules: what comes to life and what
 stays inert is one decision.
 """
@@ -110,7 +110,7 @@ def _check_called(called: Name | Object) -> None:
     made_by = called.made_by
     if not isinstance(made_by, Name) or made_by == _GETATTR or made_by.module in ("operator", "_operator"):
         raise Unsafe(named(called))
-    if made_by == Name("functools", "partial"):  # its function is said twice
+    if made_by == Name("functools", "partial"):  # its function is named twice
         state = called.state[:1] if isinstance(called.state, tuple) else ()
         for function in (*called.args[:1], *state):
             if isinstance(function, Object):

@@ -13,7 +13,7 @@ ZEROED = (
     "entries with zeroed moments keep the step count, so their first Adam update is (1-beta1)/sqrt(1-beta2) "
     "times the learning rate: 3.16x for betas (0.9, 0.999), 0.71x for (0.9, 0.98), 0.45x for (0.9, 0.95); "
     "1x where all entries of an optimizer group are new, for its step count is too. Warm the rate up again, or "
-    "start every moment anew with --moments reset."
+    "start every moment from zero with --moments reset."
 )
 
 

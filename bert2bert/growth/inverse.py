@@ -145,7 +145,7 @@ def inverse(plan: GrowthPlan, config: Mapping[str, Any]) -> GrowthPlan:
         if tensor.sums or any(d.new for term in tensor.terms for d in term.dims):
             raise UnsupportedGrowth(
                 f"{plan.recipe['width']}, {plan.recipe['depth']}: {name} mixes or reshapes whole tensors, which cannot "
-                f"be told apart again; shrink by a growth that copies, such as fpi, decoalesce or stack"
+                f"be distinguished again; shrink by a growth that copies, such as fpi, decoalesce or stack"
             )
         fresh = bool(tensor.fresh) and tensor.fresh[0] is not None and bool(tensor.fresh[0].all())
         for term in (t for t in tensor.terms if t.given is None):

@@ -139,7 +139,7 @@ def between(
 
 def _classes(model: CheckpointModel, target: Mapping[str, Any]) -> list[str] | None:
     """The transformers class of the grown model: the target config's, if it has these heads; the source's, if it has
-    them but for a pooler, which older versions saved beside other heads; else one that has them."""
+    them except a pooler, which older versions saved beside other heads; else one that has them."""
     classes = table_for(target).classes
     found = [name for name in target.get("architectures") or () if classes.get(name) == model.heads]
     own = model.config.get("architectures") or ()

@@ -176,7 +176,7 @@ def match(source: Source, config: Mapping[str, Any], file: Path | None = None) -
             check_own(source, config, file)
         check_depth(source, config)
         return _match(source, config)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # sizes that are no numbers
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # sizes that are not numbers
         raise InvalidConfig(
             f"{file or source.path}: the config is not one of a {config.get('model_type')} "
             f"({type(error).__name__}: {error}). Give the model's own with --source-config FILE."

@@ -3,7 +3,7 @@
 A step knows no model: it says which operators with which options, and how large the model becomes, by axis or by a
 factor. Given the config of a model it gives the config that it grows into, and the plan. See `bert2bert.growths`.
 
-Refuses sizes that the step's operators do not grow, and sizes that are no whole numbers (`InvalidConfig`).
+Refuses sizes that the step's operators do not grow, and sizes that are not whole numbers (`InvalidConfig`).
 """
 
 from __future__ import annotations

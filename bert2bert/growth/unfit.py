@@ -1,7 +1,7 @@
 """Why a stored tensor cannot grow, and the remedy: it is not there, or its numbers are those of a quantised weight.
 
 Refuses both (InvalidCheckpoint), by name: what a run froze and left out of its files, and frozen parameters of whole
-numbers or of 8 bits, are said to be that.
+numbers or of 8 bits, are named as such.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _QUANTISED = (
 
 
 def check_numbers(source: Source, tensors: Iterable[TensorMeta]) -> None:
-    """Refuse (InvalidCheckpoint) parameters that are no floating-point numbers of 16 bits or more."""
+    """Refuse (InvalidCheckpoint) parameters that are not floating-point numbers of 16 bits or more."""
     for meta in tensors:
         if meta.dtype not in _GROWS:
             frozen = "" if meta.trainable else ", a parameter that the run froze"

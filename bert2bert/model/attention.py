@@ -178,7 +178,7 @@ def _mask(lengths: Tensor, length: int, span: Span) -> Tensor | None:
     mask = (torch.arange(length, device=lengths.device) < lengths[:, None])[:, None, None, :]
     if near is None:
         return mask
-    # a slot of padding that saw no token at all would make gradients that are no numbers
+    # a slot of padding that saw no token at all would make gradients that are not numbers
     return near & (mask | torch.eye(length, dtype=torch.bool, device=lengths.device))
 
 

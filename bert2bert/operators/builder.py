@@ -117,7 +117,7 @@ class Builder:
             reads = all(a.reads for product in spec for a in product)
             index = np.max([t.dims[d].index for t in plan.terms], 0) if self.copying.blocks else dim.index
             if not reads or dim.param is None or dim.grad is not None or (index < 0).any() or dim.mix is not None:
-                continue  # nothing copied, or borrowed units, which are no copies
+                continue  # nothing copied, or borrowed units, which are not copies
             return replace(plan, noise=Noise(scale * self.table.std("", self.pair.target), d, _siblings(index)))
         experts = self.width.maps.get("experts")
         if isinstance(experts, Gather) and plan.spec.startswith("experts embed"):  # chosen together, they add up

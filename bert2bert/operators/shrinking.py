@@ -69,7 +69,7 @@ def share(*, gradient: Literal["mean", "sum"] = "mean") -> str:
           moments="carried", shrinks=True)  # fmt: skip
 def shrink(*, of: str = "fpi") -> str:
     """The way back of another width operator, L in place of E: a feature is the mean of its copies where written and
-    their sum where read; features that are no copies are dropped.
+    their sum where read; features that are not copies are dropped.
 
     of: the operator, with its options and the seed of the growth. shrink(grow(x)) = x.
     """

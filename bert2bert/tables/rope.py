@@ -1,6 +1,6 @@
-"""Rotary positions as a config says them: transformers 5's ``rope_parameters``, or what older versions wrote.
+"""Rotary positions as a config gives them: transformers 5's ``rope_parameters``, or what older versions wrote.
 
-Refuses settings that are no objects (`InvalidConfig`).
+Refuses settings that are not objects (`InvalidConfig`).
 """
 
 from __future__ import annotations

@@ -197,4 +197,4 @@ def _restore_rest(
     seed_all(recipe.seed + 7_368_787 * (progress.step + 1), engine.rank)
     why = f"saved on {ranks} ranks, continued on {engine.world}" if ranks else "no random states were kept"
     why = "the kind of device changed" if same else why
-    notes.append(f"{why}: the data go on in order, dropout draws anew")
+    notes.append(f"{why}: the data go on in order, dropout masks are drawn from a new seed")

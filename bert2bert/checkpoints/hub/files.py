@@ -116,7 +116,7 @@ def is_there(file: Path) -> bool:
     if file.is_symlink() and not file.exists():
         raise InvalidCheckpoint(
             f"{file}: a link to {file.readlink()}, which is not there: a download that did not finish, or a copy "
-            "without what its links lead to. Download it again, or copy it anew (cp -rL)."
+            "without what its links lead to. Download it again, or copy it again (cp -rL)."
         )
     return file.is_file()
 
@@ -193,7 +193,7 @@ def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Map
     if said:
         raise InvalidCheckpoint(
             f"{folder}: its weights are quantised: {'; '.join(said)}. Quantised numbers can neither be grown nor "
-            "written anew. Use the checkpoint they were made from, or load it with transformers, dequantize() and "
+            "written again. Use the checkpoint they were made from, or load it with transformers, dequantize() and "
             "save_pretrained() (and no quantization in its config)."
         )
 
