@@ -97,8 +97,7 @@ def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, abs
     rows = term.dims[old[0]]
     if not all(len(dim.index) for dim in term.dims):
         return torch.zeros([len(d.index) for d in term.dims], dtype=dtype)
-    low = 0 if rows.mix is not None else int(rows.index.min())
-    high = rows.mix.shape[1] if rows.mix is not None else int(rows.index.max()) + 1
+    low, high = (0, rows.mix.shape[1]) if rows.mix is not None else (int(rows.index.min()), int(rows.index.max()) + 1)
     if term.given is None:
         x = reads[term.origin](term.source, how.name, low, high)
     else:
@@ -121,8 +120,7 @@ def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, abs
         kept, more = x.narrow(d, int(index[0]), run), torch.from_numpy(index[run:])
         x = torch.cat([kept, x.index_select(d, more)], d) if run < len(index) else kept
     for d, dim in enumerate(term.dims):
-        factor = dim.grad if how.gradient else dim.param
-        if factor is not None:
+        if (factor := dim.grad if how.gradient else dim.param) is not None:
             power = np.abs(factor) if absolute else factor**how.power
             shaped = torch.from_numpy(power).to(dtype).view([-1 if i == d else 1 for i in range(x.ndim)])
             x = x * shaped if _shares(x, read) else x.mul_(shaped)
@@ -170,8 +168,7 @@ def _place(out: Tensor, where: Where, block: Tensor) -> None:
     if all(w[-1] - w[0] + 1 == len(w) for w in where):
         out[tuple(slice(int(w[0]), int(w[-1]) + 1) for w in where)] = block
     else:
-        at = torch.meshgrid(*[torch.from_numpy(w) for w in where], indexing="ij")
-        out[at] = block
+        out[torch.meshgrid(*[torch.from_numpy(w) for w in where], indexing="ij")] = block
 
 
 def _zero(out: Tensor, masks: Sequence[NDArray[np.bool_] | None]) -> None:
