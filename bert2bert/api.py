@@ -127,7 +127,11 @@ class PlannedGrowth:
 
     def fill_optimizer(self, optimizer: Optimizer, grown: PreTrainedModel) -> None:
         """Give an Adam or AdamW of torch over the parameters of ``grown``, which `model` made, the grown moments and
-        step counts. Raises InvalidConfig where the growth was planned without an optimizer that has taken steps."""
+        step counts.
+
+        Raises InvalidConfig where the growth was planned without an optimizer that has taken steps, and for parameters
+        of another model; UnsupportedGrowth for another optimizer.
+        """
         live.fill_optimizer(self.opened, optimizer, grown)
 
     def write(
@@ -190,6 +194,8 @@ def plan(
     1 - alpha is taken, and alpha of the grown one. lossy: accept a width that cannot keep the function.
     Raises InvalidCheckpoint, InvalidConfig, UnsupportedGrowth.
     """
+    for option in how.keys() - Options.__annotations__.keys():
+        raise InvalidConfig(f"a growth has no option {option!r}; {did_you_mean(option, Options.__annotations__)}")
     choices, target = Choices.parse(**how), live.config_of(config)
     model = _opened(source, optimizer)
     second = None if other is None else partial(_opened, other)

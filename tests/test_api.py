@@ -34,6 +34,7 @@ EXACT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # family -> changes
 def model_of(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     model = tiny.build(tiny.config_of(name))
     tiny.scramble(model, seed)
+    model.config.architectures = None  # as of a model that was never saved
     return model.to(dtype)
 
 
@@ -105,9 +106,11 @@ def test_dtypes_modes_and_frozen_parameters_stay() -> None:
     assert {dtype for n, dtype in of.items() if "LayerNorm" not in n} == {torch.bfloat16}
     frozen = {n.split(".layer.")[1][0] for n, p in grown.named_parameters() if not p.requires_grad}
     assert frozen == {"0", "3"} and grown.config._attn_implementation == "sdpa"
+    merged = grow(grown, tiny.config_of("bert"), width="coalesce", depth="coalesce")  # of a frozen layer and another
+    assert all(p.requires_grad for p in merged.parameters())
 
 
-def test_base_models_heads_and_dense_models_that_become_mixtures() -> None:
+def test_base_models_heads_untied_heads_and_dense_models_that_become_mixtures() -> None:
     for cls, kind in (("BertModel", "bert"), ("LlamaForSequenceClassification", "llama")):
         model = model_of(cls)
         grown = grow(model, {**tiny.config_of(cls), **GROWN[kind]})
@@ -116,6 +119,10 @@ def test_base_models_heads_and_dense_models_that_become_mixtures() -> None:
         key = "logits" if "logits" in one else "last_hidden_state"
         size = one[key].shape[-1]
         assert (other[key][..., :size] - one[key]).abs().max() <= 1e-10 * one[key].abs().max()
+    model, config = model_of("t5-untied"), tiny.config_of("t5-untied", **GROWN["t5"])
+    grown = grow(model, config)
+    one, other = tiny.logits(model, tiny.config_of("t5-untied")), tiny.logits(grown, config)
+    assert (other - one).abs().max() <= 1e-10 * one.abs().max() and grown.lm_head.weight is not grown.shared.weight
     model, config = model_of("llama"), tiny.config_of("mixtral", num_local_experts=2, rms_norm_eps=1e-6)
     config["rope_parameters"] = tiny.config_of("llama")["rope_parameters"]
     grown = grow(model, config, experts="upcycle")
@@ -147,6 +154,12 @@ def test_moments_of_adam_grow() -> None:
             assert found.dtype == value.dtype and (found - value).abs().max() <= 1e-10 * value.abs().max(), key
     with pytest.raises(InvalidConfig, match="that is not the grown model's"):
         growth.fill_optimizer(torch.optim.AdamW(model.parameters()), grown)
+    with pytest.raises(UnsupportedGrowth, match=r"expected a torch.optim.Adam or AdamW without amsgrad, not SGD"):
+        growth.fill_optimizer(torch.optim.SGD(grown.parameters()), grown)
+    fused = torch.optim.Adam(grown.parameters(), fused=True)
+    growth.fill_optimizer(fused, grown)
+    fused.step()
+    assert {float(state["step"]) for state in fused.state.values()} == {2.0}
     amsgrad = torch.optim.AdamW(model.parameters(), lr=0.0, amsgrad=True)
     amsgrad.step()
     with pytest.raises(UnsupportedGrowth, match="AdamW keeps exp_avg, exp_avg_sq, max_exp_avg_sq of"):
@@ -173,6 +186,10 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (InvalidConfig, r"grow\(\) takes a model of transformers in memory, not a str",
          lambda: grow("runs/small", config)),  # type: ignore[arg-type]
         (InvalidConfig, "the config is a int; expected", lambda: grow(model, 3)),
+        (InvalidConfig, "hidden_size is 'abc'; a positive integer is expected",
+         lambda: grow(model, config | {"hidden_size": "abc"})),
+        (InvalidConfig, "a growth has no option 'widht'; did you mean 'width'",
+         lambda: grow(model, config, widht="fpi")),  # type: ignore[call-arg]
         (InvalidConfig, "the config: the config has no 'model_type'", lambda: grow(model, {"hidden_size": 8})),
         (InvalidConfig, "a model in memory has none", lambda: plan(model, config).write(tmp_path / "out")),
         (InvalidConfig, "no tensor 'bert.pooler'; did you mean", lambda: plan(model, config).tensor("bert.pooler")),
@@ -204,16 +221,18 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_the_words_are_those_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = model_of("bert", torch.float32)
     model.save_pretrained(tmp_path / "small")
-    (tmp_path / "big.json").write_text(json.dumps(goal("bert", {"hidden_size": 12})))
+    (tmp_path / "big.json").write_text(json.dumps(goal("bert", {"hidden_size": 12, "num_attention_heads": 3})))
     small, config = tmp_path / "small", tmp_path / "big.json"
-    how = ["--config", str(config), "--width", "hyperclone"]
+    how = ["--config", str(config), "--width", "fpi"]
     assert cli.main(["grow", str(small), str(tmp_path / "out"), *how]) == 2
     words = capsys.readouterr().err
     for source in (model, small):
-        with pytest.raises((LossyGrowth, UnsupportedGrowth)) as caught:
-            growth = plan(source, config, width="hyperclone")
-            growth.model()
-        assert str(caught.value) in words
+        growth = plan(source, config, width="fpi")
+        for do in (growth.model, lambda growth=growth: next(growth.tensors())):
+            with pytest.raises(LossyGrowth) as caught:
+                do()
+            assert str(caught.value) in words
+    assert grow(model, config, width="fpi", lossy=True).config.hidden_size == 12
     printed: list[str] = []
     folder = plan(open_checkpoint(small), goal("bert", {})).write(
         tmp_path / "out", shard_size=None, report=printed.append

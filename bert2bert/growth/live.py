@@ -202,14 +202,19 @@ def _class(growth: Growth, like: PreTrainedModel | None) -> tuple[Any, Any]:
 
 def fill_optimizer(growth: Growth, optimizer: torch.optim.Optimizer, grown: PreTrainedModel) -> None:
     """Give an optimizer of the grown model's parameters the grown moments and the steps of what each is made of; what
-    is made of nothing, or starts again by choice, stays without. Raises InvalidConfig."""
+    is made of nothing, or starts again by choice, stays without. Raises InvalidConfig, UnsupportedGrowth."""
     source, canonical = growth.model.source, names(growth)
     if not growth.model.trained:
         raise InvalidConfig(
             f"{source.path}: it holds no optimizer's moments; plan the growth with the optimizer that has taken steps"
         )
     own = {id(p): canonical[name] for name, p in grown.named_parameters()}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+    known = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    if not known or any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise UnsupportedGrowth(
+            f"the moments are those of Adam; expected a torch.optim.Adam or AdamW without amsgrad, not {optimizer}"
+        )
+    for group, parameter in ((each, p) for each in optimizer.param_groups for p in each["params"]):
         if id(parameter) not in own:
             raise InvalidConfig(
                 f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the grown model's: "
@@ -220,17 +225,22 @@ def fill_optimizer(growth: Growth, optimizer: torch.optim.Optimizer, grown: PreT
         step = max((source.step(growth.model.stored(root)) for root in roots), default=0)
         if step:
             moments = {m: tensor(growth, name, m).to(parameter) for m in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+            count = torch.tensor(float(step))
+            if group.get("fused") or group.get("capturable"):  # whose kernels read it beside the parameter
+                count = count.to(parameter.device, torch.float32)
+            optimizer.state[parameter] = {"step": count, **moments}
 
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bar of a load that reads no file."""
+    """No progress bar and no remarks of a load that reads no file: what does not fill the model is an error here."""
     log = transformers.utils.logging
-    bars = log.is_progress_bar_enabled()
+    bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
     log.disable_progress_bar()
+    log.set_verbosity_error()
     try:
         yield
     finally:
+        log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()

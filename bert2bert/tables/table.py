@@ -169,7 +169,8 @@ class Table:
                     f"model config: {key} is {found!r}; a {self.model_type} is described only with {key}={value!r}"
                 )
         key, divisor = self.multiples.get(self.model_type, ("", ""))
-        if key and (whole := int(config.get(key) or 0)) % (part := int(config.get(divisor) or 1)):
+        whole, part = config.get(key), config.get(divisor)
+        if isinstance(whole, int) and isinstance(part, int) and part > 0 and whole % part:
             raise InvalidConfig(
                 f"model config: {key}={whole} is no multiple of {divisor}={part}, without which transformers makes "
                 f"no {self.model_type}; choose sizes that divide"
