@@ -198,6 +198,7 @@ def _write(folder: Path, config: Mapping[str, Any], beside: tuple[Path, ...], to
     if not tokenizer:
         files = {name: content for name, content in files.items() if not _is_tokenizer(name)}
     files["config.json"] = json_bytes(config)
+    folder = folder.resolve()
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     with disk_errors(folder):
         try:

@@ -23,6 +23,7 @@ from bert2bert.tables import Table, table_for
 _KERNELS = 64  # sizes that matrix-product kernels like are multiples of it
 _WIDE = 256  # from here on a size is rounded to such multiples
 _MOST = 4096  # widths that are tried
+_LARGEST, _DEEPEST, _MOST_PARAMETERS = 2**24, 2**12, 1e13  # of an axis, of a stack, of a model; far above all there are
 _NEAR = 0.03  # how far a number of parameters may be from what was asked for, for the aspect to count
 
 
@@ -41,6 +42,9 @@ def resized(config: Mapping[str, Any], heads: frozenset[str], wishes: Wishes) ->
     else:
         width, depth = sizer.width(), sizer.depth()
     changes = sizer.changes(width) | depth
+    for axis, size in changes.items():
+        if size > (most := _DEEPEST if axis in sizer.table.depth else _LARGEST):
+            raise InvalidConfig(f"{sizer.table.key(axis)} would be {size:,}; expected at most {most:,}")
     made = sizer.made(changes)
     sizer.check(made)
     notes = tuple(sizer.notes(changes))
@@ -182,6 +186,8 @@ class _Sizer:
     def searched(self, wanted: float) -> tuple[int, dict[str, int]]:
         """Width and depth of about ``wanted`` parameters: of those nearly so the one whose aspect is nearest to the
         source's, else the nearest number. Raises InvalidConfig where that is more than twice off."""
+        if wanted > _MOST_PARAMETERS:
+            raise InvalidConfig(f"--params {wanted:,.0f}; expected at most {_MOST_PARAMETERS:,.0f}")
         old, first = self.old["embed"], self.table.depth[0]
         fixed = self.wishes.width is not None or self.given_width is not None
         best: tuple[tuple[float, ...], int, dict[str, int]] | None = None

@@ -267,6 +267,10 @@ class Table:
             if self.every[0] and not (isinstance(every, int) and every > 0):
                 raise InvalidConfig(f"model config: {self.every[0]} is {every!r}; a positive integer is expected")
             return "" if not every else "sliding_attention" if layer % every else "full_attention"
+        if not isinstance(kinds, list) or layer >= len(kinds):
+            raise InvalidConfig(
+                f"model config: {self.kinds} is {kinds!r}; a list with the kind of each layer is expected"
+            )
         return str(kinds[layer])
 
     def later(self, depth: str) -> tuple[str, ...]:
