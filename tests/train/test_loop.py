@@ -14,11 +14,16 @@ import pytest
 import torch
 
 from bert2bert.checkpoints.manifest import Manifest
+from bert2bert.data.bins import TokenBins
+from bert2bert.data.loader import Loader, eval_batches
+from bert2bert.data.objective import Masked
 from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.model.program import full
 from bert2bert.recipe import Phase
 from bert2bert.train import save
 from tests.distributed import run_ranks
 from tests.rounding import ROUNDING, gap
+from tests.tables.test_flops import formula
 from tests.train import runs, tiny
 
 
@@ -160,11 +165,26 @@ def one_rank(bins: Path, root: Path) -> dict[str, Any]:
     return out
 
 
+def spent(bins: Path, steps: int, world: int) -> int:
+    """FLOPs of these steps of `runs.recipe` without sub-models, by BERT's formula, from the text of so many ranks."""
+    plan = runs.recipe(bins)
+    loaders = [
+        Loader(TokenBins.open(bins), "train", Masked(), 16, plan.global_batch_size // world, rank, world, plan.seed)
+        for rank in range(world)
+    ]
+    batches = [next(loader) for loader in loaders for _ in range(steps)]
+    config = tiny.model_config() | {"architectures": ["BertForMaskedLM"]}
+    return sum(
+        formula(config, tuple(map(int, b.lengths)), int((b.labels >= 0).sum()), full(tiny.LAYERS)) for b in batches
+    )
+
+
 @pytest.mark.timeout(120)
 def test_one_rank(bins: Path, tmp_path: Path) -> None:
     (found,) = run_ranks(one_rank, 1, bins, tmp_path, timeout=110)
     first = found["first"]
-    assert first["step"] == 4 and first["stopped"] is None and first["tokens"] > 0 and first["flops"] > 0
+    assert first["step"] == 4 and first["stopped"] is None and first["tokens"] > 0
+    assert first["flops"] == spent(bins, 4, world=1) == spent(bins, 4, world=2)
     kind, text = found["again"]
     assert kind == InvalidConfig.__name__ and "already holds a run" in text and "--resume" in text
     assert found["complete"]["step"] == 4 and found["longer"]["step"] == 5
@@ -195,9 +215,6 @@ def test_one_rank(bins: Path, tmp_path: Path) -> None:
 def evaluations(bins: Path, stages: tuple[int, ...]) -> list[dict[str, float]]:
     import os
 
-    from bert2bert.data.bins import TokenBins
-    from bert2bert.data.loader import eval_batches
-    from bert2bert.data.objective import Masked
     from bert2bert.train import engine as engines
     from bert2bert.train.evaluate import evaluate
 
