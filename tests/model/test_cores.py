@@ -45,7 +45,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "llama short dynamic": {
         "rope_parameters": {"rope_theta": 100.0, **ROPE["dynamic"]}, "max_position_embeddings": 6,
     },
-    "llama gelu": {"hidden_act": "gelu"},
+    "llama gelu": {"hidden_act": "gelu", "rms_norm_eps": 0.01},
 }  # fmt: skip
 
 
@@ -58,14 +58,14 @@ def by_kind(**rope: Any) -> dict[str, Any]:
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {"architectures": ["BertForMaskedLM"]},
     "roberta": {"type_vocab_size": 1},
-    "roberta untied": {"tie_word_embeddings": False, "hidden_act": "relu"},
+    "roberta untied": {"tie_word_embeddings": False, "hidden_act": "relu", "layer_norm_eps": 0.01},
     "modernbert": {"rope_parameters": by_kind()},
     "modernbert-untied": {"decoder_bias": False, "hidden_activation": "gelu_new", "classifier_activation": "silu"},
     # windows of itself alone, of two tokens on both sides, and longer than any sequence
     "modernbert windows": {"local_attention": 1, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
     "modernbert odd window": {"local_attention": 5, "layer_types": ["sliding_attention"] * 3},
     "modernbert wide window": {"local_attention": 30, "global_attn_every_n_layers": 3},
-    "modernbert global": {"global_attn_every_n_layers": 1, "norm_bias": True},
+    "modernbert global": {"global_attn_every_n_layers": 1, "norm_bias": True, "norm_eps": 0.01},
     **{f"modernbert {name}": {"rope_parameters": by_kind(**rope)} for name, rope in ROPE.items()},
     "modernbert short dynamic": {"rope_parameters": by_kind(**ROPE["dynamic"]), "max_position_embeddings": 6},
 }

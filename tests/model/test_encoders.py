@@ -13,6 +13,7 @@ import transformers
 from bert2bert.errors import UserError
 from bert2bert.model import registry
 from bert2bert.model.batch import IGNORE
+from bert2bert.model.rotary import rotate
 from tests import tiny
 from tests.model.test_cores import ENCODERS, ROPE, core_of, flat, pair, theirs
 from tests.rounding import ROUNDING, WRONG, allowed, gap
@@ -150,6 +151,12 @@ def test_16_bit_is_near(name: str) -> None:
     assert near.dtype == torch.float32 and 0 < gap(near, exact, limit) <= ROUNDING
     with torch.autocast("cpu", torch.bfloat16):
         assert 0 < gap(core.float()(batch).loss, exact, limit) <= ROUNDING
+
+
+def test_turned_heads_keep_their_dtype_under_wider_tables() -> None:
+    """As under autocast, where queries and keys are narrower than what enters the blocks; the kernel mixes none."""
+    heads, tables = torch.randn(3, 2, 4).bfloat16(), (torch.randn(3, 4), torch.randn(3, 4))
+    assert rotate(heads, tables).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
