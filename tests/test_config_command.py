@@ -190,7 +190,7 @@ def test_the_command_line_that_is_printed_grows_the_model(
     again = ask(capsys, grown, "--depth", "3x", "--output", tmp_path / "again")
     assert again["parameters"][0] == found["parameters"][1]
     work = Work((16,), 16)
-    spent = [Flops(c, frozenset({"mlm"})).forward(work) / 16 for c in (found["config"], again["config"])]
+    spent = [Flops(c, frozenset({"lm"})).forward(work) / 16 for c in (found["config"], again["config"])]
     assert again["forward_flops_per_token"] == spent
 
 

@@ -97,7 +97,7 @@ def test_a_tied_head_is_told_by_the_class_or_the_outer_name(tmp_path: Path) -> N
     tensors, file = load_file(tmp_path / "full" / "model.safetensors"), tmp_path / "full" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"architectures": None}))
-    assert open_model(tmp_path / "full").heads == {"mlm"}
+    assert open_model(tmp_path / "full").heads == {"lm"}
     # the first GPT-2's own files: no outer name, masks beside the parameters, and a copy of the tied tensor
     old = tmp_path / "old"
     old.mkdir()
@@ -105,22 +105,22 @@ def test_a_tied_head_is_told_by_the_class_or_the_outer_name(tmp_path: Path) -> N
     short |= {"h.0.attn.bias": torch.ones(1, 1, 10, 10), "lm_head.weight": short["wte.weight"].clone()}
     save_file(short, old / "model.safetensors")
     (old / "config.json").write_text(json.dumps(config))
-    assert open_model(old).heads == {"mlm"} and open_model(old).naming.lacks
+    assert open_model(old).heads == {"lm"} and open_model(old).naming.lacks
     (old / "config.json").write_text(json.dumps(config | {"architectures": None}))
-    assert open_model(old).heads == {"mlm"}  # by the copy
+    assert open_model(old).heads == {"lm"}  # by the copy
     save_file({n: t for n, t in short.items() if n != "lm_head.weight"}, old / "model.safetensors")
     assert open_model(old).heads == frozenset()
     # a head that is no copy is a head of its own
     short["lm_head.weight"][2, 3] += 1
     save_file(short, old / "model.safetensors")
     untied = open_model(old)
-    assert untied.heads == {"mlm"} and untied.config["tie_word_embeddings"] is False
+    assert untied.heads == {"lm"} and untied.config["tie_word_embeddings"] is False
     assert "lm_head.weight" in untied.parameters
 
 
 @pytest.mark.parametrize(
     "cls,heads",
-    [("T5ForConditionalGeneration", {"decoder", "mlm"}), ("T5Model", {"decoder"}), (None, {"decoder", "mlm"})],
+    [("T5ForConditionalGeneration", {"decoder", "lm"}), ("T5Model", {"decoder"}), (None, {"decoder", "lm"})],
 )
 def test_t5s_classes_have_the_same_tensors(cls: str | None, heads: set[str], tmp_path: Path) -> None:
     save(tmp_path, "t5")

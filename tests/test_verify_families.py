@@ -325,7 +325,7 @@ def test_a_config_that_transformers_refuses_is_no_reference(tmp_path: Path) -> N
     with pytest.raises(
         transformers_models.NoReference, match=r"refuses the config of a GPT2LMHeadModel: (.|\n)*--no-logits"
     ):
-        transformers_models.build(TABLES["gpt2"], config, frozenset({"mlm"}), torch.empty, torch.float64)
+        transformers_models.build(TABLES["gpt2"], config, frozenset({"lm"}), torch.empty, torch.float64)
 
 
 def test_manifests_of_before_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def _others() -> dict[str, Variant]:
             labels = {"num_labels": 3} if cls.endswith(("SequenceClassification", "TokenClassification")) else {}
             pads = {} if kind in ("roberta", "t5", "bert") else {"pad_token_id": 0}
             starts = {"decoder_start_token_id": 0} if kind == "t5" else {}
-            if "mlm" not in heads:
+            if "lm" not in heads:
                 more = {"tie_word_embeddings": True, **labels, **pads, **starts}
                 found[cls] = Variant(cls, cls, bases[kind] | more)
     return found

@@ -142,7 +142,7 @@ def configure(
     config, notes = resized(found.config, classes, wishes)
     config["architectures"] = found.config.get("architectures") or [found.cls]
     flops = None
-    if "mlm" in classes:
+    if "lm" in classes:
         flops = flops_per_token(found.config, classes), flops_per_token(config, classes)
     operators = candidates(found.config, config, found.heads)
     grow, refused = None, ""

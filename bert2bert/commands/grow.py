@@ -211,7 +211,7 @@ def _drift(
     growth: Growth, spec: TargetSpec, named: dict[str, str], target: Target, tokens: Tokens, say: Callable[[str], None]
 ) -> Drift | None:
     """How the function changes, on weights as the target will have them: rounded where it stores no wider copy."""
-    if "mlm" not in growth.model.heads:
+    if "lm" not in growth.model.heads:
         say("drift    not measured: there is no language-model head")
         return None
     grown = values(growth.plan, growth.reads)

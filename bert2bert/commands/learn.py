@@ -147,12 +147,12 @@ class Fit:
     ) -> None:
         table = table_for(source)
         pair = pair_of(source, target, Choices.parse(width="ligo", seed=seed))
-        if "mlm" not in heads:
+        if "lm" not in heads:
             raise UnsupportedGrowth(
                 f"a fit lowers the language-model loss, and this {table.model_type} has no language-model head; use a "
                 f"checkpoint with one, or a width that is not learned"
             )
-        self.used = min((has for has in table.classes.values() if "mlm" in has and has <= heads), key=len)
+        self.used = min((has for has in table.classes.values() if "lm" in has and has <= heads), key=len)
         self.pair, self.what, self.device, self.dtype = pair, objective_of(source), device, dtype
         self.blend = Blend(Scheme(pair), self.used, weights, dtype, device)
         start = self.blend.scheme.initial(self.blend.build, self.blend.parameters, noise, seed)

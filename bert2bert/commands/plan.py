@@ -152,7 +152,7 @@ def describe(growth: Growth) -> Description:
     numel = sum(prod(p.shape) for p in model.parameters.values()), sum(prod(t.shape) for t in plan.tensors.values())
     each = 4 * len(model.source.states)
     flops = None
-    if "mlm" in model.heads:
+    if "lm" in model.heads:
         flops = flops_per_token(model.config, model.heads), flops_per_token(plan.config, model.heads)
     return Description(
         growth,

@@ -68,7 +68,7 @@ def verify(
     both = (model, target)
     check_tokens(given, min(m.table.axis_sizes(m.config)["vocab"] for m in both), *both)
     checks = Checks()
-    runs = logits and "mlm" in model.heads and "mlm" in target.heads
+    runs = logits and "lm" in model.heads and "lm" in target.heads
     growth = _rebuilt(model, target, other, checks)
     if growth is not None:
         takes = gradients_take(model, growth.plan) if runs and not unpromised(growth.plan) else ""

@@ -121,18 +121,18 @@ def check_words(
     where the words' one, of the class in the config, lacks only biases: transformers starts those at 0 and
     has it. stored: by canonical name; cls: the class that the config names."""
     more = table.classes.get(cls, frozenset[str]())
-    words = table.parameters(config, heads | more if "mlm" in more else heads)
+    words = table.parameters(config, heads | more if "lm" in more else heads)
     lacks = [name for name in words if name not in stored]
-    alone = table.parameters(config, heads - {"mlm"})
-    other = [name for name in alone if name not in table.parameters(config, more | {"mlm"})]
-    if "mlm" in heads:
-        beside = {head for has in table.classes.values() if "decoder" in has for head in has - {"decoder", "mlm"}}
+    alone = table.parameters(config, heads - {"lm"})
+    other = [name for name in alone if name not in table.parameters(config, more | {"lm"})]
+    if "lm" in heads:
+        beside = {head for has in table.classes.values() if "decoder" in has for head in has - {"decoder", "lm"}}
         clash = heads & beside and any(p.spec != words[name].spec for name, p in alone.items())
     else:
-        clash = "mlm" in more and table.tied(config) and all(name.endswith(".bias") for name in lacks)
+        clash = "lm" in more and table.tied(config) and all(name.endswith(".bias") for name in lacks)
     if not clash or not other:
         return
-    fits = ", ".join(name for name, has in table.classes.items() if has == heads - {"mlm"})
+    fits = ", ".join(name for name, has in table.classes.items() if has == heads - {"lm"})
     do = f"store {lacks[0]}, zeros" if lacks else f"remove {stored[other[0]].name} and its like"
     raise InvalidCheckpoint(
         f"{source.path}: the config's architectures names {cls or 'no class'}, whose head of words reads the same norm "

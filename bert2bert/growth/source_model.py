@@ -287,7 +287,7 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorM
     cls = named_class(config)
     named_heads = [table.classes[cls]] if cls in table.classes else []
     # Where it names none, both functions are kept; a classifier of T5 has no rows beside a tied head.
-    tied = [has for has in names if "mlm" in has and not bare and len(table.depth) == 1]
+    tied = [has for has in names if "lm" in has and not bare and len(table.depth) == 1]
     return heads.union(*(has for has in named_heads or tied if names[has][0] <= set(stored)))
 
 

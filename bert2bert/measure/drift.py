@@ -269,4 +269,4 @@ def _vocab(*configs: Mapping[str, Any]) -> int:
 def streams(model: CheckpointModel, config: Mapping[str, Any] | None = None) -> bool:
     """Whether this project's own BERT computes the model, one layer at a time."""
     config = model.config if config is None else config
-    return config["model_type"] == "bert" and "mlm" in model.heads and config.get("hidden_act", "gelu") in ACTIVATIONS
+    return config["model_type"] == "bert" and "lm" in model.heads and config.get("hidden_act", "gelu") in ACTIVATIONS

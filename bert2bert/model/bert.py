@@ -1,4 +1,4 @@
-"""BERT (post-LN): transformers' BertForPreTraining (heads "mlm" and "nsp") or BertForMaskedLM ("mlm")."""
+"""BERT (post-LN): transformers' BertForPreTraining (heads "lm" and "nsp") or BertForMaskedLM ("lm")."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bert2bert.model.masked import Encoder
 
 
 class Bert(Encoder):
-    """The whole model. heads: ("mlm",) or ("mlm", "nsp"), default the config's. Weights are torch's own draws until
+    """The whole model. heads: ("lm",) or ("lm", "nsp"), default the config's. Weights are torch's own draws until
     `initialise`."""
 
     def __init__(self, config: BertConfig, heads: tuple[str, ...] | None = None) -> None:

@@ -15,7 +15,7 @@ from bert2bert.errors import InvalidConfig, did_you_mean
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
-HEADS = {"BertForPreTraining": ("mlm", "nsp"), "BertForMaskedLM": ("mlm",)}
+HEADS = {"BertForPreTraining": ("lm", "nsp"), "BertForMaskedLM": ("lm",)}
 """Hugging Face's class names of the models that can be built, and the heads that each has."""
 
 _SIZES = (
@@ -43,7 +43,7 @@ _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The fields carry Hugging Face's names and defaults. heads: ("mlm", "nsp") or ("mlm",)."""
+    """The fields carry Hugging Face's names and defaults. heads: ("lm", "nsp") or ("lm",)."""
 
     vocab_size: int
     hidden_size: int
@@ -59,7 +59,7 @@ class BertConfig:
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
-    heads: tuple[str, ...] = ("mlm",)
+    heads: tuple[str, ...] = ("lm",)
 
     @property
     def head_size(self) -> int:
@@ -115,7 +115,7 @@ class BertConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> BertConfig:
         """Read a Hugging Face config dict (the content of config.json).
 
-        Heads follow `architectures`: BertForPreTraining has mlm and nsp, BertForMaskedLM and no entry at all mlm.
+        Heads follow `architectures`: BertForPreTraining has lm and nsp, BertForMaskedLM and no entry at all lm.
         Raises InvalidConfig for a missing size, a wrong value, or something this model core does not compute.
         """
         check_architecture(config)

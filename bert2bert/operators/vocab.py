@@ -29,7 +29,7 @@ def _tokens(pair: Pair, name: str, gather: Gather, *moments: str, **more: Any) -
         f"vocab {old} -> {new}: logits of old tokens stay, but new tokens enter the softmax, so probabilities and the "
         f"loss change",
     )
-    if "mlm" not in pair.heads:
+    if "lm" not in pair.heads:
         function = ()
     notes = (f"a tokenizer is copied as it is: give it tokens {old} to {new - 1} before training on them",)
     return Width(name, {"vocab": gather}, reasons=Reasons(function, function, moments, notes), **more)

@@ -102,7 +102,7 @@ class Flops:
         parts: dict[str, list[Parameter]] = {}
         for p in self.table.parameters(config, heads).values():
             parts.setdefault(p.part, []).append(p)
-        self.head = self._maps(parts.pop("head", [])) if "mlm" in heads else _Maps(0, 0, 0)
+        self.head = self._maps(parts.pop("head", [])) if "lm" in heads else _Maps(0, 0, 0)
         layers = [(rows[0], self._maps(rows)) for rows in parts.values() if rows[0].layer is not None]
         first = self.table.depth[0]
         self.blocks = [_Block(maps, self._window(row.layer or 0), row.depth != first) for row, maps in layers]

@@ -14,7 +14,7 @@ GPT2 = Table(
     outer="transformer.",
     anchor="wte.weight",
     classes={
-        "GPT2LMHeadModel": frozenset({"mlm"}),
+        "GPT2LMHeadModel": frozenset({"lm"}),
         "GPT2Model": frozenset(),
         "GPT2ForSequenceClassification": frozenset({"score"}),
         "GPT2ForTokenClassification": frozenset({"labels"}),
@@ -61,11 +61,11 @@ GPT2 = Table(
         Row("transformer.ln_f.bias", "~embed", tied=True),
         Row("transformer.ln_f.weight", "(rho normed)", tied=False),
         Row("transformer.ln_f.bias", "normed", tied=False),
-        Row("lm_head.weight", "vocab <- normed", needs="mlm", tied=False),
+        Row("lm_head.weight", "vocab <- normed", needs="lm", tied=False),
         *after_norm("score.weight", "labels", "score"),
         *after_norm("classifier.{weight,bias}", "labels", "labels"),
         *after_norm("qa_outputs.{weight,bias}", "classes", "qa"),
     ),
     stds={"c_proj.weight": "range 2 layers"},
-    ties=(Tie("lm_head.weight", "transformer.wte.weight", needs="mlm"),),
+    ties=(Tie("lm_head.weight", "transformer.wte.weight", needs="lm"),),
 )

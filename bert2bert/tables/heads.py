@@ -43,7 +43,7 @@ def bert_classes(name: str, sequence: frozenset[str]) -> dict[str, frozenset[str
 def llama_classes(name: str) -> dict[str, frozenset[str]]:
     """All classes of a decoder of this name, and their heads."""
     return {
-        f"{name}ForCausalLM": frozenset({"mlm"}),
+        f"{name}ForCausalLM": frozenset({"lm"}),
         f"{name}Model": frozenset(),
         f"{name}ForSequenceClassification": frozenset({"score"}),
         f"{name}ForTokenClassification": frozenset({"score", "shift"}),

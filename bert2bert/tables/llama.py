@@ -59,10 +59,10 @@ LLAMA = Table(
         Row("model.layers.{layers}.post_attention_layernorm.weight", "(rho normed)"),
         Row("model.norm.weight", "(rho ~embed)", tied=True),
         Row("model.norm.weight", "(rho normed)", tied=False),
-        Row("lm_head.weight", "vocab <- normed", needs="mlm", tied=False),
+        Row("lm_head.weight", "vocab <- normed", needs="lm", tied=False),
         *LLAMA_ROWS,
     ),
-    ties=(Tie("lm_head.weight", "model.embed_tokens.weight", needs="mlm"),),
+    ties=(Tie("lm_head.weight", "model.embed_tokens.weight", needs="lm"),),
 )  # fmt: skip
 
 MISTRAL = replace(

@@ -13,7 +13,7 @@ from bert2bert.tables.table import Row, Table, Tie
 
 _L = "model.layers.{layers}."
 _QKV, _LATER = "(tau heads qk | heads ~qk | heads v)", (1, None)
-_ANY = "mlm|labels|choice"
+_ANY = "lm|labels|choice"
 _ROTARY = "rotary positions pair a head's features at frequencies that follow from its size; grow the heads"
 _ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -22,7 +22,7 @@ _ROPE = {
 MODERNBERT = Table(
     model_type="modernbert", outer="model.", anchor="embeddings.tok_embeddings.weight",
     classes={
-        "ModernBertForMaskedLM": frozenset({"mlm"}), "ModernBertModel": frozenset(),
+        "ModernBertForMaskedLM": frozenset({"lm"}), "ModernBertModel": frozenset(),
         **bert_classes("ModernBert", frozenset({"labels"})), "ModernBertForQuestionAnswering": frozenset({"labels"}),
         "ModernBertForMultipleChoice": frozenset({"choice"}),
     },
@@ -64,14 +64,14 @@ MODERNBERT = Table(
         Row("model.final_norm.bias", "normed", when="norm_bias"),
         Row("head.dense.weight", "embed <- normed", needs=_ANY),
         Row("head.dense.bias", "embed", needs=_ANY, when="classifier_bias"),
-        Row("head.norm.weight", "(rho ~embed)", needs="mlm", tied=True),
-        Row("head.norm.bias", "~embed", needs="mlm", tied=True, when="norm_bias"),
+        Row("head.norm.weight", "(rho ~embed)", needs="lm", tied=True),
+        Row("head.norm.bias", "~embed", needs="lm", tied=True, when="norm_bias"),
         Row("head.norm.weight", "(rho normed)", needs=_ANY, tied=False),
         Row("head.norm.bias", "normed", needs=_ANY, tied=False, when="norm_bias"),
-        Row("decoder.weight", "vocab <- normed", needs="mlm", tied=False),
-        Row("decoder.bias", "vocab", needs="mlm", when="!decoder_bias=False"),
+        Row("decoder.weight", "vocab <- normed", needs="lm", tied=False),
+        Row("decoder.bias", "vocab", needs="lm", when="!decoder_bias=False"),
         *after_norm("classifier.{weight,bias}", "labels", "labels"),
         *after_norm("classifier.{weight,bias}", "one", "choice"),
     ),
-    ties=(Tie("decoder.weight", "model.embeddings.tok_embeddings.weight", needs="mlm"),),
+    ties=(Tie("decoder.weight", "model.embeddings.tok_embeddings.weight", needs="lm"),),
 )  # fmt: skip

@@ -34,7 +34,7 @@ def _ffn(block: str, needs: str = "") -> tuple[Row, ...]:
 
 T5 = Table(
     model_type="t5", outer="", anchor="shared.weight", norm="rms", prenorm=True, eps=("layer_norm_epsilon", 1e-6),
-    classes={"T5ForConditionalGeneration": frozenset({"decoder", "mlm"}), "T5Model": frozenset({"decoder"}),
+    classes={"T5ForConditionalGeneration": frozenset({"decoder", "lm"}), "T5Model": frozenset({"decoder"}),
              "T5EncoderModel": frozenset(), "T5ForSequenceClassification": frozenset({"decoder", "sequence"}),
              "T5ForTokenClassification": frozenset({"labels"}), "T5ForQuestionAnswering": frozenset({"decoder", "qa"})},
     outers=dict.fromkeys(("T5ForSequenceClassification", "T5ForTokenClassification"), "transformer."),
@@ -59,12 +59,12 @@ T5 = Table(
         *_attention(f"{_D}.0", "SelfAttention", "decoder"),
         *_attention(f"{_D}.1", "EncDecAttention", "decoder"),
         *_ffn(f"{_D}.2", "decoder"),
-        Row(_LAST, "(rho normed)", "decoder !mlm"),
-        Row(_LAST, "(rho sigma ~embed)", "decoder mlm", tied=True, when=f"!{_SCALED}=False"),
-        Row(_LAST, "(rho ~embed)", "decoder mlm", tied=True, when=f"{_SCALED}=False"),
-        Row(_LAST, "(rho sigma normed)", "decoder mlm", tied=False, when=_SCALED),
-        Row(_LAST, "(rho normed)", "decoder mlm", tied=False, when=f"!{_SCALED}"),
-        Row("lm_head.weight", "vocab <- normed", "mlm", tied=False),
+        Row(_LAST, "(rho normed)", "decoder !lm"),
+        Row(_LAST, "(rho sigma ~embed)", "decoder lm", tied=True, when=f"!{_SCALED}=False"),
+        Row(_LAST, "(rho ~embed)", "decoder lm", tied=True, when=f"{_SCALED}=False"),
+        Row(_LAST, "(rho sigma normed)", "decoder lm", tied=False, when=_SCALED),
+        Row(_LAST, "(rho normed)", "decoder lm", tied=False, when=f"!{_SCALED}"),
+        Row("lm_head.weight", "vocab <- normed", "lm", tied=False),
         Row("classification_head.dense.{weight,bias}", "embed <- normed", "sequence"),
         Row("classification_head.out_proj.{weight,bias}", "labels <- embed", "sequence"),
         Row("classifier.{weight,bias}", "labels <- normed", "labels"),
@@ -75,6 +75,6 @@ T5 = Table(
     ties=(
         Tie("encoder.embed_tokens.weight", "shared.weight", tied=None),
         Tie("decoder.embed_tokens.weight", "shared.weight", "decoder", tied=None),
-        Tie("lm_head.weight", "shared.weight", "mlm"),
+        Tie("lm_head.weight", "shared.weight", "lm"),
     ),
 )  # fmt: skip

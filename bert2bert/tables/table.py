@@ -22,7 +22,7 @@ from bert2bert.tables.expressions import evaluate, holds, present
 from bert2bert.tables.rope import rotary
 
 _BOTH = "{weight,bias}"
-_LM = "mlm"  # the language-model head
+_LM = "lm"  # the language-model head
 _DEPTH = re.compile(r"\{(\w+)\}")
 
 
@@ -30,8 +30,8 @@ _DEPTH = re.compile(r"\{(\w+)\}")
 class Row:
     """One line of a table: name pattern, spec, and when the tensor exists.
 
-    needs: heads that the model must have, or with '!' not have ('decoder !mlm'), or one of which it must have
-    ('mlm|qa'). tied: only with (True) or without (False) a language-model head that is the word embedding. when: a
+    needs: heads that the model must have, or with '!' not have ('decoder !lm'), or one of which it must have
+    ('lm|qa'). tied: only with (True) or without (False) a language-model head that is the word embedding. when: a
     condition on the config, 'key', '!key' or 'key=glob'. only: the range [first, end) of the layers that have it, None
     = all above. untrained: whether pre-training with a language-model head leaves it alone. decay: whether weight decay
     applies to a tensor of more than one dimension (to others it never does).

@@ -124,6 +124,6 @@ def test_a_head_that_is_not_there_is_not_read() -> None:
     table = table_for(config)
     specs = {
         heads: table.parameters(config, frozenset(heads))["transformer.ln_f.weight"].spec
-        for heads in ((), ("mlm",), ("score",))
+        for heads in ((), ("lm",), ("score",))
     }
-    assert specs == {(): "(rho normed)", ("mlm",): "(rho ~embed)", ("score",): "(rho normed)"}
+    assert specs == {(): "(rho normed)", ("lm",): "(rho ~embed)", ("score",): "(rho normed)"}

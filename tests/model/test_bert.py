@@ -126,9 +126,9 @@ def test_compiling_is_an_option_of_the_constructor(monkeypatch: pytest.MonkeyPat
 
 def test_config_round_trip_and_heads() -> None:
     config = BertConfig.from_hf(hf_dict(id2label={"0": "no"}, use_cache=True))
-    assert BertConfig.from_hf(config.to_hf()) == config and config.heads == ("mlm", "nsp")
-    assert BertConfig.from_hf({k: v for k, v in hf_dict().items() if k != "architectures"}).heads == ("mlm",)
-    assert Bert(config, heads=("mlm",)).hf_config["architectures"] == ["BertForMaskedLM"]
+    assert BertConfig.from_hf(config.to_hf()) == config and config.heads == ("lm", "nsp")
+    assert BertConfig.from_hf({k: v for k, v in hf_dict().items() if k != "architectures"}).heads == ("lm",)
+    assert Bert(config, heads=("lm",)).hf_config["architectures"] == ["BertForMaskedLM"]
     assert config.aliases == {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",

@@ -51,6 +51,6 @@ def test_kinds_of_layers() -> None:
 def test_t5_scales_the_head_unless_told(said: dict[str, bool], spec: str) -> None:
     sizes = tiny.VARIANTS["t5"].base
     table = table_for(sizes)
-    last = table.parameters(sizes | said, frozenset({"decoder", "mlm"}))["decoder.final_layer_norm.weight"]
+    last = table.parameters(sizes | said, frozenset({"decoder", "lm"}))["decoder.final_layer_norm.weight"]
     assert last.spec == spec
     assert table.settled(sizes | said)["scale_decoder_outputs"] is ("sigma" in spec)
