@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -208,6 +209,7 @@ def test_one_rank(bins: Path, tmp_path: Path) -> None:
         (2, "one", 2), (3, "two", 1), (4, "two", 2), (5, "three", 1),
     ]  # fmt: skip
     assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 3, 4, 5]
+    assert all(r["perplexity"] == pytest.approx(np.exp(r["loss"])) for r in records if r["kind"] == "eval")
     assert all(a["flops"] < b["flops"] and a["tokens"] < b["tokens"] for a, b in pairwise(trained))
     assert all(r["mfu"] is None and r["loss_scale"] is None and r["layers_run"] == tiny.LAYERS for r in trained)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from bert2bert.checkpoints.manifest import Trained
 from bert2bert.errors import InvalidConfig
 from bert2bert.recipe import Masked, Recipe, load_recipe
 from bert2bert.train.position import continued
+from bert2bert.train.run import train
+from tests.data.fixtures import write_bins
+from tests.train import tiny
 
 ROOT = Path(__file__).parents[2]
 DIGESTS = {"digest": "d", "tokenizer_digest": "t"}
@@ -60,3 +64,18 @@ def test_rows_mean_the_same_only_under_the_same_objective(recipe: Recipe) -> Non
     other = replace(told, recipe={**plain, "objective": {"kind": "causal"}})
     with pytest.raises(InvalidConfig, match=r"kind is 'masked', .* had 'causal'.*Continue with that run's recipe"):
         continued(other, folder, recipe, DIGESTS, [])
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    """No process group, no folder: bins of BERT's tokenizer of an older version, and a decoder."""
+    bins = write_bins(tmp_path / "bins", [40], 60).folder
+    meta = json.loads((bins / "meta.json").read_text())
+    del meta["special"]["eos"]
+    (bins / "meta.json").write_text(json.dumps(meta))
+    config = {
+        "model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32,
+    }  # fmt: skip
+    decoder = tiny.recipe(str(bins), model=config)
+    with pytest.raises(InvalidConfig, match=r"the tokenizer of .*bins has no eos token, which .* 'causal' needs"):
+        train(decoder, tiny.ds_config(0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
