@@ -58,6 +58,10 @@ def arguments() -> Parser:
         "--timeout", type=float, metavar="SECONDS",
         help="how long a rank waits for another, at the start and in a collective (default: 600)",
     )  # fmt: skip
+    parser.add_argument(
+        "--activation_checkpointing", action="store_true",
+        help="keep only the input of every learning block for the backward pass, and compute the rest again there",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the run's end as one JSON object on standard output")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only (and what --json gives)")
     # The deepspeed launcher passes it; the environment says the same.
@@ -90,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             command = ["launch/pretrain.py", *words]
             result = train(
                 recipe, config, options.output, options.resume, command=command, recipe_file=options.recipe,
-                quiet=options.quiet, timeout=timeout,
+                quiet=options.quiet, timeout=timeout, activation_checkpointing=options.activation_checkpointing,
             )  # fmt: skip
         if options.json and rank == 0:
             print(json.dumps({k: None if v != v else v for k, v in result.items()}), flush=True)

@@ -35,7 +35,7 @@ ALLOWED = {
 }
 ROOMS = ALLOWED.keys() | {"commands", "__main__"}
 ONLY_IN = {
-    "deepspeed": ("train/engine.py",),
+    "deepspeed": ("train/engine.py", "train/sharded.py"),
     "mpi4py": ("ranks/comm.py",),
     "datasets": ("data/records.py",),
     "transformers": (

@@ -121,19 +121,32 @@ class LanguageModel(nn.Module):
     def initialise(self, opened: Opened | None = None) -> None:
         """Draw fresh weights as transformers does: with the table's deviation (`draw`), biases 0, norm gains 1, the
         padding token's row 0 (``zero_padding``). The draws follow from torch's random state alone, whatever ``opened``
-        does."""
-        for path, module in self.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            with nullcontext() if opened is None or not own else opened(list(own.values())):
+        does: it is asked for every parameter once, for one module's at a time."""
+        owners = [(path, dict(module.named_parameters(recurse=False))) for path, module in self.named_modules()]
+        last = {id(parameter): path for path, own in owners for parameter in own.values()}
+        paddings = {
+            id(module.weight): module.padding_idx
+            for module in self.modules()
+            if self.zero_padding and isinstance(module, nn.Embedding) and module.padding_idx is not None
+        }
+        for path, own in owners:
+            kept = [parameter for parameter in own.values() if last[id(parameter)] == path]
+            with nullcontext() if opened is None or not kept else opened(kept):
                 for name, parameter in own.items():
-                    self._draw(f"{path}.{name}" if path else name, parameter)
-        for module in self.modules():  # last: a tied decoder has drawn the rows again
-            if self.zero_padding and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                with nullcontext() if opened is None else opened([module.weight]):
-                    module.weight[module.padding_idx] = 0
+                    at = f"{path}.{name}" if path else name
+                    if last[id(parameter)] != path:  # tied: what counts is the draw of its last owner
+                        self._draw(at, torch.empty(self._about(at).shape, dtype=parameter.dtype))
+                        continue
+                    self._draw(at, parameter)
+                    if (row := paddings.get(id(parameter))) is not None:
+                        parameter[row] = 0
 
-    def _draw(self, path: str, parameter: nn.Parameter) -> None:
-        about = self.known[self.aliases.get(path, path)]
+    def _about(self, path: str) -> Parameter:
+        """What the table says of a parameter, tied or not."""
+        return self.known[self.aliases.get(path, path)]
+
+    def _draw(self, path: str, parameter: Tensor) -> None:
+        about = self._about(path)
         if len(about.shape) > 1:
             self.draw(parameter, self.table.std(about.pattern, self.hf_config))
         elif path.endswith("bias"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,24 @@ def activation(name: str) -> nn.Module:
 def chain(**modules: nn.Module) -> nn.Sequential:
     """Modules that are applied one after another, each under its name."""
     return nn.Sequential(OrderedDict(modules))
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Inside, the parameters of new modules go to the meta device as soon as they have a name: a model is made with one
+    parameter in memory at a time. Buffers, whose values modules compute, stay where they are."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one is there already, and stays the same object
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class RMSNorm(nn.Module):

@@ -7,6 +7,7 @@ an architecture does not compute.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from bert2bert.tables import table_for
 if TYPE_CHECKING:
     import torch
 
-    from bert2bert.model.core import LanguageModel
+    from bert2bert.model.core import LanguageModel, Opened
 
 CORES = {
     "bert": "bert.Bert",
@@ -80,17 +81,31 @@ def objective_of(config: Mapping[str, Any]) -> str:
 
 
 def build(
-    config: Mapping[str, Any], dtype: torch.dtype | None = None, *, compile_layers: bool = False
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    *,
+    compile_layers: bool = False,
+    opened: Opened | None = None,
 ) -> LanguageModel:
     """A freshly initialised model from a Hugging Face config, in ``dtype`` (default float32).
 
-    The language-model head is that of ``architectures``, or of the architecture's usual class. compile_layers: compile
-    one Transformer block with torch.compile and reuse it for all layers and every layer program; meant for a GPU.
+    The language-model head is that of ``architectures``, or of the architecture's usual class. The weights follow from
+    torch's random state alone. compile_layers: compile one Transformer block with torch.compile and reuse it for all
+    layers and every layer program; meant for a GPU. opened: the model is made on the meta device, and its parameters
+    are opened for their first values, those of one module at a time: no moment needs the whole model (ZeRO-3).
     Raises InvalidConfig.
     """
+    import torch
+
+    from bert2bert.model.modules import unfilled
+
     check(config)
-    model = _core(str(config.get("model_type", "bert"))).from_hf({**config, "architectures": [class_of(config)]})
-    model.initialise()
+    core = _core(str(config.get("model_type", "bert")))
+    state = torch.get_rng_state()
+    with nullcontext() if opened is None else unfilled():
+        model = core.from_hf({**config, "architectures": [class_of(config)]})
+    torch.set_rng_state(state)  # torch's modules draw while they are made, unless on the meta device
+    model.initialise(opened)
     if compile_layers:
         model.compile_layers()
     return model if dtype is None else model.to(dtype)

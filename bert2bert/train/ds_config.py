@@ -56,7 +56,8 @@ REFUSED = {
     "autotuning": "it runs other settings than the file says; tune apart, then write the result here",
     "torch_autocast": "the growth of its checkpoints is untested; use bf16 or fp16",
     "pipeline": _UNUSED,
-    "activation_checkpointing": _UNUSED,
+    "activation_checkpointing": "its options are for models that call deepspeed.checkpointing; to compute blocks again "
+    "in the backward pass, run with --activation_checkpointing; remove it here",
     "tensor_parallel": _UNUSED,
     "expert_parallel": _UNUSED,
     "hybrid_engine": _UNUSED,

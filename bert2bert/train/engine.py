@@ -1,4 +1,4 @@
-"""The DeepSpeed engine behind a small interface: build, forward, step, freeze. The only module to import deepspeed.
+"""The DeepSpeed engine behind a small interface: build, forward, step, freeze. Only it and `sharded` import deepspeed.
 
 A layer that does not learn in a step keeps weights and moments bit for bit, at ZeRO stages 0 to 3: its parameters do
 not require gradients in that step (no backward, no share in the gradient norm) *and* its optimizer groups are skipped
@@ -246,13 +246,15 @@ def restore_linear() -> None:
 
 
 def build(recipe: Recipe, ds_config: Mapping[str, Any], model: LanguageModel) -> Engine:
-    """The engine that trains ``model`` (in fp32 on any device) as the recipe says.
+    """The engine that trains ``model`` (in fp32 on any device, or partitioned by `sharded.opened`) as the recipe says.
 
     ``ds_config``: DeepSpeed's own, see bert2bert.train.ds_config.resolve. Joins the process group by `start` if that
     was not done. Raises InvalidConfig for an option that is refused.
     """
     device = start()
     settings = resolve(dict(ds_config), recipe, dist.get_world_size())
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)  # DeepSpeed leaves them behind where the parameters are partitioned
     parameters = dict(model.named_parameters())
     groups = param_groups({name: model.known[name] for name in parameters}, GROUP_LAYOUT)
     decay = recipe.optimizer.weight_decay

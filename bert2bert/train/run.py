@@ -27,7 +27,7 @@ from bert2bert.ranks.rendezvous import Stopped
 from bert2bert.recipe import Recipe, model_keys
 from bert2bert.tables import table_for
 from bert2bert.train import engine as engines
-from bert2bert.train import run_folder
+from bert2bert.train import run_folder, sharded
 from bert2bert.train.errors import explained
 from bert2bert.train.loop import Loop
 from bert2bert.train.save import whole
@@ -42,13 +42,15 @@ def train(
     recipe_file: Path | None = None,
     quiet: bool = False,
     timeout: float = engines.TIMEOUT,
+    activation_checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.ranks.launcher.set_up).
 
     ``resume``: a run folder (``output`` itself: the run goes on, or starts if no checkpoint is there yet), a tag's
     folder, a grown checkpoint, or a Hugging Face folder. ``command``: what run.json says started it (default sys.argv);
     ``recipe_file`` is copied into the folder; ``quiet``: print warnings only; ``timeout``: seconds that a rank waits
-    for another, at the start and in a collective.
+    for another, at the start and in a collective; ``activation_checkpointing``: learning blocks keep their input alone
+    for the backward pass, which computes the rest again.
     Returns {"step", "loss" and "accuracy" (of the last evaluation on held-out text), "flops", "seconds", "tokens",
     "stopped" (the signal's name or None)}. Raises UserError for every mistake of the user.
     """
@@ -78,7 +80,9 @@ def train(
             continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, resume))
             torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
             compiled = device.type == "cuda" and _stage(ds_config) < 3
-            model = registry.build(model_config, compile_layers=compiled)
+            opened = sharded.opened(recipe, ds_config)
+            model = registry.build(model_config, compile_layers=compiled, opened=opened)
+            model.recompute = activation_checkpointing
             engine = engines.build(recipe, ds_config, model)
             try:
                 loop = Loop(recipe, engine, bins, output, stop, lock, quiet)
