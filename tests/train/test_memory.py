@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,8 @@ from bert2bert.train.position import Progress
 from tests import tiny as models
 from tests.distributed import run_ranks
 from tests.model.test_cores import asked, flat
-from tests.train import tiny
+from tests.train import runs, tiny
+from tests.train.test_foreign import RECIPE, pretrain
 
 DATA = {"digest": "0", "tokenizer_digest": "0"}
 VARIANTS = (*registry.CORES, "bert-untied", "llama-tied", "t5-untied", "modernbert-untied")
@@ -81,6 +83,34 @@ def drawn(precision: str, names: tuple[str, ...], world: int) -> list[str]:
 def test_partitioned_fresh_weights_are_those_of_a_whole_model(precision: str, world: int) -> None:
     names = VARIANTS if world == 2 else ("bert", "llama", "t5")
     assert run_ranks(drawn, world, precision, names, world) == [[]] * world
+
+
+def masters(precision: str) -> list[Any]:
+    """Digests of the master weights that engines of each stage begin with; the last keeps its shares in host memory."""
+    from bert2bert.train import engine as engines
+    from bert2bert.train import partitions
+
+    tiny.allow_fp16()
+    found = []
+    for stage, offloaded in [*((stage, False) for stage in range(4)), (3, True)]:
+        ds_config = config(stage, precision)
+        for key in ("offload_param", "offload_optimizer") if offloaded else ():
+            ds_config["zero_optimization"][key] = {"device": "cpu"}
+        engine = engines.build(tiny.recipe(), ds_config, built(tiny.model_config(), ds_config))
+        found.append(partitions.digests(engine))
+        engine.set_lr(1e-2)
+        engine.apply(full(tiny.LAYERS))
+        loss, *_ = engine.forward(tiny.batch(engine.rank), full(tiny.LAYERS))
+        engine.backward(loss)
+        found[-1]["loss"] = float(loss.detach())
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_master_weights_begin_alike_at_every_stage(precision: str) -> None:
+    for rank in run_ranks(masters, 2, precision):
+        assert len(rank) == 5 and all(found == rank[0] for found in rank)
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------
@@ -268,6 +298,36 @@ def test_recomputed_blocks_keep_less(name: str) -> None:
     (loss, grads, before), (again, others, after) = found
     assert torch.equal(loss, again) and after < 0.6 * before
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
+def launched(words: list[str]) -> tuple[int, int]:
+    """The exit status of launch/pretrain.py in this rank, and how many blocks kept their input alone."""
+    from bert2bert.model import core
+
+    original, calls = core.checkpoint, 0
+
+    def count(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(*args, **more)
+
+    core.checkpoint = count  # type: ignore[assignment]
+    return pretrain(words), calls
+
+
+@pytest.mark.timeout(120)
+def test_the_option_of_a_run(tmp_path: Path) -> None:
+    """The same records, dropout included; the FLOPs of what is computed again do not count."""
+    bins = runs.make_bins(tmp_path)
+    recipe = RECIPE.format(model=tiny.model_config(0.1), bins=str(bins))
+    (tmp_path / "recipe.py").write_text(recipe)
+    (tmp_path / "ds.json").write_text(json.dumps(config(3)))
+    words = ["--recipe", str(tmp_path / "recipe.py"), "--ds_config", str(tmp_path / "ds.json"), "--output"]
+    plain = run_ranks(launched, 2, [*words, str(tmp_path / "plain")])
+    again = run_ranks(launched, 2, [*words, str(tmp_path / "again"), "--activation_checkpointing"])
+    assert plain == [(0, 0)] * 2 and again == [(0, 2 * tiny.LAYERS)] * 2  # of two steps
+    records = runs.records(tmp_path / "plain")
+    assert records == runs.records(tmp_path / "again") and any(r["kind"] == "train" for r in records)
 
 
 def test_deepspeeds_section_is_refused_with_the_option() -> None:
