@@ -97,7 +97,7 @@ def build(
     """
     import torch
 
-    from bert2bert.model.modules import unfilled
+    from bert2bert.model.modules import unfilled  # not at the top: it imports torch
 
     check(config)
     core = _core(str(config.get("model_type", "bert")))
