@@ -84,7 +84,7 @@ class Run:
         rows = recipe.get("data") or {}
         found = {"data digest": self.data.get("digest"), "tokenizer digest": self.data.get("tokenizer_digest")}
         older = {"kind": "masked", "mlm_probability": rows.get("mlm_probability", rows.get("mask_share"))}
-        found |= {f"objective.{key}": value for key, value in recipe.get("objective", older).items()}
+        found |= {f"objective.{key}": value for key, value in (recipe.get("objective") or older).items()}
         return found | {key: rows.get(key) for key in ("seq_len", "eval_rows")}
 
     def at(self, step: int) -> Point | None:
