@@ -140,6 +140,13 @@ def contradictions(
 ) -> Iterator[str]:
     """Settings that have no effect on the ids: refused if nobody's files say what transformers does, else a note."""
     config, kind = settings.get(CONFIG, {}), type(found).__name__
+    bos = getattr(found, "bos_token", None)
+    if config.get("add_bos_token") and bos and not adds_bos(found, {"bos": str(bos)}):
+        yield (
+            f"tokenizer {named}: {CONFIG} has add_bos_token = true, but as transformers reads this folder ({kind}) no"
+            f" {bos} stands before a text, and documents begin without it. If the model was trained with it, put the"
+            " template into tokenizer.json (post_processor)"
+        )
     file = _file(folder / "tokenizer.json", named) if "tokenizer.json" in settings else None
     if file and {file["model"]["type"], state["model"]["type"]} != {"WordPiece"}:
         if names := _otherwise(file, state):

@@ -116,6 +116,18 @@ def test_ids_and_roles_are_those_of_transformers(tmp_path: Path, name: str) -> N
     assert found.size == len(truth)
 
 
+def test_a_bos_that_is_asked_for_and_not_put_is_said(tmp_path: Path) -> None:
+    """transformers follows the template of tokenizer.json; without one the setting has no effect."""
+    at = byte_fallback(tmp_path / "hub")
+    config, state = (json.loads((at / name).read_text()) for name in ("tokenizer_config.json", "tokenizer.json"))
+    (at / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
+    assert not load_tokenizer(at).notes
+    (at / "tokenizer.json").write_text(json.dumps({**state, "post_processor": None}))
+    found, truth = load_tokenizer(at), transformers.AutoTokenizer.from_pretrained(at)
+    assert found.vocabulary.add_bos == (truth("the cat")["input_ids"][0] == truth.bos_token_id)
+    assert found.vocabulary.add_bos or "has add_bos_token = true, but" in found.notes[0]
+
+
 def bins_of(folder: Path, tokenizer: Path) -> TokenBins:
     """Every document of `DOCUMENTS` in both splits."""
     for name in ("train", "heldout"):
