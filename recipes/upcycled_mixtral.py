@@ -3,6 +3,8 @@ r"""A mixture of experts upcycled from a dense Llama, trained on (Komatsuzaki et
 Command:   bert2bert grow llama-125m runs/mixture --config recipes/configs/mixtral_8x125m.json --experts upcycle
            deepspeed --num_gpus 8 launch/pretrain.py --ds_config ds_configs/zero2_bf16.json \
                --recipe recipes/upcycled_mixtral.py --bins bins/corpus --resume runs/mixture --output runs/mixtral
+           (to share the experts among 4 ranks: the growth with --format zero --stage 2 --world-size 8 --groups layers
+           --expert-parallel 4 or as it is, and "expert_parallel": {"enabled": true, "autoep_size": 4} in the ds_config)
 Machine:   any; `bert2bert plan` says the FLOPs of a growth's target, of which two experts a token count.
 Expected:  not yet run.
 

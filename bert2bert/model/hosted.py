@@ -128,6 +128,9 @@ class Hosted(LanguageModel):
         if f"{path}.weight" not in self.aliases:
             head.weight = nn.Parameter(torch.empty_like(head.weight))  # a T5 is tied whatever its config says
         model.set_submodule(path, Answers(head))
+        for module in model.modules():  # router logits are recorded here; DeepSpeed's AutoEP would stop at these
+            if isinstance(outputs := getattr(module, "_can_record_outputs", None), dict) and "router_logits" in outputs:
+                module._can_record_outputs = {}
         self._hosted, self._path = [model], path  # in a list: not a part of this model, whose parts are its parts
         for name, part in model.named_children():
             self.add_module(name, part)
@@ -163,17 +166,15 @@ class Hosted(LanguageModel):
         if "experts" in self.sizes:
             self.config._experts_implementation = self._experts()
         try:
-            with self._running(program):
+            with self._recording() as routed, self._running(program):
                 found = model(**inputs)
         finally:
             head.asked = None
         loss, correct, predicted, *logits = found["logits" if "logits" in found else "prediction_logits"]
-        if inputs.get("output_router_logits"):
+        if routed:
             balance = sys.modules[type(model).__module__].load_balancing_loss_func
-            mask = inputs["attention_mask"]
-            loss = loss + self.coefficient * balance(
-                found.router_logits, self.sizes["experts"], self.config.num_experts_per_tok, mask
-            )
+            chosen, mask = self.config.num_experts_per_tok, inputs["attention_mask"]
+            loss = loss + self.coefficient * balance(tuple(routed), self.sizes["experts"], chosen, mask)
         return Output(loss, correct, predicted, logits[0] if return_logits else None)
 
     def _inputs(self, batch: Batch, wanted: bool) -> tuple[tuple[Tensor, Tensor, bool], dict[str, Any]]:
@@ -188,10 +189,27 @@ class Hosted(LanguageModel):
             given["position_ids"] = rows.spread(batch.positions)
         if hasattr(self.config, "type_vocab_size"):
             given["token_type_ids"] = rows.spread(batch.types)
-        if self.routed and torch.is_grad_enabled():
-            given["output_router_logits"] = True
+        if self.routed:
+            given["output_router_logits"] = False  # `_recording` does
         places = rows.places if batch.targets is None else rows.places[batch.targets]
         return (places, batch.labels, wanted), given
+
+    @contextmanager
+    def _recording(self) -> Iterator[list[Tensor]]:
+        """The logits of every router that runs, [padded tokens, experts], if the model learns from them."""
+        found: list[Tensor] = []
+
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        blocks: list[Any] = [layer.mlp for layer in self.layers] if self.routed and torch.is_grad_enabled() else []
+        # expert-parallel engines have a router in the block's place of the gate
+        hooks = [getattr(block, "router", block).gate.register_forward_hook(record) for block in blocks]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _experts(self) -> str:
         """transformers' name of how experts are computed. Grouped products read rows of whole 16 bytes, and know no

@@ -201,6 +201,11 @@ class Recipe:
                 + (f", of which {table.first_position} are no token's" if table.first_position else "")
             )
         for i, phase in enumerate(self.phases):
+            if not isinstance(phase.program, Full) and len(table.depth) > 1:
+                raise InvalidConfig(
+                    f"phases.{i}.program is {phase.program.kind!r}; a {table.model_type} has two stacks of layers, the "
+                    "first of each with the position biases of all, and is trained whole: use Full()"
+                )
             if isinstance(phase.program, SubModels) and self.layers % phase.program.layers_per_stage:
                 raise InvalidConfig(
                     f"phases.{i}.program.layers_per_stage is {phase.program.layers_per_stage}, which does not divide "

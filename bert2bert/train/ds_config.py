@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bert2bert.checkpoints.expert_parallel.layout import CAPTURED
 from bert2bert.errors import InvalidConfig, did_you_mean
 from bert2bert.recipe import Recipe
+from bert2bert.tables import table_for
 
 _RECIPE = "it belongs to the recipe ({}); remove it here"
 _UNUSED = "this model has no use for it, so it would do nothing; remove it"
@@ -28,6 +31,7 @@ ALLOWED = (
     "bf16",
     "fp16",
     "data_types",
+    "expert_parallel",
     "zero_allow_untested_optimizer",
     "communication_data_type",
     "prescale_gradients",
@@ -59,7 +63,6 @@ REFUSED = {
     "activation_checkpointing": "its options are for models that call deepspeed.checkpointing; to compute blocks again "
     "in the backward pass, run with --activation_checkpointing; remove it here",
     "tensor_parallel": _UNUSED,
-    "expert_parallel": _UNUSED,
     "hybrid_engine": _UNUSED,
     "weight_quantization": _UNUSED,
     "data_efficiency": _RECIPE.format("recipe.data"),
@@ -100,6 +103,7 @@ REFUSED_ZERO = {
     "cpu_offload_param": 'it is deprecated; write "offload_param": {"device": "cpu"}',
 }
 
+_AUTOEP = ("enabled", "autoep_size", "use_grouped_mm", "disable_triton_grouped_mm", "combine_impl", "gate_up_impl")
 _MASTERS = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
 
 
@@ -132,6 +136,7 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[
             raise InvalidConfig(f"ds_config: unknown key {key!r}: {did_you_mean(key, ALLOWED)}")
     precision = _precision(config)
     _check_zero(config, precision)
+    _check_experts(config, recipe, world_size)
     _fill_batch(config, recipe, world_size)
     clip = config.setdefault("gradient_clipping", recipe.gradient_clipping)
     if clip != recipe.gradient_clipping:
@@ -222,6 +227,46 @@ def _check_types(types: dict[str, Any], precision: str, stage: int) -> None:
             "ds_config: data_types.grad_accum_dtype is 'fp32' with bf16 and ZeRO stage 1; DeepSpeed then takes another "
             "optimizer wrapper, whose checkpoints do not name their stage; use stage 2, or remove data_types"
         )
+
+
+def expert_ranks(config: Mapping[str, Any]) -> int | None:
+    """How many ranks share the experts of a mixture under a ds_config that `resolve` gave; None: each has all."""
+    section = config.get("expert_parallel")
+    return int(section["autoep_size"]) if section else None
+
+
+def _check_experts(config: dict[str, Any], recipe: Recipe, world_size: int) -> None:
+    """AutoEP: what it does not run for, or what this project does not know of the checkpoints that it writes."""
+    if _off(config.get("expert_parallel")) or not config["expert_parallel"]:
+        config.pop("expert_parallel", None)
+        return
+    section = _section(config, "expert_parallel")
+    if section.get("enabled") is not True:
+        raise InvalidConfig(f"ds_config: expert_parallel.enabled is {section.get('enabled')!r}; expected true or false")
+    for key in section:
+        if key not in _AUTOEP:
+            raise InvalidConfig(f"ds_config: expert_parallel.{key} is untested here; {did_you_mean(key, _AUTOEP)}")
+    model = recipe.model or {}
+    if (kind := str(model.get("model_type", "bert"))) not in CAPTURED:
+        raise InvalidConfig(
+            f"ds_config: expert_parallel: a {kind} has no experts that DeepSpeed's AutoEP splits; it splits those of "
+            f"{', '.join(CAPTURED)}; remove it"
+        )
+    zero = _section(config, "zero_optimization")
+    if (stage := zero.get("stage", 0)) not in (1, 2):
+        raise InvalidConfig(
+            f"ds_config: expert_parallel with zero_optimization.stage {stage}; AutoEP's checkpoints are read and "
+            "written for stages 1 and 2; use one of them, or remove expert_parallel: every rank then has all experts"
+        )
+    if offload := [key for key in ("offload_optimizer", "offload_param") if not _off(zero.get(key))]:
+        raise InvalidConfig(f"ds_config: zero_optimization.{offload[0]} with expert_parallel is untested; remove one")
+    size, experts = section.setdefault("autoep_size", 1), table_for(model).axis_sizes(model)["experts"]
+    for count, what in ((world_size, "ranks"), (experts, "experts of a layer")):
+        if type(size) is not int or size < 1 or count % size:
+            raise InvalidConfig(
+                f"ds_config: expert_parallel.autoep_size is {size!r}, which does not divide the {count} {what}; choose "
+                f"one of {', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}"
+            )
 
 
 def _fill_batch(config: dict[str, Any], recipe: Recipe, world_size: int) -> None:

@@ -5,15 +5,20 @@ not require gradients in that step (no backward, no share in the gradient norm) 
 (no momentum, no decay, no step count). Either alone fails: the first still moves weights by momentum and decay, the
 second still lets gradients into the norm; ZeRO-3 moreover re-applies the last gradient of a parameter that gets none.
 
+Where ranks share a mixture's experts (AutoEP), DeepSpeed puts parameters of its own in the place of a block's, which
+inherit the groups; experts get groups of their own. `Engine.cuts` says how these come from the model's.
+
 Refused: a ds_config that bert2bert.train.ds_config refuses, and a precision that the device lacks.
+Longer than other modules: no other may import deepspeed.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +27,10 @@ import deepspeed.comm as dist
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from pydantic import ValidationError
 
+from bert2bert.checkpoints.expert_parallel.layout import cuts_of
 from bert2bert.checkpoints.groups import Group, param_groups
 from bert2bert.errors import InvalidConfig
 from bert2bert.model.batch import Batch
@@ -33,7 +40,7 @@ from bert2bert.ranks.distributed import RANKS, total
 from bert2bert.ranks.launcher import device_number
 from bert2bert.ranks.rendezvous import INIT, meet
 from bert2bert.ranks.stopping import Stop
-from bert2bert.train.ds_config import resolve
+from bert2bert.train.ds_config import expert_ranks, resolve
 from bert2bert.train.optimizer import FreezableAdamW
 
 if TYPE_CHECKING:
@@ -78,19 +85,31 @@ def start(timeout: float = TIMEOUT, stop: Stop | None = None) -> torch.device:
 class Engine:
     """One model under DeepSpeed. Built by `build`; every rank makes the same calls in the same order.
 
-    ``ds``: the DeepSpeed engine; ``names``: every parameter in model order (tied ones once); ``groups``: those of the
-    optimizer, index by index; ``stage``: ZeRO stage 0 to 3; ``precision``: fp32, bf16 or fp16; ``micro_rows``: rows of
-    one micro-batch of one rank; ``accumulation``: micro-batches a step; ``grad_norm``: 2-norm of the last step's
-    gradient over all ranks before clipping (None: DeepSpeed computed none).
+    ``ds``: the DeepSpeed engine; ``names``: every parameter in model order (tied ones once); ``groups``: of these;
+    ``cuts``: what DeepSpeed's optimizer made of the groups, index by index, by the names of ``parameters`` (the same
+    but for `experts`, the number of ranks that share them, None: each has all); ``stage``: ZeRO stage 0 to 3;
+    ``precision``: fp32, bf16 or fp16; ``micro_rows``: rows of one micro-batch of one rank; ``accumulation``:
+    micro-batches a step; ``grad_norm``: 2-norm of the last step's gradient over all ranks before clipping (None:
+    DeepSpeed computed none).
     """
 
-    def __init__(self, ds: Any, model: LanguageModel, groups: list[Group], device: torch.device) -> None:
+    def __init__(
+        self,
+        ds: Any,
+        model: LanguageModel,
+        names: Sequence[str],
+        groups: list[Group],
+        experts: int | None,
+        device: torch.device,
+    ) -> None:
         self.ds = ds
         self.model = model
         self.groups = groups
         self.device = device
         self.parameters = dict(model.named_parameters())
-        self.names = tuple(self.parameters)
+        self.names = tuple(names)
+        self.experts = experts
+        self.cuts = cuts_of([group.names for group in groups], {n: self.shape(n) for n in names}, experts)
         self.stage = int(ds.zero_optimization_stage())
         self.precision = "bf16" if ds.bfloat16_enabled() else "fp16" if ds.fp16_enabled() else "fp32"
         self.rank, self.world = RANKS.rank, RANKS.size
@@ -106,9 +125,15 @@ class Engine:
         return outer if isinstance(outer, FreezableAdamW) else outer.optimizer
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The whole parameter's shape, partitioned (ZeRO-3) or not."""
-        parameter = self.parameters[name]
-        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+        """The whole parameter's shape, partitioned or not."""
+        return self.model.known[name].shape
+
+    @property
+    def hyper(self) -> list[dict[str, Any]]:
+        """A live group of every one of ``groups``: its hyper-parameters."""
+        live = zip(self.cuts, self.optimizer.param_groups, strict=True)
+        found = {each.group: group for each, group in reversed(list(live))}
+        return [found[i] for i in range(len(self.groups))]
 
     def apply(self, program: LayerProgram) -> None:
         """Let exactly the layers of ``program.learn``, the head and (if it says so) the embeddings learn from here on.
@@ -119,10 +144,11 @@ class Engine:
         learning = {"head", *(parts[i] for i in program.learn)}
         if program.embeddings_learn:
             learning.add("embeddings")
-        for group, live in zip(self.groups, self.optimizer.param_groups, strict=True):
-            live["frozen"] = group.part not in learning
-            for name in group.names:
-                self.parameters[name].requires_grad_(group.part in learning)
+        for each, live in zip(self.cuts, self.optimizer.param_groups, strict=True):
+            learns = self.groups[each.group].part in learning
+            live["frozen"] = not learns
+            for name in each.shapes:
+                self.parameters[name].requires_grad_(learns)
 
     def thaw(self) -> None:
         """Let everything learn: the state in which checkpoints are written (frozen parameters are filed elsewhere)."""
@@ -257,17 +283,9 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: LanguageModel) ->
         buffer.data = buffer.data.to(device)  # DeepSpeed leaves them behind where the parameters are partitioned
     parameters = dict(model.named_parameters())
     groups = param_groups({name: model.known[name] for name in parameters}, GROUP_LAYOUT)
-    decay = recipe.optimizer.weight_decay
-    optimizer = FreezableAdamW(
-        [
-            {"params": [parameters[n] for n in g.names], "weight_decay": decay if g.decay else 0.0, "frozen": False}
-            for g in groups
-        ],
-        lr=0.0,  # DeepSpeed steps once at its own start (16-bit stage 0): nothing may move
-        betas=recipe.optimizer.betas,
-        eps=recipe.optimizer.eps,
-        fused=True,
-    )
+    experts = expert_ranks(settings)
+    if experts is not None:
+        settings["expert_parallel"].setdefault("use_grouped_mm", device.type != "cpu")
     settings |= {
         "steps_per_print": None,
         "zero_force_ds_cpu_optimizer": False,  # offloaded partitions, too, are stepped by the optimizer that can rest
@@ -275,7 +293,10 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: LanguageModel) ->
     level = deepspeed.utils.logger.level
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it would warn that a subclass of AdamW is untested
     try:
-        ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        ds, *_ = deepspeed.initialize(
+            model=model, optimizer=partial(_optimizer, recipe, experts is not None),
+            model_parameters=_live(recipe, groups, parameters), config=settings, dist_init_required=False,
+        )  # fmt: skip
     except ValidationError as error:  # DeepSpeed's own check of what lies inside a section
         said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise InvalidConfig(f"ds_config: {said} (DeepSpeed's {error.title}); correct or remove it") from None
@@ -287,6 +308,24 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: LanguageModel) ->
         ) from error
     finally:
         deepspeed.utils.logger.setLevel(level)
-    engine = Engine(ds, model, groups, device)
+    engine = Engine(ds, model, tuple(parameters), groups, experts, device)
     engine.optimizer.state.clear()  # 16-bit stage 0: the count of that step at start
     return engine
+
+
+def _live(recipe: Recipe, groups: Sequence[Group], parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups as DeepSpeed takes them: it may put other parameters in the place of some."""
+    decay = recipe.optimizer.weight_decay
+    return [
+        {"params": [parameters[n] for n in g.names], "weight_decay": decay if g.decay else 0.0, "frozen": False}
+        for g in groups
+    ]
+
+
+def _optimizer(recipe: Recipe, split: bool, groups: list[dict[str, Any]]) -> FreezableAdamW:
+    """The optimizer of live groups. split: experts get groups of their own, cut among the ranks that hold them."""
+    if split:
+        named = [{**group, "name": str(i)} for i, group in enumerate(groups)]  # by which DeepSpeed tells them apart
+        groups = split_params_into_different_moe_groups_for_optimizer(named)
+    # no learning rate: DeepSpeed steps once at its own start (16-bit stage 0), when nothing may move
+    return FreezableAdamW(groups, lr=0.0, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps, fused=True)

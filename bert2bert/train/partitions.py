@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
+from bert2bert.checkpoints.expert_parallel.layout import blocks, parts, renamer, spread
 from bert2bert.checkpoints.source import STATES
 from bert2bert.checkpoints.zero.layout import parameter_alignment, zero3_sub_group, zero12_layout
 from bert2bert.files.digest import digest, hex16
@@ -67,14 +69,25 @@ def _whole(engine: Engine) -> Iterator[Fragment]:
 
 def _stage12(engine: Engine) -> Iterator[Fragment]:
     outer = engine.ds.optimizer
-    for g, group in enumerate(engine.groups):
+    prefixes = [block.prefix for block in blocks({n: engine.shape(n) for n in engine.names}) if block.auto]
+    whole = renamer(list(engine.parameters), prefixes, back=True) if engine.experts else str
+    for g, each in enumerate(engine.cuts):
         live = [id(p) for p in outer.bit16_groups[g]]
-        _require([id(engine.parameters[n]) for n in group.names] == live, f"the order of optimizer group {g}")
+        _require([id(engine.parameters[n]) for n in each.shapes] == live, f"the order of optimizer group {g}")
         master = outer.single_partition_of_fp32_groups[g]
-        layout = zero12_layout([_numel(engine, n) for n in group.names], engine.world, _alignment(engine))
+        # ranks with the same experts share them out
+        size = engine.experts or 1 if each.experts else 1
+        layout = zero12_layout([prod(s) for s in each.shapes.values()], engine.world // size, _alignment(engine))
         _require(layout.partition == master.numel(), f"a partition of {layout.partition} elements for group {g}")
-        for piece in layout.pieces[engine.rank]:
-            yield Fragment(group.names[piece.param], g, piece.start, piece.stop, master, piece.at)
+        pieces = layout.pieces[engine.rank // size]
+        names = list(each.shapes)
+        if each.experts:
+            held = [parts(name, shape, engine.rank % size, {}) for name, shape in each.shapes.items()]
+            for name, start, stop, at in spread(pieces, held):
+                yield Fragment(name, each.group, start, stop, master, at)
+            continue
+        for piece in pieces:
+            yield Fragment(whole(names[piece.param]), each.group, piece.start, piece.stop, master, piece.at)
 
 
 def _alignment(engine: Engine) -> int:
@@ -102,13 +115,14 @@ def _require(holds: bool, expected: str) -> None:
 
 
 def masters(engine: Engine) -> list[tuple[int, torch.Tensor]]:
-    """Every flat tensor that this rank's optimizer steps, with its group: one a group (stage 3: one a sub-group)."""
+    """Every flat tensor that this rank's optimizer steps, with its group: one a group, and one of its experts where
+    ranks share them (stage 3: one a sub-group)."""
     outer = engine.ds.optimizer
     if engine.stage == 0:
         return [(g, p) for g, group in enumerate(engine.optimizer.param_groups) for p in group["params"]]
     if engine.stage == 3:
         return [(outer.sub_group_to_group_id[s], m) for s, m in enumerate(outer.fp32_partitioned_groups_flat)]
-    return list(enumerate(outer.single_partition_of_fp32_groups))
+    return [(each.group, m) for each, m in zip(engine.cuts, outer.single_partition_of_fp32_groups, strict=True)]
 
 
 def read(engine: Engine, fragment: Fragment, state: str) -> torch.Tensor | None:

@@ -117,9 +117,7 @@ def check_groups(engine: Engine, source: Source) -> None:
 
 def other_hyper(engine: Engine, groups: Sequence[GroupEntry]) -> list[str]:
     """A sentence about each hyper-parameter that a grown checkpoint carries and the recipe sets otherwise."""
-    ours = {
-        name: live for live, g in zip(engine.optimizer.param_groups, engine.groups, strict=True) for name in g.names
-    }
+    ours = {name: live for live, g in zip(engine.hyper, engine.groups, strict=True) for name in g.names}
     found: dict[str, None] = {}
     for group in groups:
         live = ours[group.names[0]]
@@ -137,6 +135,8 @@ def _plain(value: Any) -> Any:
 def _check_order(engine: Engine, source: Source, what: str, groups: Sequence[Sequence[str]]) -> None:
     for i, group in enumerate(engine.groups):
         names = tuple(groups[i]) if i < len(groups) else ()
+        if source.expert_parallel and sorted(names) == sorted(group.names):
+            names = group.names  # such files have experts in another order, and by name
         if names == group.names and len(groups) == len(engine.groups):
             continue
         odd = next((a for a, b in zip(group.names, names, strict=False) if a != b), group.names[0])

@@ -97,7 +97,6 @@ def save(
     contents = {name: content for part in parts for name, content in part.items()}
     digests = partitions.digests(engine)
     steps = partitions.steps(engine)
-    live = zip(engine.groups, engine.optimizer.param_groups, steps, strict=True)
     manifest = Manifest(
         kind="train",
         tag=tag,
@@ -105,12 +104,13 @@ def save(
         stage=engine.stage,
         world_size=engine.world,
         precision=engine.precision,
+        expert_parallel=engine.experts,
         group_layout=GROUP_LAYOUT,
         model=dict(model),
         aliases=dict(aliases),
         groups=[
             GroupEntry(group.part, group.decay, group.names, {key: hyper[key] for key in HYPER}, step)
-            for group, hyper, step in live
+            for group, hyper, step in zip(engine.groups, engine.hyper, steps, strict=True)
         ],
         tensors={name: TensorEntry(engine.shape(name), digests[name]) for name in engine.names},
         digests=Digests(FILE_DIGEST, TENSOR_DIGEST, dict(sorted(contents.items()))),

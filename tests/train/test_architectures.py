@@ -62,16 +62,19 @@ def recipe_of(bins: Path, model: dict[str, Any] | None, steps: int = 4, **other:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def bins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents that count in steps of seven, modulo 11: a text that any model begins to learn at once."""
-    folder = tmp_path_factory.mktemp("data") / "bins"
+def counting(folder: Path) -> Path:
+    """Bins of documents that count in steps of seven, modulo 11: a text that any model begins to learn at once."""
     write_bins(folder, [5, 40, 11, 16, 9, 23] * 20, VOCAB, heldout=(40, 13, 8) * 5, sentinels=8)
     for split in ("train", "heldout"):
         path = folder / f"{split}.bin"
         ids = np.fromfile(path, dtype=np.uint16)
         (5 + np.arange(len(ids)) * 7 % 11).astype(np.uint16).tofile(path)
     return folder
+
+
+@pytest.fixture(scope="module")
+def bins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return counting(tmp_path_factory.mktemp("data") / "bins")
 
 
 def config(stage: int, precision: str, world: int = 2) -> dict[str, Any]:

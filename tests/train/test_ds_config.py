@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.recipe import AdamW, Data, Phase, Recipe
-from bert2bert.train.ds_config import ALLOWED, REFUSED, REMOVED, REMOVED_ZERO, read, resolve
+from bert2bert.train.ds_config import ALLOWED, REFUSED, REMOVED, REMOVED_ZERO, expert_ranks, read, resolve
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -76,6 +77,46 @@ def test_what_cannot_be_obeyed_is_refused(change: dict, message: str) -> None:
     with pytest.raises(InvalidConfig) as caught:
         resolve({**CONFIG, **change}, RECIPE, 4)
     assert message in str(caught.value)
+
+
+SHARED = {"expert_parallel": {"enabled": True, "autoep_size": 2}}
+_MIXED = {
+    "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 64,
+    "moe_intermediate_size": 16, "max_position_embeddings": 32, "num_experts": 6,
+}  # fmt: skip
+MIXTURE = dataclasses.replace(RECIPE, model={"model_type": "qwen3_moe", **_MIXED}, objective=None)
+
+
+def test_ranks_may_share_the_experts_of_a_mixture() -> None:
+    assert expert_ranks(resolve({**CONFIG, **SHARED}, MIXTURE, 4)) == 2
+    assert expert_ranks(resolve(CONFIG, MIXTURE, 4)) is None
+    for off in (None, False, {"enabled": False}, {}):
+        assert "expert_parallel" not in resolve({**CONFIG, "expert_parallel": off}, RECIPE, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "expert_parallel with zero_optimization.stage 3"),
+        ({"zero_optimization": {}}, "stage 0; AutoEP's checkpoints are read and written for stages 1 and 2"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 4}}, "which does not divide the 6 experts"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 3}}, "which does not divide the 4 ranks"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": "2"}}, "autoep_size is '2'"),
+        ({"expert_parallel": {"enabled": "yes"}}, "expert_parallel.enabled is 'yes'; expected true or false"),
+        ({"expert_parallel": {"enabled": True, "load_balance_coeff": 0.1}}, "load_balance_coeff is untested here"),
+        ({"expert_parallel": True}, "expert_parallel is True; expected an object"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer with expert"),
+    ],
+)
+def test_experts_that_cannot_be_shared_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        resolve({**CONFIG, **SHARED, **change}, MIXTURE, 4)
+    assert message in str(caught.value)
+
+
+def test_a_model_without_experts_has_none_to_share() -> None:
+    with pytest.raises(InvalidConfig, match="a bert has no experts that DeepSpeed's AutoEP splits"):
+        resolve({**CONFIG, **SHARED}, RECIPE, 4)
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_batch_is_refused() -> None:

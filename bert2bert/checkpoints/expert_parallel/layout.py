@@ -253,6 +253,14 @@ def cut(
     return dense + experts
 
 
+def cuts_of(groups: Sequence[Sequence[str]], shapes: Mapping[str, Shape], size: int | None) -> list[Cut]:
+    """The optimizer groups of an engine that was given ``groups`` in lists. size: ranks that share the experts of an
+    AutoEP engine; None: of another, which takes the groups as they are."""
+    if size is None:
+        return [Cut(i, False, {name: shapes[name] for name in names}) for i, names in enumerate(groups)]
+    return cut(groups, shapes, size, last=True)
+
+
 def _local(block: Block, names: set[str], size: int) -> dict[str, Shape]:
     """What a rank has of a block's tensors among ``names``, in the engine's order."""
     held = block.experts // size
