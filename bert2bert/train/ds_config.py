@@ -260,6 +260,11 @@ def _check_experts(config: dict[str, Any], recipe: Recipe, world_size: int) -> N
         )
     if offload := [key for key in ("offload_optimizer", "offload_param") if not _off(zero.get(key))]:
         raise InvalidConfig(f"ds_config: zero_optimization.{offload[0]} with expert_parallel is untested; remove one")
+    for key, only in (("hidden_act", "silu"), ("router_jitter_noise", 0.0)):
+        if model.get(key, only) != only:
+            raise InvalidConfig(
+                f"ds_config: expert_parallel: model.{key} is {model[key]!r}; AutoEP computes {only!r} alone; remove it"
+            )
     size, experts = section.setdefault("autoep_size", 1), table_for(model).axis_sizes(model)["experts"]
     for count, what in ((world_size, "ranks"), (experts, "experts of a layer")):
         if type(size) is not int or size < 1 or count % size:

@@ -119,6 +119,13 @@ def test_a_model_without_experts_has_none_to_share() -> None:
         resolve({**CONFIG, **SHARED}, RECIPE, 4)
 
 
+def test_experts_that_autoep_computes_otherwise_are_refused() -> None:
+    other = dataclasses.replace(MIXTURE, model={**(MIXTURE.model or {}), "hidden_act": "gelu"})
+    with pytest.raises(InvalidConfig, match=r"model\.hidden_act is 'gelu'; AutoEP computes 'silu' alone"):
+        resolve({**CONFIG, **SHARED}, other, 4)
+    assert resolve(CONFIG, other, 4)
+
+
 def test_a_number_of_ranks_that_does_not_divide_the_batch_is_refused() -> None:
     with pytest.raises(InvalidConfig, match="run on a number of ranks that divides 512"):
         resolve(CONFIG, RECIPE, 3)

@@ -129,6 +129,7 @@ class Case:
 
 def train(cases: list[Case], root: Path) -> list[dict[str, Any]]:
     """Losses and weights of each; and once more from a checkpoint in the middle."""
+    tiny.allow_fp16()
     found = []
     for case in cases:
         engine = case.build()
@@ -187,6 +188,7 @@ CASES = [
     Case("mixtral", 2, experts=2),
     Case("qwen2_moe", 1, experts=2),
     Case("qwen3_moe", 1, "bf16", experts=2),
+    Case("mixtral", 2, "fp16", experts=2),
 ]
 ELSEWHERE = [  # from, to
     (Case("mixtral", 3), Case("mixtral", 1, world=1)),
