@@ -103,7 +103,7 @@ def _real(batch: Batch) -> Tensor | None:
     a sequence: it predicts as little."""
     lengths = batch.cu_seqlens.long().diff()
     lengths = lengths[lengths > 0]
-    if len(batch.lengths) == len(lengths) or batch.targets is not None:
+    if len(batch.lengths) == len(lengths) or batch.targets is not None or batch.decoder is not None:
         return None
     labelled = [bool((part != IGNORE).any()) for part in batch.labels.split(lengths.tolist())]
     real = torch.tensor(labelled, device=lengths.device) | (lengths == 1)

@@ -375,6 +375,12 @@ def test_filler_is_left_out() -> None:
     empty.labels, empty.lengths = torch.full_like(empty.labels, IGNORE), np.array([], dtype=np.int64)
     with torch.no_grad():
         assert core(empty).loss == 0
+        core, _ = pair("t5", {})
+        empty.decoder, empty.labels = (
+            Decoder(empty.tokens[:3], torch.tensor([0, 2, 3]).int(), 2, empty.lengths),
+            empty.labels[:3],
+        )
+        assert core(empty).loss == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

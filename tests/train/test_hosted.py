@@ -135,14 +135,14 @@ def train(cases: list[Case], root: Path) -> list[dict[str, Any]]:
         engine = case.build()
         losses = steps(engine, case.name, 0, 3)
         write(engine, root / str(case), case.name, 3)
-        losses += steps(engine, case.name, 3, 8)
+        losses += steps(engine, case.name, 3, 6)
         whole = held(engine)
         engine.destroy()
         if case.precision != "fp32":
             found.append({"losses": losses})
             continue
         other = replace(case, start=root / str(case)).build()
-        again = steps(other, case.name, 3, 8)
+        again = steps(other, case.name, 3, 6)
         same = all((value == whole[key]).all() for key, value in held(other).items())
         found.append({"losses": losses, "again": again, "same": same})
         other.destroy()
@@ -153,7 +153,7 @@ def resume(cases: list[Case]) -> list[list[float]]:
     found = []
     for case in cases:
         engine = case.build()
-        found.append(steps(engine, case.name, 3, 8))
+        found.append(steps(engine, case.name, 3, 6))
         engine.destroy()
     return found
 
@@ -166,7 +166,7 @@ def reference(name: str) -> list[float]:
         [{"params": [p], "weight_decay": DECAY if core.known[n].decay else 0.0} for n, p in named.items()], lr=LR
     )
     losses = []
-    for step in range(8):
+    for step in range(6):
         optimizer.zero_grad()
         run = program(name, step, len(core.layers))
         loss = (core(batch(name, step, 0), run).loss + core(batch(name, step, 1), run).loss) / 2
