@@ -73,8 +73,8 @@ tiny = replace(  # a minute on a CPU, with bins of any tokenizer that has a mask
         "intermediate_size": 96, "max_position_embeddings": 128, "local_attention": 32, "pad_token_id": 0,
         "bos_token_id": None, "eos_token_id": None, "cls_token_id": None, "sep_token_id": None,
     },
-    data=Data(bins="bins/web_modernbert", seq_len=128, eval_rows=16),
-    global_batch_size=8,
+    data=Data(bins="bins/web_modernbert", seq_len=64, eval_rows=128),
+    global_batch_size=128,
     phases=(
         Phase("stable", steps=50, schedule=Schedule("constant", warmup_steps=6, peak=2e-3)),
         Phase("decay", steps=10, schedule=Schedule("linear", peak=2e-3)),

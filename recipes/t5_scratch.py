@@ -5,7 +5,8 @@ Command:   deepspeed --num_gpus 4 launch/pretrain.py --ds_config ds_configs/zero
            (bins: bert2bert prepare --text … --tokenizer FOLDER_OF_T5 --output bins/web_t5)
 Machine:   4 x H100; `bert2bert plan` says the FLOPs of the model. 4e10 tokens of text: 524,288 steps of 128 rows, as
            the paper's baseline. The forward pass is transformers' own, which is slower than the cores of this project.
-Expected:  not yet run.
+Expected:  not yet run. The tiny size starts at 34 nats, not at the logarithm of the vocabulary: fresh weights are drawn
+           as transformers draws them, an untied head with a standard deviation of 1.
 
 Rows of 568 tokens of text become 512 read and 114 written at 15 % noise in spans of 3 (Raffel et al. 2020, section
 3.1.4). No dropout in pre-training (T5 1.1). The paper's Adafactor, at 0.01 and then 1/sqrt(step), is AdamW here, whose
@@ -58,10 +59,10 @@ tiny = replace(  # a minute on a CPU, with bins of any tokenizer that has sentin
     recipe,
     name="t5-tiny",
     model={**MODEL, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
-    data=Data(bins="bins/web_t5", seq_len=128, eval_rows=16),
-    global_batch_size=8,
-    phases=(Phase("full", steps=60, schedule=Schedule("linear", warmup_steps=6, peak=2e-3)),),
-    eval_every=30,
-    checkpoint_every=60,
+    data=Data(bins="bins/web_t5", seq_len=32, eval_rows=128),
+    global_batch_size=128,
+    phases=(Phase("full", steps=40, schedule=Schedule("linear", warmup_steps=4, peak=2e-3)),),
+    eval_every=20,
+    checkpoint_every=40,
     log_every=5,
 )

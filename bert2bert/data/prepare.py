@@ -2,8 +2,7 @@
 
 Reads text files and `datasets` datasets as streams, trains a tokenizer on the training documents or takes one, and
 writes tokens with document boundaries in bounded memory (a tokenizer whose tokens may reach over a line end gets each
-document whole). The held-out split is named files, or a fraction of the documents chosen by a keyed hash of their
-text, so that exact duplicates never lie on both sides. The folder appears only when it is complete.
+document whole). What is held out: `split.py`. The folder appears only when it is complete.
 
 Refuses: an output that exists, text that cannot be used (`text.py`, `records.py`), a tokenizer that cannot
 (`tokenizer_files.py`), no held-out text.
@@ -18,7 +17,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,14 @@ import numpy as np
 from bert2bert import __version__
 from bert2bert.data.bins import FORMAT_VERSION, SPLITS, SplitWriter, blake, token_dtype
 from bert2bert.data.objective import uses
-from bert2bert.data.records import Records, open_dataset
+from bert2bert.data.records import open_dataset
+from bert2bert.data.split import Source, Stream, too_few
 from bert2bert.data.text import DOCUMENTS, TextFile
 from bert2bert.data.tokenizer import TextTokenizer, failed, train_tokenizer
 from bert2bert.data.tokenizer_files import load_tokenizer
 from bert2bert.errors import InvalidConfig, InvalidData, UserError, did_you_mean
-from bert2bert.terminal.progress import progress
 
 _BATCH_CHARACTERS, _BATCH_PIECES = 1 << 20, 1 << 13  # tokenised in one call
-Source = TextFile | Records
 
 
 def prepare(
@@ -72,8 +69,10 @@ def prepare(
         records = open_dataset(dataset, dataset_config, dataset_split, text_column)
         notes += records.notes
         train.append(records)
+    stream = Stream(train, heldout, heldout_fraction, document, seed, progress)
+    if note := stream.hold_out_one():
+        notes = (*notes, note)
     print("".join(f"note     {note}\n" for note in notes), end="", file=sys.stderr)
-    stream = _Stream(train, heldout, heldout_fraction, document, seed, progress)
     if taken is None:
         taken = train_tokenizer(
             lambda purpose: (piece for piece, split, _ in stream.read(purpose) if split == "train"), vocab_size
@@ -95,52 +94,7 @@ def prepare(
     return meta
 
 
-class _Stream:
-    """The sources as one stream of (piece of text, split, ends its document), readable again and again."""
-
-    def __init__(
-        self,
-        train: list[Source],
-        heldout: list[Source],
-        fraction: float,
-        document: str,
-        seed: int,
-        progress: bool,
-    ) -> None:
-        self.sources = [(source, None if fraction else "train") for source in train]
-        self.sources += [(source, "heldout") for source in heldout]
-        self.document, self.progress, self.fraction = document, progress, fraction
-        self.key = blake2b(f"heldout {seed}".encode(), digest_size=32).digest()
-
-    def read(self, what: str) -> Iterator[tuple[str, str, bool]]:
-        for source, side in self.sources:
-            name = source.path.name if isinstance(source, TextFile) else source.label
-            unit = "B" if isinstance(source, TextFile) else "rec"
-            with progress(source.size, f"{what}: {name}", unit, self.progress) as bar:
-                split = side
-                for piece, ends in source.documents(self.document, bar.update):
-                    split = split or self._draw(piece)
-                    yield piece, split, ends
-                    if ends:
-                        split = side
-
-    def _draw(self, piece: str) -> str:
-        value = int.from_bytes(blake2b(piece.strip().encode(), key=self.key, digest_size=8).digest(), "big")
-        return "heldout" if value < self.fraction * 2**64 else "train"
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Where the text came from, for meta.json."""
-        found: list[dict[str, Any]] = []
-        for source, side in self.sources:
-            split = side or f"{self.fraction:g} held out"
-            if isinstance(source, TextFile):
-                found.append({"text": str(source.path), "bytes": source.size, "split": split})
-            else:
-                found.append({"dataset": source.label, "column": source.column, "records": source.size, "split": split})
-        return found
-
-
-def _write(folder: Path, stream: _Stream, tokenizer: TextTokenizer) -> dict[str, Any]:
+def _write(folder: Path, stream: Stream, tokenizer: TextTokenizer) -> dict[str, Any]:
     vocab_size = tokenizer.table_size
     dtype = token_dtype(vocab_size)
     text = tokenizer.backend.to_str(pretty=True)
@@ -238,10 +192,7 @@ def unigram_cross_entropy(counts: np.ndarray, model: np.ndarray, smoothing: floa
 def _empty(split: str, writers: dict[str, SplitWriter], fraction: float) -> str:
     total = sum(writer.documents for writer in writers.values())
     if fraction and total:
-        return (
-            f"split '{split}' got none of the {total} documents with --heldout-fraction {fraction:g}.\n"
-            "  Use smaller documents (--document blank-line), another fraction or --seed, or name --heldout-text."
-        )
+        return too_few(split, total, fraction)
     return f"split '{split}': the tokenizer made no token of its text.\n  Give text in the tokenizer's language."
 
 

@@ -251,10 +251,15 @@ def test_a_run_in_the_target_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
+def test_folders_above_the_target_are_made(tmp_path: Path, how: dict[str, Any]) -> None:
+    check_complete(write(tmp_path / "runs" / "today" / "d", how))
+
+
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: how["format"])
 def test_a_target_that_cannot_be_written_is_refused(tmp_path: Path, how: dict[str, Any]) -> None:
-    with pytest.raises(InvalidConfig, match="the parent of the target d, is no folder"):
-        write(tmp_path / "missing" / "d", how)
     (tmp_path / "file").write_text("x")
+    with pytest.raises(InvalidConfig, match=r"file, above the target .*d, is not a folder"):
+        write(tmp_path / "file" / "runs" / "d", how)
     with pytest.raises(InvalidConfig, match="is not a folder"):
         write(tmp_path / "file", how)
     with pytest.raises(InvalidConfig, match="cannot be written"):
@@ -279,7 +284,7 @@ def test_a_disk_that_fails_in_the_middle(
     expected = InvalidConfig if failure == errno.EROFS else UserError
     said = "no room left on the disk" if failure in (errno.ENOSPC, errno.EDQUOT) else "cannot be written"
     with pytest.raises(expected, match=said):
-        write(tmp_path / "d", how)
+        write(tmp_path / "runs" / "d", how)  # there is no folder runs either
     assert list(tmp_path.iterdir()) == []  # nothing says what the values are, so no run could go on
 
 

@@ -430,6 +430,27 @@ def test_bad_text_files(
     assert not (tmp_path / "bins").exists() and not (tmp_path / "bins.partial").exists()
 
 
+def test_of_a_few_files_one_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The smallest, with its copies, where the fraction alone would take none; names and order make no difference."""
+    texts = [tmp_path / f"{name}.txt" for name in "abcd"]
+    for number, path in enumerate(texts):
+        path.write_text(f"Cat {number} sat.\n\n" * (5 - number % 3))
+    made = {}
+    for name, order in (("a", texts), ("b", texts[::-1])):
+        made[name] = make(tmp_path / name, order, heldout_fraction=1e-9, document="file")
+        reported = capsys.readouterr().err
+        assert f"takes none of 4 documents; the smallest is held out, {texts[2]} (" in reported
+    assert made["a"]["splits"]["heldout"] == made["b"]["splits"]["heldout"]
+    assert made["a"]["splits"]["heldout"]["documents"] == 1 and made["a"]["splits"]["train"]["documents"] == 3
+    bins = TokenBins.open(tmp_path / "a")
+    assert documents(bins, "heldout")[0].count("cat") == 3
+    texts[3].write_text(texts[2].read_text())
+    assert make(tmp_path / "c", texts, heldout_fraction=1e-9, document="file")["splits"]["train"]["documents"] == 2
+    assert "the smallest" in capsys.readouterr().err
+    make(tmp_path / "d", texts, heldout_fraction=0.5, document="file", seed=1)
+    assert "the smallest" not in capsys.readouterr().err
+
+
 def test_bad_options(files: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "bins"
     cases: list[tuple[dict[str, Any], str]] = [
@@ -444,8 +465,12 @@ def test_bad_options(files: tuple[Path, Path], tmp_path: Path) -> None:
     for options, message in cases:
         with pytest.raises(InvalidConfig, match=message):
             make(out, **options)
-    with pytest.raises(InvalidData, match="'heldout' got none of the 1 documents"):
-        make(out, [files[0]], heldout_fraction=1e-9, document="file")
+    copy = tmp_path / "copy.txt"
+    copy.write_text(TRAIN)
+    for text, count in (([files[0]], "nothing of the only document"), ([files[0], copy], "none of the 2 documents")):
+        with pytest.raises(InvalidData, match=f"'heldout' got {count}"):
+            make(out, text, heldout_fraction=1e-9, document="file")
+    copy.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held.txt", "train.txt"]
 
 

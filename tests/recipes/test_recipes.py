@@ -49,6 +49,8 @@ def test_a_tiny_size_is_the_same_experiment(name: str) -> None:
     assert tiny.phases[0].steps == 7 and tiny.steps < 100 < whole.steps
     assert (tiny.optimizer, tiny.objective) == (whole.optimizer, whole.objective)
     assert (tiny.model or {}).keys() >= (whole.model or {}).keys() - {"num_decoder_layers"}
+    for stage, ranks in ((1, 2), (2, 2), (3, 2), (2, 1)):
+        resolve(read(ROOT / f"ds_configs/zero{stage}_cpu.json"), tiny, ranks)
     with pytest.raises(InvalidConfig, match=f"{name}.py defines no recipe of size 'tinny'; did you mean 'tiny'"):
         load_recipe(path, ["size=tinny"])
 

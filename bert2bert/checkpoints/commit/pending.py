@@ -11,8 +11,8 @@ finished before, if the job is the same; else that is thrown away. A folder that
 Nothing is written or deleted through a link: a target may be a link to a folder, but what stands below it may not. The
 trainer's own saving uses the small functions.
 
-Refuses a target that already holds a checkpoint, is no folder, has no parent or cannot be written (InvalidConfig), a
-folder whose files are not those its manifest lists (InvalidCheckpoint), and a disk without room (UserError).
+Refuses a target that already holds a checkpoint, is no folder, lies below a file or cannot be written (InvalidConfig),
+a folder whose files are not those its manifest lists (InvalidCheckpoint), and a disk without room (UserError).
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Pending:
         self.partial = self.final.with_name(self.final.name + ".partial")
         self.files = self.partial / _FILES
         self._lock = Lock(self.partial / _LOCK)
-        self._made_target = False
+        self._made: list[Path] = []  # folders around the checkpoint that were not there
         self._resumable = False
 
     def join(self) -> None:
@@ -152,9 +152,10 @@ class Pending:
 
     def refuse(self) -> None:
         """Raise InvalidConfig if the target is not a place for a new checkpoint. Changes nothing."""
-        parent = self.target.parent
-        if not parent.is_dir():
-            raise InvalidConfig(f"{parent}, the parent of the target {self.target.name}, is no folder. Make it first.")
+        above = next(folder for folder in self.target.parents if os.path.lexists(folder))
+        if not above.is_dir():
+            kind = "a link that leads nowhere" if above.is_symlink() else "not a folder"
+            raise InvalidConfig(f"{above}, above the target {self.target}, is {kind}. Name another target.")
         if os.path.lexists(self.target) and not self.target.is_dir():
             kind = "a link that leads nowhere" if self.target.is_symlink() else "not a folder"
             raise InvalidConfig(f"the target {self.target} is {kind}. Name a new folder.")
@@ -177,9 +178,11 @@ class Pending:
         """
         self.refuse()
         with disk_errors(self.target):
-            if self.final != self.target and not self.target.exists():
-                self.target.mkdir()
-                self._made_target = True
+            around = self.partial.parent
+            for folder in reversed([around, *around.parents]):
+                if not folder.exists():
+                    folder.mkdir()
+                    self._made.append(folder)
             self._lock.acquire(say)
             before = self._job()
             same, self._resumable = job is not None and before == job, job is not None
@@ -239,8 +242,8 @@ class Pending:
         """Make the written folder the checkpoint: sync, manifest, rename, what lies beside it, then the pointers in
         order. Returns it."""
         with disk_errors(self.target):
-            for folder, _, _ in os.walk(self.files):
-                fsync_folder(Path(folder))
+            for written, _, _ in os.walk(self.files):
+                fsync_folder(Path(written))
             write_manifest(self.files, manifest)
             check_complete(self.files)
             self._lock.check()
@@ -248,7 +251,8 @@ class Pending:
             if self.final != self.target and self.final.exists():
                 os.rename(self.final, self.partial / _REPLACED)  # an abandoned growth, else refused above
             os.rename(self.files, self.final)
-            fsync_folder(self.final.parent)
+            for folder in {self.final.parent, *(made.parent for made in self._made)}:
+                fsync_folder(folder)
             for name, content in beside.items():
                 replace(self.target / name, content, self.partial)
             for name in pointers:
@@ -258,16 +262,16 @@ class Pending:
 
     def abort(self, say: Callable[[str], None]) -> None:
         """After an error: leave what is finished to the next run of the same command; if that is nothing, leave nothing
-        behind: no partial folder, no empty target folder that was made here."""
+        behind: no partial folder, no empty folder that was made here."""
         if not self._lock.held:  # the partial folder is another's
             pass
         elif self._resumable and any(path.stat().st_size for path in self.partial.glob("finished.*.jsonl")):
             say(f"kept     {self.partial}: the same command goes on from there; delete it to give up")
         else:
             self._clear()
-        if self._made_target:
-            with contextlib.suppress(OSError):
-                self.target.rmdir()
+        with contextlib.suppress(OSError):
+            for folder in reversed(self._made):
+                folder.rmdir()
 
     def _clear(self) -> None:
         """Remove what is left of the partial folder; the job last, for it tells what the rest is."""
