@@ -35,10 +35,10 @@ recipe = Recipe(
 tiny = replace(  # a minute on a CPU, from a tiny checkpoint
     recipe,
     name="upcycled-mixtral-tiny",
-    data=Data(bins="bins/corpus", seq_len=64, eval_rows=128),
+    data=Data(bins="bins/corpus", seq_len=32, eval_rows=128),
     global_batch_size=128,
-    phases=(Phase("full", steps=60, schedule=Schedule("cosine", warmup_steps=6, peak=1e-3, final=0.1)),),
-    eval_every=30,
-    checkpoint_every=60,
+    phases=(Phase("full", steps=40, schedule=Schedule("cosine", warmup_steps=4, peak=1e-3, final=0.1)),),
+    eval_every=20,
+    checkpoint_every=40,
     log_every=5,
 )
