@@ -42,6 +42,12 @@ def test_gpu_benchmark_at_toy_size(tmp_path: Path) -> None:
         assert f"| toy BERT | {measure} | " in printed
 
 
+def test_cores_benchmark_at_toy_size() -> None:
+    found = json.loads(run("cores.py", "bert", "llama", "--toy", "--json"))
+    for result in found.values():
+        assert all(result[way] > 0 and result["tokens_per_s"][way] > 0 for way in ("packed", "padded"))
+
+
 def test_loader_benchmark_at_a_tiny_size() -> None:
     sizes = ("--documents", "200", "--seq-len", "32", "--rows", "2", "--seconds", "0.01")
     found = json.loads(run("loader.py", *sizes, "--json"))
