@@ -1,4 +1,4 @@
-"""Models of transformers run with no parameter in memory but the one at work: their logits, and what is read."""
+"""Models run with no parameter in memory but the one at work: transformers' logits, and what is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from bert2bert.measure import transformers_models
+from bert2bert.errors import InvalidCheckpoint
+from bert2bert.measure import streamed
 from bert2bert.measure.transformers_models import IGNORE, Sample
 from bert2bert.model import streaming
 from bert2bert.tables import table_for
@@ -41,18 +42,15 @@ def oracle(config: dict, model: transformers.PreTrainedModel, sample: Sample) ->
         return model(**given)
 
 
-def passed(config: dict, rows: streaming.Rows, sample: Sample) -> transformers_models.Passed:
+def passed(config: dict, rows: streaming.Rows, sample: Sample) -> streamed.Passed:
     """The streamed run."""
-    table = table_for(config)
-    return transformers_models.passed(
-        table, config, table.classes[config["architectures"][0]], rows, sample, torch.float64
-    )
+    return streamed.passed(config, table_for(config).classes[config["architectures"][0]], rows, sample, torch.float64)
 
 
 @pytest.mark.parametrize("name", tiny.VARIANTS)
 def test_streamed_logits_are_the_whole_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "BLOCK", 50)  # several blocks of most parameters
-    monkeypatch.setattr(transformers_models, "_TOKENS", 14)  # two rows and one
+    monkeypatch.setattr(streamed, "_TOKENS", 14)  # two rows and one
     config, model, weights, sample = case(name)
 
     def rows(n: str, start: int, stop: int) -> torch.Tensor:
@@ -122,3 +120,21 @@ def test_no_more_is_in_memory_than_a_block_or_one_parameter(name: str, monkeypat
     experts = [p[0].numel() for p in weights.values() if p.ndim == 3]
     looked_up = sample.ids.numel() * max(p.shape[1] for p in weights.values() if p.ndim == 2)  # an embedding's rows
     assert most <= 2 * block + max([*one, *experts, looked_up]) < 0.4 * sum(p.numel() for p in weights.values())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_foreign_shape_is_refused(name: str) -> None:
+    config, _, weights, sample = case(name)
+    tensor = next(n for n, p in weights.items() if p.ndim == 2 and ".1." in n)
+    for other in (weights[tensor][:-1], weights[tensor][:, 1:]):
+        held = {**weights, tensor: other}
+        with pytest.raises(InvalidCheckpoint, match=f"{tensor} have shape"):
+            passed(config, lambda n, start, stop, of=held: of[n].detach()[start:stop], sample)
+
+
+@pytest.mark.parametrize(("name", "hosted"), [("llama", False), ("bert", False), ("bert silu", True), ("t5", True)])
+def test_the_own_core_is_run_where_it_computes_the_config(name: str, hosted: bool) -> None:
+    config = tiny.config_of(name.split()[0], **({"hidden_act": "silu"} if hosted and name != "t5" else {}))
+    model, names = streamed.outline(config, table_for(config).classes[config["architectures"][0]], torch.float32)
+    assert model.hosted is hosted and all(p.is_meta and p.dtype == torch.float32 for p in model.parameters())
+    assert {"bert silu": "cls.predictions.decoder.weight"}.get(name, f"{model.head_path}.weight") in names

@@ -1,6 +1,6 @@
 """How far a grown model is from its source on the same tokens: logits, loss, and the gradients by which it would learn.
 
-Logits come from this project's BERT or from transformers' models, in float64 where that fits and else in float32, with
+Logits come from this project's cores or from transformers' models, in float64 where that fits and else in float32, with
 the weights read as they are needed: no model is in memory, nor are its logits, which are compared block by block of
 the vocabulary. Only gradients need both models whole. On random tokens there is no loss to speak of: it is None.
 
@@ -23,19 +23,17 @@ from bert2bert.algebra.realise import Read, values
 from bert2bert.errors import InvalidConfig
 from bert2bert.growth.source_model import CheckpointModel
 from bert2bert.measure import transformers_models
-from bert2bert.measure.tokens import Tokens, draw, draw_batch, positions
-from bert2bert.measure.transformers_models import Fetch, Passed
-from bert2bert.model.batch import IGNORE, Batch
-from bert2bert.model.config import ACTIVATIONS, BertConfig
+from bert2bert.measure.streamed import Passed, passed
+from bert2bert.measure.tokens import Tokens, draw, positions
+from bert2bert.measure.transformers_models import Fetch
 from bert2bert.model.registry import objective_of
-from bert2bert.model.streaming import BLOCK, Rows, Weights, streamed_bert
+from bert2bert.model.streaming import BLOCK, Rows
 from bert2bert.tables import Parameter, table_for
 
 if TYPE_CHECKING:
     from bert2bert.growth.opened import Growth
 
 _LONG = 1e9  # parameters of both models from which on a comparison is announced
-_DECODER, _BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 
 
 @dataclass(frozen=True)
@@ -111,20 +109,13 @@ def compare(model: CheckpointModel, grown: Rows, config: Mapping[str, Any], toke
             f"{rows}, reads: no growth of this source made it; give a checkpoint that was grown from it"
         )
     numel, vocab = max(size(model, c) for c in (model.config, config)), _vocab(model.config, config)
-    if own := streams(model) and streams(model, config):
-        batch = draw_batch(model, vocab, tokens, numel)
-        count = batch.real_tokens
-    else:
-        given = draw(model, vocab, tokens, numel)
-        count = given.ids.numel()
+    given = draw(model, vocab, tokens, numel)
+    count = given.ids.numel()
     dtype = transformers_models.precision(
-        max(_held(model, c, own, count) for c in (model.config, config)), "comparing logits"
+        max(_held(model, c, count) for c in (model.config, config)), "comparing logits"
     )
     source, other = (
-        _run_bert(model, c, read, batch, dtype)
-        if own
-        else transformers_models.passed(table_for(c), c, model.heads, read, given, dtype)
-        for c, read in ((model.config, weights(model)), (config, grown))
+        passed(c, model.heads, read, given, dtype) for c, read in ((model.config, weights(model)), (config, grown))
     )
     far = _distance(source, other, vocab)
     losses = far.losses if tokens.are_text else (None, None)
@@ -139,17 +130,6 @@ def compare(model: CheckpointModel, grown: Rows, config: Mapping[str, Any], toke
         agreement=far.agreement,
         dtype=str(dtype).removeprefix("torch."),
     )
-
-
-def _run_bert(
-    model: CheckpointModel, config: Mapping[str, Any], rows: Rows, batch: Batch, dtype: torch.dtype
-) -> Passed:
-    bert, shapes = BertConfig.from_hf(config), {n: p.shape for n, p in _parameters(model, config).items()}
-    read = Weights(rows, shapes, dtype)
-    hidden, pairs = streamed_bert(bert, read, batch)
-    keep = batch.labels != IGNORE
-    decoder, bias = (bert.aliases.get(name, name) for name in (_DECODER, _BIAS))
-    return Passed(hidden[keep], batch.labels[keep], pairs, read, decoder, bias)
 
 
 @dataclass(frozen=True)
@@ -248,25 +228,15 @@ def _parameters(model: CheckpointModel, config: Mapping[str, Any]) -> dict[str, 
     return table_for(config).parameters(config, model.heads)
 
 
-def _held(model: CheckpointModel, config: Mapping[str, Any], own: bool, tokens: int) -> int:
-    """Numbers in memory at a time, or a few more, when a model is run: a layer of this project's BERT or a parameter
-    (an expert, of fused ones) of another, blocks, and what a layer makes of the tokens."""
-    layers: dict[int | None, list[int]] = {}
-    widest = 1
-    for p in _parameters(model, config).values():
-        if p.layer is not None:
-            layers.setdefault(p.layer, []).append(prod(p.shape[1:] if len(p.shape) > 2 else p.shape))
-            widest = max(widest, *p.shape[-2:])
-    most = max(sum(s) if own else max(s) for s in layers.values())
+def _held(model: CheckpointModel, config: Mapping[str, Any], tokens: int) -> int:
+    """Numbers in memory at a time, or a few more, when a model is run: a parameter (an expert, of fused ones), blocks,
+    and what a layer makes of the tokens."""
+    inside = [p.shape for p in _parameters(model, config).values() if p.layer is not None]
+    most = max(prod(shape[1:] if len(shape) > 2 else shape) for shape in inside)
+    widest = max(max(shape[-2:]) for shape in inside)
     return most + 8 * (BLOCK + tokens * widest)
 
 
 def _vocab(*configs: Mapping[str, Any]) -> int:
     """The tokens that all models know."""
     return min(table_for(c).axis_sizes(c)["vocab"] for c in configs)
-
-
-def streams(model: CheckpointModel, config: Mapping[str, Any] | None = None) -> bool:
-    """Whether this project's own BERT computes the model, one layer at a time."""
-    config = model.config if config is None else config
-    return config["model_type"] == "bert" and "lm" in model.heads and config.get("hidden_act", "gelu") in ACTIVATIONS

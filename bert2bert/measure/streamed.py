@@ -1,4 +1,5 @@
-"""A model of transformers whose parameters lie on the meta device, run with values read from elsewhere.
+"""A model whose parameters lie on the meta device, run with values read from elsewhere: this project's core of the
+architecture, or transformers' forward pass where there is none or it does not compute the config.
 
 `Streamed` is a torch function mode: an operation that is given a meta parameter gets its values, which are dropped when
 it is done. The model's own code stays in charge, whatever its architecture. A linear map runs over blocks of its rows,
@@ -6,23 +7,34 @@ an embedding reads the rows that are looked up, an expert of a fused tensor is r
 biases, GPT-2's transposed maps) the whole parameter is read. The head is not run: what it would read is kept, so that
 its logits can be looked at block by block.
 
-Computes no gradients. Refuses what `Weights` refuses.
+Computes no gradients. Refuses what `Weights` and `transformers_models.class_of` refuse, and a table and a class that
+disagree (`InvalidCheckpoint`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from bert2bert.model.streaming import Weights
+from bert2bert.errors import InvalidCheckpoint
+from bert2bert.measure.transformers_models import Double, NoReference, Sample, class_of
+from bert2bert.model import registry
+from bert2bert.model.batch import IGNORE, Batch, Decoder
+from bert2bert.model.core import LanguageModel
+from bert2bert.model.streaming import Rows, Weights
+from bert2bert.tables import table_for
 
 _DEVICE = Tensor.device.__get__
+_TOKENS = 512  # run at a time
 _LOOKS = frozenset(
     {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
     | {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "layout", "requires_grad", "is_cuda")}
@@ -109,3 +121,76 @@ def _single(index: Any) -> bool:
     """Whether an index names one row of dim 0."""
     whole = isinstance(index, int) or (isinstance(index, Tensor) and not index.is_floating_point() and not index.ndim)
     return whole and not isinstance(index, bool)
+
+
+def outline(
+    config: Mapping[str, Any], heads: frozenset[str], dtype: torch.dtype
+) -> tuple[LanguageModel, dict[str, str]]:
+    """The model of a config with these heads, in eval mode, all its parameters on the meta device and none tied; and
+    the canonical name of each by its path. Raises NoReference, and InvalidCheckpoint where table and class disagree."""
+    name = class_of(table_for(config), config, heads)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = registry.outline({**config, "architectures": [name]})
+    finally:
+        torch.set_default_dtype(usual)
+    names: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for own, p in list(module.named_parameters(recurse=False)):
+            path = f"{prefix}.{own}" if prefix else own
+            canonical = model.aliases.get(path, path)
+            if canonical not in model.known or model.known[canonical].shape != p.shape:
+                raise InvalidCheckpoint(f"the checkpoint does not fill a {name}: {path} {(*p.shape,)}")
+            names[path] = canonical
+            setattr(module, own, nn.Parameter(torch.empty(p.shape, dtype=dtype, device="meta"), requires_grad=False))
+    if missing := sorted(model.known.keys() - names.values()):
+        raise InvalidCheckpoint(f"the checkpoint does not fill a {name}: it has no {missing[0]}")
+    return model.eval(), names
+
+
+def passed(config: Mapping[str, Any], heads: frozenset[str], rows: Rows, sample: Sample, dtype: torch.dtype) -> Passed:
+    """What the model of a config, with the parameters that ``rows`` reads, computes below its decoder, few rows in
+    memory at a time. Raises what `outline` and `Weights` raise."""
+    model, names = outline(config, heads, dtype)
+    shapes = {n: p.shape for n, p in table_for(config).parameters(config, heads).items()}
+    streamed = Streamed(model, names, Weights(rows, shapes, dtype), f"{model.head_path}.weight")
+    hidden, pairs = [], []
+    step = max(1, _TOKENS // sample.ids.shape[1])
+    for ids, labels in zip(sample.ids.split(step), sample.labels.split(step), strict=True):
+        batch = _batch(Sample(ids, labels), config)
+        # within: what streamed reads is left as it is
+        lifted = Double() if model.hosted and dtype == torch.float64 else nullcontext()
+        with torch.no_grad(), streamed, lifted:
+            _, found = model.outputs(batch)
+        if (read := streamed.take()) is None:
+            raise NoReference(f"a {model.name} of transformers does not end in its decoder {model.head_path}")
+        hidden.append(read if batch.decoder is None else read[labels.flatten() != IGNORE])
+        pairs += [] if found is None else [found]
+    return Passed(
+        torch.cat(hidden), sample.labels[sample.labels != IGNORE], torch.cat(pairs) if pairs else None,
+        streamed.weights, names[f"{model.head_path}.weight"], names.get(f"{model.head_path}.bias"),
+    )  # fmt: skip
+
+
+def _batch(sample: Sample, config: Mapping[str, Any]) -> Batch:
+    """Rows of one length as a flat batch. An encoder-decoder's decoder reads the labels, moved by one."""
+    rows, length = sample.ids.shape
+    labels, decoder = sample.labels.flatten(), None
+    targets: Tensor | None = (labels != IGNORE).nonzero()[:, 0]
+    if registry.objective_of(config) == "seq2seq":
+        starts = (config.get(key) for key in ("decoder_start_token_id", "pad_token_id"))
+        start = next((token for token in starts if token is not None), 0)
+        read = F.pad(sample.labels[:, :-1], (1, 0), value=start).flatten()
+        decoder = Decoder(read, *_offsets(rows, sample.labels.shape[1]))
+        targets = None
+    offsets = _offsets(rows, length)
+    return Batch(
+        sample.ids.flatten(), torch.arange(length).repeat(rows), torch.zeros(rows * length, dtype=torch.int64),
+        offsets[0], offsets[1], targets, labels if targets is None else labels[targets], offsets[2], decoder=decoder,
+    )  # fmt: skip
+
+
+def _offsets(rows: int, length: int) -> tuple[Tensor, int, np.ndarray]:
+    """cu_seqlens, the longest and the lengths of rows of one length."""
+    return torch.arange(0, rows * length + 1, length, dtype=torch.int32), length, np.full(rows, length)

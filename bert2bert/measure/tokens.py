@@ -19,13 +19,12 @@ import torch
 
 from bert2bert.data import objective as objectives
 from bert2bert.data.bins import TokenBins
-from bert2bert.data.loader import eval_batches
 from bert2bert.data.rows import Rows
 from bert2bert.errors import InvalidConfig, InvalidData
 from bert2bert.files.sniff import describe
 from bert2bert.growth.source_model import CheckpointModel
 from bert2bert.measure.transformers_models import Sample
-from bert2bert.model.batch import IGNORE, Batch
+from bert2bert.model.batch import IGNORE
 from bert2bert.model.registry import objective_of
 
 _TOKENS, _RANDOM, _LENGTH, _PREDICTED = 2048, 512, 64, 0.15  # random tokens show a distance, which takes fewer
@@ -114,28 +113,6 @@ def draw(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Samp
         at = rng.permutation(ids.size)[: max(1, round(_PREDICTED * ids.size))]
         labels.flat[at] = ids.flat[at]
     return Sample(torch.from_numpy(ids), torch.from_numpy(labels))
-
-
-def draw_batch(model: CheckpointModel, vocab: int, tokens: Tokens, numel: int) -> Batch:
-    """The same as a packed batch of this project's BERT; from bins, rows as pre-training packs and masks them."""
-    if tokens.bins:
-        length = min(_LENGTH, trained_length(model), positions(model))
-        rows = max(1, _TOKENS // length)
-        return eval_batches(open_bins(tokens.bins, vocab), "heldout", _objective(model), length, rows, rows, 0, 1, 0)[0]
-    sample = draw(model, vocab, tokens, numel)
-    rows, length = sample.ids.shape
-    labels = sample.labels.flatten()
-    targets = (labels != IGNORE).nonzero()[:, 0]
-    return Batch(
-        tokens=sample.ids.flatten(),
-        positions=torch.arange(length).repeat(rows),
-        types=torch.zeros(rows * length, dtype=torch.int64),
-        cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
-        max_seqlen=length,
-        targets=targets,
-        labels=labels[targets],
-        lengths=np.full(rows, length),
-    )
 
 
 def trained_length(model: CheckpointModel) -> int:

@@ -1,9 +1,8 @@
 """Models of transformers as a reference: the logits, losses and gradients of a checkpoint of any family.
 
-The only place that imports its models, and only when it is asked for. A model is made from its config without
-initialisation and filled by name from a callable; or, for logits alone, it is run with no parameter in memory but the
-one at work (`passed`). In float64, the casts to float32 that transformers makes inside norms, softmaxes and rotary
-angles are removed, so that two equal functions agree to about 1e-12.
+The only place here that imports its models, and only when it is asked for. A model is made from its config without
+initialisation and filled by name from a callable. In float64, the casts to float32 that transformers makes inside
+norms, softmaxes and rotary angles are removed, so that two equal functions agree to about 1e-12.
 
 Refuses (`NoReference`): to run without transformers, an architecture that the installed version lacks, and a model that
 would not fit into the memory that is free.
@@ -24,13 +23,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bert2bert.errors import InvalidCheckpoint, UserError
-from bert2bert.measure.streamed import Passed, Streamed
-from bert2bert.model.registry import objective_of
-from bert2bert.model.streaming import Rows, Weights
 from bert2bert.tables import Table
 
 IGNORE = -100
-_TOKENS = 512  # run at a time
 _SHARE = 0.8  # of the free memory that a reference may take
 _MEMORY = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 
@@ -113,70 +108,6 @@ def _class(table: Table, config: Mapping[str, Any], heads: frozenset[str], trans
     hf._experts_implementation = "eager"  # grouped matrix products know no float64
     hf.reorder_and_upcast_attn = False  # GPT-2: the same function, in a way that takes 16 or 32 bits for granted
     return name, cls, hf
-
-
-class _Outline(TorchFunctionMode):
-    """What is made without values, as parameters are, is made on the meta device; buffers have values and are real."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
-
-
-def outline(
-    table: Table, config: Mapping[str, Any], heads: frozenset[str], dtype: torch.dtype
-) -> tuple[nn.Module, dict[str, str]]:
-    """The transformers model of a config in eval mode, all its parameters on the meta device and none tied; and the
-    canonical name of each by its path. Raises NoReference, and InvalidCheckpoint where table and class disagree."""
-    transformers = _transformers()
-    name, cls, hf = _class(table, config, heads, transformers)
-    hf._attn_implementation = "eager"
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with _quiet(transformers), _Outline():
-            model = cls(hf)
-    finally:
-        torch.set_default_dtype(usual)
-    known, ties = table.parameters(config, table.classes[name]), table.aliases(config, table.classes[name])
-    names: dict[str, str] = {}
-    for prefix, module in model.named_modules():
-        for own, p in list(module.named_parameters(recurse=False)):
-            path = f"{prefix}.{own}" if prefix else own
-            canonical = ties.get(path, path)
-            if canonical not in known or known[canonical].shape != p.shape:
-                raise InvalidCheckpoint(f"the checkpoint does not fill a {name} of transformers: {path} {(*p.shape,)}")
-            names[path] = canonical
-            setattr(module, own, nn.Parameter(torch.empty(p.shape, dtype=dtype, device="meta"), requires_grad=False))
-    if missing := sorted(known.keys() - names.values()):
-        raise InvalidCheckpoint(f"the checkpoint does not fill a {name} of transformers: it has no {missing[0]}")
-    return model.eval(), names
-
-
-def passed(
-    table: Table, config: Mapping[str, Any], heads: frozenset[str], rows: Rows, sample: Sample, dtype: torch.dtype
-) -> Passed:
-    """What the transformers model of a config, with the parameters that ``rows`` reads, computes below its decoder, few
-    rows in memory at a time. Raises what `outline` and `Weights` raise."""
-    model, names = outline(table, config, heads, dtype)
-    decoder = model.get_output_embeddings()  # type: ignore[operator]
-    path = next(prefix for prefix, module in model.named_modules() if module is decoder)
-    shapes = {n: p.shape for n, p in table.parameters(config, heads).items()}
-    streamed = Streamed(model, names, Weights(rows, shapes, dtype), f"{path}.weight")
-    hidden, pairs, what = [], [], objective_of(config)
-    step = max(1, _TOKENS // sample.ids.shape[1])
-    for rows_of in zip(sample.ids.split(step), sample.labels.split(step), strict=True):
-        part = Sample(*rows_of)
-        lifted = Double() if dtype == torch.float64 else nullcontext()  # within: what streamed reads is left as it is
-        with torch.no_grad(), streamed, lifted:
-            out = model(**_inputs(model, part, what))
-        if (found := streamed.take()) is None:
-            raise NoReference(f"a {type(model).__name__} of transformers does not end in its decoder {path}")
-        hidden.append(found[part.labels != IGNORE])
-        pairs += [out.seq_relationship_logits] if "seq_relationship_logits" in out else []
-    return Passed(
-        torch.cat(hidden), sample.labels[sample.labels != IGNORE], torch.cat(pairs) if pairs else None,
-        streamed.weights, names[f"{path}.weight"], names.get(f"{path}.bias"),
-    )  # fmt: skip
 
 
 def run(model: nn.Module, sample: Sample, what: str, vocab: int) -> tuple[Tensor, Tensor]:

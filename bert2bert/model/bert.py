@@ -44,6 +44,10 @@ class Bert(Encoder):
         plan = self.attention(x, batch, self.sizes["qk"], self.config.attention_probs_dropout_prob)
         return Shared(batch.cu_seqlens, batch.max_seqlen, plan)
 
+    @property
+    def head_path(self) -> str:
+        return "cls.predictions.decoder"
+
     def decode(self, x: Tensor) -> Tensor:
         return self.cls.predictions(x)
 

@@ -85,6 +85,9 @@ class Decoder(Core):
     def last_norm(self, x: Tensor) -> Tensor:
         """The norm between the last block and the head: [T, hidden] -> [T, hidden]."""
 
+    def outputs(self, batch: Batch) -> tuple[Tensor, None]:
+        return self.lm_head(batch.at_targets(self.last_norm(self.encode(batch)))), None
+
     def predict(self, x: Tensor, batch: Batch, return_logits: bool) -> Output:
         x = self.last_norm(x)
         if batch.targets is not None:

@@ -71,11 +71,13 @@ class LanguageModel(nn.Module):
     transformers reads; its ``architectures`` names one class. known: what the architecture's table says of every
     parameter, by name. sizes: of the table's axes. aliases: absent tied names and those that are kept. recompute:
     whether blocks keep only their input for the backward pass and compute the rest again (activation checkpointing).
-    zero_padding: whether the padding token's row is 0 among fresh weights.
+    zero_padding: whether the padding token's row is 0 among fresh weights. hosted: whether the forward pass is
+    transformers' own, with its casts to float32.
     """
 
     config: Any
     zero_padding: ClassVar[bool] = True
+    hosted: ClassVar[bool] = False
 
     def __init__(self, hf_config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -116,6 +118,15 @@ class LanguageModel(nn.Module):
     def forward(self, batch: Batch, program: LayerProgram | None = None, *, return_logits: bool = False) -> Output:
         """Loss and counts of a batch; return_logits adds the logits. Raises InvalidConfig for a program that names
         layers the model lacks."""
+
+    @abstractmethod
+    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Logits at a batch's targets, [M, vocabulary], and next-sentence logits, [S, 2], where that head is."""
+
+    @property
+    def head_path(self) -> str:
+        """The module that holds the decoder, the map onto the vocabulary."""
+        return "lm_head"
 
     @torch.no_grad()
     def initialise(self, opened: Opened | None = None) -> None:

@@ -41,18 +41,21 @@ from bert2bert.model.settings import settings_of
 
 class Answers(nn.Linear):
     """transformers' head, which answers (loss, right guesses, predictions) while it is asked, with the logits behind
-    them if they are wanted. asked: places int64 [M] among the rows that come, labels int64 [M], wanted."""
+    them if they are wanted. asked: places int64 [M] among the rows that come, labels int64 [M] (None: for the logits
+    alone), wanted."""
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         self.weight, self.bias = head.weight, head.bias
-        self.asked: tuple[Tensor, Tensor, bool] | None = None
+        self.asked: tuple[Tensor, Tensor | None, bool] | None = None
 
     def forward(self, x: Tensor) -> Any:
         if self.asked is None:
             return super().forward(x)
         places, labels, wanted = self.asked
         x = x.flatten(0, -2).index_select(0, places)
+        if labels is None:
+            return super().forward(x)
         if self.bias is not None:
             logits = super().forward(x)
             return *label_loss(logits, labels), logits
@@ -113,6 +116,8 @@ def _real(batch: Batch) -> Tensor | None:
 
 class Hosted(LanguageModel):
     """Any language model of transformers that has a table."""
+
+    hosted = True
 
     def __init__(self, hf_config: Mapping[str, Any]) -> None:
         super().__init__(hf_config)
@@ -176,6 +181,21 @@ class Hosted(LanguageModel):
             chosen, mask = self.config.num_experts_per_tok, inputs["attention_mask"]
             loss = loss + self.coefficient * balance(tuple(routed), self.sizes["experts"], chosen, mask)
         return Output(loss, correct, predicted, logits[0] if return_logits else None)
+
+    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        (model,), head = self._hosted, cast(Answers, self.get_submodule(self._path))
+        (places, _, _), inputs = self._inputs(batch, False)
+        self.config._experts_implementation = "eager"  # an expert after the other, so that each can be read alone
+        head.asked = places, None, True
+        try:
+            found = model(**inputs)
+        finally:
+            head.asked = None
+        return found["logits" if "logits" in found else "prediction_logits"], found.get("seq_relationship_logits")
+
+    @property
+    def head_path(self) -> str:
+        return self._path
 
     def _inputs(self, batch: Batch, wanted: bool) -> tuple[tuple[Tensor, Tensor, bool], dict[str, Any]]:
         """What the head is asked, and what transformers' forward pass is called with."""

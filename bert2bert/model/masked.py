@@ -48,6 +48,11 @@ class Encoder(Core):
             "expected architectures ['BertForPreTraining'] in the model config"
         )
 
+    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        x = self.encode(batch)
+        pairs = self.next_sentence(x, batch) if "nsp" in self.heads else None
+        return self.decode(batch.at_targets(x)), pairs
+
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
         super().compile_layers(backend)
         self._label_loss = torch.compile(label_loss, backend=backend)

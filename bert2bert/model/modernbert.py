@@ -130,6 +130,10 @@ class ModernBert(Encoder):
         found: Any = (of.get(kind) for of in (plan, rotary) for kind in self.spans)
         return Shared(batch.cu_seqlens, batch.max_seqlen, *found)
 
+    @property
+    def head_path(self) -> str:
+        return "decoder"
+
     def decode(self, x: Tensor) -> Tensor:
         return self.decoder(self.head(self.model.final_norm(x)))
 

@@ -6,10 +6,12 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bert2bert.errors import InvalidConfig, did_you_mean
 
@@ -58,6 +60,13 @@ def unfilled() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class Unallocated(TorchFunctionMode):
+    """Inside, what is made without values, as most parameters are, is made on the meta device and takes no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
 
 
 class RMSNorm(nn.Module):

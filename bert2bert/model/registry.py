@@ -80,6 +80,19 @@ def objective_of(config: Mapping[str, Any]) -> str:
     return "masked" if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes) else "causal"
 
 
+def outline(config: Mapping[str, Any]) -> LanguageModel:
+    """The model of a Hugging Face config that names its class, without values: its parameters are on the meta device,
+    its buffers are real. transformers' own forward pass computes what the architecture's core does not. Raises
+    InvalidConfig."""
+    from bert2bert.model.modules import Unallocated, unfilled  # not at the top: it imports torch
+
+    with Unallocated(), unfilled():
+        try:
+            return _core(str(config["model_type"])).from_hf(config)
+        except InvalidConfig:
+            return _core("t5").from_hf(config)
+
+
 def build(
     config: Mapping[str, Any],
     dtype: torch.dtype | None = None,

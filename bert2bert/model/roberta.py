@@ -76,5 +76,9 @@ class Roberta(Encoder):
         plan = self.attention(x, batch, self.sizes["qk"], float(self.config.attention_probs_dropout_prob))
         return Shared(batch.cu_seqlens, batch.max_seqlen, plan)
 
+    @property
+    def head_path(self) -> str:
+        return "lm_head.decoder"
+
     def decode(self, x: Tensor) -> Tensor:
         return self.lm_head(x)
