@@ -26,9 +26,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from bert2bert.errors import InvalidCheckpoint
-from bert2bert.measure.transformers_models import Double, NoReference, Sample, class_of
+from bert2bert.measure.transformers_models import Double, NoReference, Sample, class_of, reference
 from bert2bert.model import registry
 from bert2bert.model.batch import IGNORE, Batch, Decoder
+from bert2bert.model.config import ACTIVATIONS
 from bert2bert.model.core import LanguageModel
 from bert2bert.model.streaming import Rows, Weights
 from bert2bert.tables import table_for
@@ -129,6 +130,8 @@ def outline(
     """The model of a config with these heads, in eval mode, all its parameters on the meta device and none tied; and
     the canonical name of each by its path. Raises NoReference, and InvalidCheckpoint where table and class disagree."""
     name = class_of(table_for(config), config, heads)
+    if config["model_type"] != "bert" or config.get("hidden_act", "gelu") not in ACTIVATIONS:
+        reference(table_for(config), config, heads)  # the other cores read a config through transformers
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

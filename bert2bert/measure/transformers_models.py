@@ -77,7 +77,7 @@ def build(
     Raises NoReference without transformers or the class in it, InvalidCheckpoint for tensors that do not fill it.
     """
     transformers = _transformers()
-    name, cls, hf = _class(table, config, heads, transformers)
+    name, cls, hf = reference(table, config, heads)
     state = {n: fetch(n).to(dtype) for n in table.parameters(config, table.classes[name])}
     with _quiet(transformers):
         model, info = cls.from_pretrained(
@@ -89,8 +89,9 @@ def build(
     return model
 
 
-def _class(table: Table, config: Mapping[str, Any], heads: frozenset[str], transformers: Any) -> tuple[str, Any, Any]:
+def reference(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> tuple[str, Any, Any]:
     """The transformers class of a checkpoint: its name, it, and its config. Raises NoReference."""
+    transformers = _transformers()
     name = class_of(table, config, heads)
     cls = getattr(transformers, name, None)
     if cls is None or config["model_type"] not in transformers.CONFIG_MAPPING:
