@@ -147,6 +147,11 @@ def contradictions(
             f" {bos} stands before a text, and documents begin without it. If the model was trained with it, put the"
             " template into tokenizer.json (post_processor)"
         )
+    if _decodes_otherwise(found, state):
+        yield (
+            f"tokenizer {named}: {kind} turns ids into text in Python code, which a tokenizer.json does not keep:"
+            " decode with the tokenizer's own folder; the ids are the same"
+        )
     file = _file(folder / "tokenizer.json", named) if "tokenizer.json" in settings else None
     if file and {file["model"]["type"], state["model"]["type"]} != {"WordPiece"}:
         if names := _otherwise(file, state):
@@ -178,6 +183,15 @@ def contradictions(
             f" tokens with a capital never occur ({', '.join(capitals[:3])}); put do_lower_case: false into {CONFIG}"
             " if the vocabulary is a cased one"
         )
+
+
+def _decodes_otherwise(found: Any, state: Mapping[str, Any]) -> bool:
+    """Whether the class makes other text of ids than the tokenizer.json that is kept of it."""
+    from tokenizers import Tokenizer
+
+    ids = found(PROBE, add_special_tokens=False)["input_ids"]
+    kept = Tokenizer.from_str(json.dumps(state)).decode(ids, skip_special_tokens=False)
+    return bool(found.decode(ids, clean_up_tokenization_spaces=False) != kept)
 
 
 def _refuse_ignored(

@@ -77,6 +77,8 @@ def _of_folder(folder: Path, named: Path) -> TextTokenizer:
     backend = found.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # BPE dropout: the ids of a text would be drawn at random
     check_ids(backend, settings, named)
     special = roles(found, settings, named)
     try:
@@ -186,7 +188,7 @@ def _look(folder: Path, named: Path) -> None:
     """Refuse files that are not text; if the folder has no vocabulary, the message names what it holds."""
     names = sorted(file.name for file in folder.iterdir() if file.is_symlink() or file.is_file())
     vocabularies = [name for name in names if name in _VOCABULARIES or name.endswith(_MODELS)]
-    if not vocabularies:
+    if not vocabularies and not _needs_none(folder, named):
         inner = sorted(str(file.parent) for name in _VOCABULARIES for file in folder.glob(f"snapshots/*/{name}"))
         below = sorted(str(file.parent) for name in _VOCABULARIES for file in folder.glob(f"*/{name}"))
         held = f"the hub's cache: give {inner[0]}" if inner else ", ".join(names[:8]) or "nothing"
@@ -207,13 +209,26 @@ def _look(folder: Path, named: Path) -> None:
             ) from error
         if kind != "text" and not (kind == "binary" and name.endswith(_MODELS)):
             raise InvalidData(f"tokenizer {shown} is {said}.")
-    if all(name.endswith(_MODELS) for name in vocabularies) and importlib.util.find_spec("sentencepiece") is None:
+    if (
+        vocabularies
+        and all(name.endswith(_MODELS) for name in vocabularies)
+        and importlib.util.find_spec("sentencepiece") is None
+    ):
         raise InvalidData(
             f"tokenizer {named} has a sentencepiece model alone ({', '.join(vocabularies)}), of which transformers"
             " makes a fast tokenizer with the package sentencepiece, which is not installed.\n"
             "  Install it (pip install sentencepiece), or give the folder that the tokenizer's save_pretrained writes"
             " where it is."
         )
+
+
+def _needs_none(folder: Path, named: Path) -> bool:
+    """Whether the folder's class of tokenizer reads no vocabulary, as those that split text into bytes."""
+    import transformers
+
+    config = _json(folder / CONFIG, named) if (folder / CONFIG).is_file() else {}
+    made = getattr(transformers, str(config.get("tokenizer_class")), None)
+    return getattr(made, "vocab_files_names", None) == {}
 
 
 def _json(file: Path, named: Path) -> dict[str, Any]:

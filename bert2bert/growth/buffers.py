@@ -72,6 +72,10 @@ class _Layers:
             if (at := self._place(name)) is not None:
                 roots = [self._place(root) for root in growth.roots(name)]
                 self._from.setdefault(at[:2], set()).update(r.layer for r in roots if r and r.before == at.before)
+        self._layers: dict[str, set[int]] = {}
+        for name in self.model.parameters:
+            if (at := self._place(name)) is not None:
+                self._layers.setdefault(at.before, set()).add(at.layer)
         of = {table.key(axis) for axis in table.depth}
         config, target = self.model.config, self.plan.config
         changed = {
@@ -100,9 +104,11 @@ class _Layers:
                 if start != before:
                     continue
                 origins = self._from[start, layer]
-                if len(origins) != 1 and not alike:
+                having = origins & names.keys() if origins else names.keys()
+                sure = alike and having == (origins or self._layers[start])
+                if len(origins) != 1 and having and not sure:
                     raise self._refusal(first, f"layer {layer} is not made of one layer")
-                origin = first if alike and not origins & names.keys() else names.get(min(origins))
+                origin = names[min(having)] if having else None
                 if origin is not None:  # not every layer has it
                     stored = self.model.stored(f"{before}{layer}{after}")
                     found[stored] = self._value(origin, held[origin])
@@ -116,7 +122,7 @@ class _Layers:
 
     def _value(self, name: str, value: Any) -> Any:
 
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and not value.is_complex():
             for pattern, formula in _FORMULAS.items():
                 if fnmatchcase(name, pattern) and (made := self._computed(formula, value)) is not None:
                     return made
@@ -168,6 +174,8 @@ def _causal(config: Mapping[str, Any]) -> Iterable[Tensor]:
 def _frequencies(config: Mapping[str, Any]) -> Iterable[Tensor]:
     """Of rotary positions, for every base that the config may mean."""
 
+    if not (config.get("head_dim") or config.get("hidden_size")):
+        return  # of a family without rotary positions
     size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     told = config.get("rope_parameters") or {}
     kinds = [kind for kind in told.values() if isinstance(kind, Mapping)] if isinstance(told, Mapping) else []

@@ -133,6 +133,32 @@ def test_a_layers_own_buffers_go_with_it(run: Path, tmp_path: Path) -> None:
     }
 
 
+def test_a_buffer_that_some_layers_have_goes_with_those(run: Path, tmp_path: Path) -> None:
+    """Nothing says whether a layer made of one that has it and of one that has not has it, or one made of none."""
+    source = with_buffers(run, tmp_path / "run", {LAYERS.format(1) + "seen": torch.tensor([7])})
+    found = grown(source, DEEPER, depth="stack")
+    assert found.buffers.keys() == {LAYERS.format(i) + "seen" for i in (1, 3)}
+    shutil.rmtree(tmp_path / "target")
+    with pytest.raises(UnsupportedGrowth, match=r"layer\.1\.attention\.self\.seen'.*layer \d is not made of one layer"):
+        grown(source, WIDER, width="aki")
+
+
+def test_buffers_with_the_names_of_other_families(tmp_path: Path) -> None:
+    """Frequencies and positions in models without rotary or learned ones."""
+    own = {
+        "rotary.inv_freq": torch.ones(5),
+        "position_ids": torch.arange(3)[None],
+        "other.inv_freq": torch.ones(2) * 1j,
+    }
+    for family in ("gpt2", "t5"):
+        config = tiny.config_of(family)
+        save_cases(tmp_path, 1, [Case(family, 2, steps=1, hf=config)])
+        source = with_buffers(tmp_path / family, tmp_path / f"{family}.own" / "run", own)
+        (source / "config.json").write_text(json.dumps(config))
+        goal = table_for(config).resize(config, dict.fromkeys(table_for(config).depth, 6))
+        assert grown(source, goal, depth="stack").buffers.keys() == own.keys()
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_a_layer_made_of_several_has_their_buffers_where_they_are_alike(run: Path, tmp_path: Path, alike: bool) -> None:
     own = {LAYERS.format(i) + "seen": torch.tensor([0 if alike else i]) for i in range(2)}

@@ -271,6 +271,35 @@ def test_a_class_that_does_not_read_its_tokenizer_json_is_said(tmp_path: Path) -
     assert same(at, tmp_path / "other")[0] == alone
 
 
+def test_bpe_dropout_is_off(tmp_path: Path) -> None:
+    """A file that draws merges at random is read and kept without the draws."""
+    at = byte_level_file(tmp_path / "hub", "PreTrainedTokenizerFast")
+    truth = [reference(at)(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    state = json.loads((at / "tokenizer.json").read_text())
+    state["model"]["dropout"] = 0.9
+    (at / "tokenizer.json").write_text(json.dumps(state))
+    found = load_tokenizer(at)
+    assert [found.for_text().encode(text, add_special_tokens=False).ids for text in TEXTS] == truth
+    assert [found.backend.encode(text, add_special_tokens=False).ids for text in TEXTS] == truth and not found.notes
+
+
+def test_a_class_that_decodes_in_python_is_said(tmp_path: Path) -> None:
+    made = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers.trainers import BpeTrainer
+
+    names, alphabet = ["<|startoftext|>", "<|endoftext|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=800, special_tokens=names, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    made.train_from_iterator(["the cat sat on the mat " + " ".join(alphabet)] * 3, trainer)
+    config = {"tokenizer_class": "CLIPTokenizer", "bos_token": names[0], "eos_token": names[1]}
+    at = folder(tmp_path / "hub", None, tokenizer=json.loads(made.to_str()), tokenizer_config=config)
+    truth, found = reference(at)("the cat", add_special_tokens=False)["input_ids"], load_tokenizer(at)
+    assert found.for_text().encode("the cat", add_special_tokens=False).ids == truth
+    assert any("CLIPTokenizer turns ids into text in Python code" in note for note in found.notes)
+
+
 def test_special_tokens_that_are_to_be_split(tmp_path: Path) -> None:
     """split_special_tokens makes every special token in a text text, and stays so in what is written."""
     extra = {"content": "<url>", "special": True, "normalized": False}
@@ -366,6 +395,9 @@ def test_folders_without_a_vocabulary_that_can_be_read(tmp_path: Path) -> None:
     (at / "snapshots/0a1b/added_tokens.json").symlink_to(at / "blobs/2c")
     with pytest.raises(InvalidData, match=r"added_tokens.json cannot be read: No such file"):
         load_tokenizer(at / "snapshots/0a1b")
+    by_bytes = folder(tmp_path / "bytes", None, tokenizer_config={"tokenizer_class": "ByT5Tokenizer"})
+    with pytest.raises(InvalidData, match=r"is a ByT5Tokenizer, which splits text in Python code"):
+        load_tokenizer(by_bytes)
     if importlib.util.find_spec("sentencepiece") is None:
         model = folder(tmp_path / "spm", None, tokenizer_config={"tokenizer_class": "AlbertTokenizer"})
         (model / "spiece.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02" * 3)
