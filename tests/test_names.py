@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from bert2bert.checkpoints.hub.names import WRAPPERS
 from bert2bert.checkpoints.inspect import inspect
 from bert2bert.checkpoints.inspect_text import render
+from bert2bert.checkpoints.job import TargetGroup
 from bert2bert.checkpoints.open import open_source
 from bert2bert.commands.plan import source_notes
 from bert2bert.commands.verify import verify
@@ -26,7 +27,8 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UnsupportedGrowth
 from bert2bert.growth.source_model import open_model, read_config
 from tests import tiny
 from tests.checkpoints.engines import hf_model
-from tests.doors import grow, reshard
+from tests.checkpoints.targets import make_spec, reader
+from tests.doors import grow, reshard, write_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "mistral", "qwen2", "qwen3", "t5", "modernbert", "mixtral", "qwen3_moe",
@@ -314,3 +316,44 @@ def test_wrappers_among_experts(name: str, place: str, tmp_path: Path) -> None:
     grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "c.json"), format="hub", measure=False,
          say=silent)  # fmt: skip
     assert not any("_orig_mod" in n for n in load_file(tmp_path / "g" / "model.safetensors"))
+
+
+def test_fused_experts_in_the_block_of_before(tmp_path: Path) -> None:
+    """transformers renames the block of a Mixtral whatever its experts look like."""
+    model = hf_model(tiny.config_of("mixtral"))
+    model.save_pretrained(tmp_path)
+    state = {n.replace(".mlp.", ".block_sparse_moe."): p.detach().clone() for n, p in model.named_parameters()}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    same(read(tmp_path), loaded(tmp_path, "MixtralForCausalLM"))
+
+
+def test_experts_one_by_one_of_a_run(tmp_path: Path) -> None:
+    """A Mixtral of transformers 4 in a run's files: a folder made of them is verified, and loads."""
+    model = save(tmp_path / "s", "mixtral")
+    config = tmp_path / "s" / "config.json"
+    tensors = load_file(tmp_path / "s" / "model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    groups = (TargetGroup("all", False, tuple(shapes), {"lr": 1e-3}, 7),)
+    spec = make_spec(shapes=shapes, aliases={}, config={}, groups=groups, group_layout="single")
+    states = {name: dict.fromkeys(spec.states, tensor) for name, tensor in tensors.items()}
+    write_checkpoint(tmp_path / "z", spec, reader(states), format="universal", manifest_growth=None)
+    with pytest.raises(InvalidCheckpoint, match=r"experts are stored one by one [^\n]*transformers 4"):
+        open_model(tmp_path / "z", config)
+    reshard(tmp_path / "z", tmp_path / "h", format="hub", source_config=config, say=silent)
+    assert verify(tmp_path / "z", tmp_path / "h").ok
+    same(loaded(tmp_path / "h", "MixtralForCausalLM"), dict(model.named_parameters()))
+    with pytest.raises(InvalidCheckpoint, match="experts are stored one by one"):
+        open_model(tmp_path / "h")
+    type(model).from_pretrained(tmp_path / "h").save_pretrained(tmp_path / "again")  # the remedy
+    same(read(tmp_path / "again"), dict(model.named_parameters()))
+
+
+def test_decoder_that_the_class_ignores(tmp_path: Path) -> None:
+    """A whole T5 whose config names the encoder's class: what is left is named, with the true reason."""
+    save(tmp_path / "s", "t5")
+    file = tmp_path / "s" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["T5EncoderModel"]}))
+    same(read(tmp_path / "s"), loaded(tmp_path / "s", "T5EncoderModel"))
+    lines: list[str] = []
+    reshard(tmp_path / "s", tmp_path / "u", format="universal", say=lines.append)
+    assert "left out, for transformers does not read them: decoder.block.0" in "\n".join(lines)

@@ -205,7 +205,7 @@ def _renamed(names: Names) -> list[str]:
         copies = [f"{a} = {k}" for a, k in names.copies.items()]
         found.append(f"copies of tied tensors, stored once: {', '.join(copies)}")
     if names.left:
-        found.append(f"left out, for no current model has them: {', '.join(names.left)}")
+        found.append(f"left out, for transformers does not read them: {', '.join(names.left)}")
     return found
 
 

@@ -57,7 +57,7 @@ def grown(growth: Growth, format: str) -> Carried:
 def left_out(source: Source, format: str) -> list[str]:
     """A sentence about what a run's state dict holds and a Hugging Face folder of its growth does not."""
     names = [*source.buffers, *source.extras] if format == "hub" != source.format else []
-    return [f"left out, because transformers computes buffers again: {some(names)}"] if names else []
+    return [f"left out, for models of transformers store no buffers: {some(names)}"] if names else []
 
 
 class _Layers:

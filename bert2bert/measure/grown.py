@@ -49,7 +49,7 @@ def check_accounted(growth: Growth, target: CheckpointModel, check: Check) -> No
     gone = [n for n in model.source.buffers if n not in target.source.buffers]
     left = {
         "copies of tied tensors": [n for n in rest if n in copies],
-        "what no current model has": list(model.left),
+        "what transformers does not read": list(model.left),
         "not part of the grown model": [n for n in rest if n not in copies | old],
         "buffers that it does not hold": [n for n in gone if n not in old],
         "not in the source's files": list(model.source.unread),

@@ -83,7 +83,7 @@ def _compare_buffers(source: Source, target: Source, names: Names, check: Check)
     found = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(wanted)}, bit for bit"
     check("buffers", not changed, found)
     if names.left:
-        check("left out", True, f"{len(names.left)} that no current model has, first {names.left[0]}")
+        check("left out", True, f"{len(names.left)} that transformers does not read, first {names.left[0]}")
 
 
 def _compare_steps(source: Source, target: Source, names: Names, check: Check) -> None:

@@ -188,7 +188,7 @@ def test_what_would_have_to_grow_is_refused_by_name_before_anything_is_written(
     assert not (tmp_path / "target").exists()
     said: list[str] = []
     grown(source, goal, positions="tile", format="hub", say=said.append)
-    assert f"left out, because transformers computes buffers again: {name}" in said[0]
+    assert f"left out, for models of transformers store no buffers: {name}" in said[0]
 
 
 def test_old_masks_and_frequencies_by_layer(tmp_path: Path) -> None:

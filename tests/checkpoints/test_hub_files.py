@@ -201,8 +201,16 @@ QUANTISED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "fp8-scales": (lambda t: t | {"bert.x.weight_scale_inv": torch.ones(1)}, {}, "weight_scale_inv is of a packed"),
     "quanto": (lambda t: t | {"bert.x.weight._data": torch.zeros(2, 2, dtype=torch.int8)}, {}, "_data is of a packed"),
     "torchao": (lambda t: t | {"bert.x._weight_qdata": torch.zeros(2, dtype=torch.int8)}, {}, "_weight_qdata is of"),
-    "aqlm": (lambda t: t | {"bert.x.codebooks": torch.ones(1, 4, 1, 8)}, {}, "codebooks is of a packed weight"),
-    "vptq": (lambda t: t | {"bert.x.centroids.weight": torch.ones(1, 4)}, {}, "centroids.weight is of a packed"),
+    "aqlm": (
+        lambda t: t | {"bert.x.codebooks": torch.ones(1, 4), "bert.x.codes": torch.zeros(3).char()},
+        {},
+        "codebooks is of a packed weight",
+    ),
+    "vptq": (
+        lambda t: t | {"bert.x.centroids.weight": torch.ones(1), "bert.x.indices": torch.zeros(3).int()},
+        {},
+        "centroids.weight is of a packed",
+    ),
     "mxfp4": (lambda t: t | {"bert.x.up_proj_blocks": torch.zeros(2, dtype=torch.uint8)}, {}, "up_proj_blocks is of"),
     "exl2": (lambda t: t | {"bert.x.q_weight": torch.zeros(2, 2, dtype=torch.int32)}, {}, "q_weight is of a packed"),
     "exl3": (lambda t: t | {"bert.x.trellis": torch.zeros(1, 1, 2, dtype=torch.int16)}, {}, "trellis is of a packed"),
@@ -462,3 +470,16 @@ def test_what_a_run_does_not_get_of_a_folder_is_said(form: str, tmp_path: Path) 
         report = verify(tmp_path / "s", tmp_path / target, logits=False)
         (counted,) = [check for check in report.checks if check.name == "tensors"]
         assert report.ok and all(name in counted.detail for name in copies)
+
+
+def test_names_of_packed_weights_in_a_model_of_floats(tmp_path: Path) -> None:
+    """A parameter W_q or codebooks is no quantised weight where its layer has floating-point numbers alone."""
+    names = ("attn.W_q", "vq.codebooks", "vq.centroids.weight", "gate.bitmask")
+    tensors = {name: torch.rand(2, 3) for name in names} | {"step": torch.tensor(1)}
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "own"}')
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    reshard(folder, tmp_path / "t", format="hub", say=lambda _: None)
+    found = load_file(tmp_path / "t" / "model.safetensors")
+    assert found.keys() == tensors.keys() and all(found[name].equal(tensors[name]) for name in tensors)

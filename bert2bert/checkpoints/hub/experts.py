@@ -2,7 +2,8 @@
 
 transformers fuses ``…experts.0.w1.weight`` and its like into ``…mlp.experts.gate_up_proj`` [experts, 2 ffn, embed]
 when it loads a model and takes them apart when it saves one, so readers and writers of its folders do the same. Names
-of wrappers may stand anywhere in between.
+of wrappers may stand anywhere in between. A folder that `reshard` wrote of a model whose experts are modules of their
+own, as those of transformers 4 are, is read as its manifest lists it.
 
 Refuses (`InvalidCheckpoint`) experts that are not all there or not of one shape.
 """
@@ -29,7 +30,7 @@ _STORED = {
 """model_type -> block, the maps of ``gate_up_proj``, those of ``down_proj``, as stored."""
 _W = rf"(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*"
 _EXPERT = re.compile(rf"(.+\.)(?:block_sparse_moe|mlp)\.{_W}experts\.{_W}(\d+)\.{_W}(\w+)\.{_W}weight")
-_GATE = re.compile(rf"\.block_sparse_moe\.({_W})gate\.")
+_BLOCK = re.compile(rf"\.block_sparse_moe\.(?={_W}gate\.|{_W}experts\.{_W}(?:gate_up|down)_proj$)")
 _FUSED = re.compile(r"(.+\.)mlp\.experts\.(gate_up_proj|down_proj)")
 _PLACE = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
           "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}  # fmt: skip
@@ -61,7 +62,7 @@ def fused(names: Iterable[str]) -> dict[str, Parts]:
 
 def model_name(name: str) -> str:
     """A model's name of a stored tensor that is no expert's."""
-    return _GATE.sub(r".mlp.\1gate.", name)
+    return _BLOCK.sub(".mlp.", name)
 
 
 def shape(name: str, parts: Parts, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

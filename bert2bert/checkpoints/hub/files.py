@@ -47,6 +47,9 @@ AQLM, VPTQ, QuIP#, MXFP4, EXL2 and EXL3 store."""
 _WEIGHT = re.compile(r"(.+[._])?weight|.+\.experts\.(gate_up|down)_proj")
 """Parameters of linear maps and embeddings, of whole numbers only where they are quantised."""
 _QUANTISED = ("quantization_config", "quantization", "compression_config")
+_ALSO_PLAIN = re.compile(r"(.+\.)?(W_q|codebooks|centroids\.weight|bitmask|trellis)")
+"""Those of _PACKED that models of other kinds have, too, with floating-point numbers alone in the layer."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _EIGHT_BITS = re.compile(r"F8_|F6_|F4|I4$|U4$")
 
 
@@ -184,7 +187,7 @@ def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Map
         if isinstance(found := (config or {}).get(key), Mapping) and found:
             method = found.get("quant_method") or found.get("quant_algo") or found.get("bits") or ", ".join(found)
             said.append(f"config.json has {key} ({method})")
-    packed = [name for name in dtypes if _PACKED.fullmatch(name)]
+    packed = [name for name in dtypes if _PACKED.fullmatch(name) and not _plain(name, dtypes)]
     narrow = [name for name, dtype in dtypes.items() if _EIGHT_BITS.match(dtype)]
     kinds = ("I", "U", "BOOL")
     whole = [n for n, t in dtypes.items() if _WEIGHT.fullmatch(n) and t.startswith(kinds) and n not in packed]
@@ -196,6 +199,13 @@ def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Map
             "written again. Use the checkpoint they were made from, or load it with transformers, dequantize() and "
             "save_pretrained() (and no quantization in its config)."
         )
+
+
+def _plain(name: str, dtypes: Mapping[str, str]) -> bool:
+    """Whether a tensor with the name of a packed one is a plain parameter: no whole numbers stand in its layer."""
+    match = _ALSO_PLAIN.fullmatch(name)
+    layer = (match[1] or "") if match else ""
+    return bool(match) and not any(n.startswith(layer) and t not in _FLOATS for n, t in dtypes.items())
 
 
 def refuse_empty(folder: Path, empty: list[str], count: int) -> None:

@@ -79,12 +79,13 @@ class HubSource(Source):
     def _fuse(self) -> None:
         """Give experts, stored one by one, the names and shapes of transformers' models."""
         single, shapes = self.tensors, {name: meta.shape for name, meta in self.tensors.items()}
-        self._names = experts.fused(single)
+        listed = self.manifest.tensors if self.manifest else {}  # a model's own names, which may be one an expert
+        self._names = experts.fused(name for name in single if name not in listed)
         known = {part for parts in self._names.values() for expert in parts for part in expert}
         self.tensors = {}
         for name, meta in single.items():
             if name not in known:
-                renamed = experts.model_name(name)
+                renamed = name if name in listed else experts.model_name(name)
                 self.tensors[renamed] = replace(meta, name=renamed)
                 if renamed != name:
                     self._names[renamed] = ((name,),)

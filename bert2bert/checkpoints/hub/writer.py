@@ -89,8 +89,8 @@ def _blanks(job: Job) -> dict[str, Blank]:
         kind = f"{buffer.layout} {buffer.dtype}" if isinstance(buffer, torch.Tensor) else "no plain tensor"
         if not isinstance(buffer, torch.Tensor) or buffer.dtype not in _NAMES or buffer.layout != torch.strided:
             raise UnsupportedGrowth(
-                f"the buffer {name} is {kind}, which a safetensors file cannot hold. Leave it out of the checkpoint, "
-                "or choose another format."
+                f"the buffer {name} is {kind}, which a Hugging Face folder cannot hold. Leave it out of the "
+                "checkpoint, or choose another format."
             )
         found[name] = Blank(tuple(buffer.shape), buffer.dtype, partial(tuple, [buffer]))
     return found
