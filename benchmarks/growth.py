@@ -67,7 +67,7 @@ def numel(config: dict[str, Any]) -> int:
     from bert2bert.tables import table_for
 
     table = table_for(config)
-    return sum(prod(p.shape) for p in table.parameters(config, table.classes["BertForMaskedLM"]).values())
+    return sum(prod(p.shape) for p in table.parameters(config, table.names.classes["BertForMaskedLM"]).values())
 
 
 def size_of(folder: Path) -> int:

@@ -58,7 +58,7 @@ PAIRS = {
 def fresh_spec(config: dict[str, Any], precision: str = "fp32") -> TargetSpec:
     """A checkpoint of this model at step 100, in the usual two groups."""
     table = table_for(config)
-    heads = table.classes[config["architectures"][0]]
+    heads = table.names.classes[config["architectures"][0]]
     parameters = table.parameters(config, heads)
     shapes = {name: p.shape for name, p in parameters.items()}
     hyper = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}

@@ -24,27 +24,27 @@ def facts(name: str) -> frozenset[tuple[Any, ...]]:
     """What an operator or a plan can see of a variant: axes, what each tensor does with them, norms, units."""
     config = tiny.config_of(name)
     table, (cls,) = table_for(config), config["architectures"]
-    heads, sizes = table.classes[cls], table.axis_sizes(config)
+    heads, sizes = table.names.classes[cls], table.axis_sizes(config)
     parameters = table.parameters(config, heads)
-    layers = {depth: range(sizes[depth]) for depth in table.depth}
+    layers = {depth: range(sizes[depth]) for depth in table.sizes.depth}
     found: set[tuple[Any, ...]] = {
-        ("norm", table.norm, table.prenorm, table.normalised),
-        ("head", table.tied(config), len(table.depth), table.norm, table.prenorm),
-        ("heads", heads, table.norm, table.prenorm, len(table.depth)),
-        ("depth", table.depth),
-        ("kinds", len({table.layer_kind(config, i) for i in layers["layers"]}), bool(table.every[0])),
-        ("first position", table.first_position),
-        ("dense", bool(table.dense)),
+        ("norm", table.norms.kind, table.norms.pre, table.norms.axes),
+        ("head", table.tied(config), len(table.sizes.depth), table.norms.kind, table.norms.pre),
+        ("heads", heads, table.norms.kind, table.norms.pre, len(table.sizes.depth)),
+        ("depth", table.sizes.depth),
+        ("kinds", len({table.layer_kind(config, i) for i in layers["layers"]}), bool(table.compatible.every[0])),
+        ("first position", table.sizes.first_position),
+        ("dense", bool(table.compatible.dense)),
         *(("axis", axis) for axis in sizes),
-        *(("follows", axis, of) for axis, of in table.follows.items()),
-        *(("scale", axis, of) for axis, of in table.scales.items()),
-        *(("unit", axis, axis in table.aligned, sizes[axis] == 1) for axis in table.units),
+        *(("follows", axis, of) for axis, of in table.sizes.follows.items()),
+        *(("scale", axis, of) for axis, of in table.sizes.scales.items()),
+        *(("unit", axis, axis in table.sizes.aligned, sizes[axis] == 1) for axis in table.sizes.units),
         *(("size of its own", axis, table.key(axis) != table.key("embed")) for axis in ("qk", "v")),
-        *(("fixed", axis) for axis in table.fixed),
+        *(("fixed", axis) for axis in table.sizes.fixed),
         *(("std", product) for product in table.stds.values()),
     }
     for p in parameters.values():
-        norm = (table.norm, table.prenorm) if "rho" in axes.axes_of(p.spec) else ()
+        norm = (table.norms.kind, table.norms.pre) if "rho" in axes.axes_of(p.spec) else ()
         found.add(("spec", p.spec, p.depth, p.decay, p.part == "unused", *norm))
         if p.layer is not None:
             found.add(("some layers", p.spec, all(p.at(layer) in parameters for layer in layers[p.depth])))

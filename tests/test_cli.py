@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "small").mkdir()
     table = table_for(SMALL)
     draw = torch.Generator().manual_seed(0)
-    tensors = table.parameters(SMALL, table.classes["BertForMaskedLM"])
+    tensors = table.parameters(SMALL, table.names.classes["BertForMaskedLM"])
     save_file({n: torch.randn(p.shape, generator=draw) for n, p in tensors.items()}, folder / "small/model.safetensors")
     (folder / "small/config.json").write_text(json.dumps(SMALL))
     double = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}

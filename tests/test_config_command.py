@@ -30,7 +30,7 @@ def saved(config: dict[str, Any], folder: Path) -> Path:
 
 
 def heads_of(config: dict[str, Any]) -> frozenset[str]:
-    return table_for(config).classes[config["architectures"][0]]
+    return table_for(config).names.classes[config["architectures"][0]]
 
 
 def full(name: str, **changes: Any) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_transformers_builds_the_model_with_the_parameters_that_are_printed(
     if "group" in small:
         assert large["group"] == small["group"] or small["kv"] == 1
     if how[0] == "--width" and how[1] == "2x":
-        ratio = {axis: large[axis] / small[axis] for axis in ("embed", "ffn", *table_for(old).depth)}
+        ratio = {axis: large[axis] / small[axis] for axis in ("embed", "ffn", *table_for(old).sizes.depth)}
         assert set(ratio.values()) == {2.0} and not found["notes"]
 
 

@@ -85,7 +85,7 @@ def test_the_readme_knows_every_architecture_and_its_heads() -> None:
     found = {row[0].strip(): row for row in rows[2:]}
     assert found.keys() == TABLES.keys()
     for name, row in found.items():
-        heads = {head for cls in TABLES[name].classes for end, head in HEADS.items() if cls.endswith(end)}
+        heads = {head for cls in TABLES[name].names.classes for end, head in HEADS.items() if cls.endswith(end)}
         assert {head.strip() for head in row[-1].split(",")} == heads, name
 
 

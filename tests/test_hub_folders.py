@@ -82,7 +82,7 @@ def test_base_models_have_no_outer_name(cls: str, name: str, tmp_path: Path, wor
     tiny.scramble(model)
     model.save_pretrained(tmp_path / "small")
     opened = open_model(tmp_path / "small")
-    assert opened.naming.lacks and opened.table.classes[cls] == opened.heads
+    assert opened.naming.lacks and opened.table.names.classes[cls] == opened.heads
     goal = target(tmp_path / "big.json", name)
     grow(tmp_path / "small", tmp_path / "big", goal, format="hub", say=silent)
     words.clear()

@@ -31,7 +31,7 @@ def source(tmp_path: Path) -> Path:
     folder = tmp_path / "small"
     folder.mkdir()
     table = table_for(SMALL)
-    tensors = table.parameters(SMALL, table.classes["LlamaForCausalLM"])
+    tensors = table.parameters(SMALL, table.names.classes["LlamaForCausalLM"])
     save_file({name: torch.zeros(p.shape) for name, p in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(SMALL))
     (tmp_path / "large.json").write_text(json.dumps(LARGE))

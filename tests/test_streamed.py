@@ -44,7 +44,9 @@ def oracle(config: dict, model: transformers.PreTrainedModel, sample: Sample) ->
 
 def passed(config: dict, rows: streaming.Rows, sample: Sample) -> streamed.Passed:
     """The streamed run."""
-    return streamed.passed(config, table_for(config).classes[config["architectures"][0]], rows, sample, torch.float64)
+    return streamed.passed(
+        config, table_for(config).names.classes[config["architectures"][0]], rows, sample, torch.float64
+    )
 
 
 @pytest.mark.parametrize("name", tiny.VARIANTS)
@@ -135,6 +137,6 @@ def test_a_foreign_shape_is_refused(name: str) -> None:
 @pytest.mark.parametrize(("name", "hosted"), [("llama", False), ("bert", False), ("bert silu", True), ("t5", True)])
 def test_the_own_core_is_run_where_it_computes_the_config(name: str, hosted: bool) -> None:
     config = tiny.config_of(name.split()[0], **({"hidden_act": "silu"} if hosted and name != "t5" else {}))
-    model, names = streamed.outline(config, table_for(config).classes[config["architectures"][0]], torch.float32)
+    model, names = streamed.outline(config, table_for(config).names.classes[config["architectures"][0]], torch.float32)
     assert model.hosted is hosted and all(p.is_meta and p.dtype == torch.float32 for p in model.parameters())
     assert {"bert silu": "cls.predictions.decoder.weight"}.get(name, f"{model.head_path}.weight") in names

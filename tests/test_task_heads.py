@@ -63,7 +63,7 @@ def said(folder: Path, cls: str) -> dict[str, torch.Tensor]:
 def test_a_folder_grows_and_says_the_same(cls: str, tmp_path: Path) -> None:
     config = save(tmp_path / "small", cls)
     model = open_model(tmp_path / "small")
-    assert model.heads == model.table.classes[cls] and not model.left and not model.naming.renamed
+    assert model.heads == model.table.names.classes[cls] and not model.left and not model.naming.renamed
     target = goal(tmp_path / "big.json", config)
     grow(tmp_path / "small", tmp_path / "big", target, format="hub", width="fpi:choice=left", say=quiet)
     assert json.loads((tmp_path / "big" / "config.json").read_text())["architectures"] == [cls]
@@ -93,7 +93,7 @@ def test_classes_with_an_outer_name_of_their_own(cls: str, prefix: str, tmp_path
     grow(tmp_path / "small", tmp_path / "run", target, format="zero", stage=2, world_size=1, say=quiet)
     run = open_source(tmp_path / "run")
     assert set(run.tensors) - {prefix + name for name in plain} == set()
-    assert open_model(tmp_path / "run").heads == table_for(config).classes[cls]
+    assert open_model(tmp_path / "run").heads == table_for(config).names.classes[cls]
 
 
 def test_heads_that_are_not_known_are_refused_by_those_that_are(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_labels_are_those_of_the_source(tmp_path: Path) -> None:
 def test_a_pooler_beside_the_head_grows_too(cls: str, tmp_path: Path) -> None:
     """Older versions saved one that the class does not have."""
     config, file = save(tmp_path / "small", cls), tmp_path / "small" / "model.safetensors"
-    outer = table_for(config).outer
+    outer = table_for(config).names.prefix
     pooler = {f"{outer}pooler.dense.weight": torch.randn(8, 8), f"{outer}pooler.dense.bias": torch.randn(8)}
     save_file({**load_file(file), **pooler}, file, {"format": "pt"})
     target = goal(tmp_path / "big.json", {**config, "architectures": None})

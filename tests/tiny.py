@@ -98,7 +98,7 @@ def _others() -> dict[str, Variant]:
         bases.setdefault(variant.base["model_type"], variant.base)
     found = {}
     for kind, table in TABLES.items():
-        for cls, heads in table.classes.items():
+        for cls, heads in table.names.classes.items():
             labels = {"num_labels": 3} if cls.endswith(("SequenceClassification", "TokenClassification")) else {}
             pads = {} if kind in ("roberta", "t5", "bert") else {"pad_token_id": 0}
             starts = {"decoder_start_token_id": 0} if kind == "t5" else {}
@@ -245,7 +245,7 @@ def loss(model: torch.nn.Module, config: dict[str, Any], seed: int = 0) -> torch
 def canonical(config: dict[str, Any]) -> dict[str, str]:
     """Name in the config's class, and in the full model, of every parameter and tied copy."""
     table, cls = table_for(config), config["architectures"][0]
-    names = (*table.parameters(config, table.classes[cls]), *table.aliases(config, table.classes[cls]))
+    names = (*table.parameters(config, table.names.classes[cls]), *table.aliases(config, table.names.classes[cls]))
     return {table.in_class(name, cls): name for name in names}
 
 

@@ -138,7 +138,7 @@ def configure(
     wishes = Wishes.parse(**sizes)
     _check_output(output)
     found = _opened(source, source_config, tag)
-    classes = table_for(found.config).classes[found.cls]
+    classes = table_for(found.config).names.classes[found.cls]
     config, notes = resized(found.config, classes, wishes)
     config["architectures"] = found.config.get("architectures") or [found.cls]
     flops = None
@@ -175,12 +175,12 @@ def _opened(path: Path, source_config: Path | None, tag: str | None) -> Source:
     config = read_config(path)
     cls = _class_of(config, None)
     folder = path if path.is_dir() else path.parent
-    return Source(path, config, cls, table_for(config).classes[cls], (folder,), False)
+    return Source(path, config, cls, table_for(config).names.classes[cls], (folder,), False)
 
 
 def _class_of(config: Mapping[str, Any], heads: frozenset[str] | None) -> str:
     """The class that a config names, else one that has these heads, else the architecture's usual one."""
-    classes = table_for(config).classes
+    classes = table_for(config).names.classes
     named = named_class(config)
     return named if named in classes else next((c for c, own in classes.items() if own == heads), next(iter(classes)))
 

@@ -152,7 +152,7 @@ class Fit:
                 f"a fit lowers the language-model loss, and this {table.model_type} has no language-model head; use a "
                 f"checkpoint with one, or a width that is not learned"
             )
-        self.used = min((has for has in table.classes.values() if "lm" in has and has <= heads), key=len)
+        self.used = min((has for has in table.names.classes.values() if "lm" in has and has <= heads), key=len)
         self.pair, self.what, self.device, self.dtype = pair, objective_of(source), device, dtype
         self.blend = Blend(Scheme(pair), self.used, weights, dtype, device)
         start = self.blend.scheme.initial(self.blend.build, self.blend.parameters, noise, seed)
@@ -161,7 +161,7 @@ class Fit:
         self.maps = {name: torch.from_numpy(array).to(device, dtype) for name, array in start.items()}
         self.about = {
             "model_type": table.model_type,
-            "axes": {axis: [pair.small[axis], pair.large[axis]] for axis in table.sizes},
+            "axes": {axis: [pair.small[axis], pair.large[axis]] for axis in table.sizes.axes},
             "noise": noise,
             "seed": seed,
         }

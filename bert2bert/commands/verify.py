@@ -148,7 +148,7 @@ def _replan(
         plan = replace(plan, config=target.config)
         return between(second, model, plan, how["alpha"], own["moments"])
     # a growth may have scaled the norms' epsilon: it was asked for with the source's, for no other is let through
-    mine, theirs = model.table.eps[0], target.table.eps[0]
+    mine, theirs = model.table.norms.eps[0], target.table.norms.eps[0]
     asked = {key: value for key, value in target.config.items() if key != theirs}
     if mine in model.config:
         asked[theirs] = model.config[mine]

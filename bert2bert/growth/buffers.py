@@ -76,7 +76,7 @@ class _Layers:
         for name in self.model.parameters:
             if (at := self._place(name)) is not None:
                 self._layers.setdefault(at.before, set()).add(at.layer)
-        of = {table.key(axis) for axis in table.depth}
+        of = {table.key(axis) for axis in table.sizes.depth}
         config, target = self.model.config, self.plan.config
         changed = {
             value for key, value in config.items()

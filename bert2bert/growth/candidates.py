@@ -58,12 +58,12 @@ def candidates(
     """Kind of size that changes -> its operators. heads: of the source. Raises InvalidConfig, UnsupportedGrowth."""
     table = table_for(source)
     old, new = table.axis_sizes(source), table.axis_sizes(target)
-    changed = [axis for axis in table.sizes if old[axis] != new[axis]]
-    few = {axis: min(_FEW, old[axis]) for axis in table.depth if axis in old}
+    changed = [axis for axis in table.sizes.axes if old[axis] != new[axis]]
+    few = {axis: min(_FEW, old[axis]) for axis in table.sizes.depth if axis in old}
     kinds: dict[str, list[str]] = {}
     for axis in changed:
         if axis not in ("qk", "v"):
-            kinds.setdefault(_kind(axis, table.depth), []).append(axis)
+            kinds.setdefault(_kind(axis, table.sizes.depth), []).append(axis)
     found = {}
     for kind, axes in sorted(kinds.items(), key=lambda item: list(_BEST).index(item[0])):
         small = source if kind == "depth" else with_sizes(source, few)

@@ -39,7 +39,7 @@ def pair_of(
 
 def _check_kinds(pair: Pair) -> None:
     """One kind a layer, where a config lists them."""
-    key = pair.table.kinds
+    key = pair.table.compatible.kinds
     for whose, config, sizes in (("source", pair.source, pair.small), ("target", pair.target, pair.large)):
         kinds = config.get(key) if key else None
         many = len(kinds) if isinstance(kinds, list) else 0
@@ -53,7 +53,7 @@ def _check_kinds(pair: Pair) -> None:
 def _check_not_smaller(pair: Pair) -> None:
     table, small, large, target = pair.table, pair.small, pair.large, pair.target
     derived = {axis for axis in ("qk", "v") if table.key(axis) == table.key("embed")}
-    for axis in table.sizes:
+    for axis in table.sizes.axes:
         key = table.key(axis)
         if axis == "group" and large[axis] < small[axis]:
             keys = key, table.key("kv")
@@ -71,7 +71,7 @@ def _check_not_smaller(pair: Pair) -> None:
 
 
 def _check_fixed(pair: Pair) -> None:
-    for axis, reason in pair.table.fixed.items():
+    for axis, reason in pair.table.sizes.fixed.items():
         if pair.large[axis] != pair.small[axis]:
             raise UnsupportedGrowth(
                 f"{pair.table.key(axis)} would change from {pair.small[axis]} to {pair.large[axis]}: {reason}"
@@ -82,7 +82,7 @@ def _check_chosen(pair: Pair, choices: Choices) -> None:
     """An operator for tokens, positions and experts where these grow, and only there."""
     table, extra = pair.table, choices.extra
     for kind, axis in EXTRA.items():
-        grows = axis in table.sizes and pair.large[axis] != pair.small[axis]
+        grows = axis in table.sizes.axes and pair.large[axis] != pair.small[axis]
         if kind in extra:
             _check_extra(pair, extra[kind], axis, grows, choices.width)
         elif grows and choices.width.operator.name != "random":
@@ -96,13 +96,13 @@ def _check_chosen(pair: Pair, choices: Choices) -> None:
 def _check_extra(pair: Pair, chosen: Chosen, axis: str, grows: bool, width: Chosen) -> None:
     """Refuse an operator on tokens, positions or experts that would do nothing."""
     table, kind = pair.table, chosen.operator.kind
-    if axis not in table.sizes and kind == "positions":
+    if axis not in table.sizes.axes and kind == "positions":
         raise UnsupportedGrowth(
             f"{chosen.flag}: a {table.model_type} has no table of positions (they are rotary, or relative distances), "
             f"so a longer context needs no operator; leave --positions out"
         )
-    if axis not in table.sizes:
-        fit = " or ".join(t.model_type for t in TABLES.values() if table.model_type in t.dense_types)
+    if axis not in table.sizes.axes:
+        fit = " or ".join(t.model_type for t in TABLES.values() if table.model_type in t.compatible.dense_types)
         remedy = (
             f"a llama, mistral or qwen3 can be upcycled, and a mixture of experts can have more; leave --{kind} out"
         )
@@ -148,7 +148,7 @@ def check_alone(width: Chosen, depth: Chosen, moments: str | None) -> None:
 
 def _check_types(pair: Pair) -> None:
     table = pair.table
-    if "types" in table.sizes and pair.large["types"] != pair.small["types"]:
+    if "types" in table.sizes.axes and pair.large["types"] != pair.small["types"]:
         raise UnsupportedGrowth(
             f"target {table.key('types')}={pair.large['types']}, source {pair.small['types']}: no operator grows it; "
             f"set it to {pair.small['types']} in the target config"

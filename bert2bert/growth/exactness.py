@@ -39,7 +39,7 @@ def exactness(build: Builder) -> Exactness:
     if width.copying.nothing:
         return Exactness(("nothing of the source is copied",), ("moments start at zero",))
     function, moments, lossy = list(why.function), list(why.moments), []
-    for axis in sorted(pair.table.normalised & set(pair.grown)) if not width.norms.averaged else ():
+    for axis in sorted(pair.table.norms.axes & set(pair.grown)) if not width.norms.averaged else ():
         gather = build.map(axis, 0)
         if not gather.is_uniform:
             low, high = int(gather.counts.min()), int(gather.counts.max())
@@ -90,7 +90,7 @@ def _depth(pair: Pair, axis: str, rows: Sequence[Layer], build: Builder) -> list
         )
     elif [row.source for row in rows if not row.identity] != list(range(small)):
         found.append(f"{change}: stacked layers change the function")
-    elif len(rows) > small and not table.prenorm:
+    elif len(rows) > small and not table.norms.pre:
         found.append(
             f"{change}: inserted layers still normalise, so they are no identity where norms follow the residual sum"
         )
@@ -103,8 +103,8 @@ def _depth(pair: Pair, axis: str, rows: Sequence[Layer], build: Builder) -> list
     if any(table.layer_kind(pair.source, source) != there[i] for i, source in copied):
         kinds = [there[i] if r.source is None else table.layer_kind(pair.source, r.source) for i, r in enumerate(rows)]
         found.append(
-            f"{change}: layers of one attention pattern take the place of another's; {table.kinds}={kinds} in the "
-            f"target config keeps each layer's own"
+            f"{change}: layers of one attention pattern take the place of another's; "
+            f"{table.compatible.kinds}={kinds} in the target config keeps each layer's own"
         )
     return found
 
@@ -149,7 +149,7 @@ def _equal_copies(build: Builder, mapped: bool, optimizer: bool) -> list[str]:
     # Borrowing tells copies apart, hidden ones by the biases, but the last layer has none beyond it to borrow from.
     borrowed = bool(borrow) and pair.layers > 1
     if borrowed and build.output_biases & build.patterns:
-        axes = [axis for axis in axes if axis in pair.table.units]
+        axes = [axis for axis in axes if axis in pair.table.sizes.units]
     if not axes:
         return []
     dropout = any("drop" in key and isinstance(value, float) and value > 0 for key, value in pair.target.items())
@@ -189,7 +189,7 @@ def notes(build: Builder, moments: str, optimizer: bool) -> tuple[str, ...]:
             "gradient: warm the rate up again"
         )
     if (eps := width.norms.eps) != 1.0:
-        found.append(f"the target config's {pair.table.eps[0]} is multiplied by {eps:.6g}, to keep the function")
+        found.append(f"the target config's {pair.table.norms.eps[0]} is multiplied by {eps:.6g}, to keep the function")
     if "embed" in pair.grown and pair.heads <= _HEADLESS and not width.copying.nothing:
         found.append(
             f"no head reads the hidden state, so it is what the model says: of its {pair.large['embed']} features each "

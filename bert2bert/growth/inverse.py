@@ -62,7 +62,7 @@ def _grown(
     optimizer: bool,
 ) -> GrowthPlan:
     """The growth from the target's model to the source's. Raises UnsupportedGrowth if there is none that makes it."""
-    key, default = table_for(source).eps
+    key, default = table_for(source).norms.eps
     have, want = float(source.get(key, default)), float(target.get(key, default))
     grow = within if source.get("model_type") == target.get("model_type") else upcycled
     try:
@@ -91,10 +91,10 @@ def _inverted(source: Mapping[str, Any], target: Mapping[str, Any], choices: Cho
     """The growth to invert. Refuses axes that would grow, or change without an operator that shrinks them."""
     table = table_for(source)
     large, small = table.axis_sizes(source), table_for(target).axis_sizes(target)
-    sizes = (axis for axis in table.sizes if axis != "labels")  # the growth that is inverted looks at those
+    sizes = (axis for axis in table.sizes.axes if axis != "labels")  # the growth that is inverted looks at those
     changed = [axis for axis in sizes if small.get(axis, large[axis]) != large[axis]]
-    inside = [axis for axis in changed if axis not in (*TOKENS, "experts", *table.depth)]
-    layers = [axis for axis in changed if axis in table.depth]
+    inside = [axis for axis in changed if axis not in (*TOKENS, "experts", *table.sizes.depth)]
+    layers = [axis for axis in changed if axis in table.sizes.depth]
     found: dict[str, Any] = {}
     for chosen, axes in ((choices.width, inside), (choices.depth, layers)):
         if axes and not chosen.operator.shrinks:

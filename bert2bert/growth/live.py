@@ -84,7 +84,7 @@ def open_live(model: Any, optimizer: torch.optim.Optimizer | None = None) -> Che
 def _known_class(model: PreTrainedModel, config: Mapping[str, Any]) -> str:
     """The first class of a model that its table knows: a script's own class may rest on one."""
     names = [cls.__name__ for cls in type(model).__mro__]
-    return next((name for name in names if name in table_for(config).classes), names[0])
+    return next((name for name in names if name in table_for(config).names.classes), names[0])
 
 
 def _dtype(growth: Growth, name: str) -> torch.dtype:

@@ -38,7 +38,7 @@ def check_adapter(source: Source) -> None:
 def check_depth(source: Source, config: Mapping[str, Any]) -> None:
     """A config with more layers than there are tensors is not that of the checkpoint, however many it names."""
     table = table_for(config)
-    for axis in table.depth:
+    for axis in table.sizes.depth:
         if int(config.get(table.key(axis)) or 0) > len(source.tensors):
             raise InvalidCheckpoint(
                 f"{source.path}: the config says {table.key(axis)}={config[table.key(axis)]}, the checkpoint has "
@@ -50,9 +50,9 @@ def check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:
     """A config given beside the checkpoint's own must not contradict it: not every key shows in the shapes."""
     table, own = table_for(config), source.config or {}
     mine, theirs = dict(config), dict(own)
-    if (key := "rope_parameters") in table.must_agree:  # which older configs say in other words, or leave out
+    if (key := "rope_parameters") in table.compatible.must_agree:  # older configs say it in other words, or not
         mine[key], theirs[key] = (table.settled(c)[key] for c in (config, own))
-    for key in dict.fromkeys((*map(table.key, table.sizes), *table.must_agree)):
+    for key in dict.fromkeys((*map(table.key, table.sizes.axes), *table.compatible.must_agree)):
         if key in mine and key in theirs and mine[key] != theirs[key]:
             raise InvalidCheckpoint(
                 f"{file}: {key} is {mine[key]!r}, the config that {source.path} itself holds says {theirs[key]!r}.\n"
@@ -62,7 +62,7 @@ def check_own(source: Source, config: Mapping[str, Any], file: Path) -> None:
 
 def missing(source: Source, table: Table, config: Mapping[str, Any], stored: str) -> InvalidCheckpoint:
     """A parameter of the config's model is not there. stored: its name in the files."""
-    keys = {table.key(axis): config.get(table.key(axis)) for axis in table.depth}
+    keys = {table.key(axis): config.get(table.key(axis)) for axis in table.sizes.depth}
     keys["tie_word_embeddings"] = table.tied(config)
     return InvalidCheckpoint(
         f"{source.path}: tensor {stored} is missing, which the config asks for "
@@ -74,7 +74,7 @@ def unknown_tensors(source: Source, table: Table, names: Sequence[str]) -> Inval
     """Stored tensors are of no parameter and no tied copy of the config's model."""
     return InvalidCheckpoint(
         f"{source.path}: {len(names)} tensors are not part of a {table.model_type} of this config, first "
-        f"{names[0]}.\nKnown heads: {', '.join(table.classes)}. Remove what is no part of the model (other heads, "
+        f"{names[0]}.\nKnown heads: {', '.join(table.names.classes)}. Remove what is no part of the model (other heads, "
         "adapters, counters) before growing, or check the config's number of layers and tie_word_embeddings."
     )
 
@@ -120,19 +120,19 @@ def check_words(
     """Refuse (InvalidCheckpoint) a head beside one of words, where the table has no rows for both (a T5's decoder), or
     where the words' one, of the class in the config, lacks only biases: transformers starts those at 0 and
     has it. stored: by canonical name; cls: the class that the config names."""
-    more = table.classes.get(cls, frozenset[str]())
+    more = table.names.classes.get(cls, frozenset[str]())
     words = table.parameters(config, heads | more if "lm" in more else heads)
     lacks = [name for name in words if name not in stored]
     alone = table.parameters(config, heads - {"lm"})
     other = [name for name in alone if name not in table.parameters(config, more | {"lm"})]
     if "lm" in heads:
-        beside = {head for has in table.classes.values() if "decoder" in has for head in has - {"decoder", "lm"}}
+        beside = {head for has in table.names.classes.values() if "decoder" in has for head in has - {"decoder", "lm"}}
         clash = heads & beside and any(p.spec != words[name].spec for name, p in alone.items())
     else:
         clash = "lm" in more and table.tied(config) and all(name.endswith(".bias") for name in lacks)
     if not clash or not other:
         return
-    fits = ", ".join(name for name, has in table.classes.items() if has == heads - {"lm"})
+    fits = ", ".join(name for name, has in table.names.classes.items() if has == heads - {"lm"})
     do = f"store {lacks[0]}, zeros" if lacks else f"remove {stored[other[0]].name} and its like"
     raise InvalidCheckpoint(
         f"{source.path}: the config's architectures names {cls or 'no class'}, whose head of words reads the same norm "
@@ -158,7 +158,7 @@ def wrong_shape(
     for dim, have, want in zip(axes.parse(parameter.spec), found, parameter.shape, strict=False):
         if have != want:
             named = [a.axis for product in dim for a in product]
-            of = dict.fromkeys(table.key(a) for a in named if table.follows.get(a, a) in table.sizes)
+            of = dict.fromkeys(table.key(a) for a in named if table.sizes.follows.get(a, a) in table.sizes.axes)
             keys = ", ".join(f"{key}={config[key]}" for key in of if key in config)
             text += f"\n  axis '{' '.join(named)}': {have} features, expected {want} from {keys or 'the table'}."
             break

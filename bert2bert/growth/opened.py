@@ -121,7 +121,7 @@ def between(
             f"; interpolation needs a checkpoint of the target's architecture and size"
         )
     have, want = table.axis_sizes(second.config), table.axis_sizes(plan.config)
-    for axis in table.sizes:
+    for axis in table.sizes.axes:
         if have[axis] != want[axis] and axis != "labels":  # which count only where a head has them
             raise UnsupportedGrowth(
                 f"--with {second.source.path}: {axis} is {have[axis]} there and {want[axis]} in the grown model "
@@ -140,7 +140,7 @@ def between(
 def _classes(model: CheckpointModel, target: Mapping[str, Any]) -> list[str] | None:
     """The transformers class of the grown model: the target config's, if it has these heads; the source's, if it has
     them except a pooler, which older versions saved beside other heads; else one that has them."""
-    classes = table_for(target).classes
+    classes = table_for(target).names.classes
     found = [name for name in target.get("architectures") or () if classes.get(name) == model.heads]
     own = model.config.get("architectures") or ()
     found += [name for name in own if name in classes and classes[name] <= model.heads <= classes[name] | {"pooler"}]

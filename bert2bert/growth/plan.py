@@ -33,7 +33,7 @@ def plan_growth(
     table = table_for(source)
     if heads is None:
         named = (source.get("architectures") or [None])[0]
-        heads = table.classes.get(named, next(iter(table.classes.values())))
+        heads = table.names.classes.get(named, next(iter(table.names.classes.values())))
     if choices.shrinks:
         return shrunk(source, target, choices, heads, optimizer)
     if target.get("model_type") != table.model_type:

@@ -22,12 +22,13 @@ def with_sizes(config: Mapping[str, Any], changes: Mapping[str, int]) -> dict[st
     need stay as they are. Raises InvalidConfig."""
     table = table_for(config)
     made = table.resize(config, changes)
-    kinds = made.get(table.kinds) if table.kinds else None
-    if isinstance(kinds, list) and kinds and len(kinds) != (layers := table.axis_sizes(made)[table.depth[0]]):
-        made[table.kinds] = [_periodic(kinds, i) for i in range(layers)]
+    key = table.compatible.kinds
+    kinds = made.get(key) if key else None
+    if isinstance(kinds, list) and kinds and len(kinds) != (layers := table.axis_sizes(made)[table.sizes.depth[0]]):
+        made[key] = [_periodic(kinds, i) for i in range(layers)]
     sizes = table.axis_sizes(made)
-    for key in [key for key in made if config.get(key) is None]:
-        plain = {k: v for k, v in made.items() if k != key} | ({key: None} if key in config else {})
+    for unset in [key for key in made if config.get(key) is None]:
+        plain = {k: v for k, v in made.items() if k != unset} | ({unset: None} if unset in config else {})
         if table.axis_sizes(plain) == sizes:
             made = plain
     return made

@@ -43,7 +43,7 @@ def resized(config: Mapping[str, Any], heads: frozenset[str], wishes: Wishes) ->
         width, depth = sizer.width(), sizer.depth()
     changes = sizer.changes(width) | depth
     for axis, size in changes.items():
-        if size > (most := _DEEPEST if axis in sizer.table.depth else _LARGEST):
+        if size > (most := _DEEPEST if axis in sizer.table.sizes.depth else _LARGEST):
             raise InvalidConfig(f"{sizer.table.key(axis)} would be {size:,}; expected at most {most:,}")
     made = sizer.made(changes)
     sizer.check(made)
@@ -83,7 +83,7 @@ class _Sizer:
     @property
     def resizes_heads(self) -> bool:
         """Whether the number of heads is given and their size follows from the width."""
-        return self.query is not None and self.derived and "qk" not in self.table.fixed
+        return self.query is not None and self.derived and "qk" not in self.table.sizes.fixed
 
     @property
     def given_width(self) -> int | None:
@@ -103,7 +103,7 @@ class _Sizer:
         if self.query is not None and not self.given_width:
             if self.resizes_heads:
                 return self.query * gcd(8, self.old["qk"])
-            return self.query if self.table.model_type in self.table.multiples else 1
+            return self.query if self.table.model_type in self.table.sizes.multiples else 1
         return self.old["qk"] * self.group if self.whole else 1
 
     def width(self) -> int:
@@ -169,12 +169,13 @@ class _Sizer:
 
     def depths(self, layers: float) -> dict[str, int]:
         """The layers of every stack, the first having so many."""
-        first = self.old[self.table.depth[0]]
-        return {axis: max(1, round(self.old[axis] * layers / first)) for axis in self.table.depth if axis in self.old}
+        stacks = self.table.sizes.depth
+        first = self.old[stacks[0]]
+        return {axis: max(1, round(self.old[axis] * layers / first)) for axis in stacks if axis in self.old}
 
     def depth(self) -> dict[str, int]:
         """The layers that are asked for, or the nearest whole number of them."""
-        old = self.old[self.table.depth[0]]
+        old = self.old[self.table.sizes.depth[0]]
         return self.depths(old if self.wishes.depth is None else self.wishes.depth.of(old))
 
     # ------------------------------------------------------------------------------------------ parameters
@@ -188,7 +189,7 @@ class _Sizer:
         source's, else the nearest number. Raises InvalidConfig where that is more than twice off."""
         if wanted > _MOST_PARAMETERS:
             raise InvalidConfig(f"--params {wanted:,.0f}; expected at most {_MOST_PARAMETERS:,.0f}")
-        old, first = self.old["embed"], self.table.depth[0]
+        old, first = self.old["embed"], self.table.sizes.depth[0]
         fixed = self.wishes.width is not None or self.given_width is not None
         best: tuple[tuple[float, ...], int, dict[str, int]] | None = None
         for width in [self.width()] if fixed else self._widths(wanted):
@@ -229,7 +230,7 @@ class _Sizer:
         one = dict.fromkeys(self.depths(1), 1)
         base = count(self.made(changes | one), self.classes)
         each = {axis: count(self.made(changes | one | {axis: 2}), self.classes) - base for axis in one}
-        first = self.table.depth[0]
+        first = self.table.sizes.depth[0]
         slope = sum(each[axis] * self.old[axis] / self.old[first] for axis in one)
         middle = max(1, int((wanted - base) / slope))
         near = range(max(1, middle - 2), middle + 4)
@@ -252,7 +253,7 @@ class _Sizer:
     def notes(self, changes: Mapping[str, int]) -> Iterator[str]:
         """What was chosen in place of what was asked for, and sizes that work and are not liked."""
         asked = self.wishes
-        first = self.table.depth[0]
+        first = self.table.sizes.depth[0]
         if asked.params:
             yield f"{asked.params.option} {asked.params.text}: chosen {changes['embed']} wide, {changes[first]} layers"
         if self.given_width is not None:

@@ -2,7 +2,7 @@
 
 Stored names may be those of wrappers, of older versions, or of the base model alone: `names` finds that from one tensor
 that every variant has. Which heads there are shows in the tensors, or, for a head that is all tied, in the config's
-``architectures`` and the outer name. What transformers does not read (masks, positions, and what the model's class
+``architectures`` and the prefix. What transformers does not read (masks, positions, and what the model's class
 ignores on loading) is left, and reported; of copies of tied tensors one counts; a head that is no copy makes the model
 untied.
 
@@ -98,9 +98,9 @@ def beyond_class(table: Table, config: Mapping[str, Any], heads: frozenset[str])
     """What to know of tensors that the class of the config does not have, which keeps a strict load from succeeding:
     from_pretrained leaves them, as roberta-base's pooler."""
     cls = named_class(config)
-    if cls not in table.classes:
+    if cls not in table.names.classes:
         return []
-    own = table.parameters(config, table.classes[cls])
+    own = table.parameters(config, table.names.classes[cls])
     rest = [name for name in table.parameters(config, heads) if name not in own]
     if not rest:
         return []
@@ -113,10 +113,10 @@ def beyond_class(table: Table, config: Mapping[str, Any], heads: frozenset[str])
 def short_of_class(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> list[str]:
     """What to know of tensors that only the class of the config has: from_pretrained draws them, with a warning."""
     cls = named_class(config)
-    if cls not in table.classes:
+    if cls not in table.names.classes:
         return []
     there = table.parameters(config, heads)
-    rest = [name for name in table.parameters(config, table.classes[cls]) if name not in there]
+    rest = [name for name in table.parameters(config, table.names.classes[cls]) if name not in there]
     if not rest:
         return []
     return [
@@ -148,7 +148,8 @@ def check_type(config: Mapping[str, Any], where: str, names: Collection[str] = (
     """Refuse a config without model_type (InvalidConfig). names: of the checkpoint's tensors, which may tell it."""
     if isinstance(config.get("model_type"), str):
         return
-    like = [t.model_type for t in TABLES.values() if any(("." + n).endswith("." + t.outer + t.anchor) for n in names)]
+    anchors = {kind: f".{table.names.prefix}{table.names.anchor}" for kind, table in TABLES.items()}
+    like = [kind for kind, anchor in anchors.items() if any(f".{name}".endswith(anchor) for name in names)]
     guess = f"; its tensors are named as those of {' or '.join(like)}" if like else f"; known: {', '.join(TABLES)}"
     raise InvalidConfig(
         f"{where}: the config has no 'model_type', which says what architecture it describes (configs of before 2020 "
@@ -207,10 +208,10 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
 def _described(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     """The model whose parameters are all stored in the shapes of the config; whether copies are equal is not read."""
     table = table_for(config)
-    heads = frozenset.union(*table.classes.values())
+    heads = frozenset.union(*table.names.classes.values())
     ties = table.aliases(config, heads)
     full = table.parameters(config, heads).keys() | ties.keys()
-    naming, strange = read_names(source.tensors, table.anchor, table.outer, full, ties, str(source.path))
+    naming, strange = read_names(source.tensors, table.names.anchor, table.names.prefix, full, ties, str(source.path))
     canonical = {name: source.tensors[stored] for name, stored in naming.known.items()}
     left = {name for name in canonical if name not in full and is_obsolete(name)} | _ignored(table, config, canonical)
     canonical = {name: meta for name, meta in canonical.items() if name not in left}
@@ -250,12 +251,12 @@ def _differing(model: CheckpointModel) -> tuple[str, str] | None:
 
 def _ignored(table: Table, config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
     """Tensors that transformers leaves unread without a word: of any class, or of that which the config names."""
-    patterns = [pattern for name in {"", named_class(config)} for pattern in table.ignores.get(name, ())]
+    patterns = [pattern for name in {"", named_class(config)} for pattern in table.names.ignores.get(name, ())]
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorMeta], bare: bool) -> frozenset[str]:
-    """The heads whose tensors are there, and those without own tensors that the class or the outer name implies.
+    """The heads whose tensors are there, and those without own tensors that the class or the prefix implies.
 
     They are those of the class that explains the stored tensors best, of the config's own where several do, and what
     there is besides: of several heads with these names (a classifier of labels, of choices) those of the stored shapes.
@@ -268,11 +269,11 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorM
         tensors = table.parameters(config, heads).keys() - plain
         return tensors, tensors | (table.aliases(config, heads).keys() - plain)
 
-    every = frozenset.union(*table.classes.values())
+    every = frozenset.union(*table.names.classes.values())
     there = own(every)[1] & set(stored)
-    names = {heads: own(heads) for heads in {*table.classes.values(), none}}
+    names = {heads: own(heads) for heads in {*table.names.classes.values(), none}}
     wrong = {heads: len(tensors - there) + len(there - all_) for heads, (tensors, all_) in names.items()}
-    best = [(name, has) for name, has in {**table.classes, "": none}.items() if wrong[has] == min(wrong.values())]
+    best = [(name, has) for name, has in {**table.names.classes, "": none}.items() if wrong[has] == min(wrong.values())]
     named = [has for cls in config.get("architectures") or () for name, has in best if name == cls]
     heads = (named or sorted((has for _, has in best), key=len, reverse=not bare))[0]
     besides = there - names[heads][1]
@@ -286,9 +287,9 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorM
     heads |= fits | {head for head, tensors in more.items() if tensors - explained}
     # A head that is all tied has no tensors to show: the class that the config names has it, whatever else is stored.
     cls = named_class(config)
-    named_heads = [table.classes[cls]] if cls in table.classes else []
+    named_heads = [table.names.classes[cls]] if cls in table.names.classes else []
     # Where it names none, both functions are kept; a classifier of T5 has no rows beside a tied head.
-    tied = [has for has in names if "lm" in has and not bare and len(table.depth) == 1]
+    tied = [has for has in names if "lm" in has and not bare and len(table.sizes.depth) == 1]
     return heads.union(*(has for has in named_heads or tied if names[has][0] <= set(stored)))
 
 

@@ -72,7 +72,7 @@ class Growth:
             )
         sizes |= self.sizes
         for axis in sizes:
-            if axis in table.sizes and (kind := _kind(table, axis)) not in self.operators:
+            if axis in table.sizes.axes and (kind := _kind(table, axis)) not in self.operators:
                 raise InvalidConfig(
                     f"{self._names() or 'no operator'} does not grow {axis}, which is a matter of "
                     f"{kind}; take one more step with a {kind} operator, or growths.grow({kind}=…, {axis}=…)"
@@ -85,7 +85,7 @@ class Growth:
         target = self.config(source)
         table = table_for(target)
         old, new = table_for(source).axis_sizes(source), table.axis_sizes(target)
-        grown = {_kind(table, axis) for axis in table.sizes if old.get(axis) != new[axis]}
+        grown = {_kind(table, axis) for axis in table.sizes.axes if old.get(axis) != new[axis]}
         used: dict[str, Any] = {k: one for k, one in self.operators.items() if k in grown or len(self.operators) == 1}
         return plan_growth(source, target, replace(self.choices, **used))
 
@@ -97,12 +97,13 @@ class Growth:
         if self.factor == 1.0:
             return sizes
         for kind in {"width", "depth"} & self.operators.keys() or self.operators:
-            for axis in table.depth if kind == "depth" else (_AXES[kind],):
+            for axis in table.sizes.depth if kind == "depth" else (_AXES[kind],):
                 size = old.get(axis, 0) * self.factor
                 if size != round(size) or size < 1:
                     raise InvalidConfig(
                         f"{self.operators[kind]}: {self.factor:g} times {axis}={old.get(axis, 'none here')} is no "
-                        f"whole number; choose another factor, or give the size of an axis: {', '.join(table.sizes)}"
+                        "whole number; choose another factor, or give the size of an axis: "
+                        f"{', '.join(table.sizes.axes)}"
                     )
                 sizes[axis] = round(size)
         return sizes
@@ -226,18 +227,19 @@ def _sizes(given: Mapping[str, Any]) -> dict[str, int]:
 
 def _with_kinds(table: Table, source: Config, resized: dict[str, Any]) -> dict[str, Any]:
     """With one kind of layer (attention pattern) for each layer: by the model's period, or the list over again."""
-    kinds = source.get(table.kinds) if table.kinds else None
+    key = table.compatible.kinds
+    kinds = source.get(key) if key else None
     if not kinds or (many := table.axis_sizes(resized)["layers"]) == len(kinds):
         return resized
-    free = {**source, table.kinds: None}
+    free = {**source, key: None}
     periodic = [table.layer_kind(free, i) for i in range(len(kinds))] == list(kinds)
-    resized[table.kinds] = [table.layer_kind(free, i) if periodic else kinds[i % len(kinds)] for i in range(many)]
+    resized[key] = [table.layer_kind(free, i) if periodic else kinds[i % len(kinds)] for i in range(many)]
     return resized
 
 
 def _kind(table: Table, axis: str) -> str:
     """The kind of operator that grows an axis."""
-    return "depth" if axis in table.depth else next((kind for kind, of in _AXES.items() if of == axis), "width")
+    return "depth" if axis in table.sizes.depth else next((kind for kind, of in _AXES.items() if of == axis), "width")
 
 
 def _as_many(sources: tuple[Config, ...], expected: int) -> tuple[Config, ...]:

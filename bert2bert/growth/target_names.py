@@ -56,7 +56,7 @@ class Names:
             members = {model.stored(name): parameter for name, parameter in model.parameters.items()}
             return cls(same, aliases if format == "hub" else source.aliases, {**guessed, **members})
         # a folder that names no class (the first BERTs of the hub) is of that which has these heads
-        fits = [name for name, heads in model.table.classes.items() if heads == model.heads]
+        fits = [name for name, heads in model.table.names.classes.items() if heads == model.heads]
         named = model.config if model.config.get("architectures") else {"architectures": fits}
         known = named is model.config or source.format == "hub"
         known = known and (format == "hub" or not model.naming.prefix)

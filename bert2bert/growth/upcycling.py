@@ -50,7 +50,7 @@ def upcycled(
 def _experts(source: Mapping[str, Any], target: Mapping[str, Any], choices: Choices) -> Chosen:
     """The operator that makes experts of this source. Raises UnsupportedGrowth where none can."""
     kind, found = source["model_type"], target.get("model_type")
-    fit = [t.model_type for t in TABLES.values() if kind in t.dense_types]
+    fit = [t.model_type for t in TABLES.values() if kind in t.compatible.dense_types]
     if found not in fit:
         raise UnsupportedGrowth(
             f"the source is a {kind!r}, the target config says model_type {found!r}; a growth stays within one "
@@ -77,18 +77,19 @@ def _sparse_pair(
     large = table.axis_sizes(target)
     ready = Pair(table, source, target, {**large, "experts": 0}, large, seed, heads)
     shards: Shards = experts.make(ready)
-    wanted = {axis: large[axis] for axis in dense.sizes if axis != "labels"} | {"ffn": large["ffn"] * shards.count}
+    wanted = {axis: large[axis] for axis in dense.sizes.axes if axis != "labels"} | {"ffn": large["ffn"] * shards.count}
     theirs, mine = table.settled(target), dense.settled(source)
     if (a := mine.get("sliding_window")) != (b := theirs.get("sliding_window")):
         raise UnsupportedGrowth(
             f"sliding_window is {a!r} in the source and {b!r} in the target config; set sliding_window to {a!r} there"
         )
-    same = {k: v for k, v in target.items() if k in source and k not in ("model_type", "architectures", dense.kinds)}
+    kinds = dense.compatible.kinds
+    same = {k: v for k, v in target.items() if k in source and k not in ("model_type", "architectures", kinds)}
     agreed = {k: theirs[k] for k in mine if k in theirs}
     both = {**source, **same, **agreed}
     config = dense.resize({k: v for k, v in both.items() if k not in OLD_KEYS}, wanted)  # rope_parameters has them
-    if config.get(dense.kinds):
-        config[dense.kinds] = [config[dense.kinds][0]] * large["layers"]
+    if config.get(kinds):
+        config[kinds] = [config[kinds][0]] * large["layers"]
     return replace(ready, source=config, small={**dense.axis_sizes(config), "experts": 0}), shards
 
 
@@ -107,10 +108,10 @@ def _upcycled(first: GrowthPlan, pair: Pair, shards: Shards, choices: Choices, o
     tensors = {}
     for p in table.parameters(pair.target, pair.heads).values():
         plan = _tensor(p, first, pair, shards)
-        if moments == "asymmetric" and p.pattern in table.dense:
+        if moments == "asymmetric" and p.pattern in table.compatible.dense:
             plan = replace(plan, fresh=(np.arange(number) % (number // shards.count) > 0,))
         tensors[p.name] = replace(plan, reset=moments == "reset")
-    config, eps = dict(pair.target), table.eps[0]
+    config, eps = dict(pair.target), table.norms.eps[0]
     if first.config.get(eps) != pair.source.get(eps):
         config[eps] = first.config[eps]
     zeroed = (ZEROED,) if optimizer and moments != "reset" else ()
@@ -132,10 +133,10 @@ def _tensor(p: Parameter, first: GrowthPlan, pair: Pair, shards: Shards) -> Tens
     copies = pair.large["experts"] // shards.count
     if p.name in first.tensors:
         return replace(plan, terms=(Term(p.name, tuple(Dim(np.arange(n)) for n in p.shape)),))
-    if p.pattern not in pair.table.dense:
+    if p.pattern not in pair.table.compatible.dense:
         std = pair.table.std(p.pattern, pair.target)
         return replace(plan, fill=Fill("normal", std, period=copies if shards.count > 1 else 0))
-    parts, ffn = pair.table.dense[p.pattern], pair.large["ffn"]
+    parts, ffn = pair.table.compatible.dense[p.pattern], pair.large["ffn"]
     cut = [any(a.axis == "ffn" for product in dim for a in product) for dim in axes.parse(p.spec)].index(True)
     factors = (shards.gate, shards.up) if len(parts) > 1 else (shards.down,)
     terms = []

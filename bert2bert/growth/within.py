@@ -37,7 +37,7 @@ def within(
     tensors = _tensors(build, choices, policy)
     config = dict(target)
     if width.norms.eps != 1.0:
-        key, default = pair.table.eps
+        key, default = pair.table.norms.eps
         config[key] = width.norms.eps * float(source.get(key, default))
     return GrowthPlan(
         tensors,
@@ -86,7 +86,7 @@ def _broken(pair: Pair, width: Width, breaker: Chosen, chosen: Chosen) -> Width:
 def _layers(pair: Pair, depth: Chosen) -> Layers:
     """Depth axis -> where each target layer comes from."""
     found = {}
-    for axis in pair.table.depth:
+    for axis in pair.table.sizes.depth:
         rows = depth.make(pair, pair.small[axis], pair.large[axis])
         found[axis] = [row if isinstance(row, Layer) else Layer(row) for row in rows]
         if len(found[axis]) != pair.large[axis]:

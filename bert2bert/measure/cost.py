@@ -120,14 +120,14 @@ def row_length(config: Mapping[str, Any]) -> int:
     """Tokens of the rows for which `flops_per_token` counts: as many as the model has positions, at most 2,048."""
     table = table_for(config)
     longest = config.get("max_position_embeddings") or config.get("n_positions") or _LONGEST
-    return min(int(longest) - table.first_position, _LONGEST)
+    return min(int(longest) - table.sizes.first_position, _LONGEST)
 
 
 def flops_per_token(config: Mapping[str, Any], heads: frozenset[str]) -> float:
     """Forward FLOPs of one token in full rows (see `row_length`), 15 % of them through a masked-LM head, all through a
     causal one; of an encoder-decoder, of a token read and one written."""
     table, length = table_for(config), row_length(config)
-    masked = any(name.endswith("ForMaskedLM") for name in table.classes)
+    masked = any(name.endswith("ForMaskedLM") for name in table.names.classes)
     written = (length,) if "decoder" in heads else ()
     work = Work((length,), round(0.15 * length) if masked else length, written)
     return Flops(config, heads).forward(work) / length

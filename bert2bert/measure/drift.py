@@ -103,7 +103,7 @@ def whole(model: CheckpointModel, state: str = "fp32") -> Fetch:
 def compare(model: CheckpointModel, grown: Rows, config: Mapping[str, Any], tokens: Tokens) -> Drift:
     """A source against the model whose weights ``grown`` reads, which has the source's heads."""
     rows, table = positions(model), table_for(config)
-    if "pos" in table.sizes and (theirs := table.axis_sizes(config)["pos"] - table.first_position) < rows:
+    if "pos" in table.sizes.axes and (theirs := table.axis_sizes(config)["pos"] - table.sizes.first_position) < rows:
         raise InvalidConfig(
             f"a {table.model_type} of {theirs} positions cannot read what the source, a {model.table.model_type} of "
             f"{rows}, reads: no growth of this source made it; give a checkpoint that was grown from it"

@@ -125,9 +125,9 @@ def trained_length(model: CheckpointModel) -> int:
 def positions(model: CheckpointModel) -> int:
     """Tokens that a row may have: position rows, less those kept for padding; rotary models know no end."""
     rows = model.table.axis_sizes(model.config).get("pos")
-    return (
-        int(model.config.get("max_position_embeddings", 1 << 20)) if rows is None else rows - model.table.first_position
-    )
+    if rows is None:
+        return int(model.config.get("max_position_embeddings", 1 << 20))
+    return rows - model.table.sizes.first_position
 
 
 def open_bins(folder: Path, vocab: int) -> TokenBins:

@@ -57,14 +57,14 @@ class Double(TorchFunctionMode):
 
 def class_of(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> str:
     """The transformers class of a checkpoint with these heads: the config's own, or the one with most of them."""
-    fitting = {name: has for name, has in table.classes.items() if has <= heads}
+    fitting = {name: has for name, has in table.names.classes.items() if has <= heads}
     most = max(map(len, fitting.values()), default=0)
     best = [name for name, has in fitting.items() if len(has) == most]
     named = [name for name in config.get("architectures") or () if name in best]
     if not best:
         raise NoReference(
             f"no class of transformers has a {table.model_type} with the heads {', '.join(sorted(heads)) or 'none'}; "
-            f"known: {', '.join(table.classes)}"
+            f"known: {', '.join(table.names.classes)}"
         )
     return (named or best)[0]
 
@@ -78,7 +78,7 @@ def build(
     """
     transformers = _transformers()
     name, cls, hf = reference(table, config, heads)
-    state = {n: fetch(n).to(dtype) for n in table.parameters(config, table.classes[name])}
+    state = {n: fetch(n).to(dtype) for n in table.parameters(config, table.names.classes[name])}
     with _quiet(transformers):
         model, info = cls.from_pretrained(
             None, config=hf, state_dict=state, dtype=dtype, attn_implementation="eager", output_loading_info=True

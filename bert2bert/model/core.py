@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.hf_config = dict(hf_config)
         self.table = table_for(hf_config)
-        self.heads = self.table.classes[self.hf_config["architectures"][0]]
+        self.heads = self.table.names.classes[self.hf_config["architectures"][0]]
         self.known: dict[str, Parameter] = self.table.parameters(self.hf_config, self.heads)
         self.aliases = self.table.aliases(self.hf_config, self.heads)
         self.sizes = self.table.axis_sizes(self.hf_config)
@@ -229,10 +229,10 @@ class Core(LanguageModel):
 
     def norm(self, path: str) -> nn.Module:
         """A norm of the kind, size and epsilon that the table says, with a bias where it says one."""
-        (size,), eps = self.known[f"{path}.weight"].shape, float(self.hf_config.get(*self.table.eps))
+        (size,), eps = self.known[f"{path}.weight"].shape, float(self.hf_config.get(*self.table.norms.eps))
         return (
             RMSNorm(size, eps)
-            if self.table.norm == "rms"
+            if self.table.norms.kind == "rms"
             else nn.LayerNorm(size, eps, bias=f"{path}.bias" in self.known)
         )
 

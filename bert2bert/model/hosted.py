@@ -144,7 +144,7 @@ class Hosted(LanguageModel):
     def stacks(self) -> dict[str, nn.ModuleList]:
         """The lists of layers, by the depth axis of the table that numbers each."""
         paths = {row.depth: row.name.split(".{")[0] for row in self.table.rows if row.depth}
-        found = {axis: self.get_submodule(paths[axis]) for axis in self.table.depth}
+        found = {axis: self.get_submodule(paths[axis]) for axis in self.table.sizes.depth}
         return {axis: stack for axis, stack in found.items() if isinstance(stack, nn.ModuleList)}
 
     @property
@@ -267,7 +267,7 @@ class Hosted(LanguageModel):
 
     def _check(self, program: LayerProgram) -> None:
         """Raise InvalidConfig for a program that this model cannot run."""
-        if len(self.table.depth) > 1:
+        if len(self.table.sizes.depth) > 1:
             raise InvalidConfig(
                 f"layer program: runs the layers {program.run} of a {self.table.model_type}, learning {program.learn}; "
                 "the first layer of each of its stacks has the position biases of all, so that only all of its layers "

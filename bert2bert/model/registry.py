@@ -61,8 +61,8 @@ def class_of(config: Mapping[str, Any]) -> str:
     """transformers' class of a Hugging Face config that is trained: the one that it names, or the plainest one with a
     language-model head. Raises InvalidConfig for a class without such a head, UnsupportedGrowth without a table."""
     table = table_for({"model_type": "bert", **config})
-    trained = [name for name, heads in table.classes.items() if "lm" in heads]
-    named = config.get("architectures") or [min(trained, key=lambda name: len(table.classes[name]))]
+    trained = [name for name, heads in table.names.classes.items() if "lm" in heads]
+    named = config.get("architectures") or [min(trained, key=lambda name: len(table.names.classes[name]))]
     if found := [name for name in named if name in trained]:
         return found[0]
     raise InvalidConfig(
@@ -74,7 +74,7 @@ def class_of(config: Mapping[str, Any]) -> str:
 def objective_of(config: Mapping[str, Any]) -> str:
     """What the language-model head of a config's architecture predicts: "masked", tokens hidden from an encoder;
     "causal", the next token; "seq2seq", what an encoder-decoder writes. Raises UnsupportedGrowth without a table."""
-    classes = table_for({"model_type": "bert", **config}).classes
+    classes = table_for({"model_type": "bert", **config}).names.classes
     if any("decoder" in heads for heads in classes.values() if "lm" in heads):
         return "seq2seq"
     return "masked" if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes) else "causal"

@@ -34,7 +34,8 @@ def keys_of(model_type: str) -> dict[str, Any]:
 
     cls = _class(model_type)
     declared = {f.name: f.type for f in fields(cls)}
-    every = TABLES[model_type].every[0] if model_type in TABLES else ""  # read by transformers, and written again
+    # the key of a period is read by transformers, and written again
+    every = TABLES[model_type].compatible.every[0] if model_type in TABLES else ""
     other = (*cls().to_dict(), *cls.attribute_map, *GenerationConfig().to_dict(), *_OF_FILES, *OLD_KEYS, every)
     return {**declared, **{key: Any for key in other if key not in declared}}
 

@@ -78,9 +78,9 @@ class Builder:
         """The map of an axis in a source layer. Raises UnsupportedGrowth where a grown axis has none."""
         found = self.width.maps.get(axis)
         if found is None:
-            if axis in self.table.follows:
-                return self.map(self.table.follows[axis], layer)
-            if (of := self.table.scales.get(axis)) and self.small[of] != self.large[of]:
+            if axis in self.table.sizes.follows:
+                return self.map(self.table.sizes.follows[axis], layer)
+            if (of := self.table.sizes.scales.get(axis)) and self.small[of] != self.large[of]:
                 return scalar(sqrt(self.large[of] / self.small[of]))
             if self.small[axis] != self.large[axis]:
                 raise UnsupportedGrowth(f"--width {self.width.name} cannot grow the axis {axis}")
@@ -105,8 +105,8 @@ class Builder:
 
     def _by_layer(self, axis: str) -> bool:
         """Whether an axis has a map for each source layer."""
-        if axis not in self.width.maps and axis in self.table.follows:
-            return self._by_layer(self.table.follows[axis])
+        if axis not in self.width.maps and axis in self.table.sizes.follows:
+            return self._by_layer(self.table.sizes.follows[axis])
         return not isinstance(self.width.maps.get(axis), Gather | None)
 
     def with_noise(self, plan: TensorPlan, scale: float) -> TensorPlan:
@@ -163,7 +163,7 @@ class Builder:
         """The dim whose fresh entries come from another layer, and which those are: fresh units; for the biases of a
         layer's residual writers the hidden entries, as bert2BERT's authors' code has it (this alone tells hidden copies
         apart)."""
-        units = {a for a in self.table.units if a in self.width.maps}
+        units = {a for a in self.table.sizes.units if a in self.width.maps}
         if p.pattern in self.output_biases and "embed" in self.width.maps:
             units = {"embed"}
 
@@ -217,7 +217,7 @@ class Builder:
 
     def _writes_residual(self, p: Parameter) -> bool:
         writes = p.layer is not None and any(a.axis == "embed" and not a.reads for a in _atoms(p.spec))
-        norm = not self.table.prenorm and len(p.shape) == 1 and p.pattern not in self.output_biases
+        norm = not self.table.norms.pre and len(p.shape) == 1 and p.pattern not in self.output_biases
         return writes and not norm
 
     def _fill(self, p: Parameter) -> Fill:

@@ -47,8 +47,8 @@ class Pair:
     @property
     def grown(self) -> tuple[str, ...]:
         """The axes whose size changes and that a width operator maps, in the table's order."""
-        other = {*TOKENS, "experts", *self.table.depth, *self.table.follows}
-        return tuple(a for a in self.table.sizes if a not in other and self.small[a] != self.large[a])
+        other = {*TOKENS, "experts", *self.table.sizes.depth, *self.table.sizes.follows}
+        return tuple(a for a in self.table.sizes.axes if a not in other and self.small[a] != self.large[a])
 
     @property
     def output_biases(self) -> frozenset[str]:
@@ -60,11 +60,11 @@ class Pair:
     @property
     def layers(self) -> int:
         """How many layers of one stack the source has at most."""
-        return max(self.small[axis] for axis in self.table.depth)
+        return max(self.small[axis] for axis in self.table.sizes.depth)
 
     def draws(self, axis: str) -> int:
         """How many maps an axis has: one a layer for units, else one for the whole network."""
-        return self.layers if axis in self.table.units and axis not in self.table.aligned else 1
+        return self.layers if axis in self.table.sizes.units and axis not in self.table.sizes.aligned else 1
 
     def rng(self, *key: int) -> np.random.Generator:
         """Random numbers for one choice."""

@@ -18,7 +18,7 @@ _CHANGES = "nothing exactly"
 
 def refuse(pair: Pair, text: str, source: int, target: int, works: str) -> NoReturn:
     """Say which layer counts an operator makes. Raises UnsupportedGrowth."""
-    keys = [pair.table.key(a) for a in pair.table.depth if (pair.small[a], pair.large[a]) == (source, target)]
+    keys = [pair.table.key(a) for a in pair.table.sizes.depth if (pair.small[a], pair.large[a]) == (source, target)]
     raise UnsupportedGrowth(
         f"--depth {text}: the target config says {keys[0] if keys else 'layers'}={target}, and the source has "
         f"{source}; it makes {works}. Choose such a number, or --depth stack, interpolate or insert_identity, which "
@@ -28,7 +28,7 @@ def refuse(pair: Pair, text: str, source: int, target: int, works: str) -> NoRet
 
 def unchanged(pair: Pair, source: int, target: int) -> bool:
     """Whether this is the one of several stacks (T5's two) that keeps its layers while another grows."""
-    return source == target and any(pair.small[axis] != pair.large[axis] for axis in pair.table.depth)
+    return source == target and any(pair.small[axis] != pair.large[axis] for axis in pair.table.sizes.depth)
 
 
 @operator(

@@ -32,7 +32,7 @@ def unshare(
     times, rest = divmod(target, source)
     if rest:
         refuse(pair, "unshare", source, target, f"units run whole times: {target - rest} or {target - rest + source}")
-    lacking = [name for axis in pair.table.depth for name in pair.table.later(axis)]
+    lacking = [name for axis in pair.table.sizes.depth for name in pair.table.later(axis)]
     if times > 1 and lacking:
         raise UnsupportedGrowth(
             f"--depth unshare: layer 0 of a {pair.table.model_type} has not all that the layers above it have "

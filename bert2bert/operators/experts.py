@@ -41,7 +41,7 @@ class Shards:
 def chosen(pair: Pair, source: bool = False) -> int:
     """How many experts a token has, in the target or the source. Raises InvalidConfig."""
     config, experts = (pair.source, pair.small["experts"]) if source else (pair.target, pair.large["experts"])
-    top = config.get(_TOP, pair.table.must_agree[_TOP])
+    top = config.get(_TOP, pair.table.compatible.must_agree[_TOP])
     if not isinstance(top, int) or isinstance(top, bool) or top < 1:
         raise InvalidConfig(f"model config: {_TOP} is {top!r}; a positive integer is expected")
     if top > experts:
@@ -51,7 +51,7 @@ def chosen(pair: Pair, source: bool = False) -> int:
 
 def normalised(pair: Pair) -> bool:
     """Whether the weights of a token's experts sum to one."""
-    return bool(pair.target.get("norm_topk_prob", pair.table.must_agree.get("norm_topk_prob", True)))
+    return bool(pair.target.get("norm_topk_prob", pair.table.compatible.must_agree.get("norm_topk_prob", True)))
 
 
 def _ties(choice: str) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ def _rows(pair: Pair, path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _positions(pair: Pair, name: str, gather: Gather, moments: str = "", function: str = "") -> Width:
-    last = pair.small["pos"] - pair.table.first_position
+    last = pair.small["pos"] - pair.table.sizes.first_position
     notes = (f"sequences longer than {last} tokens use positions that were never trained: train on some",)
     reasons = Reasons(function=(function,) if function else (), moments=(moments,) if moments else (), notes=notes)
     return Width(name, {"pos": gather}, reasons=reasons)
@@ -149,7 +149,7 @@ def tile(pair: Pair) -> Width:
     Neighbours stay neighbours everywhere but at the seams, which is why Longformer's copies need little training. The
     rows that RoBERTa keeps for padding stay.
     """
-    first, old = pair.table.first_position, pair.small["pos"]
+    first, old = pair.table.sizes.first_position, pair.small["pos"]
     rows = np.arange(pair.large["pos"])
     index = np.where(rows < old, rows, first + (rows - first) % (old - first))
     return _positions(pair, "tile", Gather(index, old), _HEURISTIC.format(what="positions"))
@@ -173,7 +173,7 @@ def interpolate(pair: Pair) -> Width:
 
     For tables that vary smoothly; short sequences change too, so tile where the old length must go on working.
     """
-    first, old, new = pair.table.first_position, pair.small["pos"], pair.large["pos"]
+    first, old, new = pair.table.sizes.first_position, pair.small["pos"], pair.large["pos"]
     place = first + np.arange(new - first) * ((old - first - 1) / (new - first - 1))
     low = np.minimum(place.astype(np.int64), old - 2) if old - first > 1 else np.full(new - first, first)
     between = place - low

@@ -54,7 +54,7 @@ def aki(pair: Pair, *, choice: Choice = "balanced", source: Literal["above", "be
     maps = fpi(pair, choice=choice).maps
     where = "above" if source == "above" else "below"
     stream = ("embed",) * bool(pair.output_biases)  # hidden entries are borrowed in these biases alone
-    units = [a for a in (*pair.table.units, *stream) if a in pair.grown]
+    units = [a for a in (*pair.table.sizes.units, *stream) if a in pair.grown]
     if not units or pair.layers == 1:
         return Width("aki", maps)
     return Width(

@@ -69,7 +69,7 @@ def ligo(pair: Pair, *, maps: str = "") -> Width:
             f"--width ligo: {maps} was fitted for a {about['model_type']}, this is a {pair.table.model_type}; fit its "
             f"own maps with bert2bert learn"
         )
-    for axis in (*pair.grown, *pair.table.depth):
+    for axis in (*pair.grown, *pair.table.sizes.depth):
         sizes, fitted = [pair.small[axis], pair.large[axis]], about["axes"][axis]
         if fitted != sizes:
             raise UnsupportedGrowth(
@@ -129,7 +129,7 @@ class Scheme:
         maps = {axis: copies(index(small, large, "left", rng), small) for axis, (small, large) in sizes.items()}
         self.start = Width("ligo", maps, norms=Norms(averaged=True))
         stack = OPERATORS["depth"]["stack"].make
-        self.stacked = {axis: list(stack(pair, pair.small[axis], pair.large[axis])) for axis in self.table.depth}
+        self.stacked = {axis: list(stack(pair, pair.small[axis], pair.large[axis])) for axis in self.table.sizes.depth}
 
     def builder(self, originals: Mapping[str, Parameter]) -> Builder:
         """The builder of the growth that the fit starts from. originals: the source's parameters."""
@@ -170,10 +170,10 @@ class Scheme:
     def _part(self, build: Builder, p: Parameter, product: axes.Product, layer: int | None) -> Part:
         gathers = [build.map(atom.axis, layer) for atom in product]
         start = reduce(mul, [~g if atom.reads else g for g, atom in zip(gathers, product, strict=True)])
-        named = [(self.table.follows.get(a.axis, a.axis), a.reads) for a in product]
-        live = [(axis, reads) for axis, reads in named if self.table.constants.get(axis) != 1]
+        named = [(self.table.sizes.follows.get(a.axis, a.axis), a.reads) for a in product]
+        live = [(axis, reads) for axis, reads in named if self.table.sizes.constants.get(axis) != 1]
         mixed = list(live)
-        while mixed and mixed[-1][0] in self.table.fixed:
+        while mixed and mixed[-1][0] in self.table.sizes.fixed:
             mixed.pop()
         fresh = np.zeros(1, dtype=bool)
         for axis, _ in mixed:
@@ -181,7 +181,7 @@ class Scheme:
             fresh = (fresh[:, None] | new[None, :]).reshape(-1)
         if not any(axis in self.pair.grown for axis, _ in mixed):
             return Part("", start, fresh, 1)
-        units = {axis for axis, _ in mixed} & set(self.table.units) - self.table.aligned
+        units = {axis for axis, _ in mixed} & set(self.table.sizes.units) - self.table.sizes.aligned
         # One name for what writes a product and what reads it again: signs count from the first axis.
         name = " ".join("~" * (reads != live[0][1]) + axis for axis, reads in live)
         key = f"{p.depth}.{layer}.{name}" if units and layer is not None else name

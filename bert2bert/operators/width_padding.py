@@ -48,7 +48,7 @@ def lemon(pair: Pair) -> Width:
         maps[axis] = tuple(made) if len(made) > 1 else made[0]
     width, stream = Width("lemon", maps), maps.get("embed")
     if isinstance(stream, Gather) and len(stream) < pair.large["embed"]:
-        return _padded(pair, width, stream, mean=pair.table.norm == "layer")
+        return _padded(pair, width, stream, mean=pair.table.norms.kind == "layer")
     return width
 
 
@@ -69,7 +69,7 @@ def gesmundo(pair: Pair) -> Width:
     gains times sqrt(h / h'), epsilon times h / h'. Layers: --depth insert_identity.
     """
     maps = {axis: corner(pair.small[axis], pair.large[axis]) for axis in pair.grown}
-    if "qk" in maps and pair.table.scales.get("tau") == "qk":
+    if "qk" in maps and pair.table.sizes.scales.get("tau") == "qk":
         root = np.full(pair.large["qk"], sqrt(pair.large["qk"] / pair.small["qk"]))
         maps["qk"] = replace(maps["qk"], gain=1.0 / root, share=root)
     silent = frozenset(f"~{axis}" for axis in maps if axis != "embed")
@@ -90,7 +90,7 @@ def _padded(pair: Pair, width: Width, stream: Gather, mean: bool) -> Width:
             + ("" if width.name == "lemon" else " with --width lemon")
             + ", or use --width fpi with --lossy, which does not keep the function exactly"
         )
-    if not mean and table.norm != "rms":
+    if not mean and table.norms.kind != "rms":
         raise UnsupportedGrowth(
             f"{change} would pad the residual stream with zeros, and a {table.model_type}'s LayerNorm subtracts a mean "
             f"that zeros change.\nUse --width lemon, which pads with the mean; {width.name} can grow the other axes"

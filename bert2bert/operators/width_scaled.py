@@ -33,7 +33,7 @@ def centre(pair: Pair) -> Width:
         return Gather((np.arange(target) - (target - source) // 2) % source, source)
 
     maps = {axis: tiled(pair.small[axis], pair.large[axis]) for axis in pair.grown}
-    unscaled = {axis: identity(1) for axis in pair.table.scales}  # values are copied as they are, gains included
+    unscaled = {axis: identity(1) for axis in pair.table.sizes.scales}  # values are copied as they are, gains included
     reasons = Reasons(
         function=(f"centre: readers of copies on {', '.join(maps)} are not divided by their number",),
         moments=("moments are copied with the values",),
@@ -54,12 +54,12 @@ def sparkling(pair: Pair, *, fresh: Literal["copies", "random"] = "copies", choi
     breaks the symmetry of copies.
     """
     maps: dict[str, Gather | tuple[Gather, ...]] = dict(fpi(pair, choice=choice).maps)
-    std = {a: sqrt(pair.large[of] / pair.small[of]) for a, of in pair.table.scales.items() if fresh == "random"}
+    std = {a: sqrt(pair.large[of] / pair.small[of]) for a, of in pair.table.sizes.scales.items() if fresh == "random"}
     for axis in pair.grown:
         if fresh == "random":
             scale = sqrt(pair.small[axis] / pair.large[axis])
             maps[axis] = replace(corner(pair.small[axis], pair.large[axis]), share=np.full(pair.large[axis], scale))
-            std |= {f"~{a}": scale for a in (axis, *(f for f, of in pair.table.follows.items() if of == axis))}
+            std |= {f"~{a}": scale for a in (axis, *(f for f, of in pair.table.sizes.follows.items() if of == axis))}
         else:
             found = maps[axis]
             maps[axis] = _even(found) if isinstance(found, Gather) else tuple(map(_even, found))
@@ -92,7 +92,7 @@ def msg(pair: Pair) -> Width:
     act inside the model, while it runs. Without them the function changes.
     """
     maps = {axis: corner(pair.small[axis], pair.large[axis]) for axis in pair.grown}
-    exact = "lemon, or gesmundo in RMSNorm models" if pair.table.prenorm else "fpi at whole multiples of the width"
+    exact = "lemon, or gesmundo in RMSNorm models" if pair.table.norms.pre else "fpi at whole multiples of the width"
     reason = (
         f"msg: fresh entries on {', '.join(maps)} are drawn at random and heard at once, for the masks that hide them "
         f"act while the model runs and no checkpoint holds them; exact without masks: --width {exact}"

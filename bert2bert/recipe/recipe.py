@@ -193,15 +193,15 @@ class Recipe:
                 f"{default(trains).kind!r}; leave objective out of the recipe, or take another model"
             )
         table = table_for({"model_type": "bert", **model})
-        key = table.key("pos") if "pos" in table.sizes else "max_position_embeddings"
+        key = table.key("pos") if "pos" in table.sizes.axes else "max_position_embeddings"
         positions = model.get(key)
-        if positions is not None and self.data.seq_len > positions - table.first_position:
+        if positions is not None and self.data.seq_len > positions - table.sizes.first_position:
             raise InvalidConfig(
                 f"data.seq_len is {self.data.seq_len}, but model.{key} is {positions}"
-                + (f", of which {table.first_position} are no token's" if table.first_position else "")
+                + (f", of which {table.sizes.first_position} are no token's" if table.sizes.first_position else "")
             )
         for i, phase in enumerate(self.phases):
-            if not isinstance(phase.program, Full) and len(table.depth) > 1:
+            if not isinstance(phase.program, Full) and len(table.sizes.depth) > 1:
                 raise InvalidConfig(
                     f"phases.{i}.program is {phase.program.kind!r}; a {table.model_type} has two stacks of layers, the "
                     "first of each with the position biases of all, and is trained whole: use Full()"
@@ -219,7 +219,7 @@ class Recipe:
             return 0
         table = table_for({"model_type": "bert", **self.model})
         sizes = table.axis_sizes(self.model)
-        return sum(sizes[axis] for axis in table.depth)
+        return sum(sizes[axis] for axis in table.sizes.depth)
 
     @property
     def predicts(self) -> Objective:

@@ -6,40 +6,42 @@ feature has equally many copies. The tied decoder is the word embedding, so the 
 
 from __future__ import annotations
 
+from bert2bert.tables.description import Compatibility, Names, Norms, Row, Sizes, Tie
 from bert2bert.tables.heads import BERT_ROWS, LABELS, bert_classes
-from bert2bert.tables.table import Row, Table, Tie
+from bert2bert.tables.table import Table
 
 BERT = Table(
     model_type="bert",
-    outer="bert.",
-    anchor="embeddings.word_embeddings.weight",
-    classes={
-        "BertForPreTraining": frozenset({"lm", "pooler", "nsp"}),
-        "BertForMaskedLM": frozenset({"lm"}),
-        "BertForNextSentencePrediction": frozenset({"pooler", "nsp"}),
-        "BertModel": frozenset({"pooler"}),
-        **bert_classes("Bert", frozenset({"pooler", "labels"})),
-    },
-    sizes={
-        "vocab": "vocab_size",
-        "pos": "max_position_embeddings",
-        "types": "type_vocab_size|2",
-        "embed": "hidden_size",
-        "heads": "num_attention_heads",
-        "qk": "hidden_size/heads",
-        "v": "qk",
-        "ffn": "intermediate_size",
-        **LABELS,
-        "layers": "num_hidden_layers",
-    },
-    constants={"tau": 1, "rho": 1, "classes": 2, "one": 1},
-    norm="layer",
-    prenorm=False,
-    eps=("layer_norm_eps", 1e-12),
-    scales={"tau": "qk"},
-    units=("heads", "ffn"),
-    must_agree={"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True, "pad_token_id": 0},
-    requires={"is_decoder": False, "add_cross_attention": False},
+    names=Names(
+        prefix="bert.",
+        anchor="embeddings.word_embeddings.weight",
+        classes={
+            "BertForPreTraining": frozenset({"lm", "pooler", "nsp"}),
+            "BertForMaskedLM": frozenset({"lm"}),
+            "BertForNextSentencePrediction": frozenset({"pooler", "nsp"}),
+            "BertModel": frozenset({"pooler"}),
+            **bert_classes("Bert", frozenset({"pooler", "labels"})),
+        },
+        ties=(
+            Tie("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight", needs="lm"),
+            Tie("cls.predictions.decoder.bias", "cls.predictions.bias", needs="lm"),
+        ),
+    ),
+    sizes=Sizes(
+        axes={
+            "vocab": "vocab_size", "pos": "max_position_embeddings", "types": "type_vocab_size|2",
+            "embed": "hidden_size", "heads": "num_attention_heads", "qk": "hidden_size/heads", "v": "qk",
+            "ffn": "intermediate_size", **LABELS, "layers": "num_hidden_layers",
+        },
+        constants={"tau": 1, "rho": 1, "classes": 2, "one": 1},
+        scales={"tau": "qk"},
+        units=("heads", "ffn"),
+    ),
+    norms=Norms(kind="layer", pre=False, eps=("layer_norm_eps", 1e-12)),
+    compatible=Compatibility(
+        must_agree={"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True, "pad_token_id": 0},
+        requires={"is_decoder": False, "add_cross_attention": False},
+    ),
     rows=(
         Row("bert.embeddings.word_embeddings.weight", "vocab -> embed"),
         Row("bert.embeddings.position_embeddings.weight", "pos -> embed"),
@@ -67,8 +69,4 @@ BERT = Table(
         Row("cls.seq_relationship.{weight,bias}", "classes <- embed", needs="nsp", untrained=True),
         *BERT_ROWS,
     ),
-    ties=(
-        Tie("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight", needs="lm"),
-        Tie("cls.predictions.decoder.bias", "cls.predictions.bias", needs="lm"),
-    ),
-)
+)  # fmt: skip

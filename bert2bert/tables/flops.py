@@ -104,7 +104,7 @@ class Flops:
             parts.setdefault(p.part, []).append(p)
         self.head = self._maps(parts.pop("head", [])) if "lm" in heads else _Maps(0, 0, 0)
         layers = [(rows[0], self._maps(rows)) for rows in parts.values() if rows[0].layer is not None]
-        first = self.table.depth[0]
+        first = self.table.sizes.depth[0]
         self.blocks = [_Block(maps, self._window(row.layer or 0), row.depth != first) for row, maps in layers]
 
     def _maps(self, rows: Sequence[Parameter]) -> _Maps:
@@ -130,16 +130,17 @@ class Flops:
 
     def _experts(self) -> int:
         """Of a mixture: how many experts a token is sent to."""
-        return int(self.config.get("num_experts_per_tok") or self.table.must_agree["num_experts_per_tok"])
+        return int(self.config.get("num_experts_per_tok") or self.table.compatible.must_agree["num_experts_per_tok"])
 
     def _window(self, layer: int) -> _Window:
-        if "local_attention" in self.table.must_agree:
+        settings = self.table.compatible.must_agree
+        if "local_attention" in settings:
             local = self.table.layer_kind(self.config, layer) == "sliding_attention"
-            size = int(self.config.get("local_attention", self.table.must_agree["local_attention"]))
+            size = int(self.config.get("local_attention", settings["local_attention"]))
             return _Window(size if local else 0, causal=False)
-        if "sliding_window" not in self.table.must_agree:  # others may have the key, and refuse that it is used
+        if "sliding_window" not in settings:  # others may have the key, and refuse that it is used
             return _Window(0, causal=True)
-        found = self.config.get("sliding_window", self.table.must_agree["sliding_window"])
+        found = self.config.get("sliding_window", settings["sliding_window"])
         return _Window(int(found or 0), causal=True)
 
     def forward(self, work: Work, run: Sequence[int] | None = None) -> int:

@@ -6,46 +6,44 @@ final norm before it writes ``~embed``. Refuses cross-attention, and scores that
 
 from __future__ import annotations
 
+from bert2bert.tables.description import Compatibility, Names, Norms, Row, Sizes, Tie
 from bert2bert.tables.heads import LABELS, after_norm
-from bert2bert.tables.table import Row, Table, Tie
+from bert2bert.tables.table import Table
 
 GPT2 = Table(
     model_type="gpt2",
-    outer="transformer.",
-    anchor="wte.weight",
-    classes={
-        "GPT2LMHeadModel": frozenset({"lm"}),
-        "GPT2Model": frozenset(),
-        "GPT2ForSequenceClassification": frozenset({"score"}),
-        "GPT2ForTokenClassification": frozenset({"labels"}),
-        "GPT2ForQuestionAnswering": frozenset({"qa"}),
-    },
-    sizes={
-        "vocab": "vocab_size",
-        "pos": "n_positions",
-        "embed": "n_embd",
-        "heads": "n_head",
-        "qk": "n_embd/heads",
-        "v": "qk",
-        "ffn": "n_inner|n_embd*4",
-        **LABELS,
-        "layers": "n_layer",
-    },
-    constants={"tau": 1, "rho": 1, "classes": 2},
-    follows={"normed": "embed"},
-    norm="layer",
-    prenorm=True,
-    eps=("layer_norm_epsilon", 1e-5),
-    scales={"tau": "qk"},
-    units=("heads", "ffn"),
-    must_agree={
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-        "pad_token_id": None,
-    },
-    agree_when={"pad_token_id": ("heads=*score*",)},
-    requires={"add_cross_attention": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    names=Names(
+        prefix="transformer.",
+        anchor="wte.weight",
+        classes={
+            "GPT2LMHeadModel": frozenset({"lm"}),
+            "GPT2Model": frozenset(),
+            "GPT2ForSequenceClassification": frozenset({"score"}),
+            "GPT2ForTokenClassification": frozenset({"labels"}),
+            "GPT2ForQuestionAnswering": frozenset({"qa"}),
+        },
+        ties=(Tie("lm_head.weight", "transformer.wte.weight", needs="lm"),),
+    ),
+    sizes=Sizes(
+        axes={
+            "vocab": "vocab_size", "pos": "n_positions", "embed": "n_embd", "heads": "n_head", "qk": "n_embd/heads",
+            "v": "qk", "ffn": "n_inner|n_embd*4", **LABELS, "layers": "n_layer",
+        },
+        constants={"tau": 1, "rho": 1, "classes": 2},
+        follows={"normed": "embed"},
+        scales={"tau": "qk"},
+        units=("heads", "ffn"),
+    ),
+    norms=Norms(kind="layer", pre=True, eps=("layer_norm_epsilon", 1e-5)),
+    compatible=Compatibility(
+        must_agree={
+            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+        agree_when={"pad_token_id": ("heads=*score*",)},
+        requires={"add_cross_attention": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    ),
+    stds={"c_proj.weight": "range 2 layers"},
     rows=(
         Row("transformer.wte.weight", "vocab -> embed"),
         Row("transformer.wpe.weight", "pos -> embed"),
@@ -66,6 +64,4 @@ GPT2 = Table(
         *after_norm("classifier.{weight,bias}", "labels", "labels"),
         *after_norm("qa_outputs.{weight,bias}", "classes", "qa"),
     ),
-    stds={"c_proj.weight": "range 2 layers"},
-    ties=(Tie("lm_head.weight", "transformer.wte.weight", needs="lm"),),
-)
+)  # fmt: skip

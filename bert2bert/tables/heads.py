@@ -6,7 +6,7 @@ config's labels and never grows; what a causal model's classes read, ``normed``,
 
 from __future__ import annotations
 
-from bert2bert.tables.table import Row
+from bert2bert.tables.description import Row
 
 
 def after_norm(name: str, features: str, needs: str) -> tuple[Row, Row]:

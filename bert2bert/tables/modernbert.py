@@ -8,8 +8,9 @@ layer 0 has no norm before its attention, which reads ``embed``. A layer is glob
 
 from __future__ import annotations
 
+from bert2bert.tables.description import Compatibility, Names, Norms, Row, Sizes, Tie
 from bert2bert.tables.heads import LABELS, after_norm, bert_classes
-from bert2bert.tables.table import Row, Table, Tie
+from bert2bert.tables.table import Table
 
 _L = "model.layers.{layers}."
 _QKV, _LATER = "(tau heads qk | heads ~qk | heads v)", (1, None)
@@ -20,29 +21,40 @@ _ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 160000.0},
 }
 MODERNBERT = Table(
-    model_type="modernbert", outer="model.", anchor="embeddings.tok_embeddings.weight",
-    classes={
-        "ModernBertForMaskedLM": frozenset({"lm"}), "ModernBertModel": frozenset(),
-        **bert_classes("ModernBert", frozenset({"labels"})), "ModernBertForQuestionAnswering": frozenset({"labels"}),
-        "ModernBertForMultipleChoice": frozenset({"choice"}),
-    },
-    sizes={
-        "vocab": "vocab_size", "embed": "hidden_size", "heads": "num_attention_heads", "qk": "hidden_size/heads",
-        "v": "qk", "ffn": "intermediate_size", "layers": "num_hidden_layers", **LABELS,
-    },
-    constants={"tau": 1, "rho": 1, "one": 1}, follows={"normed": "embed"}, norm="layer", prenorm=True,
-    eps=("norm_eps", 1e-5), scales={"tau": "qk"}, units=("heads", "ffn"), fixed={"qk": _ROTARY, "v": _ROTARY},
-    kinds="layer_types", every=("global_attn_every_n_layers", 3),
-    must_agree={
-        "hidden_activation": "gelu", "classifier_activation": "gelu", "norm_eps": 1e-5, "norm_bias": False,
-        "attention_bias": False, "mlp_bias": False, "classifier_bias": False, "decoder_bias": True,
-        "tie_word_embeddings": True, "local_attention": 128, "rope_parameters": _ROPE,
-        "max_position_embeddings": None, "pad_token_id": 50283, "classifier_pooling": "cls",
-    },
-    agree_when={"classifier_pooling": ("heads=*labels*", "heads=*choice*"),
-                "max_position_embeddings": ("rope_parameters=*'rope_type': '[!d]*", "rope_parameters=*'dynamic'*")},
-    stds={"attn.Wo.weight": "range 2 layers", "mlp.Wo.weight": "range 2 layers", "head.dense.weight": "range 2 layers",
-          "decoder.weight": "range 2 layers"},
+    model_type="modernbert",
+    names=Names(
+        prefix="model.", anchor="embeddings.tok_embeddings.weight",
+        classes={
+            "ModernBertForMaskedLM": frozenset({"lm"}), "ModernBertModel": frozenset(),
+            **bert_classes("ModernBert", frozenset({"labels"})),
+            "ModernBertForQuestionAnswering": frozenset({"labels"}),
+            "ModernBertForMultipleChoice": frozenset({"choice"}),
+        },
+        ties=(Tie("decoder.weight", "model.embeddings.tok_embeddings.weight", needs="lm"),),
+    ),
+    sizes=Sizes(
+        axes={
+            "vocab": "vocab_size", "embed": "hidden_size", "heads": "num_attention_heads", "qk": "hidden_size/heads",
+            "v": "qk", "ffn": "intermediate_size", "layers": "num_hidden_layers", **LABELS,
+        },
+        constants={"tau": 1, "rho": 1, "one": 1}, follows={"normed": "embed"}, scales={"tau": "qk"},
+        units=("heads", "ffn"), fixed={"qk": _ROTARY, "v": _ROTARY},
+    ),
+    norms=Norms(kind="layer", pre=True, eps=("norm_eps", 1e-5)),
+    compatible=Compatibility(
+        must_agree={
+            "hidden_activation": "gelu", "classifier_activation": "gelu", "norm_eps": 1e-5, "norm_bias": False,
+            "attention_bias": False, "mlp_bias": False, "classifier_bias": False, "decoder_bias": True,
+            "tie_word_embeddings": True, "local_attention": 128, "rope_parameters": _ROPE,
+            "max_position_embeddings": None, "pad_token_id": 50283, "classifier_pooling": "cls",
+        },
+        agree_when={
+            "classifier_pooling": ("heads=*labels*", "heads=*choice*"),
+            "max_position_embeddings": ("rope_parameters=*'rope_type': '[!d]*", "rope_parameters=*'dynamic'*"),
+        },
+        kinds="layer_types", every=("global_attn_every_n_layers", 3),
+    ),
+    stds=dict.fromkeys(("attn.Wo.weight", "mlp.Wo.weight", "head.dense.weight", "decoder.weight"), "range 2 layers"),
     rows=(
         Row("model.embeddings.tok_embeddings.weight", "vocab -> embed"),
         Row("model.embeddings.norm.weight", "(rho embed)"),
@@ -73,5 +85,4 @@ MODERNBERT = Table(
         *after_norm("classifier.{weight,bias}", "labels", "labels"),
         *after_norm("classifier.{weight,bias}", "one", "choice"),
     ),
-    ties=(Tie("decoder.weight", "model.embeddings.tok_embeddings.weight", needs="lm"),),
 )  # fmt: skip

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bert2bert.tables.description import Row
 from bert2bert.tables.heads import llama_classes
 from bert2bert.tables.llama import LLAMA
 from bert2bert.tables.qwen import head_norms
-from bert2bert.tables.table import Row
 
 _MLP = "model.layers.{layers}.mlp."
 _ATTENTION = tuple(row for row in LLAMA.rows if ".self_attn." in row.name)
@@ -35,31 +35,45 @@ def _rows(attention: tuple[Row, ...], *mlp: Row) -> tuple[Row, ...]:
 
 
 MIXTRAL = replace(
-    LLAMA, model_type="mixtral", classes=llama_classes("Mixtral"), outers={},
-    sizes={**LLAMA.sizes, "kv": "num_key_value_heads|8", "experts": "num_local_experts|num_experts|8"},
-    eps=("rms_norm_eps", 1e-5), rows=_rows(_ATTENTION, _GATE, *_EXPERTS), dense=_DENSE,
-    dense_types=("llama", "mistral"), requires={"attention_bias": False, "mlp_bias": False},
-    must_agree={
-        **LLAMA.must_agree, "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
-        "rms_norm_eps": 1e-5, "sliding_window": None, "num_experts_per_tok": 2,
-    },
+    LLAMA, model_type="mixtral", names=replace(LLAMA.names, classes=llama_classes("Mixtral"), prefixes={}),
+    sizes=replace(LLAMA.sizes, axes={**LLAMA.sizes.axes, "kv": "num_key_value_heads|8",
+                                     "experts": "num_local_experts|num_experts|8"}),
+    norms=replace(LLAMA.norms, eps=("rms_norm_eps", 1e-5)),
+    compatible=replace(
+        LLAMA.compatible, requires={"attention_bias": False, "mlp_bias": False}, dense=_DENSE,
+        dense_types=("llama", "mistral"), must_agree={
+            **LLAMA.compatible.must_agree, "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+            "rms_norm_eps": 1e-5, "sliding_window": None, "num_experts_per_tok": 2,
+        },
+    ),
+    rows=_rows(_ATTENTION, _GATE, *_EXPERTS),
 )  # fmt: skip
 
 QWEN3_MOE = replace(
-    LLAMA, model_type="qwen3_moe", classes=llama_classes("Qwen3Moe"),
-    outers={"Qwen3MoeForQuestionAnswering": "transformer."},
-    sizes={**LLAMA.sizes, "ffn": "moe_intermediate_size", "experts": "num_local_experts|num_experts|128"},
-    must_agree={**LLAMA.must_agree, "norm_topk_prob": False, "num_experts_per_tok": 8},
-    requires=_ALL_SPARSE, dense=_DENSE, dense_types=("qwen3",), constants={**LLAMA.constants, "iota": 1},
+    LLAMA, model_type="qwen3_moe", names=replace(
+        LLAMA.names, classes=llama_classes("Qwen3Moe"), prefixes={"Qwen3MoeForQuestionAnswering": "transformer."}),
+    sizes=replace(
+        LLAMA.sizes, constants={**LLAMA.sizes.constants, "iota": 1}, axes={
+            **LLAMA.sizes.axes, "ffn": "moe_intermediate_size", "experts": "num_local_experts|num_experts|128"},
+    ),
+    compatible=replace(
+        LLAMA.compatible, requires=_ALL_SPARSE, dense=_DENSE, dense_types=("qwen3",),
+        must_agree={**LLAMA.compatible.must_agree, "norm_topk_prob": False, "num_experts_per_tok": 8},
+    ),
     rows=_rows(head_norms(_ATTENTION), *_EXPERTS, _GATE),
 )  # fmt: skip
 
 QWEN2_MOE = replace(
-    LLAMA, model_type="qwen2_moe", classes=llama_classes("Qwen2Moe"), outers={},
-    sizes={**LLAMA.sizes, "ffn": "moe_intermediate_size", "shared": "shared_expert_intermediate_size",
-           "experts": "num_experts|60"},
-    constants={**LLAMA.constants, "one": 1}, units=(*LLAMA.units, "shared"), requires=_ALL_SPARSE, kinds="layer_types",
-    must_agree={**LLAMA.must_agree, "norm_topk_prob": False, "qkv_bias": True, "num_experts_per_tok": 4},
+    LLAMA, model_type="qwen2_moe", names=replace(LLAMA.names, classes=llama_classes("Qwen2Moe"), prefixes={}),
+    sizes=replace(
+        LLAMA.sizes, constants={**LLAMA.sizes.constants, "one": 1}, units=(*LLAMA.sizes.units, "shared"), axes={
+            **LLAMA.sizes.axes, "ffn": "moe_intermediate_size", "shared": "shared_expert_intermediate_size",
+            "experts": "num_experts|60"},
+    ),
+    compatible=replace(
+        LLAMA.compatible, requires=_ALL_SPARSE, kinds="layer_types", must_agree={
+            **LLAMA.compatible.must_agree, "norm_topk_prob": False, "qkv_bias": True, "num_experts_per_tok": 4},
+    ),
     rows=_rows(
         tuple(replace(row, when=row.when and "!qkv_bias=False") for row in _ATTENTION if "o_proj.bias" not in row.name),
         _GATE, *_EXPERTS, Row(f"{_MLP}shared_expert.gate_proj.weight", "shared <- normed"),

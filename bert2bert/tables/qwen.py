@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bert2bert.tables.description import Row
 from bert2bert.tables.heads import llama_classes
 from bert2bert.tables.llama import LLAMA
-from bert2bert.tables.table import Row
 
 _SHARED = tuple(row for row in LLAMA.rows if row.when != "mlp_bias")
 _FFN = [row.name for row in _SHARED].index("model.layers.{layers}.mlp.gate_proj.weight")
@@ -28,22 +28,27 @@ def head_norms(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
-    classes=llama_classes("Qwen2"),
-    outers={"Qwen2ForQuestionAnswering": "transformer."},
-    sizes={**LLAMA.sizes, "kv": "num_key_value_heads|32"},
-    requires={"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
-    kinds="layer_types",
+    names=replace(LLAMA.names, classes=llama_classes("Qwen2"), prefixes={"Qwen2ForQuestionAnswering": "transformer."}),
+    sizes=replace(LLAMA.sizes, axes={**LLAMA.sizes.axes, "kv": "num_key_value_heads|32"}),
+    compatible=replace(
+        LLAMA.compatible,
+        requires={"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+        kinds="layer_types",
+    ),
     rows=tuple(replace(row, when="") for row in _SHARED if not row.name.endswith("o_proj.bias")),
 )
 
 QWEN3 = replace(
     LLAMA,
     model_type="qwen3",
-    classes=llama_classes("Qwen3"),
-    outers={"Qwen3ForQuestionAnswering": "transformer."},
-    sizes={**LLAMA.sizes, "kv": "num_key_value_heads|32", "qk": "head_dim|128"},
-    requires={"mlp_bias": False, "use_sliding_window": False},
-    kinds="layer_types",
-    constants={**LLAMA.constants, "iota": 1},
+    names=replace(LLAMA.names, classes=llama_classes("Qwen3"), prefixes={"Qwen3ForQuestionAnswering": "transformer."}),
+    sizes=replace(
+        LLAMA.sizes,
+        axes={**LLAMA.sizes.axes, "kv": "num_key_value_heads|32", "qk": "head_dim|128"},
+        constants={**LLAMA.sizes.constants, "iota": 1},
+    ),
+    compatible=replace(
+        LLAMA.compatible, requires={"mlp_bias": False, "use_sliding_window": False}, kinds="layer_types"
+    ),
     rows=(*head_norms(_SHARED[:_FFN]), *_SHARED[_FFN:]),
 )

@@ -8,29 +8,38 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bert2bert.tables.bert import BERT
+from bert2bert.tables.description import Row, Tie
 from bert2bert.tables.heads import BERT_ROWS, bert_classes
-from bert2bert.tables.table import Row, Tie
 
 _LAYERS = tuple(replace(row, name=f"roberta.{row.name.removeprefix('bert.')}") for row in BERT.rows if row.depth)
 
 ROBERTA = replace(
     BERT,
     model_type="roberta",
-    outer="roberta.",
-    classes={
-        "RobertaForMaskedLM": frozenset({"lm"}),
-        "RobertaModel": frozenset({"pooler"}),
-        **bert_classes("Roberta", frozenset({"sequence"})),
-    },
-    constants={"tau": 1, "rho": 1, "one": 1},
-    must_agree={"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True},
-    requires={
-        "is_decoder": False,
-        "add_cross_attention": False,
-        "pad_token_id": 1,
-        "position_embedding_type": "absolute",
-    },
-    first_position=2,
+    names=replace(
+        BERT.names,
+        prefix="roberta.",
+        classes={
+            "RobertaForMaskedLM": frozenset({"lm"}),
+            "RobertaModel": frozenset({"pooler"}),
+            **bert_classes("Roberta", frozenset({"sequence"})),
+        },
+        ties=(
+            Tie("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight", needs="lm"),
+            Tie("lm_head.decoder.bias", "lm_head.bias", needs="lm"),
+        ),
+    ),
+    sizes=replace(BERT.sizes, constants={"tau": 1, "rho": 1, "one": 1}, first_position=2),
+    compatible=replace(
+        BERT.compatible,
+        must_agree={"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True},
+        requires={
+            "is_decoder": False,
+            "add_cross_attention": False,
+            "pad_token_id": 1,
+            "position_embedding_type": "absolute",
+        },
+    ),
     rows=(
         Row("roberta.embeddings.word_embeddings.weight", "vocab -> embed"),
         Row("roberta.embeddings.token_type_embeddings.weight", "types -> embed"),
@@ -49,9 +58,5 @@ ROBERTA = replace(
         Row("classifier.dense.{weight,bias}", "embed <- embed", needs="sequence"),
         Row("classifier.out_proj.{weight,bias}", "labels <- embed", needs="sequence"),
         *BERT_ROWS,
-    ),
-    ties=(
-        Tie("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight", needs="lm"),
-        Tie("lm_head.decoder.bias", "lm_head.bias", needs="lm"),
     ),
 )

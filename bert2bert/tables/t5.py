@@ -8,8 +8,9 @@ T5's, not 1.1's) the last norm has ``sigma``. transformers ties the head, unless
 
 from __future__ import annotations
 
+from bert2bert.tables.description import Compatibility, Names, Norms, Row, Sizes, Tie
 from bert2bert.tables.heads import LABELS
-from bert2bert.tables.table import Row, Table, Tie
+from bert2bert.tables.table import Table
 
 _E, _D, _BIAS = "encoder.block.{layers}.layer", "decoder.block.{decoder_layers}.layer", "relative_attention_bias.weight"
 _LAST, _SCALED, _BUCKETS = "decoder.final_layer_norm.weight", "scale_decoder_outputs", "relative_attention_num_buckets"
@@ -33,21 +34,36 @@ def _ffn(block: str, needs: str = "") -> tuple[Row, ...]:
 
 
 T5 = Table(
-    model_type="t5", outer="", anchor="shared.weight", norm="rms", prenorm=True, eps=("layer_norm_epsilon", 1e-6),
-    classes={"T5ForConditionalGeneration": frozenset({"decoder", "lm"}), "T5Model": frozenset({"decoder"}),
-             "T5EncoderModel": frozenset(), "T5ForSequenceClassification": frozenset({"decoder", "sequence"}),
-             "T5ForTokenClassification": frozenset({"labels"}), "T5ForQuestionAnswering": frozenset({"decoder", "qa"})},
-    outers=dict.fromkeys(("T5ForSequenceClassification", "T5ForTokenClassification"), "transformer."),
-    sizes={"vocab": "vocab_size", "buckets": f"{_BUCKETS}|32", "embed": "d_model", "heads": "num_heads", "qk": "d_kv",
-           "v": "qk", "ffn": "d_ff", "layers": "num_layers", "decoder_layers": "num_decoder_layers|num_layers",
-           **LABELS},
-    constants={"rho": 1, "sigma": 1}, follows={"normed": "embed"}, depth=("layers", "decoder_layers"),
-    scales={"sigma": "embed"}, units=("heads", "ffn"), aligned=frozenset({"heads"}),
-    fixed={"buckets": f"its positions are ranges of distances; keep {_BUCKETS}"},
-    must_agree={"feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6, "tie_word_embeddings": True, "pad_token_id": 0,
-                _SCALED: "=tie_word_embeddings", "relative_attention_max_distance": 128, "eos_token_id": 1,
-                "decoder_start_token_id": None},
-    agree_when={"eos_token_id": ("heads=*sequence*",), "decoder_start_token_id": ("heads=*sequence*", "heads=*qa*")},
+    model_type="t5",
+    names=Names(
+        prefix="", anchor="shared.weight",
+        classes={"T5ForConditionalGeneration": frozenset({"decoder", "lm"}), "T5Model": frozenset({"decoder"}),
+                 "T5EncoderModel": frozenset(), "T5ForSequenceClassification": frozenset({"decoder", "sequence"}),
+                 "T5ForTokenClassification": frozenset({"labels"}),
+                 "T5ForQuestionAnswering": frozenset({"decoder", "qa"})},
+        prefixes=dict.fromkeys(("T5ForSequenceClassification", "T5ForTokenClassification"), "transformer."),
+        ties=(Tie("encoder.embed_tokens.weight", "shared.weight", tied=None),
+              Tie("decoder.embed_tokens.weight", "shared.weight", "decoder", tied=None),
+              Tie("lm_head.weight", "shared.weight", "lm")),
+        ignores={"": (f"{_D.replace('{decoder_layers}', '*')}.1.EncDecAttention.{_BIAS}",),  # before transformers 4
+                 "T5EncoderModel": ("decoder.*", "lm_head.*")},
+    ),
+    sizes=Sizes(
+        axes={"vocab": "vocab_size", "buckets": f"{_BUCKETS}|32", "embed": "d_model", "heads": "num_heads",
+              "qk": "d_kv", "v": "qk", "ffn": "d_ff", "layers": "num_layers",
+              "decoder_layers": "num_decoder_layers|num_layers", **LABELS},
+        constants={"rho": 1, "sigma": 1}, follows={"normed": "embed"}, depth=("layers", "decoder_layers"),
+        scales={"sigma": "embed"}, units=("heads", "ffn"), aligned=frozenset({"heads"}),
+        fixed={"buckets": f"its positions are ranges of distances; keep {_BUCKETS}"},
+    ),
+    norms=Norms(kind="rms", pre=True, eps=("layer_norm_epsilon", 1e-6)),
+    compatible=Compatibility(
+        must_agree={"feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6, "tie_word_embeddings": True,
+                    "pad_token_id": 0, _SCALED: "=tie_word_embeddings", "relative_attention_max_distance": 128,
+                    "eos_token_id": 1, "decoder_start_token_id": None},
+        agree_when={"eos_token_id": ("heads=*sequence*",),
+                    "decoder_start_token_id": ("heads=*sequence*", "heads=*qa*")},
+    ),
     stds={".q.weight": "embed qk", ".k.weight": "embed", ".v.weight": "embed", ".o.weight": "heads qk",
           ".wi.weight": "embed", ".wi_0.weight": "embed", ".wi_1.weight": "embed", ".wo.weight": "ffn", _BIAS: "embed",
           "shared.weight": "", "lm_head.weight": ""},
@@ -69,12 +85,5 @@ T5 = Table(
         Row("classification_head.out_proj.{weight,bias}", "labels <- embed", "sequence"),
         Row("classifier.{weight,bias}", "labels <- normed", "labels"),
         Row("qa_outputs.{weight,bias}", "labels <- normed", "qa"),
-    ),
-    ignores={"": (f"{_D.replace('{decoder_layers}', '*')}.1.EncDecAttention.{_BIAS}",),  # of T5s before transformers 4
-             "T5EncoderModel": ("decoder.*", "lm_head.*")},
-    ties=(
-        Tie("encoder.embed_tokens.weight", "shared.weight", tied=None),
-        Tie("decoder.embed_tokens.weight", "shared.weight", "decoder", tied=None),
-        Tie("lm_head.weight", "shared.weight", "lm"),
     ),
 )  # fmt: skip

@@ -58,10 +58,10 @@ def _described(config: Mapping[str, Any]) -> dict[str, Any]:
     table = table_for(config)
     sizes = table.axis_sizes(config)
     about: dict[str, Any] = {}
-    for axis in table.sizes:
+    for axis in table.sizes.axes:
         if axis != "labels":
             about.setdefault(table.key(axis), sizes[axis])
-    return {**about, **table.settled(config), "heads": sorted(table.classes[class_of(config)])}
+    return {**about, **table.settled(config), "heads": sorted(table.names.classes[class_of(config)])}
 
 
 def check_tensors(engine: Engine, source: Source) -> None:

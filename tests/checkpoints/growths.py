@@ -50,10 +50,10 @@ class Growth:
         table = table_for(config)
         sizes, changes = table.axis_sizes(config), {}
         for axis in (a for a in (*self.times, *self.plus)):
-            for one in table.depth if axis == "depth" else [axis]:
-                if one in table.sizes:
+            for one in table.sizes.depth if axis == "depth" else [axis]:
+                if one in table.sizes.axes:
                     changes[one] = round(sizes[one] * self.times.get(axis, 1)) + self.plus.get(axis, 0)
-        deeper = any(axis in changes for axis in table.depth)
+        deeper = any(axis in changes for axis in table.sizes.depth)
         return table.resize(config, changes) | ({"layer_types": None} if deeper else {}) | dict(self.keys)
 
     def options(self, file: Path) -> dict[str, Any]:

@@ -35,9 +35,9 @@ def stored(config: dict[str, Any]) -> dict[str, torch.Tensor]:
 def larger(config: dict[str, Any]) -> dict[str, Any]:
     """Twice as wide with heads of the same size, one layer more, and longer where positions are a table."""
     table, sizes = table_for(config), table_for(config).axis_sizes(config)
-    changes = {axis: 2 * sizes[axis] for axis in ("embed", "heads", "kv", "ffn", "shared") if axis in table.sizes}
-    changes |= {axis: sizes[axis] + 1 for axis in table.depth}
-    changes |= {"pos": sizes["pos"] + 5} if "pos" in table.sizes else {}
+    changes = {axis: 2 * sizes[axis] for axis in ("embed", "heads", "kv", "ffn", "shared") if axis in table.sizes.axes}
+    changes |= {axis: sizes[axis] + 1 for axis in table.sizes.depth}
+    changes |= {"pos": sizes["pos"] + 5} if "pos" in table.sizes.axes else {}
     return table.resize(config, changes) | ({"layer_types": None} if "layer_types" in config else {})
 
 
@@ -75,7 +75,7 @@ def test_buffers_that_transformers_once_stored_grow_with_every_family(tmp_path: 
         (source / "config.json").write_text(json.dumps(case.hf))
         (tmp_path / "goal.json").write_text(json.dumps(goal))
         how: dict[str, Any] = {"width": "fpi", "depth": "stack", "measure": False, "lossy": True, **QUIET}
-        how |= {"positions": "tile"} if "pos" in table_for(goal).sizes else {}
+        how |= {"positions": "tile"} if "pos" in table_for(goal).sizes.axes else {}
         stage = 1 + (i + 1) % 3
         for name, form in {"z": {"format": "zero", "stage": stage, "world_size": 1}, "u": {}}.items():
             grow(source, tmp_path / f"{case.name}.{name}", tmp_path / "goal.json", **how, **form)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def test_buffers_with_the_names_of_other_families(tmp_path: Path) -> None:
         save_cases(tmp_path, 1, [Case(family, 2, steps=1, hf=config)])
         source = with_buffers(tmp_path / family, tmp_path / f"{family}.own" / "run", own)
         (source / "config.json").write_text(json.dumps(config))
-        goal = table_for(config).resize(config, dict.fromkeys(table_for(config).depth, 6))
+        goal = table_for(config).resize(config, dict.fromkeys(table_for(config).sizes.depth, 6))
         assert grown(source, goal, depth="stack").buffers.keys() == own.keys()
 
 

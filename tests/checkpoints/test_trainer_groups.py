@@ -111,7 +111,7 @@ def test_other_rules_of_scripts(home: Path, tmp_path: Path, name: str, decays: A
 def larger(config: dict[str, Any]) -> dict[str, Any]:
     table = table_for(config)
     sizes = table.axis_sizes(config)
-    deeper = {axis: sizes[axis] + 1 for axis in table.depth}
+    deeper = {axis: sizes[axis] + 1 for axis in table.sizes.depth}
     return table.resize(config, {"embed": 2 * sizes["embed"], **deeper}) | {"layer_types": None}
 
 

@@ -27,7 +27,7 @@ from tests.laws.harness import (
 from tests.rounding import ROUNDING, WRONG, allowed, gap
 
 FAMILIES = sorted(tiny.VARIANTS)
-ROTARY = [n for n in FAMILIES if "qk" in table_for(tiny.config_of(n)).fixed]
+ROTARY = [n for n in FAMILIES if "qk" in table_for(tiny.config_of(n)).sizes.fixed]
 BLOCKED = "bert.encoder.layer.1.intermediate.dense.weight"
 
 
@@ -50,7 +50,7 @@ def larger_heads(name: str, times: int = 2) -> dict[str, int]:
 def more_units(name: str) -> dict[str, int]:
     """Units one more each; as many heads as a Llama wants, whose width their number must divide."""
     table, sizes = table_for(tiny.config_of(name)), sizes_of(name)
-    more = {a: sizes[a] + 1 for a in table.units if a != "heads" or table.key("qk") != table.key("embed")}
+    more = {a: sizes[a] + 1 for a in table.sizes.units if a != "heads" or table.key("qk") != table.key("embed")}
     if table.model_type == "llama":
         more["group"] = 12 // more["kv"] if 12 % more["kv"] == 0 else sizes["group"] + 1
         more["kv"] = 12 // more["group"]
@@ -143,7 +143,8 @@ def test_rotary_head_sizes_are_refused(name: str, width: str) -> None:
 @pytest.mark.parametrize("width", ["hyperclone", "gesmundo"])
 def test_head_size_under_a_softmax_scale_and_rms_norm(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama at position 0 for every token, where rotation does nothing: head sizes may grow there."""
-    monkeypatch.setitem(TABLES, "llama", replace(TABLES["llama"], fixed={}))
+    table = TABLES["llama"]
+    monkeypatch.setitem(TABLES, "llama", replace(table, sizes=replace(table.sizes, fixed={})))
     grown = grow("llama", {"qk": 6}, width=width)
     given = tiny.inputs(grown.config)
     given["position_ids"] = torch.zeros_like(given.pop("labels"))
@@ -256,7 +257,7 @@ def test_aki_borrows_hidden_entries_in_output_biases_alone(name: str) -> None:
     """Where there are none and no unit grows, its hidden features are plain copies, and it says so."""
     table = table_for(tiny.config_of(name))
     sizes = table.axis_sizes(tiny.config_of(name))
-    grown = grow(name, {"embed": 2 * sizes["embed"], **{axis: sizes[axis] for axis in table.units}}, width="aki")
+    grown = grow(name, {"embed": 2 * sizes["embed"], **{axis: sizes[axis] for axis in table.sizes.units}}, width="aki")
     assert_same_logits(grown)
     assert_gradient_rule(grown)
     assert any("stay identical for ever" in text for text in grown.plan.warnings)

@@ -18,7 +18,7 @@ from tests.planning import plan_growth
 from tests.rounding import WRONG, allowed, largest
 
 FAMILIES = sorted(tiny.VARIANTS)
-PRENORM = [n for n in FAMILIES if table_for(tiny.config_of(n)).prenorm]
+PRENORM = [n for n in FAMILIES if table_for(tiny.config_of(n)).norms.pre]
 
 
 def deepened(name: str, layers: int, decoder: int = 2, keys: dict[str, Any] | None = None, **how: Any) -> Grown:
@@ -262,7 +262,7 @@ def test_width_then_depth_in_one_pass_is_the_sequence(name: str, depth: str) -> 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_asymmetric_moments_of_stacked_layers_are_zero(name: str) -> None:
     """The first copy of a layer keeps its moments, the others start at zero."""
-    sizes = dict.fromkeys(table_for(tiny.config_of(name)).depth, 6)
+    sizes = dict.fromkeys(table_for(tiny.config_of(name)).sizes.depth, 6)
     grown = grow(name, sizes, depth="stack", moments="asymmetric")
     ones = {n: torch.ones_like(w) for n, w in grown.weights.items()}
     moments = realised(grown.plan, reader({"exp_avg_sq": ones}), "exp_avg_sq")

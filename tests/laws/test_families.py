@@ -34,9 +34,10 @@ def test_units_grow_exactly_by_any_map(name: str, choice: str) -> None:
     """Neurons, and heads where their number is free of the width, at sizes that are no multiples."""
     config = tiny.config_of(name)
     table = table_for(config)
-    sizes = table.axis_sizes(config)
-    more = {axis: sizes[axis] + 1 for axis in table.units if axis != "heads" or table.key("qk") != table.key("embed")}
-    if table.multiples and (more["kv"] * more["group"] > sizes["embed"]):  # transformers wants a whole number of heads
+    sizes, free = table.axis_sizes(config), table.key("qk") != table.key("embed")
+    more = {axis: sizes[axis] + 1 for axis in table.sizes.units if axis != "heads" or free}
+    # transformers wants a whole number of heads
+    if table.sizes.multiples and (more["kv"] * more["group"] > sizes["embed"]):
         more = more | {"kv": 2 * sizes["kv"], "group": sizes["group"]}
     grown = grow(name, more, width=f"fpi:choice={choice}", seed=3)
     assert_same_logits(grown)

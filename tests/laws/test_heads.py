@@ -78,7 +78,7 @@ def gradients(model: torch.nn.Module, config: dict[str, Any], index: Tensor | No
 
 def check(config: dict[str, Any], growth: Growth) -> bool:
     """Whether the growth keeps the function by its plan; if so, that it does, and the rule of gradients if it holds."""
-    heads = table_for(config).classes[config["architectures"][0]]
+    heads = table_for(config).names.classes[config["architectures"][0]]
     try:
         plan = plan_growth(config, growth.target(config), heads=heads, **growth.options(Path()))
     except UnsupportedGrowth:

@@ -42,7 +42,7 @@ def deep(config: dict[str, Any], more: int = 2) -> dict[str, Any]:
     """The config with more layers of every kind."""
     table = table_for(config)
     sizes = table.axis_sizes(config)
-    large = table.resize(config, {axis: sizes[axis] + more for axis in table.depth})
+    large = table.resize(config, {axis: sizes[axis] + more for axis in table.sizes.depth})
     if kinds := config.get("layer_types"):
         large["layer_types"] = [kinds[i % len(kinds)] for i in range(sizes["layers"] + more)]
     return large
@@ -55,7 +55,7 @@ def wide(config: dict[str, Any], sizes: dict[str, int] | None = None) -> dict[st
 
 
 def heads_of(config: dict[str, Any]) -> frozenset[str]:
-    return table_for(config).classes[config["architectures"][0]]
+    return table_for(config).names.classes[config["architectures"][0]]
 
 
 def fit_of(config: dict[str, Any], large: dict[str, Any], **how: Any) -> tuple[Fit, dict[str, torch.Tensor]]:

@@ -43,9 +43,10 @@ def larger(config: dict[str, Any], kind: str = "both", times: int = 2) -> dict[s
     """The config of a model ``times`` as wide, as deep, or both."""
     table = table_for(config)
     old = table.axis_sizes(config)
-    axes = {"width": ("embed",), "depth": table.depth, "both": ("embed", *table.depth)}[kind]
+    axes = {"width": ("embed",), "depth": table.sizes.depth, "both": ("embed", *table.sizes.depth)}[kind]
     changed = table.resize(config, {axis: times * old[axis] for axis in axes})
-    return changed | ({table.kinds: None} if table.kinds and kind != "width" else {})
+    listed = table.compatible.kinds
+    return changed | ({listed: None} if listed and kind != "width" else {})
 
 
 def random_states(plan: GrowthPlan, config: dict[str, Any], seed: int = 0) -> States:
@@ -96,8 +97,8 @@ def test_unequal_numbers_of_copies_come_back(name: str, how: dict[str, Any]) -> 
     small = tiny.config_of(name)
     table = table_for(small)
     old = table.axis_sizes(small)
-    sizes = {a: 2 * old[a] + (a in ("ffn", "heads") and table.key(a) != "num_attention_heads") for a in table.units}
-    sizes = {a: n for a, n in sizes.items() if a not in ("heads", "kv", "group")}
+    units = [a for a in table.sizes.units if a not in ("heads", "kv", "group")]
+    sizes = {a: 2 * old[a] + (a == "ffn") for a in units}
     plan = plan_growth(small, table.resize(small, sizes | {"embed": 2 * old["embed"]}), width="net2net", seed=2, **how)
     back, states = inverse(plan, small), random_states(plan, small)
     large = grown_states(plan, states)
@@ -231,9 +232,9 @@ def test_share_undoes_unshare(name: str, gradient: str) -> None:
 def test_shrinking_takes_back_epsilon(name: str, times: float) -> None:
     small = tiny.config_of(name)
     table = table_for(small)
-    key, old = table.eps[0], table.axis_sizes(small)
+    key, old = table.norms.eps[0], table.axis_sizes(small)
     target = table.resize(small, {a: round(times * old[a]) for a in ("embed", "ffn")}
-                          | {a: old[a] for a in table.units if a != "ffn"} if name == "llama" else
+                          | {a: old[a] for a in table.sizes.units if a != "ffn"} if name == "llama" else
                           {a: round(times * old[a]) for a in ("embed", "heads", "ffn")})  # fmt: skip
     up = plan_growth(small, target, width="lemon")
     assert up.config[key] != small[key]

@@ -43,7 +43,7 @@ def table_and_sizes(name: str) -> tuple[Any, dict[str, int]]:
 def indivisible(name: str, times: int) -> dict[str, int]:
     """``times`` copies of the stream and about a half, one more neuron, heads as the model allows."""
     table, sizes = table_and_sizes(name)
-    more = {unit: sizes[unit] + 1 for unit in table.units if unit not in ("heads", "kv", "group")}
+    more = {unit: sizes[unit] + 1 for unit in table.sizes.units if unit not in ("heads", "kv", "group")}
     embed = sizes["embed"] * times + sizes["embed"] // 2
     if "heads" in sizes:
         free = table.key("qk") != table.key("embed")
@@ -90,10 +90,10 @@ def test_lemon_keeps_the_logits_at_any_width(name: str, times: int) -> None:
     grown = grow(name, indivisible(name, times), width="lemon")
     assert_same_logits(grown)
     table, sizes = table_and_sizes(name)
-    kept = times * sizes["embed"] / indivisible(name, times)["embed"]
-    assert kept < 1 and grown.plan.config[table.eps[0]] == pytest.approx(kept * grown.config[table.eps[0]], rel=1e-15)
+    kept, eps = times * sizes["embed"] / indivisible(name, times)["embed"], table.norms.eps[0]
+    assert kept < 1 and grown.plan.config[eps] == pytest.approx(kept * grown.config[eps], rel=1e-15)
     assert grown.plan.moments == "carried" and any("padding" in r for r in grown.plan.exactness.moments)
-    assert any(FIRST_STEP in w for w in grown.plan.warnings) and any(table.eps[0] in n for n in grown.plan.notes)
+    assert any(FIRST_STEP in w for w in grown.plan.warnings) and any(eps in n for n in grown.plan.notes)
     assert_slices(grown.plan, grown.weights)
 
 
@@ -112,7 +112,7 @@ def test_padding_needs_the_gain_and_the_epsilon(name: str) -> None:
     table, sizes = table_and_sizes(name)
     gain = sqrt(sizes["embed"] / indivisible(name, 1)["embed"])
     assert loaded(grown, scaled(grown.plan, grown.state, "rho", 1 / gain)) > WRONG
-    plain = {**grown.plan.config, table.eps[0]: grown.config[table.eps[0]]}
+    plain = {**grown.plan.config, table.norms.eps[0]: grown.config[table.norms.eps[0]]}
     assert loaded(grown, grown.state, plain) > WRONG
     if "iota" in sizes:
         assert loaded(grown, scaled(grown.plan, grown.state, "iota", 1 / gain)) > WRONG
@@ -166,7 +166,7 @@ def test_what_reads_the_padding_is_random_and_free(name: str) -> None:
 def six(name: str) -> dict[str, int]:
     """Every axis that Gesmundo's expansions grow, as far as the model's positions let it."""
     table, sizes = table_and_sizes(name)
-    return indivisible(name, 1) | ({} if "qk" in table.fixed else {"qk": sizes["qk"] + 2})
+    return indivisible(name, 1) | ({} if "qk" in table.sizes.fixed else {"qk": sizes["qk"] + 2})
 
 
 def assert_old_moments(grown: Grown) -> None:
@@ -202,9 +202,9 @@ def test_each_expansion_alone_keeps_the_logits(name: str) -> None:
     """And the guard: what the zeros silence is heard without them."""
     table, sizes = table_and_sizes(name)
     free = table.key("qk") != table.key("embed")
-    alone = [{a: sizes[a] + 1} for a in table.units if a not in ("heads", "kv", "group") or free]
+    alone = [{a: sizes[a] + 1} for a in table.sizes.units if a not in ("heads", "kv", "group") or free]
     alone = [c if not {"kv", "group"} & set(c) else {"kv": 2 * sizes["kv"]} for c in alone]
-    for change in alone + [{"qk": sizes["qk"] + 2}] * ("qk" not in table.fixed and free):
+    for change in alone + [{"qk": sizes["qk"] + 2}] * ("qk" not in table.sizes.fixed and free):
         grown = grow(name, change, width="gesmundo")
         assert_same_logits(grown)
         noise = torch.Generator().manual_seed(0)

@@ -32,7 +32,7 @@ def wider(name: str, times: float, **how: Any) -> Grown:
     """The width and the units grown by a factor, rounded up; a single key-value head stays one below 2."""
     table, config = table_for(tiny.config_of(name)), tiny.config_of(name)
     sizes = table.axis_sizes(config)
-    grown = [a for a in ("embed", *table.units) if a != "group"]
+    grown = [a for a in ("embed", *table.sizes.units) if a != "group"]
     return grow(name, {a: ceil(times * sizes[a]) if sizes[a] > 1 or times == 2 else 1 for a in grown}, **how)
 
 
@@ -133,10 +133,10 @@ def test_sparkling_keeps_the_size_of_activations(name: str, times: float, how: d
     independent features, in expectation."""
     pair = realistic(name, times)
     table = pair.table
-    heads = next(iter(table.classes.values()))
+    heads = next(iter(table.names.classes.values()))
     originals = table.parameters(pair.source, heads)
     width = sparkling(pair, **how)
-    layers = {axis: [Layer(i) for i in range(pair.small[axis])] for axis in table.depth}
+    layers = {axis: [Layer(i) for i in range(pair.small[axis])] for axis in table.sizes.depth}
     build = Builder(pair, width, layers, originals)
     g = torch.Generator().manual_seed(0)
     checked = 0
@@ -184,10 +184,10 @@ def test_sparkling_scales_are_the_papers(times: float, scale: float) -> None:
 def test_sparkling_keeps_the_size_of_a_tied_heads_logits(name: str, fresh: str) -> None:
     """There the last norm's gain is scaled, for the embedding is read as it is written."""
     pair = realistic(name, 1.5)
-    heads = next(iter(pair.table.classes.values()))
+    heads = next(iter(pair.table.names.classes.values()))
     originals = pair.table.parameters(pair.source, heads)
     width = sparkling(pair, fresh=fresh)
-    build = Builder(pair, width, {axis: [Layer(0)] for axis in pair.table.depth}, originals)
+    build = Builder(pair, width, {axis: [Layer(0)] for axis in pair.table.sizes.depth}, originals)
     targets = pair.table.parameters(pair.target, heads)
     (gain,) = (p for p in targets.values() if "~embed)" in p.spec and p.name.endswith("weight"))
     words = next(p for p in targets.values() if p.spec == "vocab -> embed")
@@ -256,7 +256,7 @@ def test_msg_is_the_source_in_a_corner_of_fresh_values(name: str) -> None:
     small, large = table.axis_sizes(grown.config), table.axis_sizes(plan.config)
     assert plan.moments == "asymmetric" and grown.drift() > WRONG
     (reason,) = plan.exactness.function
-    assert "masks" in reason and ("--width lemon" in reason) == table.prenorm
+    assert "masks" in reason and ("--width lemon" in reason) == table.norms.pre
     drawn = []
     for state in ("fp32", "exp_avg", "exp_avg_sq"):
         made = realised(plan, reader({state: grown.weights}), state)

@@ -27,7 +27,7 @@ def unshared(
     """The config of the unshared model and the plan from A = ``units`` layers to A x B; T5's decoder has one layer."""
     depth = {"num_hidden_layers": units, "n_layer": units, "num_layers": units, "num_decoder_layers": 1}
     small = tiny.config_of(name, **{k: n for k, n in depth.items() if k in tiny.VARIANTS[name].base})
-    sizes = {axis: times * table_for(small).axis_sizes(small)[axis] for axis in table_for(small).depth}
+    sizes = {axis: times * table_for(small).axis_sizes(small)[axis] for axis in table_for(small).sizes.depth}
     large = table_for(small).resize(small, sizes)
     if "layer_types" in large:
         large["layer_types"] = None

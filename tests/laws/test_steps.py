@@ -59,7 +59,7 @@ def test_width_and_depth_in_one_pass_are_the_two_in_sequence(name: str, width: s
 def sizes(config: dict[str, Any], times: int) -> dict[str, int]:
     """Embed and layers of a model larger in both."""
     table = table_for(config)
-    return {axis: times * table.axis_sizes(config)[axis] for axis in ("embed", *table.depth)}
+    return {axis: times * table.axis_sizes(config)[axis] for axis in ("embed", *table.sizes.depth)}
 
 
 PAIRS = {

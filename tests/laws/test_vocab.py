@@ -22,7 +22,7 @@ from tests.planning import plan_growth
 from tests.rounding import ROUNDING, WRONG, allowed, elementary, gap
 
 FAMILIES = sorted(tiny.VARIANTS)
-TABLES_OF_POSITIONS = [name for name in FAMILIES if "pos" in table_for(tiny.config_of(name)).sizes]
+TABLES_OF_POSITIONS = [name for name in FAMILIES if "pos" in table_for(tiny.config_of(name)).sizes.axes]
 OLD, NEW = 29, 34
 
 
@@ -216,7 +216,7 @@ def test_with_other_widths(width: str) -> None:
 def test_positions(name: str, sizes: dict[str, int]) -> None:
     """Up to the old length nothing changes, and the tiled rows repeat the old ones from the first token's on."""
     table = table_for(tiny.config_of(name))
-    first, old = table.first_position, table.axis_sizes(tiny.config_of(name))["pos"]
+    first, old = table.sizes.first_position, table.axis_sizes(tiny.config_of(name))["pos"]
     tiled, drawn = (grow(name, {"pos": 27, **sizes}, positions=p) for p in ("tile", "normal"))
     for grown in (tiled, drawn):
         assert grown.plan.exactness.function == () and grown.drift() <= ROUNDING
@@ -235,7 +235,7 @@ def test_interpolated_positions(name: str) -> None:
     """Ends stay, what lies between is on the line between neighbours, and the plan says that logits change."""
     grown = grow(name, {"pos": 21}, positions="interpolate")
     n = next(n for n, p in grown.plan.tensors.items() if p.spec == "pos -> embed")
-    first = table_for(grown.config).first_position
+    first = table_for(grown.config).sizes.first_position
     old, new = grown.weights[n], grown.state[n]
     assert torch.equal(new[: first + 1], old[: first + 1])
     theirs = torch.nn.functional.interpolate(

@@ -298,7 +298,7 @@ def test_every_architecture_can_be_hosted(name: str) -> None:
     hosted.load_weights({n: p.detach() for n, p in model.named_parameters()})
     assert [n for n, _ in hosted.named_parameters()] == [n for n, _ in model.named_parameters()]
     batch = flat()
-    batch.positions = batch.positions + hosted.table.first_position
+    batch.positions = batch.positions + hosted.table.sizes.first_position
     with Double(), torch.no_grad():
         found = hosted(batch, return_logits=True).logits
         given = padded(batch)

@@ -28,7 +28,7 @@ def by_vocabulary(name: str) -> set[str]:
     """The tensors, ties included, whose rows are tokens."""
     config = tiny.config_of(name)
     table = table_for(config)
-    heads = next(iter(table.classes.values()))
+    heads = next(iter(table.names.classes.values()))
     found = {n for n, p in table.parameters(config, heads).items() if "vocab" in axes.axes_of(p.spec)}
     return found | {absent for absent, kept in table.aliases(config, heads).items() if kept in found}
 

@@ -25,7 +25,7 @@ WORK = Work((7, 7, 7), 21)
 
 
 def flops_of(config: dict[str, Any]) -> Flops:
-    return Flops(config, table_for(config).classes[config["architectures"][0]])
+    return Flops(config, table_for(config).names.classes[config["architectures"][0]])
 
 
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_what_nobody_asks_for_is_not_counted(name: str, lowest: int | None) -> N
     model, flops = tiny.build(config), flops_of(config)
     layers = range(len(flops.blocks))
     lowest = len(layers) if lowest is None else lowest
-    known = table_for(config).parameters(config, table_for(config).classes[config["architectures"][0]])
+    known = table_for(config).parameters(config, table_for(config).names.classes[config["architectures"][0]])
     parts = [p for p in dict.fromkeys(p.part for p in known.values()) if "layer." in p]
     frozen = {"embeddings", *parts[:lowest]}
     apart = "encoder.final" if lowest == len(layers) else "-"  # below a decoder in which nothing learns

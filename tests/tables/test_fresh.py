@@ -18,7 +18,7 @@ def test_deviations_are_those_that_transformers_draws_with(name: str) -> None:
     table = table_for(config)
     torch.manual_seed(0)
     drawn = tiny.parameters(tiny.build(config), config)
-    for p in table.parameters(config, table.classes[config["architectures"][0]]).values():
+    for p in table.parameters(config, table.names.classes[config["architectures"][0]]).values():
         if len(p.shape) > 1 and p.name != "lm_head.weight":  # an untied T5's is a copy of its words here
             value, said = drawn[p.name], table.std(p.pattern, config)
             off = float(value.detach().std()) / said - 1

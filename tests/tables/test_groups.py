@@ -27,7 +27,7 @@ def model_of(config: dict[str, Any]) -> torch.nn.Module:
 
 def members(config: dict[str, Any]) -> dict[str, Parameter]:
     table = table_for(config)
-    return table.parameters(config, table.classes[config["architectures"][0]])
+    return table.parameters(config, table.names.classes[config["architectures"][0]])
 
 
 @pytest.mark.parametrize("name", tiny.VARIANTS)
@@ -53,7 +53,8 @@ def test_every_layer_has_a_pair_of_groups(name: str) -> None:
     config = tiny.config_of(name)
     found, table = members(config), table_for(config)
     groups, sizes = param_groups(found, "layers"), table.axis_sizes(config)
-    pairs = [(f"{axis[:-1]}.{i}", decay) for axis in table.depth for i in range(sizes[axis]) for decay in (True, False)]
+    layers = [f"{axis[:-1]}.{i}" for axis in table.sizes.depth for i in range(sizes[axis])]
+    pairs = [(layer, decay) for layer in layers for decay in (True, False)]
     assert [(group.part, group.decay) for group in groups if "." in group.part] == pairs
     assert [part for part in dict.fromkeys(group.part for group in groups) if "." not in part] == [
         part for part in ("embeddings", "head", "unused") if any(p.part == part for p in found.values())

@@ -149,7 +149,7 @@ def loaded_elsewhere(bins: Path, path: Path, model: dict[str, Any], objective: O
 def larger(root: Path, model: dict[str, Any]) -> Path:
     """The config with one layer more in every stack."""
     table = table_for(model)
-    sizes = {table.key(axis): table.axis_sizes(model)[axis] + 1 for axis in table.depth}
+    sizes = {table.key(axis): table.axis_sizes(model)[axis] + 1 for axis in table.sizes.depth}
     path = root / "larger.json"
     path.write_text(json.dumps({k: v for k, v in model.items() if k != "layer_types"} | sizes))
     return path
