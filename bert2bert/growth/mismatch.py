@@ -74,8 +74,8 @@ def unknown_tensors(source: Source, table: Table, names: Sequence[str]) -> Inval
     """Stored tensors are of no parameter and no tied copy of the config's model."""
     return InvalidCheckpoint(
         f"{source.path}: {len(names)} tensors are not part of a {table.model_type} of this config, first "
-        f"{names[0]}.\nKnown heads: {', '.join(table.names.classes)}. Remove what is no part of the model (other heads, "
-        "adapters, counters) before growing, or check the config's number of layers and tie_word_embeddings."
+        f"{names[0]}.\nKnown heads: {', '.join(table.names.classes)}. Remove what is no part of the model (other "
+        "heads, adapters, counters) before growing, or check the config's number of layers and tie_word_embeddings."
     )
 
 
