@@ -325,6 +325,9 @@ def test_fused_experts_in_the_block_of_before(tmp_path: Path) -> None:
     state = {n.replace(".mlp.", ".block_sparse_moe."): p.detach().clone() for n, p in model.named_parameters()}
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     same(read(tmp_path), loaded(tmp_path, "MixtralForCausalLM"))
+    found, fused = open_model(tmp_path), "model.layers.1.mlp.experts.down_proj"
+    rows = [found.read(fused, "fp32", i, i + 1) for i in range(found.parameters[fused].shape[0])]
+    assert torch.cat(rows).equal(state[fused.replace(".mlp.", ".block_sparse_moe.")])
 
 
 def test_experts_one_by_one_of_a_run(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class HubSource(Source):
         files, index, self.notes = weight_files(folder, config)
         self._handles = {file: open_file(folder / file) for file in files}
         self._file_of: dict[str, str] = {}
-        self._names: dict[str, experts.Parts] = {}  # where a tensor has another name in the files, or several
+        self._experts: dict[str, experts.Parts] = {}  # fused tensors that the files have in parts
+        self._renamed: dict[str, str] = {}  # where a tensor has another name in the files
         stored: dict[str, str] = {}
         for file, handle in self._handles.items():
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
@@ -80,29 +81,27 @@ class HubSource(Source):
         """Give experts, stored one by one, the names and shapes of transformers' models."""
         single, shapes = self.tensors, {name: meta.shape for name, meta in self.tensors.items()}
         listed = self.manifest.tensors if self.manifest else {}  # a model's own names, which may be one an expert
-        self._names = experts.fused(name for name in single if name not in listed)
-        known = {part for parts in self._names.values() for expert in parts for part in expert}
+        self._experts = experts.fused(name for name in single if name not in listed)
+        known = {part for parts in self._experts.values() for expert in parts for part in expert}
         self.tensors = {}
         for name, meta in single.items():
             if name not in known:
                 renamed = name if name in listed else experts.model_name(name)
                 self.tensors[renamed] = replace(meta, name=renamed)
                 if renamed != name:
-                    self._names[renamed] = ((name,),)
-        for name, parts in self._names.items():
-            if name not in self.tensors:
-                shape = experts.shape(name, parts, shapes)
-                dtypes = {single[part].dtype for expert in parts for part in expert}
-                dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
-                self.tensors[name] = TensorMeta(name, shape, dtype, None, True)
+                    self._renamed[renamed] = name
+        for name, parts in self._experts.items():
+            shape = experts.shape(name, parts, shapes)
+            dtypes = {single[part].dtype for expert in parts for part in expert}
+            dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
+            self.tensors[name] = TensorMeta(name, shape, dtype, None, True)
 
     def _rows(self, meta: TensorMeta, state: str, start: int, stop: int) -> torch.Tensor:
-        parts = self._names.get(meta.name, ((meta.name,),))
-        if len(meta.shape) == 3 and meta.name in self._names:  # rows are experts
+        if parts := self._experts.get(meta.name):  # rows are experts
             dtype = getattr(torch, meta.dtype)  # which holds those of all parts
             each = [torch.cat([self._stored(name).to(dtype) for name in expert]) for expert in parts[start:stop]]
             return torch.stack(each) if each else torch.empty(0, *meta.shape[1:])
-        name = parts[0][0]
+        name = self._renamed.get(meta.name, meta.name)
         return self._stored(name, slice(start, stop)) if meta.shape else self._stored(name)
 
     def _stored(self, name: str, rows: slice | None = None) -> torch.Tensor:
