@@ -14,31 +14,19 @@ assumption: the paper goes on with the dense run's schedule of a T5, which is no
 """
 
 from dataclasses import replace
+from pathlib import Path
 
-from bert2bert.recipe import AdamW, Data, Phase, Recipe, Schedule
+from bert2bert.recipe import Data, Phase, Schedule, load_recipe
 
-recipe = Recipe(
-    name="upcycled-mixtral",
-    model=None,
-    data=Data(bins="bins/corpus", seq_len=2048, eval_rows=512),
-    global_batch_size=512,
-    phases=(Phase("full", steps=10_000, schedule=Schedule("cosine", warmup_steps=200, final=0.1)),),
-    optimizer=AdamW(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
-    gradient_clipping=1.0,
-    seed=0,
-    eval_every=500,
-    checkpoint_every=500,
-    keep_checkpoints=2,
-    log_every=10,
-)
+_continue = Path(__file__).with_name("llama_continue.py")
 
-tiny = replace(  # a minute on a CPU, from a tiny checkpoint
-    recipe,
+recipe = replace(load_recipe(_continue), name="upcycled-mixtral")
+
+tiny = replace(  # experts take longer on a CPU
+    load_recipe(_continue, ["size=tiny"]),
     name="upcycled-mixtral-tiny",
     data=Data(bins="bins/corpus", seq_len=32, eval_rows=128),
-    global_batch_size=128,
     phases=(Phase("full", steps=40, schedule=Schedule("cosine", warmup_steps=4, peak=1e-3, final=0.1)),),
     eval_every=20,
     checkpoint_every=40,
-    log_every=5,
 )

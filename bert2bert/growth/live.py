@@ -129,7 +129,7 @@ def grown_model(growth: Growth, like: PreTrainedModel | None) -> PreTrainedModel
     state = {name: tensor(growth, canonical) for name, canonical in names(growth).items()}
     cls, hf = _class(growth, like)
     how = {} if like is None else _implementations(like)
-    with _quiet(transformers):
+    with quiet(transformers):
         grown, info = cls.from_pretrained(
             None, config=hf, state_dict=state, dtype=getattr(torch, _usual(growth.model)), output_loading_info=True,
             **how,
@@ -232,7 +232,7 @@ def fill_optimizer(growth: Growth, optimizer: torch.optim.Optimizer, grown: PreT
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """No progress bar and no remarks of a load that reads no file: what does not fill the model is an error here."""
     log = transformers.utils.logging
     bars, level = log.is_progress_bar_enabled(), log.get_verbosity()

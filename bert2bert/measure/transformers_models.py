@@ -11,8 +11,8 @@ would not fit into the memory that is free.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bert2bert.errors import InvalidCheckpoint, UserError
+from bert2bert.growth.live import quiet
 from bert2bert.tables import Table
 
 IGNORE = -100
@@ -79,7 +80,7 @@ def build(
     transformers = _transformers()
     name, cls, hf = reference(table, config, heads)
     state = {n: fetch(n).to(dtype) for n in table.parameters(config, table.names.classes[name])}
-    with _quiet(transformers):
+    with quiet(transformers):
         model, info = cls.from_pretrained(
             None, config=hf, state_dict=state, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
@@ -183,18 +184,3 @@ def _transformers() -> Any:
             f"(grow)."
         ) from None
     return transformers
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and remarks about a model that is only a means."""
-    log = transformers.utils.logging
-    bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
-    log.disable_progress_bar()
-    log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
