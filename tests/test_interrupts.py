@@ -75,7 +75,17 @@ def test_an_interrupted_growth_says_so_and_goes_on(
 
 def test_an_interrupted_command_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("the whale swims in the deep sea\n\n" * 200_000)
-    words = ["prepare", "--text", str(tmp_path / "text"), "--vocab-size", "64", "--output", str(tmp_path / "bins")]
+    words = [
+        "prepare",
+        "--text",
+        str(tmp_path / "text"),
+        "--document",
+        "blank-line",
+        "--vocab-size",
+        "64",
+        "--output",
+        str(tmp_path / "bins"),
+    ]
     found, lines = interrupted(["-m", "bert2bert", *words], (tmp_path / "bins.partial").exists, signal.SIGINT)
     assert found == 130 and lines[-1] == "bert2bert prepare: interrupted" and "Traceback" not in "".join(lines)
     assert os.listdir(tmp_path) == ["text"]
