@@ -107,6 +107,11 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
     else:
         progress = start()
         check_tokenizer(source, manifest.growth, data)
+        if manifest.growth is None or manifest.growth.tokenizer_digest is None:
+            notes.append(
+                "which tokenizer the model was trained with is not recorded, so that of the bins is not compared with "
+                "it: make them with bert2bert prepare --tokenizer FOLDER_OF_THE_MODEL"
+            )
     check_tensors(engine, source)
     check_groups(engine, source)
     _fill(engine, source)

@@ -130,6 +130,7 @@ def test_native_shards_and_hub_folders(bins: Path, tmp_path: Path) -> None:
     for results in run_ranks(load, 2, bins, tmp_path / "hub", [(2, "fp32")], timeout=60):
         assert results[0]["kind"] == "weights" and results[0]["worst"] == 0.0
         assert set(results[0]["steps"]) == {0} and "weights only" in results[0]["notes"]
+        assert "which tokenizer the model was trained with is not recorded" in results[0]["notes"]
 
 
 def load_hub(bins: Path, path: Path, told: dict[str, str]) -> tuple[str, bool]:
