@@ -1,6 +1,6 @@
 """Forward and backward of each model core on the CPU, next to transformers' own model, in one run.
 
-    python benchmarks/cores.py [CORE…] [--rounds 7] [--tokens 4096] [--toy] [--json]
+    python benchmarks/cores.py [CORE…] [--rounds 7] [--tokens 4096] [--row N] [--toy] [--json]
 
 Rows of each core's customary length: 512 tokens for BERT and ModernBERT, 1,024 for GPT-2, 2,048 for Llama. Two ways to
 fill them, the same documents for both contestants:
@@ -109,9 +109,9 @@ def seconds(model: torch.nn.Module, *inputs: Any, **named: Any) -> float:
     return time.process_time() - start
 
 
-def compare(name: str, tokens: int, rounds: int) -> dict[str, Any]:
-    """Both ways of one core: {"packed": ratio, "padded": ratio, "tokens_per_s": {way: ours}}."""
-    row, config = CORES[name]
+def compare(name: str, tokens: int, rounds: int, row: int) -> dict[str, Any]:
+    """Both ways of one core: {"packed": ratio, "padded": ratio, "row": slots, "tokens_per_s": {way: ours}}."""
+    config = CORES[name][1]
     config = {"model_type": name, **config}
     masked = registry.objective_of(config) == "masked"
     torch.manual_seed(0)
@@ -128,7 +128,7 @@ def compare(name: str, tokens: int, rounds: int) -> dict[str, Any]:
         taken = [(seconds(ours, batch), seconds(other, **given)) for _ in range(rounds + 1)][1:]  # the first warms up
         found[way] = statistics.median(b / a for a, b in taken)
         speed[way] = batch.real_tokens / statistics.median(a for a, _ in taken)
-    return {**found, "tokens_per_s": speed, "goals": GOALS["masked" if masked else "causal"]}
+    return {**found, "row": row, "tokens_per_s": speed, "goals": GOALS["masked" if masked else "causal"]}
 
 
 def arguments() -> argparse.Namespace:
@@ -136,6 +136,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("cores", nargs="*", choices=[*CORES, []], metavar="CORE", help=f"of {', '.join(CORES)}")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of which the median counts")
     parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="token slots of a batch")
+    parser.add_argument("--row", type=int, metavar="N", help="slots of a row, fewer than is customary")
     parser.add_argument("--toy", action="store_true", help="one round of one small batch: it shows that all runs")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
@@ -146,7 +147,10 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     tokens, rounds = (1, 1) if options.toy else (options.tokens, options.rounds)
-    found = {name: compare(name, tokens, rounds) for name in options.cores or CORES}
+    found = {
+        name: compare(name, tokens, rounds, min(options.row or CORES[name][0], CORES[name][0]))
+        for name in options.cores or CORES
+    }
     if options.json:
         print(json.dumps(found))
         return
@@ -155,7 +159,7 @@ def main() -> None:
         for way, goal in result["goals"].items():
             missed = "" if result[way] >= goal else ", **missed**"
             speed = result["tokens_per_s"][way]
-            print(f"| {name} | {way}, {CORES[name][0]} slots | {result[way]:.2f} ×{missed} | {goal} × | {speed:,.0f} |")
+            print(f"| {name} | {way}, {result['row']} slots | {result[way]:.2f} ×{missed} | {goal} × | {speed:,.0f} |")
 
 
 if __name__ == "__main__":

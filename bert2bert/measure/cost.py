@@ -15,6 +15,7 @@ from bert2bert.checkpoints.commit.threads import files_at_once
 from bert2bert.checkpoints.job import BLOCK
 from bert2bert.checkpoints.write import deal
 from bert2bert.errors import InvalidConfig
+from bert2bert.model.registry import objective_of
 from bert2bert.tables import table_for
 from bert2bert.tables.flops import Flops, Work
 
@@ -118,16 +119,14 @@ def cost(growth: Growth, ranks: int, disk: tuple[float, float]) -> Cost:
 
 def row_length(config: Mapping[str, Any]) -> int:
     """Tokens of the rows for which `flops_per_token` counts: as many as the model has positions, at most 2,048."""
-    table = table_for(config)
-    longest = config.get("max_position_embeddings") or config.get("n_positions") or _LONGEST
-    return min(int(longest) - table.sizes.first_position, _LONGEST)
+    return min(table_for(config).positions(config) or _LONGEST, _LONGEST)
 
 
 def flops_per_token(config: Mapping[str, Any], heads: frozenset[str]) -> float:
     """Forward FLOPs of one token in full rows (see `row_length`), 15 % of them through a masked-LM head, all through a
     causal one; of an encoder-decoder, of a token read and one written."""
-    table, length = table_for(config), row_length(config)
-    masked = any(name.endswith("ForMaskedLM") for name in table.names.classes)
+    length = row_length(config)
+    masked = objective_of(config) == "masked"
     written = (length,) if "decoder" in heads else ()
     work = Work((length,), round(0.15 * length) if masked else length, written)
     return Flops(config, heads).forward(work) / length

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from bert2bert.errors import InvalidCheckpoint
-from bert2bert.measure.transformers_models import Double, NoReference, Sample, class_of, reference
+from bert2bert.measure.transformers_models import Double, NoReference, Sample, class_of, decoder_reads, reference
 from bert2bert.model import registry
 from bert2bert.model.batch import IGNORE, Batch, Decoder
 from bert2bert.model.config import ACTIVATIONS
@@ -182,10 +182,7 @@ def _batch(sample: Sample, config: Mapping[str, Any]) -> Batch:
     labels, decoder = sample.labels.flatten(), None
     targets: Tensor | None = (labels != IGNORE).nonzero()[:, 0]
     if registry.objective_of(config) == "seq2seq":
-        starts = (config.get(key) for key in ("decoder_start_token_id", "pad_token_id"))
-        start = next((token for token in starts if token is not None), 0)
-        read = F.pad(sample.labels[:, :-1], (1, 0), value=start).flatten()
-        decoder = Decoder(read, *_offsets(rows, sample.labels.shape[1]))
+        decoder = Decoder(decoder_reads(sample.labels, config.get).flatten(), *_offsets(rows, sample.labels.shape[1]))
         targets = None
     offsets = _offsets(rows, length)
     return Batch(

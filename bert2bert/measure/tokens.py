@@ -124,10 +124,7 @@ def trained_length(model: CheckpointModel) -> int:
 
 def positions(model: CheckpointModel) -> int:
     """Tokens that a row may have: position rows, less those kept for padding; rotary models know no end."""
-    rows = model.table.axis_sizes(model.config).get("pos")
-    if rows is None:
-        return int(model.config.get("max_position_embeddings", 1 << 20))
-    return rows - model.table.sizes.first_position
+    return model.table.positions(model.config) or 1 << 20
 
 
 def open_bins(folder: Path, vocab: int) -> TokenBins:

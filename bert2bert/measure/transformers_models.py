@@ -132,10 +132,15 @@ def _inputs(model: nn.Module, sample: Sample, what: str) -> dict[str, Tensor]:
     inputs = {"input_ids": sample.ids}
     if what == "seq2seq":
         config: Any = model.config
-        starts = (getattr(config, key, None) for key in ("decoder_start_token_id", "pad_token_id"))
-        start = next((token for token in starts if token is not None), 0)
-        inputs["decoder_input_ids"] = F.pad(sample.labels[:, :-1], (1, 0), value=start)
+        inputs["decoder_input_ids"] = decoder_reads(sample.labels, lambda key: getattr(config, key, None))
     return inputs
+
+
+def decoder_reads(labels: Tensor, setting: Callable[[str], Any]) -> Tensor:
+    """What a decoder reads to write rows of labels: them, moved by one behind its start token. setting: the value of a
+    config key, or None."""
+    starts = map(setting, ("decoder_start_token_id", "pad_token_id"))
+    return F.pad(labels[:, :-1], (1, 0), value=next((token for token in starts if token is not None), 0))
 
 
 def gradients(model: nn.Module, sample: Sample, what: str, vocab: int) -> dict[str, Tensor]:

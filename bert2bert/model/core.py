@@ -7,8 +7,7 @@ over the layers that a program runs (`Core`), fresh weights, weights by name, co
 what lies below the lowest learning layer runs without autograd.
 
 `named_parameters()` is that of transformers' class with the language-model head, in its order, and so are the results,
-gradients included. Every parameter is read inside the module that owns it, which is what ZeRO-3 gathers by and what
-lets `streaming` call one module at a time with tensors from elsewhere.
+gradients included. Every parameter is read inside the module that owns it, which is what ZeRO-3 gathers by.
 
 Refuses weights whose names or shapes are not the model's (`InvalidCheckpoint`).
 """

@@ -166,27 +166,26 @@ class Hosted(LanguageModel):
                 f"the batch has next-sentence labels, which a {self.name} run by transformers does not learn from; "
                 "prepare the text without pairs of segments"
             )
-        (model,), head = self._hosted, cast(Answers, self.get_submodule(self._path))
-        head.asked, inputs = self._inputs(batch, return_logits)
+        asked, inputs = self._inputs(batch, return_logits)
         if "experts" in self.sizes:
             self.config._experts_implementation = self._experts()
-        try:
-            with self._recording() as routed, self._running(program):
-                found = model(**inputs)
-        finally:
-            head.asked = None
-        loss, correct, predicted, *logits = found["logits" if "logits" in found else "prediction_logits"]
+        with self._recording() as routed, self._running(program):
+            (loss, correct, predicted, *logits), _ = self._ask(asked, inputs)
         if routed:
-            balance = sys.modules[type(model).__module__].load_balancing_loss_func
+            balance = sys.modules[type(self._hosted[0]).__module__].load_balancing_loss_func
             chosen, mask = self.config.num_experts_per_tok, inputs["attention_mask"]
             loss = loss + self.coefficient * balance(tuple(routed), self.sizes["experts"], chosen, mask)
         return Output(loss, correct, predicted, logits[0] if return_logits else None)
 
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        (model,), head = self._hosted, cast(Answers, self.get_submodule(self._path))
         (places, _, _), inputs = self._inputs(batch, False)
         self.config._experts_implementation = "eager"  # an expert after the other, so that each can be read alone
-        head.asked = places, None, True
+        return self._ask((places, None, True), inputs)
+
+    def _ask(self, asked: tuple[Tensor, Tensor | None, bool], inputs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+        """What the head answers in transformers' forward pass, and the next-sentence logits where that head is."""
+        (model,), head = self._hosted, cast(Answers, self.get_submodule(self._path))
+        head.asked = asked
         try:
             found = model(**inputs)
         finally:

@@ -21,15 +21,21 @@ if TYPE_CHECKING:
 
     from bert2bert.model.core import LanguageModel, Opened
 
+HOSTED = "hosted.Hosted"
 CORES = {
     "bert": "bert.Bert",
     "roberta": "roberta.Roberta",
     "modernbert": "modernbert.ModernBert",
     "gpt2": "gpt2.GPT2",
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "llama.Llama"),
-    **dict.fromkeys(("t5", "mixtral", "qwen2_moe", "qwen3_moe"), "hosted.Hosted"),
+    **dict.fromkeys(("t5", "mixtral", "qwen2_moe", "qwen3_moe"), HOSTED),
 }
 """model_type -> module of this room and class."""
+
+
+def typed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with its model_type: one that names none is a BERT's."""
+    return {"model_type": "bert", **config}
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
@@ -40,7 +46,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
 def check(config: Mapping[str, Any]) -> None:
     """Raise InvalidConfig or UnsupportedGrowth for a Hugging Face config that no core can be built from."""
     check_architecture(config)
-    if config.get("model_type", "bert") == "bert":
+    if typed(config)["model_type"] == "bert":
         BertConfig.from_hf(config)
         return
     table_for(config).axis_sizes(config)
@@ -48,11 +54,11 @@ def check(config: Mapping[str, Any]) -> None:
     import torch
 
     with torch.device("meta"):  # whatever the core refuses, it refuses while it is built
-        _core(str(config["model_type"])).from_hf(named)
+        _core(CORES[str(config["model_type"])]).from_hf(named)
 
 
-def _core(kind: str) -> type[LanguageModel]:
-    module, name = CORES[kind].split(".")
+def _core(path: str) -> type[LanguageModel]:
+    module, name = path.split(".")
     found: type[LanguageModel] = getattr(import_module(f"bert2bert.model.{module}"), name)
     return found
 
@@ -60,7 +66,7 @@ def _core(kind: str) -> type[LanguageModel]:
 def class_of(config: Mapping[str, Any]) -> str:
     """transformers' class of a Hugging Face config that is trained: the one that it names, or the plainest one with a
     language-model head. Raises InvalidConfig for a class without such a head, UnsupportedGrowth without a table."""
-    table = table_for({"model_type": "bert", **config})
+    table = table_for(typed(config))
     trained = [name for name, heads in table.names.classes.items() if "lm" in heads]
     named = config.get("architectures") or [min(trained, key=lambda name: len(table.names.classes[name]))]
     if found := [name for name in named if name in trained]:
@@ -74,7 +80,7 @@ def class_of(config: Mapping[str, Any]) -> str:
 def objective_of(config: Mapping[str, Any]) -> str:
     """What the language-model head of a config's architecture predicts: "masked", tokens hidden from an encoder;
     "causal", the next token; "seq2seq", what an encoder-decoder writes. Raises UnsupportedGrowth without a table."""
-    classes = table_for({"model_type": "bert", **config}).names.classes
+    classes = table_for(typed(config)).names.classes
     if any("decoder" in heads for heads in classes.values() if "lm" in heads):
         return "seq2seq"
     return "masked" if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes) else "causal"
@@ -88,9 +94,9 @@ def outline(config: Mapping[str, Any]) -> LanguageModel:
 
     with Unallocated(), unfilled():
         try:
-            return _core(str(config["model_type"])).from_hf(config)
+            return _core(CORES[str(config["model_type"])]).from_hf(config)
         except InvalidConfig:
-            return _core("t5").from_hf(config)
+            return _core(HOSTED).from_hf(config)
 
 
 def build(
@@ -112,8 +118,8 @@ def build(
 
     from bert2bert.model.modules import unfilled  # not at the top: it imports torch
 
-    check(config)
-    core = _core(str(config.get("model_type", "bert")))
+    check_architecture(config)  # what else is wrong, the core refuses while it is built
+    core = _core(CORES[str(typed(config)["model_type"])])
     state = torch.get_rng_state()
     with nullcontext() if opened is None else unfilled():
         model = core.from_hf({**config, "architectures": [class_of(config)]})

@@ -35,7 +35,7 @@ def model_keys(model: Any) -> dict[str, Any]:
     if not isinstance(model, dict):
         return {}
     registry.check_architecture(model)  # or the keys of another would be taken for misspelt ones
-    if (kind := model.get("model_type", "bert")) == "bert":
+    if (kind := registry.typed(model)["model_type"]) == "bert":
         return MODEL_KEYS
     from bert2bert.model.settings import keys_of  # imports transformers, and with it torch: only for what needs them
 

@@ -192,12 +192,11 @@ class Recipe:
                 f"objective is {self.objective.kind!r}, but a {model.get('model_type', 'bert')} is trained by "
                 f"{default(trains).kind!r}; leave objective out of the recipe, or take another model"
             )
-        table = table_for({"model_type": "bert", **model})
-        key = table.key("pos") if "pos" in table.sizes.axes else "max_position_embeddings"
-        positions = model.get(key)
-        if positions is not None and self.data.seq_len > positions - table.sizes.first_position:
+        table = table_for(registry.typed(model))
+        positions = table.positions(model)
+        if positions is not None and self.data.seq_len > positions:
             raise InvalidConfig(
-                f"data.seq_len is {self.data.seq_len}, but model.{key} is {positions}"
+                f"data.seq_len is {self.data.seq_len}, but model.{table.positions_key} is {model[table.positions_key]}"
                 + (f", of which {table.sizes.first_position} are no token's" if table.sizes.first_position else "")
             )
         for i, phase in enumerate(self.phases):
@@ -217,7 +216,7 @@ class Recipe:
         """Layers of the model, of all its stacks; 0 where it is not known yet."""
         if self.model is None:
             return 0
-        table = table_for({"model_type": "bert", **self.model})
+        table = table_for(registry.typed(self.model))
         sizes = table.axis_sizes(self.model)
         return sum(sizes[axis] for axis in table.sizes.depth)
 

@@ -105,6 +105,17 @@ class Table:
             sizes[axis] = evaluate(size, config, sizes, self.key)
         return sizes | {axis: sizes[of] for axis, of in self.sizes.follows.items()}
 
+    @property
+    def positions_key(self) -> str:
+        """The config key that bounds the length of a row."""
+        return self.key("pos") if "pos" in self.sizes.axes else "max_position_embeddings"
+
+    def positions(self, config: Mapping[str, Any]) -> int | None:
+        """Tokens that a row may have under a config: its positions, less those kept for padding; None where the config
+        bounds none."""
+        rows = config.get(self.positions_key)
+        return None if rows is None else int(rows) - self.sizes.first_position
+
     def resize(self, config: Mapping[str, Any], changes: Mapping[str, int]) -> dict[str, Any]:
         """The config with other sizes of some axes. With ``embed`` the units scale too, unless given: same head size.
 

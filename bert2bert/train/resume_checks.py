@@ -14,7 +14,7 @@ from bert2bert.checkpoints.manifest import GroupEntry, Grown, Manifest
 from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import Source
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
-from bert2bert.model.registry import class_of
+from bert2bert.model.registry import class_of, typed
 from bert2bert.recipe import Recipe
 from bert2bert.tables import table_for
 from bert2bert.train import partitions
@@ -40,7 +40,7 @@ def check_model(source: Source, recipe: Recipe) -> None:
         raise InvalidCheckpoint(
             f"{source.folder}: no config says which model this is. Put the model's config.json into the folder"
         )
-    theirs, ours = ({"model_type": "bert", **config} for config in (source.config, recipe.model or {}))
+    theirs, ours = map(typed, (source.config, recipe.model or {}))
     found, about = theirs, {"model_type": ours["model_type"]}
     if theirs["model_type"] == ours["model_type"]:
         found, about = _described(theirs), _described(ours)

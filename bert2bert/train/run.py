@@ -58,7 +58,7 @@ def train(
     resume = None if resume is None else Path(resume)
     if recipe.model is None:
         recipe = replace(recipe, model=_model_of(resume))
-    model_config = {"model_type": "bert", **(recipe.model or {})}
+    model_config = registry.typed(recipe.model or {})
     vocab_size = table_for(model_config).axis_sizes(model_config)["vocab"]
     bins = TokenBins.open(recipe.data.bins)
     if bins.vocab_size > vocab_size:
@@ -110,7 +110,7 @@ def _model_of(resume: Path | None) -> dict[str, Any]:
             f"{resume}: no config says which model this is, and the recipe has none either. Put the model's "
             "config.json into the folder"
         )
-    known = model_keys({"model_type": "bert", **config})
+    known = model_keys(registry.typed(config))
     return {key: value for key, value in config.items() if key in known}
 
 
