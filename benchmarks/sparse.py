@@ -81,8 +81,8 @@ def _hole(file: Any, size: int) -> None:
 def save(file: Any, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
     """`frames.save`, with holes in place of the tensors that are streamed."""
 
-    def stream(blank: torch_writer.Blank, told: Callable[[int], None] | None) -> Iterator[memoryview]:
-        if told is None:
+    def stream(blank: torch_writer.Blank, counted: Callable[[int], None] | None) -> Iterator[memoryview]:
+        if counted is None:
             yield from _STREAM(blank)
         elif blank.nbytes < zip_writer.SMALL:  # it is kept until the next large one
             yield memoryview(bytes(blank.nbytes))

@@ -83,10 +83,10 @@ def _operator(operator: Operator) -> list[str]:
     lines = [f"### `{operator.name}` ({TITLES[operator.kind].lower()})", "", f"*{operator.paper}*", ""]
     for paragraph in operator.formula.split("\n\n"):
         lines += [wrap(safe(paragraph)), ""]
-    told = {
+    facts = {
         "Preserves": operator.keeps, "Needs": operator.needs, "Moments": operator.moments, "Evidence": operator.evidence
     }  # fmt: skip
-    lines += [wrap(f"{name}: {safe(words)}", "* ", "  ") for name, words in told.items()]
+    lines += [wrap(f"{name}: {safe(words)}", "* ", "  ") for name, words in facts.items()]
     for key, (kind, default) in operator.options.items():
         values = " | ".join(typing.get_args(kind)) or kind.__name__
         stated = default not in (0, "") or kind is float  # 0 and "" mean: as the target config asks

@@ -103,7 +103,7 @@ def run(mistake: Mistake) -> str:
         file = Path(folder, "bert2bert", mistake.file)
         text = file.read_text("utf-8") if file.exists() else ""
         if text.count(mistake.old) != 1:
-            return f"DOES NOT APPLY: its text is in the file {text.count(mistake.old)} times; write it anew"
+            return f"DOES NOT APPLY: its text is in the file {text.count(mistake.old)} times; write it again"
         file.write_text(text.replace(mistake.old, mistake.new), "utf-8")
         status, found = pytest(folder, mistake.tests.split())
         if status != 1:

@@ -39,7 +39,7 @@ _MASK = 1e30  # larger scores are masks, and the most negative number is none an
 
 
 class Nudged(TorchDispatchMode):
-    """Every floating-point operand is moved by up to NUDGE of itself, but for what an operation writes to or views."""
+    """Every floating-point operand is moved by up to NUDGE of itself, except what an operation writes to or views."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ def test_the_package_runs_and_says_what_there_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "text"),
     [
         ("grwo a b", "argument COMMAND: unknown 'grwo': did you mean 'grow'?"),
         ("grow a b --conf c", "bert2bert grow: error: unknown option --conf: did you mean '--config'?"),
@@ -71,12 +71,12 @@ def test_the_package_runs_and_says_what_there_is() -> None:
         ("--verson", "unknown option --verson: did you mean '--version'?"),
     ],
 )
-def test_a_wrong_word_is_refused_with_the_nearest(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_word_is_refused_with_the_nearest(words: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(words.split())
     assert ended.value.code == 2
     out, err = capsys.readouterr()
-    assert not out and err.startswith("usage: bert2bert") and said in err.splitlines()[-1]
+    assert not out and err.startswith("usage: bert2bert") and text in err.splitlines()[-1]
 
 
 def test_dashes_and_underscores_are_alike(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def test_every_command_prints_one_object(home: Path, tmp_path: Path, capfd: pyte
     assert learned["output"] == str(maps) and len(learned["losses"]) == 2
 
 
-def test_tokens_that_cannot_be_read_are_refused_before_anything_is_said_or_done(
+def test_tokens_that_cannot_be_read_are_refused_before_anything_is_printed_or_done(
     home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_bins(tmp_path / "wide", [30], SMALL["vocab_size"] + 1)
@@ -124,7 +124,7 @@ def test_tokens_that_cannot_be_read_are_refused_before_anything_is_said_or_done(
     (tmp_path / "utf16.txt").write_text("1 2 3\n", encoding="utf-16")
     small, config = str(home / "small"), str(home / "large.json")
     grow = ["grow", small, str(tmp_path / "grown"), "--config", config]
-    for words, option, name, said in (
+    for words, option, name, text in (
         (grow, "--bins", "none", "the folder does not exist"),
         (grow, "--bins", "cut", "the folder has no meta.json"),
         (grow, "--bins", "wide", "a vocabulary of 65 tokens, the model's has 64"),
@@ -136,7 +136,7 @@ def test_tokens_that_cannot_be_read_are_refused_before_anything_is_said_or_done(
     ):
         assert cli.main([*words, option, str(tmp_path / name)]) == 2
         out, err = capfd.readouterr()
-        assert not out and said in err
+        assert not out and text in err
     assert not (tmp_path / "grown").exists()
 
 
@@ -187,9 +187,9 @@ def test_work_that_takes_long_says_so_in_whole_lines(
 
     assert run("quick") == []
     monkeypatch.setattr(progress, "SECONDS", 0.02)
-    told = run("slow")
-    assert 2 <= len(told) < 100
+    lines = run("slow")
+    assert 2 <= len(lines) < 100
     assert all(
-        line.startswith(("alphabet: text.txt: ", "tokenizer: text.txt: ", "tokens: text.txt: ")) for line in told
-    ), told
-    assert any("% of 4" in line and line.endswith(" left") for line in told), told
+        line.startswith(("alphabet: text.txt: ", "tokenizer: text.txt: ", "tokens: text.txt: ")) for line in lines
+    ), lines
+    assert any("% of 4" in line and line.endswith(" left") for line in lines), lines

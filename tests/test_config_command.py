@@ -1,4 +1,4 @@
-"""The command `config`: sizes that divide, what is said of them against transformers' own models, what is refused."""
+"""The command `config`: sizes that divide, what it reports against transformers' own models, what is refused."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_a_terminal_is_given_the_same(llama: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "text"),
     [
         ("", "no size is given"),
         ("--width 0", "--width is '0'; expected 2x"),
@@ -235,12 +235,12 @@ def test_a_terminal_is_given_the_same(llama: Path, tmp_path: Path, capsys: pytes
     ],
 )
 def test_what_cannot_be_is_refused(
-    words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     saved(tiny.config_of("llama"), tmp_path / "small")
     err = ask(capsys, "small", *words.split(), "--output", "made", status=2)
-    assert said in err and err.startswith("bert2bert config: ") and not (tmp_path / "made").exists()
+    assert text in err and err.startswith("bert2bert config: ") and not (tmp_path / "made").exists()
 
 
 def test_places_that_cannot_be_are_refused(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

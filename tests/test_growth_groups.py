@@ -61,12 +61,12 @@ def test_groups_of_layers_with_rates_of_their_own_say_where_added_layers_go(tmp_
             for i, part in enumerate(parts)
         ]
 
-    source, said = foreign(tmp_path / "run", regrouped(by_layer)), list[str]()
-    how: dict[str, Any] = {"source_config": config(tmp_path), "measure": False, "say": said.append}
+    source, messages = foreign(tmp_path / "run", regrouped(by_layer)), list[str]()
+    how: dict[str, Any] = {"source_config": config(tmp_path), "measure": False, "say": messages.append}
     deep = config(tmp_path, num_hidden_layers=4)
     grow(source, tmp_path / "grown", deep, **how)
-    told = "layer.0, layer.2 in 0 (lr 0.0001); layer.1, layer.3 in 1 (lr 0.0002). A script that goes on must"
-    assert told in "\n".join(said)
+    text = "layer.0, layer.2 in 0 (lr 0.0001); layer.1, layer.3 in 1 (lr 0.0002). A script that goes on must"
+    assert text in "\n".join(messages)
     groups = open_source(tmp_path / "grown").groups
     assert [sorted({n.split(".")[3] for n in g["names"] if ".layer." in n}) for g in groups] == [
         ["0", "2"],
@@ -77,9 +77,9 @@ def test_groups_of_layers_with_rates_of_their_own_say_where_added_layers_go(tmp_
         ("wide", config(tmp_path, hidden_size=64, num_attention_heads=4), {}),
         ("new", deep, {"groups": "layers"}),
     ):
-        said.clear()
+        messages.clear()
         grow(source, tmp_path / name, target, **how, **more)
-        assert said and "optimizer groups: the source's" not in "\n".join(said)
+        assert messages and "optimizer groups: the source's" not in "\n".join(messages)
 
 
 def test_groups_keep_the_order_of_the_sources_script(tmp_path: Path) -> None:

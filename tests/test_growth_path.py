@@ -56,11 +56,11 @@ def options(folder: Path, config: str = "big") -> dict[str, Any]:
 
 
 def expected_tensors(folder: Path, source: str, **how: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Every state of the grown model by the plan, from the truth that the source engine told."""
-    told = torch.load(folder / f"{source}.truth.pt")["tensors"]
+    """Every state of the grown model by the plan, from the truth that the source engine recorded."""
+    recorded = torch.load(folder / f"{source}.truth.pt")["tensors"]
     plan = open_growth(folder / source, folder / "big.json", source_config=folder / "small.json", seed=3, **how).plan
     return {
-        name: {s: realise(t, s, lambda n, state, a, b: told[n][state][a:b]) for s in STATES}
+        name: {s: realise(t, s, lambda n, state, a, b: recorded[n][state][a:b]) for s in STATES}
         for name, t in plan.tensors.items()
     }
 
@@ -68,7 +68,7 @@ def expected_tensors(folder: Path, source: str, **how: Any) -> dict[str, dict[st
 def resume_and_compare(folder: str, source: str, loads: list[tuple[str, Case]], **how: Any) -> list[float]:
     """On every rank: unmodified load, comparison of all values, one more step; the first loss of each load."""
     expected = expected_tensors(Path(folder), source, **how)
-    told = torch.load(Path(folder) / f"{source}.truth.pt")
+    recorded = torch.load(Path(folder) / f"{source}.truth.pt")
     losses = []
     for path, case in loads:
         engine = build(case)
@@ -84,16 +84,16 @@ def resume_and_compare(folder: str, source: str, loads: list[tuple[str, Case]], 
         for name, states in found["tensors"].items():
             for state in STATES:
                 assert torch.equal(states[state], expected[name][state]), (path, name, state)
-        for mine, theirs in zip(found["groups"], told["groups"], strict=False):
+        for mine, theirs in zip(found["groups"], recorded["groups"], strict=False):
             assert {k: mine[k] for k in ("weight_decay", "eps", "lr")} == {
                 k: theirs[k] for k in ("weight_decay", "eps", "lr")
             }, path
-        assert found["counters"] == told["counters"]
-        assert found["lr_scheduler"] == told["lr_scheduler"]
+        assert found["counters"] == recorded["counters"]
+        assert found["lr_scheduler"] == recorded["lr_scheduler"]
         if case.precision == "fp16":
-            assert found["loss_scaler"]["cur_scale"] == told["loss_scaler"]["cur_scale"] != 2.0**8
+            assert found["loss_scaler"]["cur_scale"] == recorded["loss_scaler"]["cur_scale"] != 2.0**8
         step = {float(state["step"]) for state in engine.optimizer.optimizer.state.values()}
-        assert step == set(map(float, told["step"].values())) == {3.0 - told["counters"]["skipped_steps"]}
+        assert step == set(map(float, recorded["step"].values())) == {3.0 - recorded["counters"]["skipped_steps"]}
         first, *rest = train(engine, case, 3, start=3)
         assert all(torch.isfinite(torch.tensor(rest))), path
         losses.append(first)
@@ -186,8 +186,8 @@ def test_verify_and_hub(folder: Path, tmp_path: Path) -> None:
     model, info = BertForPreTraining.from_pretrained(tmp_path / "hub", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     source = tiny_bert()
-    told = torch.load(folder / "z2.truth.pt")["tensors"]
-    source.load_state_dict({n: s["fp32"] for n, s in told.items()}, strict=False)
+    recorded = torch.load(folder / "z2.truth.pt")["tensors"]
+    source.load_state_dict({n: s["fp32"] for n, s in recorded.items()}, strict=False)
     ids = torch.randint(0, 61, (2, 9))
     a, b = (m.eval()(ids) for m in (source, model))
     assert gap(a.prediction_logits, b.prediction_logits) <= ROUNDING
@@ -252,7 +252,7 @@ def test_a_config_that_contradicts_the_checkpoints_own_is_refused(folder: Path, 
     assert not (tmp_path / "t").exists()
 
 
-def test_the_sources_tokenizer_is_told_through_a_chain_of_growths() -> None:
+def test_the_sources_tokenizer_is_known_through_a_chain_of_growths() -> None:
     trained = Manifest(training=Trained(data={"tokenizer_digest": "t", "digest": "d"}))
     assert _tokenizer_digest(trained) == "t"
     assert _tokenizer_digest(Manifest(growth=Grown(tokenizer_digest="t"))) == "t"

@@ -92,7 +92,7 @@ def test_base_models_have_no_outer_name(cls: str, name: str, tmp_path: Path, wor
     assert report.ok and "no language-model head" in report.text()
 
 
-def test_a_tied_head_is_told_by_the_class_or_the_outer_name(tmp_path: Path) -> None:
+def test_a_tied_head_is_known_by_the_class_or_the_outer_name(tmp_path: Path) -> None:
     save(tmp_path / "full", "gpt2")
     tensors, file = load_file(tmp_path / "full" / "model.safetensors"), tmp_path / "full" / "config.json"
     config = json.loads(file.read_text())
@@ -130,7 +130,7 @@ def test_t5s_classes_have_the_same_tensors(cls: str | None, heads: set[str], tmp
 
 
 def test_an_untied_t5(tmp_path: Path, words: list[str]) -> None:
-    """T5 1.1: transformers' config says tied whatever the file said; a stored head of its own counts."""
+    """T5 1.1: transformers' config says tied whatever the file says; a stored head of its own counts."""
     save(tmp_path / "small", "t5-untied")
     file = tmp_path / "small" / "model.safetensors"
     tensors = load_file(file)

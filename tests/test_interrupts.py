@@ -49,7 +49,7 @@ def interrupted(command: list[str], until: Callable[[], bool], number: signal.Si
 
 
 @pytest.mark.parametrize(
-    ("start", "workers", "number", "status", "said"),
+    ("start", "workers", "number", "status", "text"),
     [
         (["-m", "bert2bert"], "1", signal.SIGINT, 130, "interrupted"),
         (["-m", "bert2bert"], "2", signal.SIGTERM, 143, "ended by SIGTERM"),
@@ -58,7 +58,7 @@ def interrupted(command: list[str], until: Callable[[], bool], number: signal.Si
 )
 def test_an_interrupted_growth_says_so_and_goes_on(
     growth: Callable[[Path], list[str]], tmp_path: Path, start: list[str], workers: str, number: signal.Signals,
-    status: int, said: str,
+    status: int, text: str,
 ) -> None:  # fmt: skip
     words = [*growth(tmp_path / "grown"), "--workers", workers]
 
@@ -66,7 +66,7 @@ def test_an_interrupted_growth_says_so_and_goes_on(
         return any(path.stat().st_size for path in tmp_path.glob("grown/*.partial/finished.*.jsonl"))
 
     found, lines = interrupted([*start, *words[start == ["launch/grow.py"] :]], met, number)
-    assert found == status and lines[-1] == f"bert2bert grow: {said}; the same command goes on"
+    assert found == status and lines[-1] == f"bert2bert grow: {text}; the same command goes on"
     assert not [line for line in lines if "Traceback" in line or "kept " in line]
     if number == signal.SIGTERM:
         done = subprocess.run([sys.executable, "-m", "bert2bert", *words], cwd=ROOT, capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """A folder whose tensors are not those of the class that its config names: others, fewer, or tied ones that differ.
 
-The truth is what transformers' class makes of the folder: what it draws anew, leaves, or unties.
+The truth is what transformers' class makes of the folder: what it draws at random, leaves, or unties.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _base(folder: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tensors_that_the_class_would_draw_anew_are_said(name: str, tmp_path: Path) -> None:
+def test_tensors_that_the_class_would_draw_are_reported(name: str, tmp_path: Path) -> None:
     cls = _base(tmp_path / "s", name)
     model, info = getattr(transformers, cls).from_pretrained(tmp_path / "s", output_loading_info=True)
     drawn = {n for n, _ in model.named_parameters()} & info["missing_keys"]  # a tied one is there by its other name
@@ -47,12 +47,12 @@ def test_tensors_that_the_class_would_draw_anew_are_said(name: str, tmp_path: Pa
     grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), format="hub", measure=False,
          say=lines.append)  # fmt: skip
     reshard(tmp_path / "s", tmp_path / "z", format="zero", stage=1, world_size=1, say=lines.append)
-    told = [line for text in lines for line in text.splitlines() if "that the source lacks" in line]
+    printed = [line for text in lines for line in text.splitlines() if "that the source lacks" in line]
     if not drawn:  # GPT-2's head is the word embedding, which the base model has
-        assert not told
+        assert not printed
         return
-    assert len(told) == 2  # by the growth, and by the shards
-    for line in told:
+    assert len(printed) == 2  # by the growth, and by the shards
+    for line in printed:
         assert f"{cls}, which the config names, has {len(drawn)} tensors that the source lacks" in line
         assert any(f"first {name}: " in line for name in drawn)
 
@@ -118,9 +118,9 @@ CLASSIFIERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_a_tied_head_without_tensors_counts_beside_a_classifier(name: str, said: bool, tmp_path: Path) -> None:
+def test_a_tied_head_without_tensors_counts_beside_a_classifier(name: str, named: bool, tmp_path: Path) -> None:
     """Both classes read the folder: the language model's head is the word embedding. Both functions are kept."""
     tied = {"tie_word_embeddings": True, "num_labels": 3, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(**tiny.config_of(name) | tied)
@@ -130,7 +130,7 @@ def test_a_tied_head_without_tensors_counts_beside_a_classifier(name: str, said:
     lm, file = CLASSIFIERS[name].replace("SequenceClassification", "CausalLM"), tmp_path / "s" / "config.json"
     lm = lm.replace("GPT2ForCausalLM", "GPT2LMHeadModel")
     plain = {key: value for key, value in json.loads(file.read_text()).items() if key != "architectures"}
-    file.write_text(json.dumps(plain | ({"architectures": [lm]} if said else {})))
+    file.write_text(json.dumps(plain | ({"architectures": [lm]} if named else {})))
     keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "n_embd", "n_head")
     (tmp_path / "big.json").write_text(json.dumps(plain | {key: 2 * plain[key] for key in keys if key in plain}))
     grow(tmp_path / "s", tmp_path / "g", tmp_path / "big.json", format="hub", width="fpi", say=silent)

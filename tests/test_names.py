@@ -118,7 +118,7 @@ def test_layouts_of_the_hub_read_as_transformers_reads_them(name: str, age: str,
     save(tmp_path / "s", name, OLD[name] if age == "oldest" else dict)
     cls = tiny.VARIANTS[name].cls
     same(read(tmp_path / "s"), loaded(tmp_path / "s", cls))
-    # grown by a layer, and written anew into shards, the names are those of transformers
+    # grown by a layer, and written again into shards, the names are those of transformers
     grow(tmp_path / "s", tmp_path / "g", deeper(tmp_path / "s", tmp_path / "g.json"), depth="stack", format="hub",
          measure=False, say=silent)  # fmt: skip
     grown = loaded(tmp_path / "g", cls)
@@ -237,7 +237,7 @@ def test_unknown_integers_are_refused_and_not_lost(tmp_path: Path) -> None:
         InvalidCheckpoint, match=r"1 tensors are not part of a llama.* first model\.layers\.0\.mlp\.tab"
     ):
         open_model(tmp_path / "s")
-    # written anew as a folder, all is kept bit for bit
+    # written again as a folder, all is kept bit for bit
     reshard(tmp_path / "s", tmp_path / "again", format="hub", say=silent)
     one, other = (load_file(tmp_path / d / "model.safetensors") for d in ("s", "again"))
     same(one, other)
@@ -288,7 +288,7 @@ def test_a_folder_that_names_no_class(cls: str, tmp_path: Path) -> None:
     assert list(open_source(tmp_path / "z").tensors) == [name for name, _ in model.named_parameters()]
 
 
-def test_tensors_beyond_the_class_are_kept_and_said(tmp_path: Path) -> None:
+def test_tensors_beyond_the_class_are_kept_and_reported(tmp_path: Path) -> None:
     """bert-base-uncased names BertForMaskedLM, and has the other head, too."""
     model = save(tmp_path / "s", "bert", old_bert)
     file = tmp_path / "s" / "config.json"

@@ -75,7 +75,7 @@ def test_cost_counts_random_numbers(source: Path) -> None:
         "fpi --depth insert_identity", "aki --vocab mean", "fpi --break-symmetry noise", "fpi --moments reset",
     ],
 )  # fmt: skip
-def test_nothing_is_said_of_an_optimizer_that_is_not_there(
+def test_nothing_is_reported_of_an_optimizer_that_is_not_there(
     source: Path, how: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     config = tmp_path / "target.json"
@@ -84,21 +84,21 @@ def test_nothing_is_said_of_an_optimizer_that_is_not_there(
     given = ["--config", str(config), "--width", *how.split()]
     assert main(["plan", str(source), *given]) == 0
     assert main(["grow", str(source), str(out), *given, "--lossy", "--no-measure", "--format", "hub"]) == 0
-    told = capsys.readouterr().out.replace(str(tmp_path), "").replace("note     --moments reset changes nothing", "")
+    printed = capsys.readouterr().out.replace(str(tmp_path), "").replace("note     --moments reset changes nothing", "")
     for word in ("moment", "adam", "optimizer state", "epsilon weighs"):
-        assert word not in told.lower(), told
+        assert word not in printed.lower(), printed
     assert not [w for w in open_model(out).source.manifest.growth.warnings if "moment" in w or "Adam" in w]
 
 
 def test_what_is_not_about_moments_is_said_without_them(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Copies stay identical whatever --moments says where there are none; a scaled epsilon is said."""
+    """Copies stay identical whatever --moments says where there are none; a scaled epsilon is reported."""
     how = ["plan", str(source), "--config", str(source.parent / "large.json")]
     assert main([*how, "--width", "fpi", "--moments", "asymmetric"]) == 0
-    told = capsys.readouterr().out
-    assert "warning  copies on embed" in told and "--break-symmetry noise | uneven.\n" in told
-    assert "note     --moments asymmetric changes nothing: the source holds weights only" in told
+    printed = capsys.readouterr().out
+    assert "warning  copies on embed" in printed and "--break-symmetry noise | uneven.\n" in printed
+    assert "note     --moments asymmetric changes nothing: the source holds weights only" in printed
     odd = tmp_path / "odd.json"
     odd.write_text(json.dumps(LARGE | {"hidden_size": 24, "num_attention_heads": 6, "intermediate_size": 36}))
     assert main(["plan", str(source), "--config", str(odd), "--width", "lemon"]) == 0

@@ -63,14 +63,14 @@ def test_streamed_logits_are_the_whole_models(name: str, monkeypatch: pytest.Mon
     logits = torch.cat([run.logits(start, min(start + 10, run.vocab)) for start in range(0, run.vocab, 10)], 1)
     out = oracle(config, model, sample)
     keep = sample.labels != IGNORE
-    said = ("prediction_logits" if "prediction_logits" in out else "logits", "seq_relationship_logits")
-    expected = out[said[0]][keep]
+    compared = ("prediction_logits" if "prediction_logits" in out else "logits", "seq_relationship_logits")
+    expected = out[compared[0]][keep]
     assert torch.equal(run.labels, sample.labels[keep]) and run.vocab == 29
-    limits = allowed(lambda: {n: x for n, x in oracle(config, model, sample).items() if n in said})
-    assert gap(logits, expected, limits[said[0]]) <= ROUNDING
+    limits = allowed(lambda: {n: x for n, x in oracle(config, model, sample).items() if n in compared})
+    assert gap(logits, expected, limits[compared[0]]) <= ROUNDING
     assert (run.pairs is None) == ("seq_relationship_logits" not in out)
     if run.pairs is not None:
-        assert gap(run.pairs, out.seq_relationship_logits, limits[said[1]]) <= ROUNDING
+        assert gap(run.pairs, out.seq_relationship_logits, limits[compared[1]]) <= ROUNDING
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def quiet(_: str) -> None:
     """For growths whose words do not matter."""
 
 
-def said(folder: Path, cls: str) -> dict[str, torch.Tensor]:
+def answers(folder: Path, cls: str) -> dict[str, torch.Tensor]:
     model, info = getattr(transformers, cls).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     model.config._experts_implementation = "eager"
@@ -67,7 +67,7 @@ def test_a_folder_grows_and_says_the_same(cls: str, tmp_path: Path) -> None:
     target = goal(tmp_path / "big.json", config)
     grow(tmp_path / "small", tmp_path / "big", target, format="hub", width="fpi:choice=left", say=quiet)
     assert json.loads((tmp_path / "big" / "config.json").read_text())["architectures"] == [cls]
-    old, new = said(tmp_path / "small", cls), said(tmp_path / "big", cls)
+    old, new = answers(tmp_path / "small", cls), answers(tmp_path / "big", cls)
     assert old.keys() == new.keys()
     for name, before in old.items():
         wider = new[name].shape[-1] // before.shape[-1]
@@ -148,7 +148,7 @@ def test_a_pooler_beside_the_head_grows_too(cls: str, tmp_path: Path) -> None:
 
 
 def test_which_of_two_heads_of_the_same_names(tmp_path: Path) -> None:
-    """A choice's classifier has one row, by the config's class alone told from a classifier of one label."""
+    """A choice's classifier has one row, by the config's class alone distinguished from a classifier of one label."""
     save(tmp_path, "BertForMultipleChoice")
     assert open_model(tmp_path).heads == {"pooler", "choice"}
     file = tmp_path / "config.json"

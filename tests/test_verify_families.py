@@ -160,8 +160,8 @@ def test_a_model_that_magnifies_rounding_is_judged_before_it(tmp_path: Path) -> 
     big = tmp_path / "big"
     grow(tmp_path / "small", big, goal, format="hub", breaker="noise:scale=20", measure=False, say=silent)
     report = verify(tmp_path / "small", big)
-    told = next(c.detail for c in report.checks if c.name == "logits")
-    assert report.ok and "before rounding" in told, report.text()
+    detail = next(c.detail for c in report.checks if c.name == "logits")
+    assert report.ok and "before rounding" in detail, report.text()
     # a file that is not the plan's is judged as it is
     change(big / "model.safetensors", "encoder.final_layer_norm.weight", 0)
     checks = {c.name: c for c in verify(tmp_path / "small", big).checks}
@@ -174,8 +174,8 @@ def test_a_long_comparison_is_announced(tmp_path: Path, monkeypatch: pytest.Monk
     for limit, words in ((1e9, ["logits differ"]), (1e3, ["being measured: ", "logits differ"])):
         monkeypatch.setattr("bert2bert.measure.drift._LONG", limit)
         grow(tmp_path / "small", tmp_path / f"big{limit}", config, format="hub", say=lines.append)
-        said = [line for line in lines if line.startswith("drift")]
-        assert len(said) == len(words) and all(word in line for word, line in zip(words, said, strict=True))
+        drifts = [line for line in lines if line.startswith("drift")]
+        assert len(drifts) == len(words) and all(word in line for word, line in zip(words, drifts, strict=True))
         lines.clear()
 
 

@@ -138,7 +138,7 @@ def _config_of(name: str, **changes: Any) -> dict[str, Any]:
     asked = variant.base | {"architectures": [variant.cls]} | changes
     config = transformers.AutoConfig.for_model(**asked).to_dict()
     if "tie_word_embeddings" in asked:
-        config["tie_word_embeddings"] = asked["tie_word_embeddings"]  # a T5 says True whatever it was told
+        config["tie_word_embeddings"] = asked["tie_word_embeddings"]  # a T5 says True whatever it was given
     return {key: 0.0 if "drop" in key and isinstance(value, float) else value for key, value in config.items()}
 
 

@@ -69,13 +69,13 @@ def kept_groups(spec: TargetSpec, parts: Mapping[str, str], layers: Collection[s
     alike: dict[tuple[tuple[int, Any], ...], list[str]] = {}
     for layer, found in places.items():
         alike.setdefault(tuple(found.items()), []).append(layer)
-    told = []
+    placed = []
     for own, names in alike.items():
         rates = ", ".join(dict.fromkeys(f"{rate:.3g}" for _, rate in own if rate is not None))
-        told.append(f"{some(names, 4)} in {', '.join(str(place) for place, _ in own)} (lr {rates or 'not stored'})")
+        placed.append(f"{some(names, 4)} in {', '.join(str(place) for place, _ in own)} (lr {rates or 'not stored'})")
     return [
         f"optimizer groups: the source's {len(spec.groups)} are kept, and the parameters of a layer go into those of "
-        f"the layer that they are made of: {'; '.join(told)}. A script that goes on must build its groups so, or "
+        f"the layer that they are made of: {'; '.join(placed)}. A script that goes on must build its groups so, or "
         "choose others with --groups"
     ]
 

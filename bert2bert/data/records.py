@@ -162,8 +162,8 @@ def _cause(error: BaseException, path: Path) -> str:
     while type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return f"{broken}\n  ({said})" if (broken := _broken_line(path)) else said
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{broken}\n  ({reason})" if (broken := _broken_line(path)) else reason
 
 
 def _broken_line(path: Path) -> str | None:

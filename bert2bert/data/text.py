@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from bert2bert.errors import InvalidData
-from bert2bert.files.sniff import START, kind_of, said
+from bert2bert.files.sniff import START, kind_of, phrase
 
 DOCUMENTS = ("file", "blank-line", "line")
 PIECE = 1 << 16
@@ -130,7 +130,7 @@ class TextFile:
             raise InvalidData(f"text file {self.path} holds only blank lines.\n  Leave it out or give the full file.")
 
     def _lines(self, advance: Advance) -> Iterator[str]:
-        number, told, foreign = 0, 0, False
+        number, counted, foreign = 0, 0, False
         try:
             with open(self.path, "rb") as raw, TextIOWrapper(plain(raw, self.path), "utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
@@ -142,9 +142,9 @@ class TextFile:
                     foreign = foreign or not line.isascii()
                     yield line
                     if not number % 256:
-                        advance(raw.tell() - told)
-                        told = raw.tell()
-                advance(raw.tell() - told)
+                        advance(raw.tell() - counted)
+                        counted = raw.tell()
+                advance(raw.tell() - counted)
         except UnicodeDecodeError as error:
             raise InvalidData(f"text file {self.path} is not UTF-8: {_not_utf8(error, number, foreign)}") from error
         except DAMAGED as error:
@@ -164,7 +164,7 @@ def plain(raw: BinaryIO, path: Path, what: str | None = None) -> BinaryIO:
     named = _SUFFIXES.get(path.suffix.lower())
     if named and kind != named:
         raise InvalidData(
-            f"{what} is named {path.suffix}, but is {said('binary' if kind == 'older' else kind, start)}\n"
+            f"{what} is named {path.suffix}, but is {phrase('binary' if kind == 'older' else kind, start)}\n"
             "  Give it its right name, or the complete file."
         )
     if kind in _OPENED:
@@ -173,7 +173,8 @@ def plain(raw: BinaryIO, path: Path, what: str | None = None) -> BinaryIO:
     if kind not in ("text", "utf-8-bom", "older"):
         inside = " (decompressed)" if file is not raw else ""
         raise InvalidData(
-            f"{what}{inside} is {said(kind, start)}\n  Expected UTF-8 text, plain or compressed with gzip, bzip2 or xz."
+            f"{what}{inside} is {phrase(kind, start)}\n"
+            "  Expected UTF-8 text, plain or compressed with gzip, bzip2 or xz."
         )
     return file
 

@@ -257,8 +257,8 @@ def _otherwise(file: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """
     from tokenizers import Tokenizer
 
-    def ids(said: Mapping[str, Any]) -> list[int]:
-        plain = {**said, "truncation": None, "padding": None}
+    def ids(settings: Mapping[str, Any]) -> list[int]:
+        plain = {**settings, "truncation": None, "padding": None}
         if plain["model"]["type"] == "BPE":
             plain["model"] = {**plain["model"], "dropout": None}
         return list(Tokenizer.from_str(json.dumps(plain)).encode(PROBE, add_special_tokens=False).ids)

@@ -201,14 +201,14 @@ def _look(folder: Path, named: Path) -> None:
         shown = named / name if named.is_dir() else named if name in vocabularies else named.parent / name
         try:
             kind = sniff(folder / name).kind
-            said = describe(folder / name).rstrip(".")
+            description = describe(folder / name).rstrip(".")
         except OSError as error:
             raise InvalidData(
                 f"tokenizer {shown} cannot be read: {error.strerror}.\n"
                 "  Copy it again, what it links to included, or take it away."
             ) from error
         if kind != "text" and not (kind == "binary" and name.endswith(_MODELS)):
-            raise InvalidData(f"tokenizer {shown} is {said}.")
+            raise InvalidData(f"tokenizer {shown} is {description}.")
     if (
         vocabularies
         and all(name.endswith(_MODELS) for name in vocabularies)

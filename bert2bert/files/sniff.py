@@ -34,7 +34,7 @@ _BEGINNINGS: tuple[tuple[str, bytes], ...] = (
     ("utf-8-bom", b"\xef\xbb\xbf"),
 )  # fmt: skip
 
-_SAID = {
+_PHRASES = {
     "empty": "empty, 0 bytes: a save that was killed, a power failure, or an unfinished copy. Copy it again, or use an "
     "older tag or file",
     "zeros": "nothing but zero bytes where it begins, as a power failure or a full disk leaves it. Copy it again, or "
@@ -76,7 +76,7 @@ _SAID = {
 
 
 class Sniffed(NamedTuple):
-    """``kind``: a key of `_SAID`; ``size``: of the file, in bytes; ``start``: its first bytes."""
+    """``kind``: a key of `_PHRASES`; ``size``: of the file, in bytes; ``start``: its first bytes."""
 
     kind: str
     size: int
@@ -139,14 +139,14 @@ def _reads(text: str | None) -> bool:
 def describe(path: Path) -> str:
     """What the file at ``path`` is and what to do: a sentence to follow "PATH: ". Raises OSError."""
     kind, _, start = sniff(path)
-    return said(kind, start)
+    return phrase(kind, start)
 
 
-def said(kind: str, start: bytes) -> str:
+def phrase(kind: str, start: bytes) -> str:
     """The sentence of `describe` for a kind and the first bytes of its file."""
     size = re.search(rb"^size (\d{1,18})$", start, re.MULTILINE)
     size_text = f", which has {int(size[1]):,} bytes" if size else ""
-    return _SAID[kind].replace("{size}", size_text).replace("{start!r}", repr(start[:32])) + "."
+    return _PHRASES[kind].replace("{size}", size_text).replace("{start!r}", repr(start[:32])) + "."
 
 
 def instead(path: Path, *expected: str) -> str:
@@ -155,5 +155,5 @@ def instead(path: Path, *expected: str) -> str:
     with contextlib.suppress(OSError):
         kind, _, start = sniff(path)
         if kind not in expected:
-            return f": it is {said(kind, start)}"
+            return f": it is {phrase(kind, start)}"
     return ""

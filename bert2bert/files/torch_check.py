@@ -61,10 +61,10 @@ def _check(fd: int, archive: zipfile.ZipFile) -> Checked:
             raise ValueError(f"its record {info.filename!r} is compressed, which torch does not do")
         head = os.pread(fd, _HEAD.size, info.header_offset)
         magic, *_, name, extra = _HEAD.unpack(head)
-        told = os.pread(fd, name, info.header_offset + _HEAD.size)
+        named = os.pread(fd, name, info.header_offset + _HEAD.size)
         wanted = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-        if magic != b"PK\x03\x04" or told != wanted:
-            raise ValueError(f"its record {info.filename!r} is headed {told[:80]!r}")
+        if magic != b"PK\x03\x04" or named != wanted:
+            raise ValueError(f"its record {info.filename!r} is headed {named[:80]!r}")
         start = info.header_offset + _HEAD.size + name + extra
         if end - (start + info.file_size) not in _DESCRIPTORS:
             raise ValueError(f"its record {info.filename!r} does not end where the next one begins")

@@ -212,7 +212,7 @@ def saved(tree: Any) -> bytes:
 def save(file: File, tree: Any, wrote: Callable[[int], None] | None = None) -> int:
     """Write ``tree`` (containers, scalars, tensors, `Blank`, `Foreign`) as a file for `torch.load`, from start to end.
 
-    Returns the bytes of the blanks' data; ``wrote`` is told of them as they go. A `Blank` met twice is
+    Returns the bytes of the blanks' data; ``wrote`` receives their number as they go. A `Blank` met twice is
     stored once and loads as one tensor. OSError (a full disk) passes through.
     """
     text, storages = structure(tree)

@@ -151,9 +151,9 @@ def _tensor_of(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, me
         raise pickle.UnpicklingError(f"a tensor of dtype {dtype!r} in a {type(storage).__name__}")
     found = torch.empty(0, dtype=dtype)
     found.set_(storage.untyped, offset, size, stride)
-    told = metadata[0] if metadata and isinstance(metadata[0], dict) else {}
-    found = found.conj().resolve_conj() if told.get("conj") is True and found.is_complex() else found
-    return -found if told.get("neg") is True else found
+    flags = metadata[0] if metadata and isinstance(metadata[0], dict) else {}
+    found = found.conj().resolve_conj() if flags.get("conj") is True and found.is_complex() else found
+    return -found if flags.get("neg") is True else found
 
 
 def _parameter(tensor: Any, learns: Any, *_: Any) -> torch.nn.Parameter:

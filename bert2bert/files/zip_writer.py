@@ -1,9 +1,9 @@
 """A zip of stored (uncompressed) records, written in one pass: the archive that torch.save writes and torch.load maps.
 
-zipfile would do, but for its checksum (zlib's, three to six times slower here) and its cost for small files, of which a
-universal checkpoint has thousands. Records are dated 1980, so equal input gives equal bytes, and begin at multiples of
-64 bytes; their sizes and checksums follow them, and are repeated in the directory at the end (APPNOTE.TXT 6.3, sections
-4.3.7 to 4.3.16). Refuses a record that is not as long as announced (RuntimeError).
+zipfile would do, except for its checksum (zlib's, three to six times slower here) and its cost for small files, of
+which a universal checkpoint has thousands. Records are dated 1980, so equal input gives equal bytes, and begin at
+multiples of 64 bytes; their sizes and checksums follow them, and are repeated in the directory at the end (APPNOTE.TXT
+6.3, sections 4.3.7 to 4.3.16). Refuses a record that is not as long as announced (RuntimeError).
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Zipped:
         self._at = at + _LOCAL.size + len(text) + len(pad) + len(sizes) + size + len(follows)
         large = [*([size, size] if size > _ZIP64 else []), *([at] if at > _ZIP64 else [])]
         extra = (struct.pack(f"<HH{len(large)}Q", 1, 8 * len(large), *large) if large else b"") + pad
-        told, place = _NEVER if size > _ZIP64 else size, _NEVER if at > _ZIP64 else at
+        stored, place = _NEVER if size > _ZIP64 else size, _NEVER if at > _ZIP64 else at
         version = 45 if large else version
-        entry = (version | _UNIX, version, _FOLLOWS, 0, 0, _DATE, checksum, told, told, len(text), len(extra))
+        entry = (version | _UNIX, version, _FOLLOWS, 0, 0, _DATE, checksum, stored, stored, len(text), len(extra))
         self._central.append(_CENTRAL.pack(b"PK\1\2", *entry, 0, 0, 0, _OPEN, place) + text + extra)
 
     def close(self) -> None:

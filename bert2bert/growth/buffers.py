@@ -177,9 +177,9 @@ def _frequencies(config: Mapping[str, Any]) -> Iterable[Tensor]:
     if not (config.get("head_dim") or config.get("hidden_size")):
         return  # of a family without rotary positions
     size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    told = config.get("rope_parameters") or {}
-    kinds = [kind for kind in told.values() if isinstance(kind, Mapping)] if isinstance(told, Mapping) else []
-    bases = [config.get("rope_theta"), *(kind.get("rope_theta") for kind in (told, *kinds)), 10000.0]
+    rope = config.get("rope_parameters") or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] if isinstance(rope, Mapping) else []
+    bases = [config.get("rope_theta"), *(kind.get("rope_theta") for kind in (rope, *kinds)), 10000.0]
     for base in bases:
         if base:
             yield 1.0 / (float(base) ** (torch.arange(0, size, 2).float() / size))

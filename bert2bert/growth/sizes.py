@@ -237,7 +237,7 @@ class _Sizer:
         for depth in [self.depth()] if self.wishes.depth is not None else map(self.depths, near):
             yield depth, base + sum(each[axis] * (size - 1) for axis, size in depth.items())
 
-    # ------------------------------------------------------------------------------------------ what is said
+    # ------------------------------------------------------------------------------------------ notes
 
     def check(self, made: Mapping[str, Any]) -> None:
         """Refuse sizes that leave special tokens or experts without a place."""

@@ -64,12 +64,12 @@ class Names:
             name: class_name(model.table, named, name) if known else model.stored(name)
             for name in (*model.parameters, *model.aliases())
         }
-        said = model.table, model.config, model.heads
+        recorded = model.table, model.config, model.heads
         return cls(
             {called[name]: model.stored(name) for name in model.parameters},
             {called[a]: called[k] for a, k in model.aliases().items()},
             {called[name]: parameter for name, parameter in model.parameters.items()},
             model.left,
             model.copies(),
-            tuple(short_of_class(*said) + (beyond_class(*said) if format != "hub" else [])),
+            tuple(short_of_class(*recorded) + (beyond_class(*recorded) if format != "hub" else [])),
         )

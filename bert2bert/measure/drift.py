@@ -67,8 +67,8 @@ class Drift:
 
 
 def report_drift(growth: Growth, grown: Rows, tokens: Tokens, say: Callable[[str], None]) -> Drift | None:
-    """The change of function that a growth will make, said in one line before anything is written; where there is no
-    reference to run, the reason, and None. grown: reads the weights that will be written."""
+    """The change of function that a growth will make, reported in one line before anything is written; where there is
+    no reference to run, the reason, and None. grown: reads the weights that will be written."""
     total = sum(size(growth.model, config) for config in (growth.model.config, growth.plan.config))
     if total > _LONG:
         say(

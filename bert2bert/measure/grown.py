@@ -54,9 +54,9 @@ def check_accounted(growth: Growth, target: CheckpointModel, check: Check) -> No
         "buffers that it does not hold": [n for n in gone if n not in old],
         "not in the source's files": list(model.source.unread),
     }
-    said = f"{len(took)} of the source's {len(model.source.tensors)} tensors make the target's {len(wanted)}"
-    said += "".join(f"; {what}: {some(names)}" for what, names in left.items() if names)
-    check("tensors", not odd, f"{len(odd)} are missing or not the plan's, first {odd[0]}" if odd else said)
+    summary = f"{len(took)} of the source's {len(model.source.tensors)} tensors make the target's {len(wanted)}"
+    summary += "".join(f"; {what}: {some(names)}" for what, names in left.items() if names)
+    check("tensors", not odd, f"{len(odd)} are missing or not the plan's, first {odd[0]}" if odd else summary)
 
 
 def check_tensors(growth: Growth, target: CheckpointModel, check: Check) -> None:

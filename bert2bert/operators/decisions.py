@@ -52,7 +52,7 @@ class Pair:
 
     @property
     def output_biases(self) -> frozenset[str]:
-        """The patterns of the biases, among those that stand with their weight, of what writes the residual stream."""
+        """Patterns of biases that write the residual stream, of the rows that name a weight and its bias together."""
         rows = [r for r in self.table.rows if r.depth and r.name.endswith("{weight,bias}")]
         writers = [r.name for r in rows if "embed" in axes_of(r.spec) - read_axes(r.spec)]
         return frozenset(name.replace("{weight,bias}", "bias") for name in writers)

@@ -1,7 +1,7 @@
 """Vocabulary and position operators: what new tokens, and positions beyond the old last one, start from.
 
-Each returns the map of its axis, `vocab` or `pos`; old rows stay as they are but for ``interpolate``. Refuses token ids
-that the source lacks and files that do not hold rows for the new tokens (`InvalidConfig`).
+Each returns the map of its axis, `vocab` or `pos`; old rows stay as they are, except with ``interpolate``. Refuses
+(`InvalidConfig`) token ids that the source lacks and files that do not hold rows for the new tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Width operators that pad the residual stream: LEMON and Gesmundo's composable expansions.
 
-Before a norm inside the branches (pre-norm) a padded stream is exact at any width: zeros keep a root mean square but
-for a factor, features equal to the mean keep a mean and, but for a factor, a variance; the factor goes into the norm's
+Before a norm inside the branches (pre-norm) a padded stream is exact at any width: zeros keep a root mean square up
+to a factor, features equal to the mean keep the mean and, up to a factor, the variance; the factor goes into the norm's
 gain, and its square into epsilon. The norm gives zeros at the padding, so whatever reads it there is free.
 
 Refuses (`UnsupportedGrowth`) what no padding keeps: a norm that writes the stream itself (BERT, RoBERTa, ModernBERT),

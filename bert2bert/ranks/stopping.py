@@ -32,9 +32,9 @@ class Stop:
         self.caught: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         # Python runs handlers between two lines of the main thread, which may wait in a collective: a thread hears, too
-        self._heard, self._told = os.pipe()
-        os.set_blocking(self._told, False)
-        self._old_fd = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+        self._read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self._write_fd, False)
+        self._old_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._before[number] = signal.signal(number, self._note)
@@ -45,7 +45,7 @@ class Stop:
 
     def _listen(self) -> None:
         presses, last = 0, -_PRESS
-        while came := os.read(self._heard, 1):
+        while came := os.read(self._read_fd, 1):
             if came[0] != signal.SIGINT or time.monotonic() - last < _PRESS:
                 continue
             presses, last = presses + 1, time.monotonic()
@@ -54,14 +54,14 @@ class Stop:
             elif presses > 2:
                 _say("ended at once by Ctrl-C; checkpoints written before are whole")
                 os._exit(128 + signal.SIGINT)
-        os.close(self._heard)
+        os.close(self._read_fd)
 
     def release(self) -> None:
         """Let signals do again what they did before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_fd)
-        os.close(self._told)
+        os.close(self._write_fd)
 
 
 class _Patient:

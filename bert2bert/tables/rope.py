@@ -18,19 +18,19 @@ _FROM_CONTEXT = ("llama3", "yarn", "longrope")  # types that start from the leng
 def rotary(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     """``rope_parameters`` as transformers would complete them. default: the architecture's own, by kind of layer where
     kinds differ. Raises InvalidConfig."""
-    scaling, said = _object("rope_scaling", config), _object("rope_parameters", config)
+    scaling, written = _object("rope_scaling", config), _object("rope_parameters", config)
     if not default.keys() <= _NESTED.keys():
-        return _complete(config, scaling or said, config.get("rope_theta") or default["rope_theta"])
+        return _complete(config, scaling or written, config.get("rope_theta") or default["rope_theta"])
     return {
         kind: _complete(
-            config, {**_object(kind, said), **scaling}, config.get(_NESTED[kind]) or default[kind]["rope_theta"]
+            config, {**_object(kind, written), **scaling}, config.get(_NESTED[kind]) or default[kind]["rope_theta"]
         )
         for kind in default
     }
 
 
-def _complete(config: Mapping[str, Any], said: Mapping[str, Any], theta: float) -> dict[str, Any]:
-    found = {"rope_theta": theta, **said}
+def _complete(config: Mapping[str, Any], written: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    found = {"rope_theta": theta, **written}
     old = found.pop("type", "default")
     found.setdefault("rope_type", old)
     if config.get("partial_rotary_factor") is not None:

@@ -59,7 +59,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Table:
-    """One architecture: its rows, and what is said of them in four parts, each with its fields.
+    """One architecture: its rows, and what is known of them in four parts, each with its fields.
 
     The rows are the table itself, what most readers look for, and a fresh weight's deviation belongs to a row: both
     stand here. So does every method, because each reads several parts, or names the model in its errors.

@@ -48,7 +48,7 @@ def at_once(command: str, speaks: bool) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         if speaks:
             with contextlib.suppress(OSError):
-                os.write(2, f"{said(command, number)}\n".encode())
+                os.write(2, f"{message(command, number)}\n".encode())
         os._exit(128 + number)
 
     with _handling(handle):
@@ -68,7 +68,7 @@ def _handling(handle: object) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def said(command: str | None, number: int) -> str:
+def message(command: str | None, number: int) -> str:
     """The line of a command that was ended by a signal."""
     how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     return f"bert2bert{f' {command}' if command else ''}: {how}" + "; the same command goes on" * (command in _GOES_ON)
@@ -78,5 +78,5 @@ def end(command: str | None, error: KeyboardInterrupt) -> int:
     """Say it; the exit status."""
     number = error.number if isinstance(error, Interrupted) else signal.SIGINT
     with contextlib.suppress(OSError):
-        print(said(command, number), file=sys.stderr, flush=True)
+        print(message(command, number), file=sys.stderr, flush=True)
     return 128 + number

@@ -1,4 +1,4 @@
-"""What a state dict holds beside parameters: grown, written anew, and loaded strictly by real, unmodified engines."""
+"""What a state dict holds beside parameters: grown, written again, and loaded strictly by real, unmodified engines."""
 
 from __future__ import annotations
 
@@ -186,9 +186,9 @@ def test_what_would_have_to_grow_is_refused_by_name_before_anything_is_written(
     with pytest.raises(UnsupportedGrowth, match=re.escape(f"holds '{name}', which is no parameter")):
         grown(source, goal, positions="tile")
     assert not (tmp_path / "target").exists()
-    said: list[str] = []
-    grown(source, goal, positions="tile", format="hub", say=said.append)
-    assert f"left out, for models of transformers store no buffers: {name}" in said[0]
+    messages: list[str] = []
+    grown(source, goal, positions="tile", format="hub", say=messages.append)
+    assert f"left out, for models of transformers store no buffers: {name}" in messages[0]
 
 
 def test_old_masks_and_frequencies_by_layer(tmp_path: Path) -> None:

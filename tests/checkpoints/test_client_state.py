@@ -323,13 +323,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_run_with_classes_in_its_client_state(run: Path, tmp_path: Path, stage: int) -> None:
     RAN.clear()
-    said: list[str] = []
+    messages: list[str] = []
     found = inspect(run / f"z{stage}")
     text = render(found)
     assert "not opened" in text and f"{__name__}.Colour" in found.unopened
     for name, how in {"z": {"format": "zero", "stage": (stage + 2) % 4, "world_size": 2}, "u": {}}.items():
-        reshard(run / f"z{stage}", tmp_path / name, say=said.append, **how)  # type: ignore[arg-type]
-        assert "carried as it is, unopened" in said[0]
+        reshard(run / f"z{stage}", tmp_path / name, say=messages.append, **how)  # type: ignore[arg-type]
+        assert "carried as it is, unopened" in messages[0]
         assert not [line for line in verified(run / f"z{stage}", tmp_path / name) if "FAILED" in line]
         file = next((tmp_path / name / "global_step1").glob("*model_states.pt"))
         assert not RAN

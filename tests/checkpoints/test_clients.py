@@ -49,10 +49,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("client", CLIENTS)
 def test_what_a_client_needs_goes_along(runs: Path, tmp_path: Path, client: str, form: dict[str, Any]) -> None:
     files, tag, call = CLIENTS[client]
-    said: list[str] = []
-    grow(runs / client, tmp_path / "g", runs / "larger.json", measure=False, say=said.append, **form)
-    reshard(runs / client, tmp_path / "r", say=said.append, **form)
-    for text, target, config in ((said[0], tmp_path / "g", LARGER), (said[-2], tmp_path / "r", CONFIG)):
+    messages: list[str] = []
+    grow(runs / client, tmp_path / "g", runs / "larger.json", measure=False, say=messages.append, **form)
+    reshard(runs / client, tmp_path / "r", say=messages.append, **form)
+    for text, target, config in ((messages[0], tmp_path / "g", LARGER), (messages[-2], tmp_path / "r", CONFIG)):
         assert (target / "latest").read_text() == tag and inspect(target).tag == tag
         for file in files:
             assert (target / file).read_bytes() == (runs / client / file).read_bytes() and file in text
@@ -133,6 +133,6 @@ def test_an_interrupted_growth_of_a_clients_run_is_finished(runs: Path, tmp_path
 def test_a_hugging_face_folder_is_no_clients_run(tmp_path: Path) -> None:
     """Whatever it is called: Lightning's tag is only a name."""
     hf_model({**CONFIG, "tie_word_embeddings": True}).save_pretrained(tmp_path / "checkpoint")
-    said: list[str] = []
-    reshard(tmp_path / "checkpoint", tmp_path / "r", say=said.append)
-    assert "Lightning" not in "\n".join(said) and "left behind" not in "\n".join(said)
+    messages: list[str] = []
+    reshard(tmp_path / "checkpoint", tmp_path / "r", say=messages.append)
+    assert "Lightning" not in "\n".join(messages) and "left behind" not in "\n".join(messages)

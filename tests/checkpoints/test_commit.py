@@ -69,20 +69,20 @@ def forked(work: Callable[[], Any]) -> Iterator[int]:
 def half_way(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, Any], int]]:
     """A real process stopped in the middle of writing to ``tmp_path / 'd'``."""
     values, count = reader(make_tensors(plain_spec())), [0]
-    heard, said = os.pipe()
+    reading, writing = os.pipe()
 
     def slow(*request: Any) -> torch.Tensor:
         count[0] += 1
         if count[0] == 4:
-            os.write(said, b"half way")
+            os.write(writing, b"half way")
             time.sleep(60)
         return values(*request)
 
     with forked(lambda: write(tmp_path / "d", request.param, slow)) as child:
-        os.close(said)
-        assert os.read(heard, 100) == b"half way"
+        os.close(writing)
+        assert os.read(reading, 100) == b"half way"
         yield tmp_path / "d", request.param, child
-    os.close(heard)
+    os.close(reading)
 
 
 @pytest.mark.parametrize("half_way", FORMS, indirect=True, ids=lambda how: how["format"])
@@ -282,8 +282,8 @@ def test_a_disk_that_fails_in_the_middle(
 
     monkeypatch.setattr(place, call, failing)
     expected = InvalidConfig if failure == errno.EROFS else UserError
-    said = "no room left on the disk" if failure in (errno.ENOSPC, errno.EDQUOT) else "cannot be written"
-    with pytest.raises(expected, match=said):
+    text = "no room left on the disk" if failure in (errno.ENOSPC, errno.EDQUOT) else "cannot be written"
+    with pytest.raises(expected, match=text):
         write(tmp_path / "runs" / "d", how)  # there is no folder runs either
     assert list(tmp_path.iterdir()) == []  # nothing says what the values are, so no run could go on
 
@@ -361,12 +361,12 @@ def test_a_rank_that_outlives_rank_zero_keeps_others_out(tmp_path: Path) -> None
     def another() -> Pending:
         return Pending(tmp_path / "d", "global_step7")
 
-    def begin(told: Any) -> None:
-        first.begin({"plan": "1"}, 0, said.append)
-        told.send(True)
+    def begin(pipe: Any) -> None:
+        first.begin({"plan": "1"}, 0, messages.append)
+        pipe.send(True)
         time.sleep(60)
 
-    first, second, third, said = another(), another(), another(), list[str]()
+    first, second, third, messages = another(), another(), another(), list[str]()
     near, far = multiprocessing.get_context("fork").Pipe()
     rank_zero = multiprocessing.get_context("fork").Process(target=begin, args=(far,), daemon=True)
     rank_zero.start()
@@ -375,25 +375,25 @@ def test_a_rank_that_outlives_rank_zero_keeps_others_out(tmp_path: Path) -> None
     rank_zero.kill()
     rank_zero.join()
     with pytest.raises(InvalidConfig, match=f"in use: process {rank_zero.pid} on "):
-        third.begin({"plan": "1"}, 0, said.append)
+        third.begin({"plan": "1"}, 0, messages.append)
     (first.files / "a").write_text("kept")
     second.close()
-    assert not third.begin({"plan": "1"}, 0, said.append) and (third.files / "a").exists()
-    assert len(said) == 1 and f"taken over from process {rank_zero.pid}" in said.pop()
+    assert not third.begin({"plan": "1"}, 0, messages.append) and (third.files / "a").exists()
+    assert len(messages) == 1 and f"taken over from process {rank_zero.pid}" in messages.pop()
     third.close()
     fourth = another()
-    assert not fourth.begin({"plan": "2"}, 0, said.append) and not (third.files / "a").exists()
-    assert said == [f"discarded {fourth.partial}: made with another plan"]
+    assert not fourth.begin({"plan": "2"}, 0, messages.append) and not (third.files / "a").exists()
+    assert messages == [f"discarded {fourth.partial}: made with another plan"]
     (fourth.files / "a").write_text("of nobody")
     (fourth.partial / "job.json").unlink()
     fourth.close()
     fifth = another()
-    assert not fifth.begin({"plan": "2"}, 0, said.append) and not (fifth.files / "a").exists()
-    assert said[1:] == [f"discarded {fifth.partial}: of another run"]
+    assert not fifth.begin({"plan": "2"}, 0, messages.append) and not (fifth.files / "a").exists()
+    assert messages[1:] == [f"discarded {fifth.partial}: of another run"]
     (fifth.partial / "job.json").unlink()  # killed between its first two steps: there is nothing to lose
     fifth.close()
     sixth = another()
-    assert not sixth.begin({"plan": "2"}, 0, said.append) and len(said) == 2
+    assert not sixth.begin({"plan": "2"}, 0, messages.append) and len(messages) == 2
     sixth.close()
 
 

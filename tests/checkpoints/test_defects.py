@@ -58,7 +58,7 @@ def loaded(folder: str, case: Case) -> dict[str, Any]:
         return {"path": None}
     inner = engine.optimizer.optimizer
     steps = [state["step"] for state in inner.state.values() if torch.is_tensor(state.get("step"))]
-    told = {
+    found = {
         "path": path,
         "clip": getattr(engine.optimizer, "clip_grad", None),
         "groups": [(g["lr"], g["weight_decay"], tuple(g["betas"])) for g in inner.param_groups],
@@ -67,7 +67,7 @@ def loaded(folder: str, case: Case) -> dict[str, Any]:
         "buffers": {n: b.float().numpy() for n, b in engine.module.named_buffers() if n.endswith("tally")},
     }
     release(engine)
-    return told
+    return found
 
 
 def first(folder: Path, case: Case, world: int = 1) -> dict[str, Any]:
@@ -165,13 +165,13 @@ def test_zero_1_with_fp32_accumulation_writes_files_that_deepspeeds_tool_refuses
 
 
 def save_on_rank(folder: str, case: Case) -> dict[str, Any]:
-    """Train and save; whether the moments of the last group can be had before and after linking anew."""
+    """Train and save; whether the moments of the last group can be had before and after linking again."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     engine = build(case)
     train(engine, case)
     engine.save_checkpoint(f"{folder}/{case.name}")
-    told = {}
+    found = {}
     if case.stage == 2:
         release(engine)
         engine = build(case)
@@ -182,11 +182,11 @@ def save_on_rank(folder: str, case: Case) -> dict[str, Any]:
                 engine.optimizer._lazy_init_hp_params_optimizer_state()
             parameter = dict(engine.module.named_parameters())[engine.group_names[-1][0]]
             try:
-                told[when] = safe_get_full_optimizer_state(parameter, "exp_avg") is not None
+                found[when] = safe_get_full_optimizer_state(parameter, "exp_avg") is not None
             except (ValueError, TypeError) as error:
-                told[when] = str(error)
+                found[when] = str(error)
     release(engine)
-    return told
+    return found
 
 
 def test_moments_of_later_groups_are_not_linked_until_asked(tmp_path: Path) -> None:

@@ -464,7 +464,7 @@ def apart(one: Any, other: Any, at: str = "") -> list[str]:
     "name", [n for n in CASES if n not in ("frozen-2", "chunks-2", "optimizer-4", "classic-first-4")]
 )
 def test_what_is_written_is_what_deepspeed_writes(home: Home, tmp_path: Path, name: str) -> None:
-    """File by file and entry by entry, but for those that are left out or added on purpose."""
+    """File by file and entry by entry, except those that are left out or added on purpose."""
     case, world = CASES[name]
     reshard(
         home[name], tmp_path / "t", format="zero", stage=case.stage, world_size=world, expert_parallel=case.size,
@@ -573,8 +573,8 @@ def test_a_command_writes_and_verifies(home: Home, tmp_path: Path, capfd: pytest
     assert not main(["verify", str(home["mixtral-2"]), str(tmp_path / "new")])
     assert not main(["inspect", "--check", str(tmp_path / "new")])
     assert not main(["inspect", str(tmp_path / "new")])
-    told = capfd.readouterr().out
-    assert "2 ranks share the experts" in told and "model.parameters() as it is, not a list" in told
+    out = capfd.readouterr().out
+    assert "2 ranks share the experts" in out and "model.parameters() as it is, not a list" in out
     grown = ["grow", str(home["llama"]), str(tmp_path / "up"), "--config", str(home.path / "mixtral.json")]
     assert not main([*grown, "--experts", "upcycle", "--workers", "2", "--no-measure", *where])
     assert "lists of parameters" in capfd.readouterr().out

@@ -78,9 +78,9 @@ def test_they_read_back_without_moments(tmp_path: Path, how: dict[str, Any]) -> 
             want = states[state] if trained else states[state].to(spec.dtype) if state == "fp32" else torch.zeros(())
             found = source.read(name, state, 0, len(states[state]))
             assert torch.equal(found, want.expand(found.shape)), (name, state)
-    told = json.loads((folder / "bert2bert.json").read_text())
-    assert all((len(told["tensors"][name]["digest"]) == 1) == (name in spec.frozen) for name in tensors)
-    assert not {name for group in told["groups"] for name in group["names"]} & set(spec.frozen)
+    manifest = json.loads((folder / "bert2bert.json").read_text())
+    assert all((len(manifest["tensors"][name]["digest"]) == 1) == (name in spec.frozen) for name in tensors)
+    assert not {name for group in manifest["groups"] for name in group["names"]} & set(spec.frozen)
 
 
 def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.json").write_text(json.dumps(hf_config() | model))
     target = hf_config(hidden_size=64, intermediate_size=88, num_attention_heads=4, num_hidden_layers=4) | model
     (tmp_path / "target.json").write_text(json.dumps(target))
-    said: list[str] = []
-    common: dict[str, Any] = {"measure": False, "say": said.append}
+    messages: list[str] = []
+    common: dict[str, Any] = {"measure": False, "say": messages.append}
     native = {"format": "zero", "stage": 2, "world_size": 2}
     for name, how in {"native": native, "universal": {}, "hub": {"format": "hub"}}.items():
         folder = grow(tmp_path / "run", tmp_path / name, tmp_path / "target.json", **how, **common)
@@ -108,8 +108,8 @@ def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
             assert source.read("bert.encoder.layer.1.output.dense.weight", "exp_avg", 0, 1).any()
             assert list(source.buffers) == ["bert.tally"]
             first = f"{len(frozen)} parameters, first bert.encoder.layer.0.attention.self.query.weight"
-            assert first in "\n".join(said) and "must freeze these and no others" in "\n".join(said)
-        said.clear()
+            assert first in "\n".join(messages) and "must freeze these and no others" in "\n".join(messages)
+        messages.clear()
 
 
 def test_frozen_ones_that_cannot_grow_are_named(tmp_path: Path) -> None:

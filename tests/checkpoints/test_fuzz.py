@@ -1,12 +1,12 @@
 """A thousand damaged checkpoints: each is refused in words, or read right; quickly, in little memory, and no code runs.
 
-Every form is damaged with seeded changes: bytes flipped or cut anywhere in any file; and files written anew, checksums
+Every form is damaged with seeded changes: bytes flipped or cut anywhere in any file; and files written again, checksums
 and all, with keys renamed or gone, other shapes, dtypes, strides and offsets, absurd sizes, values of other types,
 structures that contain themselves or unfold without end, foreign classes.
 
 What cannot be noticed, and is left out here: (1) in a checkpoint without digests, a changed byte inside a tensor's own
 data; with digests (growths, this project's runs) `inspect --check` or `reshard` must find it; (2) a file that was
-written anew, with true checksums, and contradicts nothing: another number in place of a learning rate, a step, a
+written again, with true checksums, and contradicts nothing: another number in place of a learning rate, a step, a
 counter, a name of a tensor that no manifest lists, a tensor moved inside its own storage.
 """
 
@@ -155,7 +155,7 @@ def tamper(draw: random.Random, tree: Any, binary: bool = False) -> None:
 
 
 def rewrite(draw: random.Random, path: Path) -> bool:
-    """Write a file anew with one entry changed; whether that may go unnoticed (the second exception above)."""
+    """Write a file again with one entry changed; whether that may go unnoticed (the second exception above)."""
     if path.suffix == ".json":
         tree = json.loads(path.read_text())
         tamper(draw, tree)
@@ -215,8 +215,8 @@ def damaged(target: Path, form: str, manifest: bool) -> bool:
     try:
         if check(target).bad:
             return True
-        shutil.rmtree(target.parent / "anew", ignore_errors=True)
-        reshard(target, target.parent / "anew", format="hub" if form == "hub" else "universal", say=lambda _: None)
+        shutil.rmtree(target.parent / "again", ignore_errors=True)
+        reshard(target, target.parent / "again", format="hub" if form == "hub" else "universal", say=lambda _: None)
     except UserError:
         return True
     return False

@@ -234,8 +234,8 @@ def test_quantised_weights_are_refused_by_name(scheme: str, tmp_path: Path) -> N
     save(tmp_path / "s")
     file = tmp_path / "s" / "model.safetensors"
     save_file(change(load_file(file)), file)
-    told = json.loads((tmp_path / "s" / "config.json").read_text())
-    (tmp_path / "s" / "config.json").write_text(json.dumps(told | config))
+    stored = json.loads((tmp_path / "s" / "config.json").read_text())
+    (tmp_path / "s" / "config.json").write_text(json.dumps(stored | config))
     for command in (open_source, inspect, lambda p: reshard(p, tmp_path / "t", format="hub", say=silent)):
         with pytest.raises(InvalidCheckpoint, match=f"its weights are quantised: .*{message}"):
             command(tmp_path / "s")
@@ -257,12 +257,12 @@ def test_what_stands_in_place_of_a_missing_weight_is_named(tmp_path: Path) -> No
 
 def test_a_quantisation_that_is_none(tmp_path: Path) -> None:
     save(tmp_path)
-    told = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(told | {"quantization_config": None}))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"quantization_config": None}))
     same_as_transformers(tmp_path)
     # an empty one stops transformers; a folder made of it is as without
     theirs = loaded(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(told | {"quantization_config": {}}))
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"quantization_config": {}}))
     with pytest.raises(ValueError, match="quant_method"):
         loaded(tmp_path)
     grow(tmp_path, tmp_path / "g", tmp_path, format="hub", measure=False, say=silent)
@@ -366,18 +366,18 @@ def test_each_tensor_keeps_its_precision(name: str, wide: str, key: str, low: to
 
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "said,key", [("float32", "dtype"), ("float32", "torch_dtype"), (None, "dtype"), ("low", "dtype")]
+    "declared,key", [("float32", "dtype"), ("float32", "torch_dtype"), (None, "dtype"), ("low", "dtype")]
 )
 def test_a_folder_is_loaded_in_the_dtype_of_its_source(
-    said: str | None, key: str, low: torch.dtype, tmp_path: Path
+    declared: str | None, key: str, low: torch.dtype, tmp_path: Path
 ) -> None:
     """from_pretrained goes by the config, whose word keeps wide tensors among narrow ones from being rounded."""
     half(tmp_path / "s", "llama", "norm", low)
-    declare(tmp_path / "s", str(low).removeprefix("torch.") if said == "low" else said, key)
+    declare(tmp_path / "s", str(low).removeprefix("torch.") if declared == "low" else declared, key)
     reshard(tmp_path / "s", tmp_path / "r", format="hub", say=silent)
     grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", format="hub", measure=False, say=silent)
     file = load_file(tmp_path / "s" / "model.safetensors")
-    theirs = loaded(tmp_path / "s") if said else {name: value.float() for name, value in file.items()}
+    theirs = loaded(tmp_path / "s") if declared else {name: value.float() for name, value in file.items()}
     for made in ("r", "g"):
         ours = loaded(tmp_path / made)
         assert ours.keys() == theirs.keys()
@@ -397,7 +397,7 @@ def test_experts_of_several_precisions_are_rounded_to_none(narrow: str, tmp_path
         assert all(torch.equal(value, theirs[name]) for name, value in loaded(tmp_path / made).items())
 
 
-def test_what_is_rounded_is_said(tmp_path: Path) -> None:
+def test_what_is_rounded_is_reported(tmp_path: Path) -> None:
     tensors = half(tmp_path / "s", "llama", "norm", torch.bfloat16)
     lines: list[str] = []
     grow(tmp_path / "s", tmp_path / "g", tmp_path / "s", format="hub", precision="bf16", measure=False,
@@ -452,7 +452,7 @@ def test_a_growth_names_what_it_leaves_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["universal", "zero"])
-def test_what_a_run_does_not_get_of_a_folder_is_said(form: str, tmp_path: Path) -> None:
+def test_what_a_run_does_not_get_of_a_folder_is_reported(form: str, tmp_path: Path) -> None:
     model = save(tmp_path / "s", "t5")
     save_file({n: v.clone() for n, v in model.state_dict().items()}, tmp_path / "s" / "model.safetensors")
     copies = sorted(model.state_dict().keys() - dict(model.named_parameters()).keys())
@@ -462,10 +462,10 @@ def test_what_a_run_does_not_get_of_a_folder_is_said(form: str, tmp_path: Path) 
     lines: list[str] = []
     reshard(tmp_path / "s", tmp_path / "r", **how, say=lines.append)
     grow(tmp_path / "s", tmp_path / "g", tmp_path / "s" / "config.json", **how, measure=False, say=lines.append)
-    said = "\n".join(lines)
+    printed = "\n".join(lines)
     for name in copies:
-        assert said.count(f"{name} = shared.weight") == 2
-    assert said.count(f"left behind in {tmp_path / 's'}: ema.safetensors") == 2
+        assert printed.count(f"{name} = shared.weight") == 2
+    assert printed.count(f"left behind in {tmp_path / 's'}: ema.safetensors") == 2
     for target in ("r", "g"):
         report = verify(tmp_path / "s", tmp_path / target, logits=False)
         (counted,) = [check for check in report.checks if check.name == "tensors"]

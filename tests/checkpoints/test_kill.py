@@ -51,10 +51,10 @@ def folder(clean: tuple[Path, dict[str, int]], tmp_path: Path) -> Iterator[Path]
     assert tree(tmp_path / "small") == tree(clean[0] / "small")
 
 
-def said_and_done(target: Path, form: str, **how: Any) -> list[str]:
-    said: list[str] = []
-    grow_small(target, form, say=said.append, **how)
-    return said
+def messages_of(target: Path, form: str, **how: Any) -> list[str]:
+    messages: list[str] = []
+    grow_small(target, form, say=messages.append, **how)
+    return messages
 
 
 def finished(target: Path) -> Stamps:
@@ -69,7 +69,7 @@ def finished(target: Path) -> Stamps:
 
 
 def same(target: Path, expected: Path) -> bool:
-    """Equal bytes but for the path of the source, which a manifest names, and its own digest; nothing under way."""
+    """Equal bytes except for the path of the source, which a manifest names, and its own digest; nothing under way."""
     found, wanted = tree(target), tree(expected)
     for files, home in ((found, target), (wanted, expected)):
         for name in files:
@@ -95,12 +95,12 @@ def after_a_kill(target: Path, form: str, expected: Path, **how: Any) -> int | N
             grow_small(target, form)
         used = None
     else:
-        said = said_and_done(target, form, **how)
-        resumed = [text.split(": ")[1].split(" of ")[0] for text in said if text.startswith("resumed")]
-        assert not [text for text in said if text.startswith("discarded")]
+        messages = messages_of(target, form, **how)
+        resumed = [text.split(": ")[1].split(" of ")[0] for text in messages if text.startswith("resumed")]
+        assert not [text for text in messages if text.startswith("discarded")]
         used = int(resumed[0]) if resumed else 0
         if complete:
-            assert any(text.startswith("finished") for text in said)
+            assert any(text.startswith("finished") for text in messages)
             used = None
         elif before or used:
             assert used == len(before) > 0
@@ -239,17 +239,17 @@ def test_another_plan_or_source_starts_anew(clean: tuple[Path, dict[str, int]], 
     kill_between_files(target, clean[1]["zero"])
     file = folder / "small" / "global_step7" / "mp_rank_00_model_states.pt"
     os.utime(file)
-    said = said_and_done(target, "zero")
-    assert [text for text in said if text.startswith("discarded")] == [
+    messages = messages_of(target, "zero")
+    assert [text for text in messages if text.startswith("discarded")] == [
         f"discarded {target}/global_step7.partial: made with another source"
     ]
-    assert not any(text.startswith("resumed") for text in said) and same(target, clean[0] / "zero")
+    assert not any(text.startswith("resumed") for text in messages) and same(target, clean[0] / "zero")
     shutil.rmtree(target)
     kill_between_files(target, clean[1]["zero"])
     big = (folder / "big.json").read_text()
     (folder / "big.json").write_text(big.replace('"intermediate_size": 60', '"intermediate_size": 62'))
-    said = said_and_done(target, "zero")
-    assert any("discarded" in text and "plan" in text for text in said)
+    messages = messages_of(target, "zero")
+    assert any("discarded" in text and "plan" in text for text in messages)
     check_found = check(target)
     assert not check_found.bad and check_found.digests == check_found.files == 7
 
@@ -263,23 +263,23 @@ def test_a_finished_file_that_has_rotted_is_written_again(clean: tuple[Path, dic
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     (victim.parent / "stray").symlink_to(folder / "big.json")
-    said = said_and_done(target, "zero")
-    assert any(f": {len(before) - 1} of 7 files" in text for text in said) and same(target, clean[0] / "zero")
+    messages = messages_of(target, "zero")
+    assert any(f": {len(before) - 1} of 7 files" in text for text in messages) and same(target, clean[0] / "zero")
 
 
 def in_a_process(work: Callable[[], Any]) -> str:
     """What a process of its own raised, as text."""
-    heard, told = os.pipe()
+    reading, writing = os.pipe()
 
     def run() -> None:
         try:
             work()
         except UserError as error:
-            os.write(told, f"{type(error).__name__}: {error}".encode())
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
 
     with forked(run) as child:
-        os.close(told)
-        with open(heard, "rb") as stream:
+        os.close(writing)
+        with open(reading, "rb") as stream:
             text = stream.read().decode()
         os.waitpid(child, 0)
     return text
@@ -297,7 +297,7 @@ def test_a_limit_on_file_sizes(form: str, clean: tuple[Path, dict[str, int]], fo
     assert text.startswith("UserError") and "File too large. Check the file system and the limit on file sizes" in text
     with pytest.raises(InvalidCheckpoint):
         open_source(folder / form)
-    assert said_and_done(folder / form, form) and same(folder / form, clean[0] / form)
+    assert messages_of(folder / form, form) and same(folder / form, clean[0] / form)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -318,15 +318,15 @@ def test_a_full_disk(
         monkeypatch.setattr(threads, "THREADS", 1)  # else all files may begin before one ends
         usage = shutil.disk_usage(disk)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))  # others fill it meanwhile
-        said: list[str] = []
+        messages: list[str] = []
         with pytest.raises(UserError, match="no room left on the disk"):
-            grow_small(disk / form, form, say=said.append)
-        assert said[-1].startswith("kept ") and finished(disk / form)
+            grow_small(disk / form, form, say=messages.append)
+        assert messages[-1].startswith("kept ") and finished(disk / form)
         with pytest.raises(InvalidCheckpoint):
             open_source(disk / form)
         subprocess.run(["mount", "-o", f"remount,size={size * 4}", str(disk)], check=True)
-        said = said_and_done(disk / form, form)
-        assert any(text.startswith("resumed") for text in said)
+        messages = messages_of(disk / form, form)
+        assert any(text.startswith("resumed") for text in messages)
         assert not check(disk / form).bad
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -344,7 +344,7 @@ def test_a_source_that_changes_while_it_is_read(form: str, clean: tuple[Path, di
         grow_small(folder / form, form, say=touch)
     with pytest.raises(InvalidCheckpoint):
         open_source(folder / form)
-    assert any("made with another source" in text for text in said_and_done(folder / form, form))
+    assert any("made with another source" in text for text in messages_of(folder / form, form))
     assert same(folder / form, clean[0] / form)
 
 

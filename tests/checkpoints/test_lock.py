@@ -39,10 +39,10 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
 
 
-def hold(path: Path, told: Any) -> None:
+def hold(path: Path, pipe: Any) -> None:
     held = Lock(path)
     held.acquire(lambda text: None)
-    told.send(os.getpid())
+    pipe.send(os.getpid())
     time.sleep(60)
 
 
@@ -69,10 +69,10 @@ def holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 def elsewhere(path: Path, **other: Any) -> dict[str, Any]:
     """The lock of a process on another host."""
-    told = {**lock.me(), "host": "node7", "pid": 4711, "boot": "another", "token": "x", **other}
+    content = {**lock.me(), "host": "node7", "pid": 4711, "boot": "another", "token": "x", **other}
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(told))
-    return told
+    path.write_text(json.dumps(content))
+    return content
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["flock", "no flock"])
@@ -102,15 +102,15 @@ def test_a_dead_process_of_this_host_is_followed_at_once(
     monkeypatch.setattr(lock, "SILENT", 1000.0)
     if not kernel:
         no_locks(monkeypatch)
-    first, said = holder(), list[str]()
+    first, messages = holder(), list[str]()
     os.kill(first.pid, signal.SIGKILL)
     if reaped:
         first.join()
     else:
         os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
     second = Lock(tmp_path / "run" / "lock")
-    second.acquire(said.append)
-    assert len(said) == 1 and f"taken over from process {first.pid} on" in said[0]
+    second.acquire(messages.append)
+    assert len(messages) == 1 and f"taken over from process {first.pid} on" in messages[0]
     second.close()
     assert os.listdir(tmp_path / "run") == []  # the folder was the first's
 
@@ -132,7 +132,7 @@ def test_another_host_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Not by the clock: the other's may differ by hours."""
     if not kernel:
         no_locks(monkeypatch)
-    path, said, over = tmp_path / "lock", list[str](), threading.Event()
+    path, messages, over = tmp_path / "lock", list[str](), threading.Event()
     elsewhere(path)
 
     def renew() -> None:
@@ -143,13 +143,13 @@ def test_another_host_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     renewing = threading.Thread(target=renew)
     renewing.start()
     with pytest.raises(InvalidConfig, match="process 4711 on node7"):
-        Lock(path).acquire(said.append)
+        Lock(path).acquire(messages.append)
     over.set()
     renewing.join()
     os.utime(path, (4_000_000_000, 4_000_000_000))
     taken = Lock(path)
-    taken.acquire(said.append)
-    assert [text.split(":")[0] for text in said[-2:]] == ["waiting", str(tmp_path)] and str(path) in said[-2]
+    taken.acquire(messages.append)
+    assert [text.split(":")[0] for text in messages[-2:]] == ["waiting", str(tmp_path)] and str(path) in messages[-2]
     assert json.loads(path.read_text())["pid"] == os.getpid()
     taken.close()
 
@@ -174,14 +174,14 @@ def test_who_lost_the_lock_notices_and_leaves_it_alone(tmp_path: Path) -> None:
     while (tmp_path / "run" / "lock").stat().st_mtime_ns == before:  # it is renewed
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    told = elsewhere(first.path)
+    content = elsewhere(first.path)
     with pytest.raises(UserError, match=r"process 4711 on node7 .* has taken over"):
         first.check()
     while not first.lost:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     first.close()
-    assert json.loads(first.path.read_text()) == told
+    assert json.loads(first.path.read_text()) == content
     second = Lock(tmp_path / "again" / "lock")
     second.acquire(lambda text: None)
     second.path.unlink()
@@ -215,13 +215,13 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not os.listdir(tmp_path)
 
 
-def race(path: Path, start: Any, told: Any) -> None:
+def race(path: Path, start: Any, results: Any) -> None:
     start.wait()
     try:
         Lock(path).acquire(lambda text: None)
-        told.put("taken")
+        results.put("taken")
     except InvalidConfig:
-        told.put("refused")
+        results.put("refused")
     time.sleep(60)
 
 
@@ -236,12 +236,14 @@ def test_of_many_at_once_one_has_it(
         first = holder()
         first.kill()
         first.join()
-    start, told = FORK.Barrier(6), FORK.Queue()
-    rivals = [FORK.Process(target=race, args=(tmp_path / "run" / "lock", start, told), daemon=True) for _ in range(6)]
+    start, results = FORK.Barrier(6), FORK.Queue()
+    rivals = [
+        FORK.Process(target=race, args=(tmp_path / "run" / "lock", start, results), daemon=True) for _ in range(6)
+    ]
     for rival in rivals:
         rival.start()
     try:
-        assert sorted(told.get(timeout=60) for _ in rivals) == ["refused"] * 5 + ["taken"]
+        assert sorted(results.get(timeout=60) for _ in rivals) == ["refused"] * 5 + ["taken"]
     finally:
         for rival in rivals:
             rival.kill()

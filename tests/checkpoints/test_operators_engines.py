@@ -183,7 +183,7 @@ def test_plans_of_plans_read_shards_too(name: str, trained: Callable[[str], Trai
 @dataclass(frozen=True)
 class Resume:
     """A grown run folder and the engine that must resume it; wanted: a file of what it must then hold; fresh: whether
-    its optimizer starts anew."""
+    its optimizer starts again from zero."""
 
     folder: str
     wanted: str

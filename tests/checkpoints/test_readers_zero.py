@@ -114,7 +114,7 @@ def test_everything_equals_the_live_engine(saved: Callable[[int], Path], world: 
 
 @pytest.mark.parametrize("case", ROBIN, ids=lambda case: case.name)
 def test_round_robin_gradients_are_undone(saved: Callable[[int], Path], case: Case) -> None:
-    """DeepSpeed's own functions mistake the order; a run without the option has the same values but for rounding."""
+    """DeepSpeed's own functions mistake the order; a run without the option has the same values except for rounding."""
     folder = saved(2)
     live, source = load_truth(folder, GRID[0]), open_source(folder / case.name)
     assert source.states == STATES and list(source.tensors) == list(live["tensors"])
@@ -422,18 +422,18 @@ def test_names_that_share_memory_are_tied_though_the_file_does_not_say_so(tmp_pa
     assert source.groups == [{"lr": 0.25, "names": ["a.weight"]}] and source.step("b.weight") == 5
 
 
-@pytest.mark.parametrize(("said", "precision"), [
+@pytest.mark.parametrize(("ds_config", "precision"), [
     ({"bf16": {"enabled": True}}, "bf16"), ({"bf16": {"enabled": "true"}}, "bf16"), ({"fp16": {"enabled": 1}}, "fp16"),
     ({"bf16": {"enabled": False}, "fp16": {}}, "fp32"), ({"zero_optimization": {"stage": 3}}, "fp32"), ({}, "fp32"),
 ])  # fmt: skip
 def test_the_runs_precision_is_what_its_ds_config_says(
-    saved: Callable[[int], Path], tmp_path: Path, said: dict[str, Any], precision: str
+    saved: Callable[[int], Path], tmp_path: Path, ds_config: dict[str, Any], precision: str
 ) -> None:
     """Not what the first tensor of its state dict has, which may be any: a buffer's, an extra state's."""
     tag = shutil.copytree(saved(2) / "z2fp32" / "global_step3", tmp_path / "tag")
 
     def change(content: Any) -> None:
-        content["ds_config"] = said
+        content["ds_config"] = ds_config
         content["module"] = {"odd": torch.ones(2, dtype=torch.float16), **content["module"]}
         content["buffer_names"].append("odd")
 

@@ -183,16 +183,16 @@ def test_every_form_and_back(home: Path, tmp_path: Path) -> None:
 
 
 def test_weights_alone_and_what_is_left_out(home: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    reshard(home / "z2", tmp_path / "hub", format="hub", say=said.append)
-    assert "left out: exp_avg, exp_avg_sq, groups, learning-rate scheduler, client state, which" in said[0]
-    assert not (tmp_path / "hub" / "config.json").exists() and "no config.json" in said[0]
+    messages: list[str] = []
+    reshard(home / "z2", tmp_path / "hub", format="hub", say=messages.append)
+    assert "left out: exp_avg, exp_avg_sq, groups, learning-rate scheduler, client state, which" in messages[0]
+    assert not (tmp_path / "hub" / "config.json").exists() and "no config.json" in messages[0]
     assert verify(home / "z2", tmp_path / "hub").ok
     one, other = open_source(home / "z2"), open_source(tmp_path / "hub")
     assert one.tensors.keys() == other.tensors.keys()
-    said.clear()
-    reshard(tmp_path / "hub", tmp_path / "again", say=said.append)
-    assert "moments of zero" in said[0] and verify(tmp_path / "hub", tmp_path / "again").ok
+    messages.clear()
+    reshard(tmp_path / "hub", tmp_path / "again", say=messages.append)
+    assert "moments of zero" in messages[0] and verify(tmp_path / "hub", tmp_path / "again").ok
     again = open_source(tmp_path / "again")
     assert all(again.read(n, s, 0, 0).numel() == 0 for n, m in again.tensors.items() for s in STATES if m.shape)
 

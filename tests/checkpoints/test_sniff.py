@@ -94,8 +94,12 @@ def test_kinds(tmp_path: Path, kind: str) -> None:
         path = tmp_path / "file"
         path.write_bytes(content)
         assert sniff(path) == (kind, len(content), content[:512])
-        said = describe(path)
-        assert said.endswith(".") and "\n" not in said and "{" not in said.replace(repr(content[:32]), "")
+        description = describe(path)
+        assert (
+            description.endswith(".")
+            and "\n" not in description
+            and "{" not in description.replace(repr(content[:32]), "")
+        )
 
 
 def test_characters_cut_at_the_end_of_what_is_read() -> None:
@@ -114,8 +118,8 @@ def test_the_way_out_of_torchs_old_format(tmp_path: Path) -> None:
     torch.save({"a": torch.arange(3)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(
         InvalidCheckpoint, match=r"old\.pt: not a torch file: in torch's format from before 1\.6"
-    ) as told:
+    ) as caught:
         torch_reader.load(path)
-    (code,) = re.findall(r'python -c "(.*)" FILES', str(told.value))
+    (code,) = re.findall(r'python -c "(.*)" FILES', str(caught.value))
     subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
     assert torch_reader.load(path)["a"].tolist() == [0, 1, 2]

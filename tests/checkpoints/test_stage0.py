@@ -310,8 +310,8 @@ def test_what_is_written_resumes_in_unmodified_engines(tmp_path: Path, world: in
             kept = states if name not in spec.frozen else {"fp32": states["fp32"].to(spec.dtype)}
             assert all(torch.equal(source.read(name, s, 0, len(t)), t) for s, t in kept.items())
             assert source.tensors[name].trainable == (name not in spec.frozen)
-        told = json.loads((source.folder / "bert2bert.json").read_text())["tensors"]
-        assert all(set(told[n]["digest"]) == ({"fp32"} if n in spec.frozen else set(STATES)) for n in spec.shapes)
+        recorded = json.loads((source.folder / "bert2bert.json").read_text())["tensors"]
+        assert all(set(recorded[n]["digest"]) == ({"fp32"} if n in spec.frozen else set(STATES)) for n in spec.shapes)
     run_ranks(resume_on_rank, world, str(tmp_path), timeout=120)
 
 

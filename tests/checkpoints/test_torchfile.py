@@ -55,15 +55,15 @@ def test_deepspeed_classes_become_plain_values(tmp_path: Path) -> None:
 
 
 def test_files_of_the_same_content_are_opened_once(tmp_path: Path) -> None:
-    said = {"names": ["a", "b"], "x": torch.arange(3.0), "empty": torch.empty(0)}
-    same = [save(tmp_path / f"{name}.pt", said) for name in ("one", "other", "third")]
+    tree = {"names": ["a", "b"], "x": torch.arange(3.0), "empty": torch.empty(0)}
+    same = [save(tmp_path / f"{name}.pt", tree) for name in ("one", "other", "third")]
     differ = [
-        save(tmp_path / "value.pt", {**said, "x": torch.tensor([0.0, 1.0, 5.0])}),
-        save(tmp_path / "name.pt", {**said, "names": ["a", "c"]}),
+        save(tmp_path / "value.pt", {**tree, "x": torch.tensor([0.0, 1.0, 5.0])}),
+        save(tmp_path / "name.pt", {**tree, "names": ["a", "c"]}),
     ]
     torch.serialization.set_crc32_options(False)
     try:
-        silent = [save(tmp_path / f"silent{n}.pt", {**said, "x": torch.full((3,), float(n))}) for n in (1, 2)]
+        silent = [save(tmp_path / f"silent{n}.pt", {**tree, "x": torch.full((3,), float(n))}) for n in (1, 2)]
     finally:
         torch.serialization.set_crc32_options(True)
     found = torch_reader.load_all([*same, *differ, *silent])

@@ -78,7 +78,7 @@ def other_rule(content: Any, decays: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "decays", "told"),
+    ("name", "decays", "warned"),
     [
         ("t5", lambda name, tensor: tensor.dim() > 1, True),
         ("gpt2", lambda name, tensor: "bias" not in name, True),
@@ -87,7 +87,7 @@ def other_rule(content: Any, decays: Any) -> None:
         ("gpt2", lambda name, tensor: "c_attn" not in name, False),
     ],
 )
-def test_other_rules_of_scripts(home: Path, tmp_path: Path, name: str, decays: Any, told: bool) -> None:
+def test_other_rules_of_scripts(home: Path, tmp_path: Path, name: str, decays: Any, warned: bool) -> None:
     """By the number of dimensions, and by parts of names; what is no rule is refused."""
     shutil.copytree(home / name, tmp_path / "run")
     found = torch.load(home / f"{name}.truth.pt")
@@ -99,7 +99,7 @@ def test_other_rules_of_scripts(home: Path, tmp_path: Path, name: str, decays: A
         other_rule(content, decays)
 
     edit(tmp_path / "run" / tag / "mp_rank_00_model_states.pt", change)
-    if not told:
+    if not warned:
         with pytest.raises(InvalidCheckpoint, match="by the rule of transformers' Trainer, by the number of dim"):
             open_source(tmp_path / "run")
         return

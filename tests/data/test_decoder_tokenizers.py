@@ -116,7 +116,7 @@ def test_ids_and_roles_are_those_of_transformers(tmp_path: Path, name: str) -> N
     assert found.size == len(truth)
 
 
-def test_a_bos_that_is_asked_for_and_not_put_is_said(tmp_path: Path) -> None:
+def test_a_bos_that_is_asked_for_and_not_put_is_reported(tmp_path: Path) -> None:
     """transformers follows the template of tokenizer.json; without one the setting has no effect."""
     at = byte_fallback(tmp_path / "hub")
     config, state = (json.loads((at / name).read_text()) for name in ("tokenizer_config.json", "tokenizer.json"))
@@ -172,5 +172,5 @@ def test_sentinels_in_bins_of_a_t5(tmp_path: Path) -> None:
 
 def test_prepare_says_what_a_tokenizer_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bins_of(tmp_path, byte_fallback(tmp_path / "hub"))
-    said = "can train causal; not masked (no pad, cls, sep or mask token); not span-corruption (no pad token and"
-    assert said in capsys.readouterr().err
+    text = "can train causal; not masked (no pad, cls, sep or mask token); not span-corruption (no pad token and"
+    assert text in capsys.readouterr().err

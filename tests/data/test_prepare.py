@@ -327,7 +327,7 @@ def test_records_without_text_are_counted(
     assert "2 of 4 records have nothing in column 'text'" in capsys.readouterr().err
 
 
-def test_line_ends_inside_records_are_read_as_those_of_files_and_it_is_said(
+def test_line_ends_inside_records_are_read_as_those_of_files_and_it_is_reported(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

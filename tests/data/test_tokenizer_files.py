@@ -81,18 +81,18 @@ def same(at: Path, kept: Path) -> list[list[int]]:
     (kept / "tokenizer_config.json").write_text(json.dumps(found.config), encoding="utf-8")
     (kept / "config.json").write_text('{"model_type": "bert"}')
     again, encoder = reference(kept), found.for_text()
-    told = []
+    found_ids = []
     for text in TEXTS:
         ids = truth(text, add_special_tokens=False)["input_ids"]
         assert encoder.encode(text, add_special_tokens=False).ids == ids, text
         assert again(text)["input_ids"] == truth(text)["input_ids"], text
         assert again.decode(ids) == truth.decode(ids), text
         assert load_tokenizer(kept).for_text().encode(text, add_special_tokens=False).ids == ids
-        told.append(ids)
-    assert found.table_size > max(max(ids, default=0) for ids in told)
+        found_ids.append(ids)
+    assert found.table_size > max(max(ids, default=0) for ids in found_ids)
     for role, index in found.vocabulary.special.items():
         assert getattr(truth, f"{role}_token_id") in (index, None) and getattr(again, f"{role}_token_id") == index
-    return told
+    return found_ids
 
 
 def swapped(**names: str) -> list[str]:
@@ -166,8 +166,8 @@ def test_ids_are_those_of_transformers(tmp_path: Path, name: str) -> None:
 
 
 def test_settings_that_contradict_a_tokenizer_json(tmp_path: Path) -> None:
-    """transformers lets the class's settings rule, or the file, by class; either way the user is told."""
-    for i, (name, lower, said) in enumerate(
+    """transformers lets the class's settings rule, or the file, by class; either way the user sees a note."""
+    for i, (name, lower, expected) in enumerate(
         [
             ("BertTokenizer", True, "normalizer.lowercase = false"),
             ("PreTrainedTokenizerFast", True, "do_lower_case = true"),
@@ -176,7 +176,7 @@ def test_settings_that_contradict_a_tokenizer_json(tmp_path: Path) -> None:
         config = {"tokenizer_class": name, "do_lower_case": lower, "mask_token": "[MASK]"}
         at = folder(tmp_path / f"{i}", None, tokenizer=serialised(lowercase=False), tokenizer_config=config)
         same(at, tmp_path / f"kept{i}")
-        assert any(said in note for note in load_tokenizer(at).notes)
+        assert any(expected in note for note in load_tokenizer(at).notes)
     assert not load_tokenizer(folder(tmp_path / "whole", tokenizer_config={**BERT, "do_lower_case": True})).notes
     (note,) = load_tokenizer(folder(tmp_path / "untold", tokenizer_config=BERT)).notes
     assert "nothing says do_lower_case" in note and "(The, Cat, İstanbul)" in note
@@ -256,7 +256,7 @@ def test_a_tokenizer_json_alone_whatever_its_class_lists(tmp_path: Path, name: s
     assert same(at, tmp_path / "kept") and not load_tokenizer(at).notes
 
 
-def test_a_class_that_does_not_read_its_tokenizer_json_is_said(tmp_path: Path) -> None:
+def test_a_class_that_does_not_read_its_tokenizer_json_is_reported(tmp_path: Path) -> None:
     at = byte_level_file(tmp_path / "hub", "GPT2Tokenizer")
     state = json.loads((at / "tokenizer.json").read_text())
     state["normalizer"] = {"type": "Lowercase"}
@@ -283,7 +283,7 @@ def test_bpe_dropout_is_off(tmp_path: Path) -> None:
     assert [found.backend.encode(text, add_special_tokens=False).ids for text in TEXTS] == truth and not found.notes
 
 
-def test_a_class_that_decodes_in_python_is_said(tmp_path: Path) -> None:
+def test_a_class_that_decodes_in_python_is_reported(tmp_path: Path) -> None:
     made = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     from tokenizers.trainers import BpeTrainer

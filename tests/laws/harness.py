@@ -1,6 +1,6 @@
 """What every law needs: a scrambled model, its growth, and the laws themselves as functions that a test calls.
 
-All in float64 against transformers' own models; logits are compared, never best guesses. What counts as equal is said
+All in float64 against transformers' own models; logits are compared, never best guesses. What counts as equal is stated
 in tests/rounding.py.
 """
 

@@ -22,7 +22,7 @@ PRENORM = [n for n in FAMILIES if table_for(tiny.config_of(n)).norms.pre]
 
 
 def deepened(name: str, layers: int, decoder: int = 2, keys: dict[str, Any] | None = None, **how: Any) -> Grown:
-    """A variant grown in depth; every list of the layers' kinds is made anew, all alike where the source's are."""
+    """A variant grown in depth; every list of the layers' kinds is made again, all alike where the source's are."""
     config = tiny.config_of(name, **(keys or {}))
     sizes = {"layers": layers} | ({"decoder_layers": decoder} if "t5" in name else {})
     if kinds := config.get("layer_types"):

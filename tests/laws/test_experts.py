@@ -1,4 +1,4 @@
-"""Dense models upcycled and experts duplicated: exact where routers allow it, said where they do not."""
+"""Dense models upcycled and experts duplicated: exact where routers allow it, reported where they do not."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_token_needs_every_shard() -> None:
 
 @pytest.mark.parametrize(("experts", "top", "shards", "factor"), [(64, 8, 8, 4.0), (8, 1, 1, 2.0)])
 def test_the_papers_scale(experts: int, top: int, shards: int, factor: float) -> None:
-    """E8G8T8 is scaled by 4, E8G1T1 by 2; the gate too, so that under SiLU the function changes, and it is said."""
+    """E8G8T8 is scaled by 4, E8G1T1 by 2; the gate too, so that under SiLU the function changes, and it is reported."""
     sizes = {"ffn": 16}
     how = f"upcycle:granularity={shards},scale=cube"
     grown = upcycled("llama", how, experts=experts, top=top, shards=shards, sizes=sizes)
@@ -255,7 +255,7 @@ def test_asymmetric_moments_of_duplicates() -> None:
 
 
 def test_refusals() -> None:
-    """What would work is said."""
+    """What would work is named."""
     (llama, mixtral), bert = sparse("llama"), tiny.config_of("bert")
     qwen3_moe, mixture = tiny.config_of("qwen3_moe"), tiny.config_of("mixtral")
     more = mixture | {"num_local_experts": 10}

@@ -70,8 +70,8 @@ def gradients(model: torch.nn.Module, config: dict[str, Any], index: Tensor | No
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for name, found in tiny.outputs(model, config).items():
-        said = collected(found, index) if index is not None and name in HIDDEN else found
-        total = total + (said * torch.randn(said.shape, generator=g, dtype=torch.float64)).sum()
+        value = collected(found, index) if index is not None and name in HIDDEN else found
+        total = total + (value * torch.randn(value.shape, generator=g, dtype=torch.float64)).sum()
     total.backward()
     return {n: p.grad.clone() for n, p in tiny.parameters(model, config).items() if p.grad is not None}
 
@@ -92,8 +92,8 @@ def check(config: dict[str, Any], growth: Growth) -> bool:
     old, new, index = tiny.outputs(model.source, config), tiny.outputs(model.target, plan.config), features(plan)
     assert old.keys() == new.keys() and old
     limits = allowed(lambda: tiny.outputs(model.target, plan.config), plain=new)
-    for name, said in old.items():
-        wanted = grown(said, index) if name in HIDDEN else said
+    for name, value in old.items():
+        wanted = grown(value, index) if name in HIDDEN else value
         assert gap(new[name], wanted, limits[name]) <= ROUNDING, (str(growth), name)
     if plan.exactness.moments:
         return True

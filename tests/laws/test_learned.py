@@ -203,7 +203,7 @@ def test_a_fit_beats_its_start_on_held_out_text(tmp_path: Path) -> None:
     config = trained(tmp_path / "small", bins, 200)
     large = deep(wide(config))
     (tmp_path / "large.json").write_text(json.dumps(large))
-    said: list[str] = []
+    messages: list[str] = []
     found = learn(
         tmp_path / "small",
         tmp_path / "large.json",
@@ -211,11 +211,11 @@ def test_a_fit_beats_its_start_on_held_out_text(tmp_path: Path) -> None:
         tmp_path / "maps",
         steps=40,
         length=32,
-        say=said.append,
+        say=messages.append,
     )
-    assert "nats on held-out text" in said[-2] and found.about["heldout"][0] > found.about["heldout"][1]
+    assert "nats on held-out text" in messages[-2] and found.about["heldout"][0] > found.about["heldout"][1]
     folder = grow(tmp_path / "small", tmp_path / "grown", tmp_path / "large.json", format="hub", measure=False,
-                  width=f"ligo:maps={tmp_path / 'maps'}", say=said.append)  # fmt: skip
+                  width=f"ligo:maps={tmp_path / 'maps'}", say=messages.append)  # fmt: skip
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     source = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "small").eval()
     fit = Fit(config, large, {n: p.detach() for n, p in source.named_parameters()}.__getitem__, heads_of(config))

@@ -134,7 +134,7 @@ def test_decoalesce_keeps_the_function(name: str) -> None:
 @pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("order", ["interleave", "stack"])
 def test_coalesce_undoes_decoalesce(name: str, order: str) -> None:
-    """Bit for bit, moments too, but for the rounding of T5's √2."""
+    """Bit for bit, moments too, except for the rounding of T5's √2."""
     small = tiny.config_of(name)
     large = larger(small)
     up = plan_growth(small, large, width="decoalesce", depth=f"decoalesce:order={order}")
@@ -176,7 +176,7 @@ def test_coalesce_is_the_published_averaging(family: str, ends: dict[str, tuple[
     """F averages the written units i and i + n/2, its row-normalised transpose sums the read ones, R averages layers.
 
     The norm before a tied head differs by choice: it feeds the head, so its halves are summed, where the paper averages
-    them and doubles the embeddings; both give the same logits but for what the doubled embeddings do to the layers.
+    them and doubles the embeddings; both give the same logits except for what the doubled embeddings do to the layers.
     """
     small = tiny.config_of(family, **({"num_hidden_layers": 2} if family == "bert" else {"n_layer": 2}))
     plan = plan_growth(larger(small), small, width="coalesce", depth=f"coalesce:order={order}")
@@ -339,7 +339,7 @@ def test_what_an_interpolation_keeps(cycle: tuple[GrowthPlan, GrowthPlan, list[S
     half = interpolate(a, b, 0.5)
     assert half.moments == "carried" and "0.5 of one model" in half.exactness.function[-1]
     assert any("stay identical" in w for w in interpolate(a, b, 1.0).warnings)
-    assert not half.warnings  # one model's copies are told apart by the other
+    assert not half.warnings  # one model's copies differ by the other
     digests = {interpolate(a, b, alpha).digest() for alpha in (0.0, 0.25, 0.5, 1.0)}
     assert len(digests) == 4
     with pytest.raises(InvalidConfig, match=r"alpha is 1\.5; expected"):

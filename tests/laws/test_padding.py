@@ -177,9 +177,9 @@ def assert_old_moments(grown: Grown) -> None:
     limits = allowed(lambda: gradients(grown.target, grown.plan.config))
     beyond = 0.0
     for state, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-        ours, told = realised(grown.plan, reader(states), state), realised(grown.plan, reader(ones), state)
+        ours, powered = realised(grown.plan, reader(states), state), realised(grown.plan, reader(ones), state)
         for n, x in ours.items():
-            old, true = told[n] != 0, measured[n] ** power
+            old, true = powered[n] != 0, measured[n] ** power
             limit = limits[n] if power == 1 else squared(limits[n], measured[n])
             assert old.any() and gap(x[old], true[old], limit) <= ROUNDING, n
             assert not x[~old].any(), n

@@ -47,7 +47,7 @@ def test_old_logits_stay(name: str, vocab: str, how: dict[str, Any]) -> None:
     assert any("enter the softmax" in reason for reason in grown.plan.exactness.function)
     assert grown.plan.moments != "exact"
     before, after = (tiny.loss(m, c) for m, c in ((grown.source, grown.config), (grown.target, grown.plan.config)))
-    assert gap(after, before) > WRONG  # that is why it is said
+    assert gap(after, before) > WRONG  # that is why it is reported
 
 
 @pytest.mark.parametrize("name", families())
@@ -146,15 +146,15 @@ def test_given_rows(name: str, form: str, tmp_path: Path) -> None:
     new = torch.full((1, 1), NEW - 1)
     a, b = (tiny_logits(g, new) for g in (grown, wide))
     assert gap(a, b, allowed(lambda: tiny_logits(wide, new))) <= ROUNDING
-    said = wide.plan.recipe["vocab"]
-    assert said == f"given:file={path},sha256={said[-64:]}"
-    again = plan_growth(wide.config, wide.plan.config, vocab=said, width="fpi:choice=left", seed=1)
+    recorded = wide.plan.recipe["vocab"]
+    assert recorded == f"given:file={path},sha256={recorded[-64:]}"
+    again = plan_growth(wide.config, wide.plan.config, vocab=recorded, width="fpi:choice=left", seed=1)
     assert again.digest() == wide.plan.digest() and again.recipe == wide.plan.recipe
     np.save(tmp_path / "other.npy", rows + 1)
     assert grow(name, wider(name), vocab=f"given:file={tmp_path / 'other.npy'}").plan.digest() != wide.plan.digest()
     np.save(path, rows + 1) if form == "npy" else safetensors.numpy.save_file({held[0]: rows + 1}, path)
     with pytest.raises(InvalidConfig, match="these are other rows"):
-        plan_growth(wide.config, wide.plan.config, vocab=said)
+        plan_growth(wide.config, wide.plan.config, vocab=recorded)
     assert any("3.16x" in w for w in grown.plan.warnings)
 
 

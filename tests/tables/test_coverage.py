@@ -105,10 +105,10 @@ def _differences(table: Table, config: dict[str, Any], model: torch.nn.Module) -
     (cls,) = config["architectures"]
     heads = table.names.classes[cls]
     have = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-    said = [(table.in_class(name, cls), p.shape) for name, p in table.parameters(config, heads).items()]
-    wrong = [f"{a} in the model, {b} in the table" for a, b in zip(have, said, strict=False) if a != b]
-    if have[len(said) :] or said[len(have) :]:
-        wrong.append(f"beyond: {have[len(said) :]} in the model, {said[len(have) :]} in the table")
+    rows = [(table.in_class(name, cls), p.shape) for name, p in table.parameters(config, heads).items()]
+    wrong = [f"{a} in the model, {b} in the table" for a, b in zip(have, rows, strict=False) if a != b]
+    if have[len(rows) :] or rows[len(have) :]:
+        wrong.append(f"beyond: {have[len(rows) :]} in the model, {rows[len(have) :]} in the table")
     kept: dict[int, str] = {}
     ties = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -118,9 +118,9 @@ def _differences(table: Table, config: dict[str, Any], model: torch.nn.Module) -
     for full, p in table.parameters(config, heads).items():
         if p.decay != ((name := table.in_class(full, cls)) in decaying):
             wrong.append(f"decay of {name}: {name in decaying} by transformers' Trainer, {p.decay} in the table")
-    told = {table.in_class(a, cls): table.in_class(k, cls) for a, k in table.aliases(config, heads).items()}
-    if ties != told:
-        wrong.append(f"ties: {ties} in the model, {told} in the table")
+    listed = {table.in_class(a, cls): table.in_class(k, cls) for a, k in table.aliases(config, heads).items()}
+    if ties != listed:
+        wrong.append(f"ties: {ties} in the model, {listed} in the table")
     return "\n".join(wrong)
 
 
@@ -156,9 +156,9 @@ def test_every_table_has_a_variant() -> None:
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_defaults_are_those_of_transformers(table: Table) -> None:
     config = transformers.AutoConfig.for_model(table.model_type).to_dict()
-    said = {**table.settled({}), **table.compatible.requires, table.norms.eps[0]: table.norms.eps[1]}
-    said["tie_word_embeddings"] = table.names.tie_default
-    wrong = {k: (v, config[k]) for k, v in said.items() if v != config.get(k, v)}
+    defaults = {**table.settled({}), **table.compatible.requires, table.norms.eps[0]: table.norms.eps[1]}
+    defaults["tie_word_embeddings"] = table.names.tie_default
+    wrong = {k: (v, config[k]) for k, v in defaults.items() if v != config.get(k, v)}
     assert not wrong, "table's and transformers' defaults differ"
 
 

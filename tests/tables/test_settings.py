@@ -105,18 +105,18 @@ def test_rotary_positions_in_old_words(name: str, old: dict[str, Any]) -> None:
     new = tiny.config_of(name)
     if ("global_rope_theta" in old) != (name == "modernbert") and old:
         return  # the other architecture's words
-    said = {key: value for key, value in new.items() if key != "rope_parameters"} | copy.deepcopy(old)
-    resaved = transformers.AutoConfig.for_model(**copy.deepcopy(said)).to_dict()
+    older = {key: value for key, value in new.items() if key != "rope_parameters"} | copy.deepcopy(old)
+    resaved = transformers.AutoConfig.for_model(**copy.deepcopy(older)).to_dict()
     table = TABLES[new["model_type"]]
     theirs = {key: value for key, value in table.settled(resaved).items() if key == "rope_parameters"}
-    found = table.settled(said)["rope_parameters"]
+    found = table.settled(older)["rope_parameters"]
     assert found == theirs["rope_parameters"], (found, resaved["rope_parameters"])
-    assert plan_growth(said, resaved).exactness.function == plan_growth(resaved, said).exactness.function == ()
+    assert plan_growth(older, resaved).exactness.function == plan_growth(resaved, older).exactness.function == ()
     if old:
         with pytest.raises(UnsupportedGrowth, match="rope_parameters is"):
-            plan_growth(said, new)
+            plan_growth(older, new)
     with pytest.raises(InvalidConfig, match="rope_scaling is 'linear'; an object"):
-        plan_growth(said | {"rope_scaling": "linear"}, new)
+        plan_growth(older | {"rope_scaling": "linear"}, new)
 
 
 def test_a_window_that_appears_is_refused() -> None:

@@ -95,7 +95,7 @@ def lengthened(bins: Path, run: Path) -> int:
 
 
 def fail_on_one_rank(bins: Path, output: Path, victim: int) -> str:
-    """What every rank is told when one of them cannot read its files back."""
+    """What every rank learns when one of them cannot read its files back."""
 
     def broken(path: Path) -> str:
         if int(os.environ["RANK"]) == victim:
@@ -113,8 +113,8 @@ def fail_on_one_rank(bins: Path, output: Path, victim: int) -> str:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_cannot_read_its_files_back_stops_all(bins: Path, tmp_path: Path, victim: int) -> None:
-    for told in run_ranks(fail_on_one_rank, 2, bins, tmp_path / "run", victim, timeout=50):
-        assert "cannot be written: Input/output error" in told and "global_step1" in told
+    for text in run_ranks(fail_on_one_rank, 2, bins, tmp_path / "run", victim, timeout=50):
+        assert "cannot be written: Input/output error" in text and "global_step1" in text
     folder = tmp_path / "run" / "global_step1"
     assert not (folder / MANIFEST).exists() and (folder / save.UNFINISHED).exists()
     assert not (tmp_path / "run" / "latest").exists()

@@ -93,9 +93,9 @@ def test_the_remedy_of_the_refusal_works(
     (tmp_path / "ds.json").write_text(json.dumps(tiny.ds_config(2)))
     words = ["--recipe", "recipe.py", "--ds_config", "ds.json", "--output", "run", "--resume"]
     assert run_ranks(pretrain, 2, [*words, str(home / "plain")], timeout=60) == [2, 2]
-    said = capfd.readouterr().err
-    assert said.count("\nerror: ") + said.startswith("error: ") == 1 and "it has no manifest" in said
-    remedy = next(line for line in said.splitlines() if line.startswith("  bert2bert reshard "))
+    err = capfd.readouterr().err
+    assert err.count("\nerror: ") + err.startswith("error: ") == 1 and "it has no manifest" in err
+    remedy = next(line for line in err.splitlines() if line.startswith("  bert2bert reshard "))
     assert ("--source-config" in remedy) == (not beside)
     assert cli.main(shlex.split(remedy)[1:]) == 0
     wrong = run_ranks(held, 2, bins, tmp_path / "TARGET", home / "plain.truth.pt", timeout=60)

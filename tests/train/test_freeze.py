@@ -132,7 +132,7 @@ def test_resting_layers_are_untouched_and_the_others_learn_as_in_torch(precision
             for name, start, values in result["pieces"]:
                 wanted = expected[name].flatten()[start : start + len(values)]
                 away = (torch.from_numpy(values) - wanted).abs()
-                # Adam divides a step by its gradient's size, so what is near is said in steps. 16 bit: an element moves
+                # Adam divides a step by its gradient's size, so nearness is measured in steps. 16 bit: an element moves
                 # by a whole one where rounding turns a gradient's sign, and a key bias has no other gradient
                 if precision == "fp32":
                     assert gap(away, 0 * away, 4e-3 * LR) <= ROUNDING, (name, stage)

@@ -133,7 +133,7 @@ def test_native_shards_and_hub_folders(bins: Path, tmp_path: Path) -> None:
         assert "which tokenizer the model was trained with is not recorded" in results[0]["notes"]
 
 
-def load_hub(bins: Path, path: Path, told: dict[str, str]) -> tuple[str, bool]:
+def load_hub(bins: Path, path: Path, digests: dict[str, str]) -> tuple[str, bool]:
     """What kind of checkpoint was taken (or the refusal), and whether all weights are those of a 16-bit file."""
     from bert2bert.errors import InvalidConfig
     from bert2bert.train import engine as engines
@@ -142,7 +142,7 @@ def load_hub(bins: Path, path: Path, told: dict[str, str]) -> tuple[str, bool]:
     plan = runs.recipe(bins)
     engine = engines.build(plan, tiny.ds_config(2, "fp32", 1), tiny.model(nsp=False))
     try:
-        found = resume.load(engine, path, plan, told)
+        found = resume.load(engine, path, plan, digests)
     except InvalidConfig as error:
         return str(error), False
     held = {f.name: partitions.read(engine, f, "fp32") for f in partitions.fragments(engine)}

@@ -94,8 +94,8 @@ def test_only_rank_0_tells_the_usage(
     with pytest.raises(SystemExit) as ended:
         pretrain.main(words)
     assert ended.value.code == (0 if words == ["--help"] else 2)
-    said = "".join(capsys.readouterr())
-    assert said.startswith("usage: launch/pretrain.py") if rank == 0 else not said
+    printed = "".join(capsys.readouterr())
+    assert printed.startswith("usage: launch/pretrain.py") if rank == 0 else not printed
 
 
 def test_the_options_reach_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

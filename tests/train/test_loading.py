@@ -316,10 +316,10 @@ def elsewhere(bins: Path, saved: Path, root: Path, cases: list[tuple[int, str]])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_stage_and_world_size_loads_the_same_values(bins: Path, saved: Path, tmp_path: Path, world: int) -> None:
     cases = [(1, "fp32"), (3, "bf16")] if world != 3 else [(0, "fp32"), (2, "fp32"), (3, "fp32")]
-    told = {n: e["digest"] for n, e in runs.manifest(saved, 3)["tensors"].items()}
+    recorded = {n: e["digest"] for n, e in runs.manifest(saved, 3)["tensors"].items()}
     for found in run_ranks(elsewhere, world, bins, saved, tmp_path, cases, timeout=90):
         for result, (_, precision) in zip(found, cases, strict=True):
-            assert result["digests"] == told and result["step"] == 3
+            assert result["digests"] == recorded and result["step"] == 3
             assert set(result["steps"]) == {3.0} and result["own"]
             notes = "\n".join(result["notes"])
             assert ("continued in bf16" in notes) == (precision == "bf16")

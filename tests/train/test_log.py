@@ -46,8 +46,8 @@ def test_a_log_reads_from_top_to_bottom(tmp_path: Path) -> None:
     assert "64 rows a micro-batch x 2 accumulated x 1 rank = 128 rows (4,096 token slots) a step" in about["batch"]
     assert f"{output}; watch it with: tensorboard --logdir {output}/tensorboard" in about["folder"]
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    told = [re.fullmatch(r"step (\d)/4  (\S+)  ?(?:loss )?.*", line) for line in lines[len(keys) : -1]]
-    found = [(match[1], "eval" if match[2] == "held-out" else "train") for match in told if match]
+    matches = [re.fullmatch(r"step (\d)/4  (\S+)  ?(?:loss )?.*", line) for line in lines[len(keys) : -1]]
+    found = [(match[1], "eval" if match[2] == "held-out" else "train") for match in matches if match]
     assert found == [(str(record["step"]), record["kind"]) for record in records]
     assert all(
         f"loss {record['loss']:.3f}" in line for record, line in zip(records, lines[len(keys) : -1], strict=True)

@@ -172,8 +172,8 @@ def test_a_disk_that_is_full(inputs: Path, tmp_path: Path, small_disk: Any, full
     assert [code for code, _ in found] == [2, 2], found
     log = found[0][1]
     assert "Traceback" not in log and log.splitlines()[-1].startswith("error: "), log
-    said = {"checkpoint": "its disk has"}.get(full, f"no room left on the disk of {disk / 'run'}")
-    assert said in log.splitlines()[-1], log
+    text = {"checkpoint": "its disk has"}.get(full, f"no room left on the disk of {disk / 'run'}")
+    assert text in log.splitlines()[-1], log
 
 
 @pytest.fixture

@@ -39,29 +39,29 @@ def training(recipe: Recipe, phase: int, phase_step: int) -> Trained:
 
 def test_phases_already_run_must_stay(recipe: Recipe) -> None:
     first, second = recipe.phases
-    told, folder = training(recipe, 1, 3), Path("runs/small/global_step3")
-    assert continued(told, folder, recipe, DIGESTS, []).phase_step == 3
+    saved, folder = training(recipe, 1, 3), Path("runs/small/global_step3")
+    assert continued(saved, folder, recipe, DIGESTS, []).phase_step == 3
     longer = replace(recipe, phases=(first, replace(second, steps=second.steps + 1)))
-    assert continued(told, folder, longer, DIGESTS, []).phase == 1
+    assert continued(saved, folder, longer, DIGESTS, []).phase == 1
     for phases in ((replace(first, steps=first.steps + 1), second), (first,), (first, replace(second, steps=2))):
         with pytest.raises(InvalidConfig, match=r"phases are 'sub-models' .*stands at step 3 of phase 'full' of 'sub-"):
-            continued(told, folder, replace(recipe, phases=phases), DIGESTS, [])
+            continued(saved, folder, replace(recipe, phases=phases), DIGESTS, [])
 
 
 def test_rows_mean_the_same_only_under_the_same_objective(recipe: Recipe) -> None:
     """Also for a run of an older version, which recorded the share of masked tokens elsewhere."""
-    told, folder = training(recipe, 0, 3), Path("runs/small/global_step3")
+    saved, folder = training(recipe, 0, 3), Path("runs/small/global_step3")
     plain = recipe.to_dict()
     del plain["objective"]
-    old = replace(told, recipe={**plain, "data": {**plain["data"], "mask_share": 0.15}})
+    old = replace(saved, recipe={**plain, "data": {**plain["data"], "mask_share": 0.15}})
     notes: list[str] = []
-    for before in (told, old):
+    for before in (saved, old):
         assert continued(before, folder, recipe, DIGESTS, notes).rows == 8 and not notes
         with pytest.raises(
             InvalidConfig, match=r"objective.mlm_probability is 0.3, .*--set objective.mlm_probability=0.15"
         ):
             continued(before, folder, replace(recipe, objective=Masked(0.3)), DIGESTS, [])
-    other = replace(told, recipe={**plain, "objective": {"kind": "causal"}})
+    other = replace(saved, recipe={**plain, "objective": {"kind": "causal"}})
     with pytest.raises(InvalidConfig, match=r"kind is 'masked', .* had 'causal'.*Continue with that run's recipe"):
         continued(other, folder, recipe, DIGESTS, [])
 

@@ -22,7 +22,7 @@ from tests.distributed import free_port
 
 def _rank(environ: dict[str, str], timeout: float, patience: float, out: Any) -> None:
     """Meet, then add up over the group; what came of it, and what was printed."""
-    sys.stderr = said = io.StringIO()
+    sys.stderr = printed = io.StringIO()
     rendezvous.PATIENCE = patience
     os.environ.update(environ)
     with stopping.held() as stop:
@@ -37,7 +37,7 @@ def _rank(environ: dict[str, str], timeout: float, patience: float, out: Any) ->
             result = f"{type(error).__name__}: {error}"
         except rendezvous.Stopped as name:
             result = f"stopped: {name}"
-    out.put((environ["RANK"], result, said.getvalue()))
+    out.put((environ["RANK"], result, printed.getvalue()))
     out.close()
     out.join_thread()
     os._exit(0)  # whatever torch's threads still wait for
@@ -99,9 +99,9 @@ def test_rank_0_says_who_is_missing_and_gives_up_for_all(start: Start) -> None:
 def test_nobody_answers(start: Start) -> None:
     port = free_port()
     start(1, 2, port, timeout=1.5, patience=0.5)
-    ((result, said),) = start.results(1)
+    ((result, printed),) = start.results(1)
     assert f"UserError: rank 1 of 2: nobody answered at 127.0.0.1:{port} in 1.5 s (Connection refused)" in result
-    assert said.count("\n") == 1
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])

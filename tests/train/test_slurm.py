@@ -185,13 +185,13 @@ def test_a_preempted_job_goes_on_by_itself_and_a_cancelled_one_does_not(
     stopped = (output / "latest").read_text()
     step = int(stopped.removeprefix("global_step"))
     wait(cluster, job, log, lambda: trained(step + 2))
-    said = log.read_text()  # of both starts
-    assert "stopped by SIGTERM after step" in said and f"resumed from {output}/{stopped}" in said
+    printed = log.read_text()  # of both starts
+    assert "stopped by SIGTERM after step" in printed and f"resumed from {output}/{stopped}" in printed
     assert facts(cluster, job)["Restarts"] == "1"
 
     subprocess.run(["scancel", job], env=cluster, timeout=30)
-    state, said = finish(cluster, job, log)
+    state, printed = finish(cluster, job, log)
     assert state == "CANCELLED" and facts(cluster, job)["Restarts"] == "1"
-    assert (output / "latest").read_text() != stopped and said.count("requeued: ") == 1
+    assert (output / "latest").read_text() != stopped and printed.count("requeued: ") == 1
     steps = [step for kind, step, _ in losses(output) if kind == "train"]
     assert steps == list(range(1, len(steps) + 1)) and steps[-1] > step

@@ -87,7 +87,7 @@ def start(recipe: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 def test_ranks_that_are_stopped_leave_together_and_deaf(start: Start, recipe: Path, tmp_path: Path) -> None:
-    """One rank of two is told; as soon as one has left, a launcher ends the others."""
+    """One rank of two gets the signal; as soon as one has left, a launcher ends the others."""
     ranks = start(*LONG, world=2)
     ranks.until(lambda: ranks.steps() >= 2)
     ranks.processes[1].send_signal(signal.SIGUSR1)

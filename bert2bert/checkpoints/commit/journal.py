@@ -1,6 +1,6 @@
 """What a growth under way has finished, so that the same command, run again after a kill, need not do it again.
 
-A *job* says what decides every byte that will be written: the plan, the source, the target's settings, how it is cut
+A *job* records what decides every byte that will be written: the plan, the source, the target's settings, how it is cut
 into files, the program's version. Each rank appends a line for every file that it has written and synced to a journal
 of its own: size, content digest, and the digests of the tensor parts in the file. Nothing of it is taken on trust: a
 file counts as finished if the job is the same and the file's content still has the digest.
@@ -61,11 +61,11 @@ def job(growth: Mapping[str, Any] | None, stamps: Any, settings: Any, layout: An
     if not growth.get("plan_digest") or not growth.get("source"):
         return None
     source = {key: value for key, value in growth["source"].items() if key != "path"}
-    told = {key: value for key, value in growth.items() if key not in ("source", "drift")}
+    options = {key: value for key, value in growth.items() if key not in ("source", "drift")}
     return {
         "plan": _hash(growth["plan_digest"]),
         "source": _hash([source, stamps]),
-        "options": _hash(told),
+        "options": _hash(options),
         "target settings": _hash(settings),
         "layout of files": _hash(layout),
         "version of the program": _hash([__version__, str(torch.__version__), TENSOR_DIGEST]),
@@ -110,10 +110,10 @@ def read(folder: Path) -> dict[str, list[Entry]]:
     for journal in sorted(folder.glob("finished.*.jsonl")):
         for line in journal.read_bytes().splitlines():
             try:
-                said = json.loads(line)
-                tensors = {(str(name), str(state)): int(value, 16) for name, state, value in said["tensors"]}
-                entry = Entry(int(said["size"]), str(said["digest"]), tensors)
-                found.setdefault(str(said["file"]), []).append(entry)
+                record = json.loads(line)
+                tensors = {(str(name), str(state)): int(value, 16) for name, state, value in record["tensors"]}
+                entry = Entry(int(record["size"]), str(record["digest"]), tensors)
+                found.setdefault(str(record["file"]), []).append(entry)
             except (ValueError, KeyError, TypeError):
                 continue  # its writer was killed
     return found

@@ -190,13 +190,13 @@ class ExpertSource(ZeroSource):
         frozen = {name: shape for name, shape in shapes.items() if name not in whole}
         self._model.frozen |= frozen
         whole |= frozen
-        told = self._model.ranks[0].get("num_experts")
+        recorded = self._model.ranks[0].get("num_experts")
         for block in blocks(whole):
-            if isinstance(told, list) and block.experts not in told:
+            if isinstance(recorded, list) and block.experts not in recorded:
                 raise InvalidCheckpoint(
                     f"{self.folder}: the files of single experts hold {block.experts} experts of {block.prefix[:-1]}, "
-                    f"and the model has {max(told)} a layer: files are missing. Copy all of them (each node writes its "
-                    "own)."
+                    f"and the model has {max(recorded)} a layer: files are missing. Copy all of them (each node writes "
+                    "its own)."
                 )
         self._model.experts = {name: dict(sorted(pieces.items())) for name, pieces in found.items()}
         for name in dict.fromkeys([*found, *(n for n in whole if is_expert(n))]):

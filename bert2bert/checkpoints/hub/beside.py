@@ -1,6 +1,6 @@
 """What lies in a Hugging Face folder beside its weights and config, and which of it a new folder gets.
 
-A grown model keeps the tokenizer and the generation config. The same model written anew keeps every small file: its
+A grown model keeps the tokenizer and the generation config. The same model written again keeps every small file: its
 code, its card, preprocessors, too. What is not carried is listed.
 
 Refuses (InvalidCheckpoint) git-lfs pointers, links to nothing, and files that cannot be read.
@@ -57,8 +57,8 @@ def grown_beside(config: Mapping[str, Any], *folders: Path) -> dict[str, bytes]:
 
 
 def all_beside(folder: Path) -> dict[str, bytes]:
-    """Name -> content of every small file that is no weight and no config: of the same model, written anew. A folder in
-    it that holds weights is another model or checkpoint."""
+    """Name -> content of every small file that is no weight and no config: of the same model, written again. A folder
+    in it that holds weights is another model or checkpoint."""
     found: dict[str, bytes] = {}
     for path in _visible(folder):
         inner = [path] if path.is_file() else sorted(path.rglob("*"))

@@ -69,12 +69,12 @@ def in_cache(path: Path) -> Path:
         return path
     found = sorted(p.name for p in snapshots.iterdir() if p.is_dir())
     main = path / "refs" / "main"
-    said = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
-    name = said if said in found else found[0] if len(found) == 1 else ""
+    wanted = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    name = wanted if wanted in found else found[0] if len(found) == 1 else ""
     if not name:
         raise InvalidCheckpoint(
             f"{path}: a folder of the hub's cache with {len(found)} snapshots"
-            + (f", of which refs/main names none ({said})" if said else "")
+            + (f", of which refs/main names none ({wanted})" if wanted else "")
             + f". Give one of them: {', '.join(str(snapshots / each) for each in found) or 'download it again'}."
         )
     return snapshots / name
@@ -182,20 +182,20 @@ def open_file(path: Path) -> Any:
 
 def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Mapping[str, str]) -> None:
     """Refuse weights that are not plain numbers (InvalidCheckpoint). dtypes: stored name -> safetensors' dtype."""
-    said = []
+    signs = []
     for key in _QUANTISED:
         if isinstance(found := (config or {}).get(key), Mapping) and found:
             method = found.get("quant_method") or found.get("quant_algo") or found.get("bits") or ", ".join(found)
-            said.append(f"config.json has {key} ({method})")
+            signs.append(f"config.json has {key} ({method})")
     packed = [name for name in dtypes if _PACKED.fullmatch(name) and not _plain(name, dtypes)]
     narrow = [name for name, dtype in dtypes.items() if _EIGHT_BITS.match(dtype)]
     kinds = ("I", "U", "BOOL")
     whole = [n for n, t in dtypes.items() if _WEIGHT.fullmatch(n) and t.startswith(kinds) and n not in packed]
-    said += [f"{packed[0]} is of a packed weight"] if packed else []
-    said += [f"{names[0]} is {dtypes[names[0]]}" for names in (narrow, whole) if names]
-    if said:
+    signs += [f"{packed[0]} is of a packed weight"] if packed else []
+    signs += [f"{names[0]} is {dtypes[names[0]]}" for names in (narrow, whole) if names]
+    if signs:
         raise InvalidCheckpoint(
-            f"{folder}: its weights are quantised: {'; '.join(said)}. Quantised numbers can neither be grown nor "
+            f"{folder}: its weights are quantised: {'; '.join(signs)}. Quantised numbers can neither be grown nor "
             "written again. Use the checkpoint they were made from, or load it with transformers, dequantize() and "
             "save_pretrained() (and no quantization in its config)."
         )

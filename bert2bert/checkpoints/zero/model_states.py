@@ -212,15 +212,15 @@ class ModelStates:
 
     def _sort_out_the_rest(self) -> None:
         """Which names of the state dict are tied, which frozen, which neither, and which lack values."""
-        told = self.ranks[0].get("frozen_param_shapes")
-        fragments = {name: tuple(shape) for name, shape in (told or {}).items() if name not in self.flat_names}
+        recorded = self.ranks[0].get("frozen_param_shapes")
+        fragments = {name: tuple(shape) for name, shape in (recorded or {}).items() if name not in self.flat_names}
         shared = dict(self.ranks[0].get("shared_params") or {})
         named = set(self.buffers)
         known = self.flat_names | named | shared.keys()
         rest = [name for name in self.order if name not in known]
         # Where the file lists the frozen ones, or leaves them out on purpose (exclude_frozen_parameters), the rest is
         # of no parameter. Stages 0 and 1 do not list them.
-        listed = told is not None or ("frozen_param_shapes" in self.ranks[0] and self._config_stage() >= 2)
+        listed = recorded is not None or ("frozen_param_shapes" in self.ranks[0] and self._config_stage() >= 2)
         if self.sharded:
             self.frozen = fragments
             rest = [name for name in rest if name not in fragments]

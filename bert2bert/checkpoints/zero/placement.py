@@ -136,13 +136,13 @@ class Placement:
             mappings = self._ranks[rank].get("param_slice_mappings")
             if not mappings:
                 continue
-            told = mappings[flat].items()
-            said = {self._model.renamed(n): (piece["start"], piece["numel"]) for n, piece in told}
+            pieces = mappings[flat].items()
+            recorded = {self._model.renamed(n): (piece["start"], piece["numel"]) for n, piece in pieces}
             computed = {names[param]: (at, stop - start) for param, start, stop, at in layout.pieces[i]}
-            if said != computed:
-                odd = next(n for n in [*computed, *said] if said.get(n) != computed.get(n))
+            if recorded != computed:
+                odd = next(n for n in [*computed, *recorded] if recorded.get(n) != computed.get(n))
                 raise InvalidCheckpoint(
-                    f"{self._paths[rank]}: '{odd}' lies at (start, length) {said.get(odd)} by the file, at "
+                    f"{self._paths[rank]}: '{odd}' lies at (start, length) {recorded.get(odd)} by the file, at "
                     f"{computed.get(odd)} by the order of parameters in {self._model.paths[0].name}: files of "
                     "different checkpoints are mixed, or it was saved with round_robin_gradients."
                 )

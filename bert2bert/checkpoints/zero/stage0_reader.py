@@ -8,8 +8,8 @@ rules for what does not decay), of which one must fit every group's length and e
 FusedAdam). Steps are as stored; the first of the two forms steps once, on zero gradients, when the engine starts, so
 its count is one ahead.
 
-Refuses, as InvalidCheckpoint: an optimizer whose parameters cannot be told apart, contents that contradict each other,
-and whatever model states refuse.
+Refuses, as InvalidCheckpoint: an optimizer whose parameters cannot be distinguished, contents that contradict each
+other, and whatever model states refuse.
 """
 
 from __future__ import annotations
