@@ -105,8 +105,8 @@ def matrix() -> str:
 
 
 DEPTHS = (
-    ("stack", 4, 8), ("interleave", 4, 8), ("insert_identity", 4, 8), ("top", 4, 6), ("upscale", 4, 6),
-    ("interpolate", 4, 6), ("random", 4, 6),
+    ("stack", 4, 8), ("interleave", 4, 8), ("insert_identity", 4, 8), ("top", 4, 6), ("middle", 4, 6),
+    ("upscale", 4, 6), ("interpolate", 4, 6), ("random", 4, 6),
 )  # fmt: skip
 
 

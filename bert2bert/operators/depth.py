@@ -7,6 +7,7 @@ Refuses (`UnsupportedGrowth`) layer counts that an operator cannot make, and say
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Literal, NoReturn
 
 from bert2bert.errors import UnsupportedGrowth
@@ -120,6 +121,32 @@ def top(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
     if target > 2 * source:
         refuse(pair, "top", source, target, f"at most {2 * source} layers in one growth")
     return [*range(source), *range(2 * source - target, source)]
+
+
+@operator(
+    "depth", "middle", paper="Saunshi et al., MIDAS, NeurIPS 2024; Kapl et al., LIDAS, 2025", keeps=_CHANGES,
+    needs="whole blocks to be added", moments="carried",
+)  # fmt: skip
+def middle(
+    pair: Pair, source: int, target: int, *, block: int = 0, centre: Literal["block", "layer"] = "block"
+) -> Sequence[int | Layer]:
+    """The middle block of layers duplicated, again and again: 6 -> 8 in blocks of 2 is 0, 1, 2, 3, 2, 3, 4, 5.
+
+    block: layers in a block; default, the largest that divides what there is and what is added. centre, what is in the
+    middle: 'block' ⌈n/2⌉ of the n blocks counted from the bottom (MIDAS); 'layer', as many layers around the middle
+    one, wherever blocks begin (LIDAS). MIDAS adds one block a stage, stage i of a length in proportion to i.
+    """
+    added, rows = target - source, list(range(source))
+    whole = gcd(source, added) if centre == "block" else added
+    fits = [size for size in range(1, source + 1) if whole % size == 0]
+    size = block or gcd(source, added) or 1
+    if added and size not in fits:
+        works = f"whole blocks: for this number of layers, block={' | '.join(map(str, fits))}"
+        refuse(pair, f"middle:block={size}" + ",centre=layer" * (centre == "layer"), source, target, works)
+    while len(rows) < target:
+        start = (len(rows) // size - 1) // 2 * size if centre == "block" else (len(rows) - size) // 2
+        rows[start + size : start + size] = rows[start : start + size]
+    return rows
 
 
 @operator(

@@ -65,6 +65,11 @@ EVIDENCE: dict[tuple[str, str], str] = {
     ),
     ("depth", "upscale"): ("Paper: the loss jumps at the seam and recovers fast (no published token count)."),
     ("depth", "top"): ("10.7 % as bert2BERT measured it, 34.9 % as LiGO did; the paper claims 110 % faster training."),
+    ("depth", "middle"): (
+        "Paper: up to 40 % faster at 1B, 2B and 8B parameters, and better at reasoning than training from scratch to "
+        "the same perplexity. Kapl et al. (SmolLM, 360M and 1.7B): 1.29x faster; the layer-wise middle is at least as "
+        "good at reasoning."
+    ),
     ("depth", "insert_identity"): (
         "LLaMA Pro trains the new blocks alone on 80B tokens of code and mathematics; LEMON claims 33.2 % of "
         "compute saved on BERT."

@@ -110,7 +110,7 @@ GROWTHS = [
     *(Growth("depth", name, DEEPER) for name in ("stack", "gstack", "interleave", "unshare")),
     *(Growth("depth", name, plus={"depth": 2}) for name in ("interpolate", "gopher", "insert_identity", "random")),
     Growth("depth", "upscale", plus={"layers": 1}),
-    Growth("depth", "top", plus={"depth": 1}),
+    *(Growth("depth", name, plus={"depth": 1}) for name in ("top", "middle")),
     *(Growth("width", name, DOUBLE) for name in ("centre", "sparkling", "msg", "ligo:maps={file}")),
     Growth("width", "decoalesce", DOUBLE),
     *(Growth("width", name, HALF) for name in ("coalesce", "shrink")),

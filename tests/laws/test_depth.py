@@ -61,6 +61,14 @@ LISTS = [
     ("upscale", 3, 3, "0 1 2"),
     ("top", 4, 6, "0 1 2 3 2 3"),
     ("top", 3, 6, "0 1 2 0 1 2"),
+    ("middle", 6, 8, "0 1 2 3 2 3 4 5"),
+    ("middle", 4, 6, "0 1 0 1 2 3"),
+    ("middle", 3, 5, "0 1 1 1 2"),
+    ("middle", 4, 8, "0 1 2 3 0 1 2 3"),
+    ("middle:block=2", 6, 10, "0 1 2 3 2 3 2 3 4 5"),
+    ("middle:block=1", 6, 8, "0 1 2 2 2 3 4 5"),
+    ("middle:centre=layer", 4, 6, "0 1 2 1 2 3"),
+    ("middle:block=2,centre=layer", 5, 9, "0 1 2 1 2 1 2 3 4"),
     ("insert_identity", 8, 10, "0 1 2 3 3+0 4 5 6 7 7+0"),
     ("insert_identity", 3, 5, "0 1 1+0 2 2+0"),
     ("insert_identity", 2, 5, "0 0+0 1 1+0 1+0"),
@@ -95,6 +103,10 @@ REFUSALS = [
     ("upscale:m=9", 4, 6, "an even number of layers from 4 to 8"),
     ("upscale:m=1", 4, 4, "makes 6 layers"),
     ("top", 3, 7, "at most 6 layers in one growth"),
+    ("middle:block=2", 3, 5, r"middle:block=2: .*whole blocks: for this number of layers, block=1\."),
+    ("middle:block=4", 6, 9, r"block=1 \| 3\."),
+    ("middle:block=2,centre=layer", 5, 8, r"block=2,centre=layer: .*block=1 \| 3\."),
+    ("middle:block=9", 4, 22, r"block=1 \| 2\."),
     ("unshare", 3, 7, "whole times: 6 or 9"),
 ]
 
@@ -125,7 +137,7 @@ def test_encoder_and_decoder_grow_each_by_its_own_axis() -> None:
 
 
 @pytest.mark.parametrize("name", families())
-@pytest.mark.parametrize("depth", ["gstack", "interleave", "interpolate", "gopher", "upscale", "top"])
+@pytest.mark.parametrize("depth", ["gstack", "interleave", "interpolate", "gopher", "upscale", "top", "middle"])
 def test_copied_layers_are_copies_with_their_moments(name: str, depth: str) -> None:
     grown = deepened(name, 6, 4, depth=depth)
     assert grown.plan.moments == "carried" and grown.plan.exactness.function and not grown.plan.exactness.lossy
