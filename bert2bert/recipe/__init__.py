@@ -9,11 +9,11 @@ from bert2bert.recipe.recipe import (
     Full,
     Phase,
     Recipe,
-    Schedule,
     SubModels,
     from_dict,
     load_recipe,
 )
+from bert2bert.recipe.schedules import Schedule
 
 __all__ = [
     "AdamW",

@@ -11,7 +11,6 @@ contradictions between values, and the LAMB optimizer. Imports no torch.
 from __future__ import annotations
 
 import json
-import math
 import runpy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,24 +20,13 @@ from typing import Annotated, Any
 from bert2bert.data.objective import Causal, Masked, Objective, SpanCorruption, default
 from bert2bert.errors import InvalidConfig, did_you_mean
 from bert2bert.model import registry
+from bert2bert.recipe.checks import in_range as _in_range
+from bert2bert.recipe.checks import require as _require
 from bert2bert.recipe.model_keys import model_keys
 from bert2bert.recipe.old_names import RENAMED, explain
+from bert2bert.recipe.schedules import Schedule
 from bert2bert.recipe.settings import assign, build
 from bert2bert.tables import table_for
-
-SCHEDULES = ("linear", "cosine", "constant")
-
-
-def _require(holds: bool, what: str, found: Any, expected: str) -> None:
-    if not holds:
-        raise InvalidConfig(f"{what} is {found!r}; expected {expected}")
-
-
-def _in_range(what: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    enough = value > low if open_low else value >= low
-    expected = f"a number {'above' if open_low else 'of at least'} {low:g}"
-    expected += f" and at most {high:g}" if high != math.inf else ""
-    _require(enough and value <= high and math.isfinite(value), what, value, expected)
 
 
 @dataclass(frozen=True)
@@ -85,30 +73,6 @@ class AdamW:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The learning rate over one phase: a linear warm-up to the peak, then ``kind`` down to ``final`` x the peak.
-
-    ``peak``: None means optimizer.lr. ``final`` is reached at the first step after the phase, so that a next phase
-    whose peak is peak x final goes on without a jump; 'constant' ignores it and must leave it at 0.
-    """
-
-    kind: str = "linear"
-    warmup_steps: int = 0
-    peak: float | None = None
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in SCHEDULES:
-            raise InvalidConfig(f"unknown schedule {self.kind!r}: {did_you_mean(self.kind, SCHEDULES)}")
-        _in_range("schedule.warmup_steps", self.warmup_steps, 0)
-        if self.peak is not None:
-            _in_range("schedule.peak", self.peak, 0, open_low=True)
-        _in_range("schedule.final", self.final, 0, 1)
-        if self.kind == "constant":
-            _require(self.final == 0, "schedule.final", self.final, "0, as a constant rate has no end value")
-
-
-@dataclass(frozen=True)
 class Full:
     """Every layer runs and learns."""
 
@@ -133,16 +97,11 @@ class Phase:
     name: str
     steps: int
     program: Full | SubModels = Full()
-    schedule: Schedule = Schedule()
+    schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "phase.name", self.name, "a name")
         _in_range(f"phase {self.name!r}: steps", self.steps, 0)
-        if 0 < self.steps < self.schedule.warmup_steps:
-            raise InvalidConfig(
-                f"phase {self.name!r}: schedule.warmup_steps is {self.schedule.warmup_steps}, more than the phase's "
-                f"{self.steps} steps, so the peak would never be reached; lower warmup_steps too"
-            )
 
 
 @dataclass(frozen=True)
@@ -179,6 +138,11 @@ class Recipe:
         _require(self.steps > 0, "the number of steps of all phases", self.steps, "at least one")
         names = [phase.name for phase in self.phases]
         _require(len(set(names)) == len(names), "the list of phase names", names, "different names")
+        start = 0
+        for i, phase in enumerate(self.phases):
+            if phase.steps:
+                phase.schedule.check(f"phases.{i}.schedule", phase.steps, start, self.steps)
+            start += phase.steps
         if self.model is not None:
             self._check_model(self.model)
 

@@ -107,6 +107,8 @@ def _nearest(path: str, tp: Any, tree: Any) -> str | None:
     last = _last(path)
     alike = [name for name in names if f".{name}".endswith(f".{path}")]
     alike = alike or [name for name in names if _last(name) == last]
+    top = min((name.count(".") for name in alike), default=0)
+    alike = [name for name in alike if name.count(".") == top]  # the most general setting of that name
     alike = alike or [name for name in names if last in name.split(".") or (len(last) > 3 and last in _last(name))]
     if not alike and (near := difflib.get_close_matches(last, {_last(n) for n in names}, n=1, cutoff=0.8)):
         alike = [name for name in names if _last(name) == near[0]]

@@ -25,7 +25,7 @@ from bert2bert.files.lock import Lock
 from bert2bert.ranks import distributed, stopping
 from bert2bert.recipe import Recipe
 from bert2bert.recipe.programs import draw
-from bert2bert.recipe.schedules import lr_at, peak_of
+from bert2bert.recipe.schedules import lr_at
 from bert2bert.tables.flops import Flops
 from bert2bert.train import engine as engines
 from bert2bert.train import run_folder
@@ -176,7 +176,7 @@ class Loop:
         index, phase_step = recipe.locate(self.step)
         phase = recipe.phases[index]
         program = draw(phase.program, self.step, recipe.seed, recipe.layers)
-        lr = lr_at(phase.schedule, peak_of(phase.schedule, recipe.optimizer.lr), phase_step, phase.steps)
+        lr = lr_at(phase.schedule, recipe.optimizer.lr, phase_step, phase.steps, self.step, recipe.steps)
         engine.apply(program)
         engine.set_lr(lr)
         loss = torch.zeros((), device=engine.device)

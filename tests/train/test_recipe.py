@@ -111,7 +111,7 @@ def test_overrides_are_judged_together(tiny: Path) -> None:
         ("gradient_clipping=high", "gradient_clipping is 'high'; expected a value of type float"),
         ("seed", "override 'seed': expected KEY=VALUE"),
         ("phases.0.steps=-1", "phase 'sub-models': steps is -1; expected a number of at least 0"),
-        ("phases.1.schedule.kind=cosin", "unknown schedule 'cosin': did you mean 'cosine'"),
+        ("phases.1.schedule.kind=cosin", "schedule.kind is 'cosin': did you mean 'cosine'"),
         ("phases.0.program.layers_per_stage=3", "does not divide the 4 layers of the model; expected one of [1, 2, 4]"),
         ("phases.0.program.layers_per_stage=0", "layers_per_stage is 0; expected a number of at least 1"),
         ("optimizer.name=lamb", "a flat ZeRO partition holds pieces of layers"),
