@@ -30,7 +30,7 @@ def still_frozen(spec: TargetSpec) -> list[str]:
     """Which parameters of a growth a script must freeze, in a sentence."""
     names = spec.frozen
     return [
-        f"frozen, as all that they are made of: {len(names)} parameters, first {names[0]} (`bert2bert inspect --json` "
+        f"frozen, as what they are made of: {len(names)} parameters, first {names[0]} (`bert2bert inspect --json` "
         "lists them); a script that goes on must freeze these and no others"
     ] if names else []  # fmt: skip
 

@@ -43,6 +43,8 @@ class Content:
     """The layout of the source's groups, see `known_layout`."""
     order: Callable[[list[str]], list[str]]
     """Puts names, given in the model's order, into the order in which the source's groups would hold them."""
+    frozen: frozenset[str] = frozenset()
+    """Tensors that the run does not train."""
     akin: Mapping[str, str] = field(default_factory=dict)
     """To what is made of nothing: the source's tensor whose group it joins."""
     reset: frozenset[str] = frozenset()
@@ -99,14 +101,10 @@ class _Groups:
         self._groups = source.groups or []
         self._of = {name: i for i, group in enumerate(self._groups) for name in group["names"]}
         self.layout = self._chosen(target.groups)
-        # Made of frozen tensors alone, a tensor is frozen; of others too, it continues with a trained one.
-        made_of = content.made_of
         self._origins = {
-            name: next(filter(self._trained, found), next(iter(found), None)) for name, found in made_of.items()
+            name: next(filter(self._trained, found), next(iter(found), None)) for name, found in content.made_of.items()
         }
-        self.frozen = tuple(
-            name for name, found in made_of.items() if found and not any(map(self._trained, found)) and not self._hub
-        )
+        self.frozen = tuple(name for name in content.made_of if name in content.frozen and not self._hub)
 
     def made(self) -> tuple[TargetGroup, ...]:
         """The groups, in order."""

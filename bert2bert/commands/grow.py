@@ -1,13 +1,13 @@
 """The command ``grow``: from a source checkpoint and a target config to a grown checkpoint.
 
-Parameters that the source run had frozen stay frozen, and so do what grows of them alone. Refuses a width that misses
-its promise of exactness unless that is accepted (`LossyGrowth`), a target folder that holds a checkpoint already, and
-an optimizer whose states are not known to grow, where the target format keeps them.
+Parameters that the source run had frozen stay frozen, and so does what grows of them alone (`growth.kin`). Refuses a
+width that misses its promise of exactness unless that is accepted (`LossyGrowth`), a target folder that holds a
+checkpoint already, and an optimizer whose states are not known to grow, where the target format keeps them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from bert2bert.checkpoints.target import Target
 from bert2bert.commands.plan import describe
 from bert2bert.commands.writing import completed, write
 from bert2bert.errors import UnsupportedGrowth
-from bert2bert.growth import buffers
+from bert2bert.growth import buffers, kin
 from bert2bert.growth.exactness import reasons
 from bert2bert.growth.opened import Growth, open_growth
 from bert2bert.growth.source_model import beyond_class, class_name
@@ -35,7 +35,6 @@ from bert2bert.measure.drift import Drift, report_drift
 from bert2bert.measure.tokens import Tokens, check
 from bert2bert.ranks.comm import ALONE, Comm, on_first, together
 from bert2bert.tables import table_for
-from bert2bert.tables.table import Parameter
 
 
 def target_names(growth: Growth, format: str) -> dict[str, str]:
@@ -62,7 +61,8 @@ def target_spec(growth: Growth, target: Target) -> TargetSpec:
         config=plan.config,
         members={named[n]: p for n, p in grown.items()},
         made_of=_made_of(growth, named),
-        akin={named[n]: model.stored(s) for n, s in _akin(growth, grown).items()},
+        akin={named[n]: model.stored(s) for n, s in kin.akin(growth).items()},
+        frozen=frozenset(named[n] for n in kin.frozen(growth)),
         known=known_layout(source, {model.stored(n): p for n, p in model.parameters.items()}),
         order=lambda names: _as_in(source, names, target.format),
         reset=frozenset(named[n] for n, t in plan.tensors.items() if t.reset),
@@ -75,27 +75,6 @@ def target_spec(growth: Growth, target: Target) -> TargetSpec:
 def _made_of(growth: Growth, named: dict[str, str]) -> dict[str, list[str]]:
     """The source's tensors that each target tensor is made of, by the names of the files."""
     return {named[n]: [growth.model.stored(s) for s in growth.roots(n)] for n in growth.plan.tensors}
-
-
-def _akin(growth: Growth, grown: Mapping[str, Parameter]) -> dict[str, str]:
-    """To each target tensor that is made of nothing (an inserted block's zeros), the source's tensor of the same kind:
-    of the layer that the rest of its layer is made of, else of any. grown: the target's parameters."""
-    own = growth.model.parameters
-    roots = {name: growth.roots(name) for name in growth.plan.tensors}
-    layers: dict[tuple[str, int | None], int | None] = {}
-    for name, found in roots.items():
-        for root in found:
-            if own[root].depth == grown[name].depth:
-                layers.setdefault((grown[name].depth, grown[name].layer), own[root].layer)
-    at = {(p.pattern, p.layer): name for name, p in reversed(own.items())}
-    of_kind = {p.pattern: name for name, p in reversed(own.items())}
-    akin = {}
-    for name in (n for n, found in roots.items() if not found):
-        p = grown[name]
-        one = at.get((p.pattern, layers.get((p.depth, p.layer))), of_kind.get(p.pattern))
-        if one is not None:
-            akin[name] = one
-    return akin
 
 
 def _as_in(source: Source, names: list[str], format: str) -> list[str]:

@@ -128,6 +128,7 @@ def identity_spec(source: Source, names: Names, target: Target) -> TargetSpec:
         members=names.members,
         made_of={name: [old] for name, old in stored.items()},
         known=known,
+        frozen=frozenset(name for name, old in stored.items() if not source.tensors[old].trainable),
         order=lambda _: [name for group in source.groups for name in group["names"]],
         dtypes={} if target.precision else {name: source.tensors[old].dtype for name, old in stored.items()},
     )

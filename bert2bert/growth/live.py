@@ -27,6 +27,7 @@ from bert2bert.algebra.states import MOMENTS
 from bert2bert.checkpoints.live import LiveSource
 from bert2bert.checkpoints.spec import widest
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UnsupportedGrowth
+from bert2bert.growth.kin import frozen
 from bert2bert.growth.opened import Growth
 from bert2bert.growth.source_model import CheckpointModel, check_type, class_name, match, named_class, read_config
 from bert2bert.tables import table_for
@@ -120,7 +121,7 @@ def names(growth: Growth) -> dict[str, str]:
 
 def grown_model(growth: Growth, like: PreTrainedModel | None) -> PreTrainedModel:
     """The grown model, in eval mode, or as the model ``like``, of which it is grown: of its class, its mode, frozen
-    where all that a parameter is made of is frozen, on its device, with its generation config.
+    as `kin.frozen` says, on its device, with its generation config.
 
     Raises UnsupportedGrowth, InvalidConfig.
     """
@@ -151,11 +152,9 @@ def grown_model(growth: Growth, like: PreTrainedModel | None) -> PreTrainedModel
 
 def _as(like: PreTrainedModel, growth: Growth, grown: PreTrainedModel) -> None:
     """Give a grown model what its source has beside parameters and config."""
-    source, canonical = growth.model.source, names(growth)
+    canonical, still = names(growth), frozen(growth)
     for name, parameter in grown.named_parameters():
-        roots = growth.roots(canonical[name])
-        free = not roots or any(source.meta(growth.model.stored(root)).trainable for root in roots)
-        parameter.requires_grad_(free)
+        parameter.requires_grad_(canonical[name] not in still)
     if grown.can_generate() and like.can_generate():
         grown.generation_config = copy.deepcopy(like.generation_config)
     grown.train(like.training)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import bert2bert
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import STATES
 from bert2bert.errors import InvalidCheckpoint, UnsupportedGrowth
-from tests.checkpoints.engines import Case, build, hf_config, release, save_cases, train, truth
+from tests import tiny
+from tests.checkpoints.engines import Case, build, hf_config, hf_model, load_truth, release, save_cases, train, truth
 from tests.checkpoints.targets import make_tensors, reader
 from tests.checkpoints.test_readers_zero import edit
 from tests.checkpoints.test_stage0 import spec_of
 from tests.distributed import run_ranks
-from tests.doors import reshard, write_checkpoint
+from tests.doors import grow, reshard, write_checkpoint
 
 FROZEN = ("layer.0.", "LayerNorm.bias")
 CASES = [
@@ -85,8 +88,6 @@ def test_they_read_back_without_moments(tmp_path: Path, how: dict[str, Any]) -> 
 
 def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
     """A ZeRO-3 run with a frozen layer, grown in width and depth into native and universal checkpoints."""
-    from tests.doors import grow
-
     case = Case("run", 3, frozen=("layer.0.",), buffer=True)
     save_cases(tmp_path, 2, [case])
     model = {"model_type": "bert", "architectures": ["BertForPreTraining"]}
@@ -112,10 +113,67 @@ def test_growth_keeps_what_was_frozen(tmp_path: Path) -> None:
         messages.clear()
 
 
+DEPTHS: dict[str, tuple[str, dict[int, int]]] = {
+    "modernbert": ("stack", {i: i % 3 for i in range(6)}), "llama": ("insert_identity", {i: i // 2 for i in range(6)}),
+}  # fmt: skip
+"""Family -> depth operator, target layer -> the source's."""
+
+
+def numbered(name: str) -> int | None:
+    found = re.search(r"layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def resumed(folder: Path, case: Case) -> None:
+    engine = build(case)
+    assert engine.load_checkpoint(str(folder / case.name))[0]
+    found = truth(engine, case)
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, folder / f"{case.name}.truth.pt")
+    release(engine)
+
+
+@pytest.mark.parametrize("family", DEPTHS)
+def test_what_is_made_of_nothing_is_frozen_with_its_layer(family: str, tmp_path: Path) -> None:
+    """The norm that ModernBERT's first layer lacks, and an inserted block's zeros: a script that freezes whole layers
+    finds every weight and moment where DeepSpeed's strict load puts it."""
+    depth, layers = DEPTHS[family]
+    small = tiny.config_of(family)
+    deep = tiny.config_of(family, num_hidden_layers=6)
+    case = Case("run", 2, steps=2, hf=small, frozen=("layers.0.",))
+    save_cases(tmp_path, 2, [case])
+    for name, config in {"small": small, "deep": deep}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    grow(
+        tmp_path / "run", tmp_path / "grown", tmp_path / "deep.json", source_config=tmp_path / "small.json",
+        depth=depth, format="zero", stage=2, world_size=2, measure=False, say=lambda _: None,
+    )  # fmt: skip
+    still = tuple(f"layers.{i}." for i, origin in layers.items() if origin == 0)
+    after = Case("grown", 2, steps=2, hf=deep, frozen=still)
+    run_ranks(resumed, 2, tmp_path, after)
+    source, found = (load_truth(tmp_path, each)["tensors"] for each in (case, after))
+    new = set()
+    for name, states in found.items():
+        at = numbered(name)
+        origin = name if at is None else name.replace(f"layers.{at}.", f"layers.{layers[at]}.")
+        if origin not in source or not states["fp32"].any():
+            new.add(name)
+            continue
+        assert states.keys() == source[origin].keys(), name
+        inserted = depth == "insert_identity" and at is not None and at % 2
+        for state, value in states.items():
+            assert torch.equal(value, source[origin][state] * (not inserted or state == "fp32")), (name, state)
+    assert any("layers.3.attn_norm" in name for name in new) if depth == "stack" else len(new) == 2 * 3
+
+    model = hf_model(small)
+    model.model.layers[0].requires_grad_(False)
+    grown = bert2bert.grow(model, deep, depth=depth)
+    learns = {name for name, p in grown.named_parameters() if p.requires_grad}
+    assert learns == {name for name, states in found.items() if "exp_avg" in states}
+
+
 def test_frozen_ones_that_cannot_grow_are_named(tmp_path: Path) -> None:
     """Those that a run left out of its files, and those of a quantised base model."""
-    from tests.doors import grow
-
     name = "bert.encoder.layer.0.attention.self.query.weight"
     model = {"model_type": "bert", "architectures": ["BertForPreTraining"]}
     (tmp_path / "config.json").write_text(json.dumps(hf_config() | model))
@@ -149,8 +207,6 @@ def test_frozen_ones_that_cannot_grow_are_named(tmp_path: Path) -> None:
 
 
 def test_growth_names_the_state_that_it_cannot_carry(tmp_path: Path) -> None:
-    from tests.doors import grow
-
     case = Case("run", 2, steps=1)
     save_cases(tmp_path, 1, [case])
     model = {"model_type": "bert", "architectures": ["BertForPreTraining"]}
