@@ -52,16 +52,18 @@ def exactness(build: Builder) -> Exactness:
     function += lossy
     for axis, rows in build.layers.items() if width.copying.terms is None else ():
         function += _depth(pair, axis, rows, build)
-        moments += _depth_moments(axis, rows)
+        moments += _depth_moments(axis, rows, pair.table.norms.pre)
     if function and not moments:
         moments.append("the function changes, so moments are carried over by the same maps, a heuristic")
     return Exactness(tuple(function), tuple(moments), tuple(lossy), why.softmax)
 
 
-def _depth_moments(axis: str, rows: Sequence[Layer]) -> list[str]:
+def _depth_moments(axis: str, rows: Sequence[Layer], pre: bool) -> list[str]:
     found = []
     if any(row.identity or row.source is None for row in rows):
         found.append(f"{axis}: the moments of inserted layers start at zero")
+    if pre and any(row.step != 1.0 for row in rows):
+        found.append(f"{axis}: moments of copies that share a step are right to first order in the residual branches")
     if runs := max((row.runs for row in rows), default=1) - 1:
         found.append(
             f"{axis}: every unshared layer starts with moments of the mean gradient over its {runs + 1} runs; its "
@@ -87,6 +89,16 @@ def _depth(pair: Pair, axis: str, rows: Sequence[Layer], build: Builder) -> list
         found.append(
             f"{change}: the function kept is that of the {small} layers run {rows[0].runs} times with shared weights, "
             f"not that of one run"
+        )
+    elif any(row.step != 1.0 for row in rows) and table.norms.pre:
+        found.append(
+            f"{change}: copies share their layer's step, which keeps the function only to first order in the residual "
+            f"branches"
+        )
+    elif any(row.step != 1.0 for row in rows):
+        found.append(
+            f"{change}: copies share their layer's step, but norms follow the residual sum, so no layer is a step of a "
+            f"differential equation, and the function changes"
         )
     elif [row.source for row in rows if not row.identity] != list(range(small)):
         found.append(f"{change}: stacked layers change the function")

@@ -44,8 +44,11 @@ def shrunk(
     grown = _grown(source, target, choices, up, heads, optimizer)
     recipe = grown.recipe | {"width": str(choices.width), "depth": str(choices.depth), "moments": choices.moments}
     recipe["axes"] = {axis: sizes[::-1] for axis, sizes in grown.recipe["axes"].items()}
-    recipe["layers"] = {axis: _members(rows) for axis, rows in grown.recipe["layers"].items()}
+    alone = _injects(choices)
+    recipe["layers"] = {axis: _members(rows, alone) for axis, rows in grown.recipe["layers"].items()}
     plan = replace(inverse(grown, target), recipe=recipe)
+    fewer = tuple(_fewer(recipe["axes"][axis], alone) for axis in recipe["layers"] if axis in recipe["axes"])
+    plan = replace(plan, exactness=plan.exactness + Exactness(fewer))
     if choices.moments != "reset":
         return plan
     reason = Exactness(moments=("every moment and the step count start at zero by choice",))
@@ -80,11 +83,23 @@ def _grown(
     return grown
 
 
-def _members(rows: Sequence[str]) -> list[str]:
+def _injects(choices: Choices) -> bool:
+    """Whether a layer is the first of its group, and not the group's mean."""
+    return choices.depth.options.get("restriction") == "injection"
+
+
+def _fewer(sizes: Sequence[int], alone: bool) -> str:
+    """Why the function of fewer layers is another. sizes: layers before and after."""
+    how = "the first of its group" if alone else "the mean of its group"
+    return f"depth {sizes[0]} -> {sizes[1]}: a layer becomes {how}, and fewer layers change the function"
+
+
+def _members(rows: Sequence[str], alone: bool) -> list[str]:
     """Of each layer of the smaller model, the layers that it is the mean of, as '0+3'. rows: the recipe's layers of
-    the growth that is inverted."""
-    layers = 1 + max(int(row) for row in rows if row.isdigit())
-    return ["+".join(str(i) for i, row in enumerate(rows) if row == str(layer)) for layer in range(layers)]
+    the growth that is inverted; alone: the first of them counts alone."""
+    layers = 1 + max((int(row) for row in rows if row.isdigit()), default=-1)
+    groups = [[str(i) for i, row in enumerate(rows) if row == str(layer)] for layer in range(layers)]
+    return ["+".join(group[:1] if alone else group) for group in groups]
 
 
 def _inverted(source: Mapping[str, Any], target: Mapping[str, Any], choices: Choices) -> Choices:
@@ -106,7 +121,8 @@ def _inverted(source: Mapping[str, Any], target: Mapping[str, Any], choices: Cho
                 f"target {table.key(axis)}={small[axis]} is larger than the source's {large[axis]}, and "
                 f"{choices.width.flag} {choices.depth.flag} makes a model smaller; shrink first, then grow"
             )
-    return replace(choices, **found, breaker=None, moments=None)
+    # where copies start with fresh moments, the layer that has not is taken for the whole group
+    return replace(choices, **found, breaker=None, moments="asymmetric" if _injects(choices) else None)
 
 
 def _inverse_of(chosen: Chosen) -> Chosen:

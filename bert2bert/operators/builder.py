@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bert2bert.algebra import axes
-from bert2bert.algebra.maps import Gather, identity, scalar
+from bert2bert.algebra.maps import Coefficients, Gather, identity, scalar
 from bert2bert.algebra.plan import Dim, Fill, Noise, TensorPlan, Term
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.operators.decisions import TOKENS, Layer, Pair, Width
@@ -68,8 +68,10 @@ class Builder:
         if self.width.keeps_moments:
             kept = [replace(t, dims=tuple(replace(d, grad=None) for d in t.dims)) for t in terms]
             plan = replace(self.with_fresh_moments(plan), terms=tuple(kept))
-        if layer.moment != 1.0 and p.pattern not in self.single:  # on the first dim, for gradients are linear in each
-            plan = replace(plan, terms=tuple(_scaled(t, layer.moment) for t in plan.terms))
+        if layer.moment != 1.0 and p.pattern not in self.single:
+            plan = replace(plan, terms=tuple(_scaled(t, grad=layer.moment) for t in plan.terms))
+        if layer.step != 1.0 and self._writes_residual(p):
+            plan = replace(plan, terms=tuple(_scaled(t, layer.step, 1.0 / layer.step) for t in plan.terms))
         if any(not _covered([t.dims[d] for t in terms]) for d in range(len(p.shape))):
             plan = replace(plan, fill=self._fill(p), blank=self._blank(p, layer.source))
         return plan
@@ -239,11 +241,17 @@ def _covered(dims: Sequence[Dim]) -> bool:
     return any(d.full for d in dims) or bool((np.max([d.index for d in dims], 0) >= 0).all())
 
 
-def _scaled(term: Term, factor: float) -> Term:
-    """The term with its gradients multiplied."""
+def _scaled(term: Term, param: float = 1.0, grad: float = 1.0) -> Term:
+    """The term with its values and its gradients multiplied: on the first dim, for both are linear in each."""
     first, *others = term.dims
-    grad = np.full(len(first.index), factor) if first.grad is None else factor * first.grad
-    return replace(term, dims=(replace(first, grad=grad), *others))
+
+    def times(old: Coefficients | None, factor: float) -> Coefficients | None:
+        if factor == 1.0:
+            return old
+        return np.full(len(first.index), factor) if old is None else factor * old
+
+    scaled = replace(first, param=times(first.param, param), grad=times(first.grad, grad))
+    return replace(term, dims=(scaled, *others))
 
 
 def _siblings(index: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -173,6 +173,8 @@ class Layer:
     """Its residual branches write zero, so that it changes nothing where norms stand inside the branches."""
     moment: float = 1.0
     """Factor on the source's gradients."""
+    step: float = 1.0
+    """Factor on the weights and biases by which its residual branches write the stream, whose gradients it divides."""
     runs: int = 1
     """How many times the source runs this layer, with shared weights."""
 

@@ -15,6 +15,8 @@ from bert2bert.operators.decisions import Layer, Pair
 from bert2bert.operators.registry import operator
 
 _CHANGES = "nothing exactly"
+STEPS = "nothing exactly; with scale=step, in a pre-norm model, the function to first order in the residual branches"
+Scale = Literal["none", "step"]
 
 
 def refuse(pair: Pair, text: str, source: int, target: int, works: str) -> NoReturn:
@@ -30,6 +32,19 @@ def refuse(pair: Pair, text: str, source: int, target: int, works: str) -> NoRet
 def unchanged(pair: Pair, source: int, target: int) -> bool:
     """Whether this is the one of several stacks (T5's two) that keeps its layers while another grows."""
     return source == target and any(pair.small[axis] != pair.large[axis] for axis in pair.table.sizes.depth)
+
+
+def steps(rows: Sequence[int], scale: Scale) -> Sequence[int | Layer]:
+    """Copied layers as they are, or as smaller steps of the same way: with layers read as Euler's steps of a
+    differential equation, x + h f(x), each of c copies steps by h / c.
+
+    What writes the residual stream is divided by c. A copy then has the source's gradient there, and 1/c of it
+    elsewhere.
+    """
+    if scale == "none":
+        return rows
+    shares = {layer: 1.0 / rows.count(layer) for layer in rows}
+    return [Layer(layer, moment=shares[layer], step=shares[layer]) for layer in rows]
 
 
 @operator(
@@ -61,23 +76,29 @@ def gstack(pair: Pair, source: int, target: int, *, g: int = 0) -> Sequence[int 
 
 
 @operator(
-    "depth", "interleave", paper="Shen et al., Staged Training, ICML 2022, and others", keeps=_CHANGES,
+    "depth", "interleave", paper="Shen et al., Staged Training, ICML 2022, and others", keeps=STEPS,
     needs="a multiple of the source's layers", moments="carried",
 )  # fmt: skip
-def interleave(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
-    """Copies of a layer beside each other: 0, 0, 1, 1, …"""
+def interleave(pair: Pair, source: int, target: int, *, scale: Scale = "none") -> Sequence[int | Layer]:
+    """Copies of a layer beside each other: 0, 0, 1, 1, …
+
+    scale: 'step' divides what each of c copies adds to the residual stream by c (Lauga et al., 2025).
+    """
     if target % source:
         below = target // source * source
         refuse(pair, "interleave", source, target, f"whole copies: {below} or {below + source} layers")
-    return [layer for layer in range(source) for _ in range(target // source)]
+    return steps([layer for layer in range(source) for _ in range(target // source)], scale)
 
 
 @operator(
-    "depth", "interpolate", paper="Pan et al., Apollo, AAAI 2024; AquilaMoE, 2024", keeps=_CHANGES, moments="carried"
+    "depth", "interpolate", paper="Pan et al., Apollo, AAAI 2024; AquilaMoE, 2024", keeps=STEPS, moments="carried"
 )
-def interpolate(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
-    """Target layer l is source layer ⌊l · L_source / L_target⌋, for any number of layers: 3 -> 5 is 0, 0, 1, 1, 2."""
-    return [layer * source // target for layer in range(target)]
+def interpolate(pair: Pair, source: int, target: int, *, scale: Scale = "none") -> Sequence[int | Layer]:
+    """Target layer l is source layer ⌊l · L_source / L_target⌋, for any number of layers: 3 -> 5 is 0, 0, 1, 1, 2.
+
+    scale: 'step' divides what each of c copies adds to the residual stream by c (Lauga et al., 2025).
+    """
+    return steps([layer * source // target for layer in range(target)], scale)
 
 
 @operator("depth", "gopher", paper="Warner et al., ModernBERT, 2024, A.2; Gopher", keeps=_CHANGES, moments="carried")

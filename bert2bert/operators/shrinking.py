@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Literal
 
 from bert2bert.operators.decisions import Layer, Pair, Width
+from bert2bert.operators.depth import STEPS, Scale, steps
 from bert2bert.operators.registry import operator
 from bert2bert.operators.width_bert2bert import fpi
 
 Order = Literal["interleave", "stack"]
 _PAPER = "Zou et al., Multi-Level Framework, ICLR 2024"
+_ODE = "Lauga et al., 2025"
 _SWE = "Yang et al., Sharing Weights and Then Unsharing, 2021"
 
 
@@ -31,13 +33,18 @@ def decoalesce(pair: Pair) -> Width:
     return replace(fpi(pair, choice="left"), name="decoalesce")
 
 
-@operator("depth", "decoalesce", paper=_PAPER, keeps="nothing exactly", moments="carried")
-def decoalesce_layers(pair: Pair, source: int, target: int, *, order: Order = "interleave") -> Sequence[int | Layer]:
+@operator("depth", "decoalesce", paper=f"{_PAPER}; {_ODE}", keeps=STEPS, moments="carried")
+def decoalesce_layers(
+    pair: Pair, source: int, target: int, *, order: Order = "interleave", scale: Scale = "none"
+) -> Sequence[int | Layer]:
     """Copies of layers. order: 'interleave', side by side (0 0 1 1), as the paper has it; 'stack' (0 1 0 1), as its
-    released settings do."""
+    released settings do.
+
+    scale: 'step' divides what each of c copies adds to the residual stream by c (Lauga et al.).
+    """
     if order == "stack":
-        return [i % source for i in range(target)]
-    return [i * source // target for i in range(target)]
+        return steps([i % source for i in range(target)], scale)
+    return steps([i * source // target for i in range(target)], scale)
 
 
 @operator("width", "coalesce", paper=_PAPER, keeps="what copies share", moments="carried", shrinks=True)
@@ -49,10 +56,17 @@ def coalesce() -> str:
     return "decoalesce"
 
 
-@operator("depth", "coalesce", paper=_PAPER, keeps="what copies share", moments="carried", shrinks=True)
-def coalesce_layers(*, order: Order = "interleave") -> str:
-    """Layers become the mean of their group. order: 'interleave', of neighbours; 'stack', of layers i, i + n, …"""
-    return f"decoalesce:order={order}"
+@operator("depth", "coalesce", paper=f"{_PAPER}; {_ODE}", keeps="what copies share", moments="carried", shrinks=True)
+def coalesce_layers(
+    *, order: Order = "interleave", scale: Scale = "none", restriction: Literal["average", "injection"] = "average"
+) -> str:
+    """Layers become the mean of their group. order: 'interleave', of neighbours; 'stack', of layers i, i + n, …
+
+    scale: 'step' multiplies what the one layer for c adds to the residual stream by c, so that it steps as far as they
+    did together (Lauga et al.). restriction: 'injection' keeps the first layer of each group in place of the mean, as
+    Lauga et al. do.
+    """
+    return f"decoalesce:order={order},scale={scale}"
 
 
 @operator("depth", "share", paper=_SWE, keeps="what shared layers have in common", moments="carried", shrinks=True)

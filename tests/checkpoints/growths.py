@@ -107,7 +107,7 @@ GROWTHS = [
     Growth("width", "gesmundo", {"ffn": 2, "kv": 2}),
     Growth("width", "hyperclone:noise=0.1", DOUBLE),
     Growth("width", "hyperclone", HEADS),
-    *(Growth("depth", name, DEEPER) for name in ("stack", "gstack", "interleave", "unshare")),
+    *(Growth("depth", name, DEEPER) for name in ("stack", "gstack", "interleave:scale=step", "unshare")),
     *(Growth("depth", name, plus={"depth": 2}) for name in ("interpolate", "gopher", "insert_identity", "random")),
     Growth("depth", "upscale", plus={"layers": 1}),
     *(Growth("depth", name, plus={"depth": 1}) for name in ("top", "middle")),

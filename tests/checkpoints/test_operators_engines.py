@@ -61,7 +61,7 @@ RESUMED = {
     "modernbert-untied": ("width-random-embedx2", "universal"),
     "mixtral": ("width-fpi-embedx2", "zero"),
     "qwen3_moe": ("breaker-uneven-embedx2", "universal"),
-    "qwen2_moe": ("depth-interleave-depthx2", "zero"),
+    "qwen2_moe": ("depth-interleave:scale=step-depthx2", "zero"),
 }
 UNTRAINED = {"bert-untied": {"cls.predictions.bias"}}  # which no output reads
 
