@@ -27,7 +27,7 @@ class InvalidData(UserError):
 
 
 class UnsupportedGrowth(UserError):
-    """A legitimate wish that the algebra cannot express; the text says what it can."""
+    """A valid request that the algebra cannot express; the text says what it can."""
 
 
 class LossyGrowth(UserError):

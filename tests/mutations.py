@@ -83,7 +83,7 @@ MISTAKES = (
     # the readers and writers
     Mistake("checkpoints/zero/layout.py", "quantum = nccl_start_alignment * world", "quantum = world", LAYOUT),
     Mistake("checkpoints/zero/layout.py", "min((r + 1) * c, numels[i])", "(r + 1) * c", LAYOUT),
-    Mistake("checkpoints/zero/writer.py", "torch.tensor(float(step))", "torch.tensor(float(step + 1))",
+    Mistake("checkpoints/zero/contents.py", "torch.tensor(float(step))", "torch.tensor(float(step + 1))",
             f"{WRITTEN} {WRITERS}"),
     Mistake("checkpoints/universal/reader.py", "self._steps[name] = int(step)", "self._steps[name] = 0",
             f"{WRITTEN} {WRITERS}"),
@@ -103,7 +103,7 @@ def run(mistake: Mistake) -> str:
         file = Path(folder, "bert2bert", mistake.file)
         text = file.read_text("utf-8") if file.exists() else ""
         if text.count(mistake.old) != 1:
-            return f"DOES NOT APPLY: its text is in the file {text.count(mistake.old)} times; write it again"
+            return f"DOES NOT APPLY: its text is in the file {text.count(mistake.old)} times; change the mistake's text"
         file.write_text(text.replace(mistake.old, mistake.new), "utf-8")
         status, found = pytest(folder, mistake.tests.split())
         if status != 1:

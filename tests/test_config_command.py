@@ -16,8 +16,8 @@ from bert2bert.growth.candidates import candidates
 from bert2bert.growth.choices import Choices
 from bert2bert.growth.plan import plan_growth
 from bert2bert.growth.resize import count
+from bert2bert.growth.size_request import SizeRequest
 from bert2bert.growth.sizes import resized
-from bert2bert.growth.wishes import Wishes
 from bert2bert.tables import table_for
 from bert2bert.tables.flops import Flops, Work
 from tests import tiny
@@ -41,7 +41,7 @@ def full(name: str, **changes: Any) -> dict[str, Any]:
 
 def sized(config: dict[str, Any], **sizes: str) -> tuple[dict[str, Any], tuple[str, ...], dict[str, int]]:
     """What `config` makes of a config, its notes, and its sizes."""
-    found = resized(config, heads_of(config), Wishes.parse(**sizes))
+    found = resized(config, heads_of(config), SizeRequest.parse(**sizes))
     return *found, table_for(config).axis_sizes(found.config)
 
 
@@ -222,7 +222,7 @@ def test_a_terminal_is_given_the_same(llama: Path, tmp_path: Path, capsys: pytes
         ("--params 1M --width 2x --depth 2x", "leaves nothing to choose"),
         ("--params 10", "--params 10 is out of reach"),
         ("--experts 8", "a llama has no experts"),
-        ("--kv-heads 4", "6 heads are no whole number for each of 4 key-value heads"),
+        ("--kv-heads 4", "6 heads cannot be shared evenly among 4 key-value heads"),
         ("--heads 1.3x", "--heads 1.3x of 6 is 7.8; a whole number is expected"),
         ("--width 1x", "nothing would change"),
         ("--width 13 --ffn 1x", "nothing would change"),
@@ -230,7 +230,7 @@ def test_a_terminal_is_given_the_same(llama: Path, tmp_path: Path, capsys: pytes
         ("--width 99999999x", "hidden_size would be 1,199,999,988; expected at most 16,777,216"),
         ("--depth 100000", "num_hidden_layers would be 100,000; expected at most 4,096"),
         ("--params 9999999B", "expected at most 10,000,000,000,000"),
-        ("--params 1M --heads 7", "7 heads are no whole number for each of 2 key-value heads"),
+        ("--params 1M --heads 7", "7 heads cannot be shared evenly among 2 key-value heads"),
         ("--width 2x --source-config small/config.json", "is a config itself"),
     ],
 )

@@ -22,7 +22,7 @@ LINK = re.compile(r"\[[^\]\n]*(?:\n[^\]\n]*)?\]\(([^)\s]+)\)")
 
 
 def prose(page: Path) -> str:
-    """A page without its code, in which brackets are no links and # is no heading."""
+    """A page without its code, in which brackets are no links and # is not a heading."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
 

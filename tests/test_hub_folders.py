@@ -110,7 +110,7 @@ def test_a_tied_head_is_known_by_the_class_or_the_outer_name(tmp_path: Path) -> 
     assert open_model(old).heads == {"lm"}  # by the copy
     save_file({n: t for n, t in short.items() if n != "lm_head.weight"}, old / "model.safetensors")
     assert open_model(old).heads == frozenset()
-    # a head that is no copy is a head of its own
+    # a head that is not a copy is a head of its own
     short["lm_head.weight"][2, 3] += 1
     save_file(short, old / "model.safetensors")
     untied = open_model(old)

@@ -56,7 +56,7 @@ def test_streamed_logits_are_the_whole_models(name: str, monkeypatch: pytest.Mon
     config, model, weights, sample = case(name)
 
     def rows(n: str, start: int, stop: int) -> torch.Tensor:
-        assert torch.zeros(1, dtype=torch.float32).float().dtype == torch.float32  # reading is no part of the model
+        assert torch.zeros(1, dtype=torch.float32).float().dtype == torch.float32  # reading is not part of the model
         return weights[n].detach()[start:stop]
 
     run = passed(config, rows, sample)

@@ -16,7 +16,7 @@ _CHUNK = 1 << 14  # numbers made at a time: they stay in a core's cache
 
 
 def normal_fill(plan: TensorPlan, fill: Fill) -> NDArray[np.float64]:
-    """What stands where no term speaks: normal numbers of the fill's deviation, repeated after its period."""
+    """Values where no term writes: normal numbers of the fill's deviation, repeated after its period."""
     rows = np.arange(plan.row, plan.row + plan.shape[0])
     if fill.period:
         return fill.std * _normal(plan, "fill", 0, fill.period)[rows % fill.period]

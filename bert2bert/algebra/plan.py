@@ -29,7 +29,7 @@ Mask = NDArray[np.bool_]
 class Dim:
     """One dim of a term. index: [target] source position, -1 is silent, source + r takes row r of ``mix``
     [rows, source], a mixture of source positions. param, grad: [target] coefficients, None = all ones. new: the source
-    tensor has no such dim; index is then 0 where the term speaks."""
+    tensor has no such dim; index is then 0 where the term writes."""
 
     index: Index
     param: Coefficients | None = None
@@ -71,7 +71,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Fill:
-    """What stands where no term speaks: ``kind`` 'normal' (mean 0, std), 'ones' (times scale) or 'zeros'; moments are 0
+    """The values where no term writes: ``kind`` 'normal' (mean 0, std), 'ones' (times scale) or 'zeros'; moments are 0
     there. period: normal rows repeat after this many, 0 = never."""
 
     kind: str

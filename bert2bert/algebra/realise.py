@@ -91,7 +91,7 @@ def _rows(plan: TensorPlan, how: State, reads: Sequence[Read], dtype: torch.dtyp
 
 
 def _term(term: Term, how: State, reads: Sequence[Read], dtype: torch.dtype, absolute: bool = False) -> Tensor:
-    """The block of a term's spoken positions. absolute: with |c| in place of c^2, for the bound on mixed squares."""
+    """The block of the positions that a term writes. absolute: with |c| instead of c^2, to bound mixed squares."""
     term = replace(term, dims=tuple(map(_plain, term.dims)))
     old = [d for d, dim in enumerate(term.dims) if not dim.new]
     rows = term.dims[old[0]]

@@ -100,7 +100,7 @@ def open_source(path: str | Path, tag: str | None = None) -> Source:
     """Open the checkpoint at ``path``: a run folder, a tag's folder, or a Hugging Face folder.
 
     ``tag`` picks one tag of a run folder; without it ``latest`` (else ``latest_universal``) does.
-    Raises InvalidCheckpoint for anything that is no sound checkpoint.
+    Raises InvalidCheckpoint for anything that is not a sound checkpoint.
     """
     path = Path(path)
     folder, tag = locate(path, tag)
@@ -137,7 +137,9 @@ def _check_names(source: Source) -> None:
     for name in source.tensors:
         path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("..")
         if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(name):
-            raise InvalidCheckpoint(f"{source.folder}: holds a tensor named {name!r}, which is no name of a parameter")
+            raise InvalidCheckpoint(
+                f"{source.folder}: holds a tensor named {name!r}, which is not a name of a parameter"
+            )
 
 
 def _check_manifest(source: Source, manifest: Manifest) -> None:

@@ -46,7 +46,7 @@ class Content:
     frozen: frozenset[str] = frozenset()
     """Tensors that the run does not train."""
     akin: Mapping[str, str] = field(default_factory=dict)
-    """To what is made of nothing: the source's tensor whose group it joins."""
+    """Target's tensor without a source -> the source's tensor whose group it joins."""
     reset: frozenset[str] = frozenset()
     """Tensors whose moments and steps start from zero."""
     dtypes: Mapping[str, str] = field(default_factory=dict)

@@ -22,9 +22,9 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError
 from bert2bert.files.disk import disk_errors
 from bert2bert.growth.candidates import Candidate, Proposal, candidates, proposal
 from bert2bert.growth.resize import count
+from bert2bert.growth.size_request import SizeRequest
 from bert2bert.growth.sizes import resized
 from bert2bert.growth.source_model import named_class, open_model, read_config
-from bert2bert.growth.wishes import Wishes
 from bert2bert.measure.cost import flops_per_token, row_length
 from bert2bert.tables import table_for
 
@@ -34,7 +34,7 @@ _SHOWN = 240  # characters of a reason
 @dataclass(frozen=True)
 class Source:
     """What a config is made from. heads: that the checkpoint has, or the class; folders: where its tokenizer may lie;
-    checkpoint: whether it can be grown, and is no config alone."""
+    checkpoint: whether it can be grown, and is not a config alone."""
 
     path: Path
     config: dict[str, Any]
@@ -133,13 +133,13 @@ class Configured:
 def configure(
     source: Path, output: Path, *, source_config: Path | None = None, tag: str | None = None, **sizes: str | None
 ) -> Configured:
-    """Write the config of a model of other sizes. sizes: the options of `Wishes.parse`. Raises UserError of all
+    """Write the config of a model of other sizes. sizes: the options of `SizeRequest.parse`. Raises UserError of all
     kinds."""
-    wishes = Wishes.parse(**sizes)
+    request = SizeRequest.parse(**sizes)
     _check_output(output)
     found = _opened(source, source_config, tag)
     classes = table_for(found.config).names.classes[found.cls]
-    config, notes = resized(found.config, classes, wishes)
+    config, notes = resized(found.config, classes, request)
     config["architectures"] = found.config.get("architectures") or [found.cls]
     flops = None
     if "lm" in classes:

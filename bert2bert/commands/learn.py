@@ -63,7 +63,7 @@ class Blend:
         self.build: Builder = scheme.builder(self.originals)
         self.weights = {name: weights(name).to(device, dtype) for name in self.originals}
         plans = {name: self.build.tensor(p) for name, p in self.parameters.items()}
-        # What the start fills, such as a norm that the layer copied lacks, is no map's.
+        # What the start fills, such as a norm that the layer copied lacks, has no map.
         self.fixed = {name: realise(p, "fp32", [], dtype).to(device) for name, p in plans.items() if not p.terms}
 
     def __call__(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:

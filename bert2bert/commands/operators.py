@@ -38,7 +38,7 @@ def describe(name: str) -> dict[str, Any]:
     found = [known[name] for known in OPERATORS.values() if name in known]
     if not found:
         names = sorted({n for known in OPERATORS.values() for n in known})
-        raise UnsupportedGrowth(f"{name!r} is no operator; {did_you_mean(name, names)}")
+        raise UnsupportedGrowth(f"{name!r} is not an operator; {did_you_mean(name, names)}")
     return {"operators": [_plain(o) for o in found], "text": "\n\n".join(_page(o) for o in found)}
 
 

@@ -24,7 +24,7 @@ def run(args: Namespace, say: Callable[[str], None]) -> dict[str, Any]:
         shelf = books()
         if args.corpus not in shelf:
             near = did_you_mean(args.corpus, shelf)
-            raise InvalidData(f"--corpus {args.corpus!r} is no book of the embedded corpus; {near}")
+            raise InvalidData(f"--corpus {args.corpus!r} is not a book of the embedded corpus; {near}")
         text = [path for name, path in shelf.items() if name != args.corpus]
         heldout = [shelf[args.corpus]]
     if fraction is None:

@@ -1,7 +1,7 @@
 """Packing: documents into rows of exactly `seq_len` slots with next to no filler.
 
-A document is cut into segments that fit a row. Special tokens stand around every segment ([CLS] and [SEP]: a segment of
-n tokens takes n + 2 slots) or around every document, whose cuts then have none (`Frame`). Rows are composed from the
+A document is cut into segments that fit a row. Special tokens are put around every segment ([CLS] and [SEP]: a segment
+of n tokens takes n + 2 slots) or around every document, whose cuts then have none (`Frame`). Rows are composed from the
 histogram of segment lengths, longest first and each gap filled by the longest segment that fits (histogram packing;
 Krell et al. 2021, arXiv:2107.02027), so the work grows with seq_len and not with the text. Where nothing fits and the
 gap is wide, one more segment is cut to fill it.

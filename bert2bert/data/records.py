@@ -186,7 +186,7 @@ def _broken_line(path: Path) -> str | None:
         where = error.object[: error.start].count(10)
         return f"line {number + 1 + where:,} is not UTF-8: byte 0x{error.object[error.start]:02x}."
     except (ValueError, RecursionError) as error:
-        return f"line {number:,} is no JSON record: {error}: {line.strip()[:60]!r}."
+        return f"line {number:,} is not a JSON record: {error}: {line.strip()[:60]!r}."
     except DAMAGED as error:
         return f"it cannot be read after line {number:,}: {error or type(error).__name__}."
     return None

@@ -104,7 +104,7 @@ class TextFile:
             raise InvalidData(f"text file {self.path} is a folder.\n  Give its files, for example {self.path}/*.txt.")
         if not self.path.is_file():
             raise InvalidData(
-                f"text file {self.path} is no regular file, and text is read more than once.\n"
+                f"text file {self.path} is not a regular file, and text is read more than once.\n"
                 "  Write it to a file first (.gz, .bz2 and .xz are read as they are)."
             )
         if suffix := table(self.path):
@@ -181,7 +181,7 @@ def plain(raw: BinaryIO, path: Path, what: str | None = None) -> BinaryIO:
 
 def beginning(file: BinaryIO) -> tuple[str, bytes]:
     """(`sniff`'s kind, first bytes); 'text' for all that reads as text but a pointer, 'older' for bytes of another
-    encoding without a NUL. The file stands at its beginning before and after."""
+    encoding without a NUL. The file is at its beginning before and after."""
     start = file.read(START)
     file.seek(0)
     kind = kind_of(start, 1 << 62 if len(start) == START else len(start))

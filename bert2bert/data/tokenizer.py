@@ -20,7 +20,7 @@ SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask
 
 
 def failed(error: BaseException) -> bool:
-    """Whether `tokenizers` failed: an exception, or a panic of its Rust code, which is no Exception."""
+    """Whether `tokenizers` failed: an exception, or a panic of its Rust code, which is not an Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -144,7 +144,7 @@ def contradictions(
     if config.get("add_bos_token") and bos and not adds_bos(found, {"bos": str(bos)}):
         yield (
             f"tokenizer {named}: {CONFIG} has add_bos_token = true, but as transformers reads this folder ({kind}) no"
-            f" {bos} stands before a text, and documents begin without it. If the model was trained with it, put the"
+            f" {bos} is put before a text, and documents begin without it. If the model was trained with it, put the"
             " template into tokenizer.json (post_processor)"
         )
     if _decodes_otherwise(found, state):

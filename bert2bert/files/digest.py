@@ -6,8 +6,8 @@ two, the low one first; -0.0 counts as 0.0. With k the index of a unit in the wh
 ``digest = Σ_k (unit_k + 1) * weight(k mod B div 2) * 2**(32 * (k mod 2)) * weight(B + k div B)  mod 2**64``
 
 where ``weight(n)`` is the n-th output of SplitMix64 (Steele et al., OOPSLA 2014), made odd: multilinear hashing with
-fixed keys, two units in one multiplication. It finds wrong, moved, missing and stale elements; it is no defence against
-a forger.
+fixed keys, two units in one multiplication. It finds wrong, moved, missing and stale elements; it is no
+defence against a forger.
 
 `file_digest` is of a file's bytes: XXH3 of 128 bits, which costs next to nothing beside the disk (7 GB/s where SHA-256
 does 0.7 and BLAKE2b 0.24). `xxhsum -H2 FILE` prints the same.

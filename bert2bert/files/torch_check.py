@@ -76,7 +76,7 @@ def _check(fd: int, archive: zipfile.ZipFile) -> Checked:
             tensors[found[1]] = start, start + info.file_size
             continue
         if info.file_size > _MOST:
-            raise ValueError(f"its record {info.filename!r} has {info.file_size:,} bytes, which is no structure")
+            raise ValueError(f"its record {info.filename!r} has {info.file_size:,} bytes, which is not a structure")
         record = os.pread(fd, info.file_size, start) if not info.CRC else archive.read(info)  # 0: it was left out
         if info.CRC:
             content.update(record)

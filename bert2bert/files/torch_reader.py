@@ -56,7 +56,7 @@ def _member(kind: Any, name: Any, state: Any) -> Any:
     """In place of getattr, by which Python 3.11.0 to 3.11.3 pickle a member of an enumeration: of these two alone."""
     known = _MEMBERS.get(str(kind), {})
     if name not in known:
-        raise pickle.UnpicklingError(f"it asks for the attribute {name!r} of what is no enumeration of DeepSpeed")
+        raise pickle.UnpicklingError(f"it asks for the attribute {name!r} of what is not an enumeration of DeepSpeed")
     return known[name]
 
 
@@ -137,7 +137,7 @@ def _load(path: Path, checked: torch_check.Checked, plain: Collection[str] | Non
         raise
     except Unsafe as error:
         raise InvalidCheckpoint(
-            f"{path}: refused, it names '{error.args[0]}', which is no class of a ZeRO checkpoint. Opening it could "
+            f"{path}: refused, it names '{error.args[0]}', which is not a class of a ZeRO checkpoint. Opening it could "
             "run foreign code, so nothing was run. If you trust the file, load it yourself and save it with plain "
             "types (numbers, strings, lists, dicts, tensors)."
         ) from None

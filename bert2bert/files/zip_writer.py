@@ -25,7 +25,7 @@ _WIDE = struct.pack("<HHQQ", 1, 16, 0, 0)  # extra field of a record whose sizes
 _FOLLOWS = 1 << 3  # flag: sizes and checksum come after the data
 _DATE = 1 << 5 | 1  # 1980-01-01
 _UNIX, _OPEN = 3 << 8, 0o600 << 16  # permissions of what is unpacked
-_NEVER = 0xFFFFFFFF  # in place of a number that stands in the extra field
+_NEVER = 0xFFFFFFFF  # in place of a number that is in the extra field
 
 
 class File(Protocol):

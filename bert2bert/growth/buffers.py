@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class _Place(NamedTuple):
-    """A name inside the layers: what stands before the layer's number, the number, what follows."""
+    """A name inside the layers: what comes before the layer's number, the number, what follows."""
 
     before: str
     layer: int
@@ -140,8 +140,8 @@ class _Layers:
 
     def _refusal(self, name: str, why: str) -> UnsupportedGrowth:
         return UnsupportedGrowth(
-            f"{self.model.source.path}: the model's state dict holds '{name}', which is no parameter, and its value in "
-            f"the grown model is not known: {why}.\nTake the weights alone (--format hub), or save the checkpoint "
+            f"{self.model.source.path}: the model's state dict holds '{name}', which is not a parameter, and its value "
+            f"in the grown model is not known: {why}.\nTake the weights alone (--format hub), or save the checkpoint "
             "without it (register_buffer(..., persistent=False))."
         )
 

@@ -133,7 +133,7 @@ def check_not_random(chosen: Chosen, width: Chosen) -> None:
 
 
 def check_alone(width: Chosen, depth: Chosen, moments: str | None) -> None:
-    """Refuse (UnsupportedGrowth) what cannot stand beside an operator that makes mixtures of features and layers."""
+    """Refuse (UnsupportedGrowth) what cannot go with an operator that mixes features and layers."""
     if depth.text != "stack":
         raise UnsupportedGrowth(
             f"{depth.flag} with --width {width.operator.name}, which covers the depth: leave it out"

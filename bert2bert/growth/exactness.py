@@ -104,7 +104,7 @@ def _depth(pair: Pair, axis: str, rows: Sequence[Layer], build: Builder) -> list
         found.append(f"{change}: stacked layers change the function")
     elif len(rows) > small and not table.norms.pre:
         found.append(
-            f"{change}: inserted layers still normalise, so they are no identity where norms follow the residual sum"
+            f"{change}: inserted layers still normalise, so they are not identities where norms follow the sum"
         )
     copied = [(i, row.source) for i, row in enumerate(rows) if row.source is not None and not row.identity]
     above = [str(i) for i, source in copied if i > source == 0]

@@ -131,7 +131,7 @@ def _inverse_of(chosen: Chosen) -> Chosen:
         return chosen
     up = parse_operator(chosen.make(), chosen.operator.kind)
     if up.operator.shrinks:
-        raise UnsupportedGrowth(f"{chosen.flag}: {up} is no growth that could be inverted")
+        raise UnsupportedGrowth(f"{chosen.flag}: {up} is not a growth that could be inverted")
     return up
 
 
@@ -250,8 +250,8 @@ class _Way:
     """
 
     def __init__(self, dim: Dim, size: int) -> None:
-        spoken = np.nonzero((dim.index >= 0) & (dim.index < size))[0]
-        self.at = spoken[np.argsort(dim.index[spoken], kind="stable")]
+        written = np.nonzero((dim.index >= 0) & (dim.index < size))[0]
+        self.at = written[np.argsort(dim.index[written], kind="stable")]
         self.index, self.size = dim.index[self.at], size
         param, grad = (np.ones(len(self.at)) if c is None else c[self.at] for c in (dim.param, dim.grad))
         self.weights = [grad, param]

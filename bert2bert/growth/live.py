@@ -3,9 +3,9 @@
 The grown model is filled as `from_pretrained` fills one: its buffers are made for the new config, what is tied is one
 parameter, and parameters that transformers would draw are an error. No file is read or written.
 
-Refuses, as InvalidConfig, what is no model or config of transformers; as InvalidCheckpoint, what `LiveSource` refuses
-and parameters that the model ties and its config does not; as UnsupportedGrowth, a grown model that the installed
-transformers does not know or that its class does not fit.
+Refuses, as InvalidConfig, what is not a model or config of transformers; as InvalidCheckpoint, what `LiveSource`
+refuses and parameters that the model ties and its config does not; as UnsupportedGrowth, a grown model that the
+installed transformers does not know or that its class does not fit.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _known_class(model: PreTrainedModel, config: Mapping[str, Any]) -> str:
 
 
 def _dtype(growth: Growth, name: str) -> torch.dtype:
-    """Of a target tensor in memory: that of what it is made of, the widest of several; of what is made of nothing, that
+    """Of a target tensor in memory: that of what it is made of, the widest of several; of one without a source, that
     of most of the source."""
     found = set(growth.dtypes(name)) or {_usual(growth.model)}
     result: torch.dtype = getattr(torch, "float64" if "float64" in found else widest(found))
@@ -201,7 +201,7 @@ def _class(growth: Growth, like: PreTrainedModel | None) -> tuple[Any, Any]:
 
 def fill_optimizer(growth: Growth, optimizer: torch.optim.Optimizer, grown: PreTrainedModel) -> None:
     """Give an optimizer of the grown model's parameters the grown moments and the steps of what each is made of; what
-    is made of nothing, or starts again by choice, stays without. Raises InvalidConfig, UnsupportedGrowth."""
+    has no source, or starts again by choice, stays without. Raises InvalidConfig, UnsupportedGrowth."""
     source, canonical = growth.model.source, names(growth)
     if not growth.model.trained:
         raise InvalidConfig(

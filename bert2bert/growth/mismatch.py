@@ -74,7 +74,7 @@ def unknown_tensors(source: Source, table: Table, names: Sequence[str]) -> Inval
     """Stored tensors are of no parameter and no tied copy of the config's model."""
     return InvalidCheckpoint(
         f"{source.path}: {len(names)} tensors are not part of a {table.model_type} of this config, first "
-        f"{names[0]}.\nKnown heads: {', '.join(table.names.classes)}. Remove what is no part of the model (other "
+        f"{names[0]}.\nKnown heads: {', '.join(table.names.classes)}. Remove what is not part of the model (other "
         "heads, adapters, counters) before growing, or check the config's number of layers and tie_word_embeddings."
     )
 
@@ -103,7 +103,7 @@ def half_untied(
     transformers unties the one and not the other, here both are tied, or neither. lack: that tensor, canonical."""
     name = naming.stored(lack)
     return InvalidCheckpoint(
-        f"{source.path}: {stored[copy].name} differs from {stored[kept].name}, so it is no tied copy, but {name}, "
+        f"{source.path}: {stored[copy].name} differs from {stored[kept].name}, so it is not a tied copy, but {name}, "
         f"which a model without tied tensors has as well, is missing.\nIf the difference is meant, store {name} too, "
         f"as a copy of {naming.stored(aliases.get(lack, lack))}; if not, remove {stored[copy].name}."
     )

@@ -35,6 +35,6 @@ def with_sizes(config: Mapping[str, Any], changes: Mapping[str, int]) -> dict[st
 
 
 def _periodic(kinds: list[Any], index: int) -> Any:
-    """What stands at an index of a list that goes on with its shortest period."""
+    """The entry at an index of a list that is continued with its shortest period."""
     period = next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
     return kinds[index % period]

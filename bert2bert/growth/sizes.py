@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.growth.resize import count, with_sizes
-from bert2bert.growth.wishes import Amount, Wishes
+from bert2bert.growth.size_request import Amount, SizeRequest
 from bert2bert.tables import Table, table_for
 
 _KERNELS = 64  # sizes that matrix-product kernels like are multiples of it
@@ -34,11 +34,11 @@ class Resized(NamedTuple):
     notes: tuple[str, ...]
 
 
-def resized(config: Mapping[str, Any], heads: frozenset[str], wishes: Wishes) -> Resized:
+def resized(config: Mapping[str, Any], heads: frozenset[str], request: SizeRequest) -> Resized:
     """The config of the model that is asked for. heads: that its class has. Raises InvalidConfig, UnsupportedGrowth."""
-    sizer = _Sizer(config, heads, wishes)
-    if wishes.params is not None:
-        width, depth = sizer.searched(wishes.params.of(count(config, heads)))
+    sizer = _Sizer(config, heads, request)
+    if request.params is not None:
+        width, depth = sizer.searched(request.params.of(count(config, heads)))
     else:
         width, depth = sizer.width(), sizer.depth()
     changes = sizer.changes(width) | depth
@@ -57,25 +57,28 @@ def resized(config: Mapping[str, Any], heads: frozenset[str], wishes: Wishes) ->
 class _Sizer:
     """The sizes that go with one another in a model of this architecture."""
 
-    def __init__(self, config: Mapping[str, Any], heads: frozenset[str], wishes: Wishes) -> None:
-        self.config, self.classes, self.wishes = config, heads, wishes
+    def __init__(self, config: Mapping[str, Any], heads: frozenset[str], request: SizeRequest) -> None:
+        self.config, self.classes, self.request = config, heads, request
         self.table: Table = table_for(config)
         old = self.old = self.table.axis_sizes(config)
         self.grouped = "kv" in old
         self.heads = old["kv"] * old["group"] if self.grouped else old["heads"]
         self.derived = self.table.key("qk") == self.table.key("embed")  # a head's size is the width's share
         self.whole = self.derived or self.heads * old["qk"] == old["embed"]  # the heads make up the width
-        for wish, axis, what in ((wishes.kv_heads, "kv", "key-value heads"), (wishes.experts, "experts", "experts")):
-            if wish is not None and axis not in old:
-                raise InvalidConfig(f"{wish.option}: a {self.table.model_type} has no {what}; leave the option out")
-        self.query = None if wishes.heads is None else self._number(wishes.heads, self.heads)
-        self.kv = None if wishes.kv_heads is None else self._number(wishes.kv_heads, old["kv"])
+        for amount, axis, what in (
+            (request.kv_heads, "kv", "key-value heads"),
+            (request.experts, "experts", "experts"),
+        ):
+            if amount is not None and axis not in old:
+                raise InvalidConfig(f"{amount.option}: a {self.table.model_type} has no {what}; leave the option out")
+        self.query = None if request.heads is None else self._number(request.heads, self.heads)
+        self.kv = None if request.kv_heads is None else self._number(request.kv_heads, old["kv"])
 
-    def _number(self, wish: Amount, old: int) -> int:
+    def _number(self, amount: Amount, old: int) -> int:
         """A size that must be a whole number as it is asked for."""
-        found = wish.of(old)
+        found = amount.of(old)
         if not isclose(found, round(found)) or round(found) < 1:
-            raise InvalidConfig(f"{wish.option} {wish.text} of {old} is {found:g}; a whole number is expected")
+            raise InvalidConfig(f"{amount.option} {amount.text} of {old} is {found:g}; a whole number is expected")
         return round(found)
 
     # ------------------------------------------------------------------------------------------ heads and widths
@@ -108,7 +111,7 @@ class _Sizer:
 
     def width(self) -> int:
         """The width that is asked for, or the nearest that works."""
-        old, asked = self.old["embed"], self.wishes.width
+        old, asked = self.old["embed"], self.request.width
         if (given := self.given_width) is not None:
             if asked is not None and asked.of(old) != given:
                 raise InvalidConfig(
@@ -145,24 +148,24 @@ class _Sizer:
             found |= {"kv": kv, "group": query // kv}
             if query % kv:
                 raise InvalidConfig(
-                    f"{query} heads are no whole number for each of {kv} key-value heads; give other --kv-heads"
+                    f"{query} heads cannot be shared evenly among {kv} key-value heads; give other --kv-heads"
                 )
         else:
             found["heads"] = query
-        scaled = old["ffn"] * ratio if self.wishes.ffn is None else self.wishes.ffn.of(old["ffn"])
+        scaled = old["ffn"] * ratio if self.request.ffn is None else self.request.ffn.of(old["ffn"])
         found["ffn"] = self._following(scaled, "ffn")
         if "shared" in old:
             found["shared"] = self._following(old["shared"] * scaled / old["ffn"], "shared")
-        for wish, axis in ((self.wishes.experts, "experts"), (self.wishes.vocab, "vocab")):
-            if wish is not None:
-                found[axis] = self._number(wish, old[axis])
+        for amount, axis in ((self.request.experts, "experts"), (self.request.vocab, "vocab")):
+            if amount is not None:
+                found[axis] = self._number(amount, old[axis])
         return found
 
     def _following(self, wanted: float, axis: str) -> int:
         """A feed-forward size: as it is asked for or a whole number of times the old one, else one that kernels like,
         in wide models."""
         old = self.old[axis]
-        free = self.wishes.ffn is not None or isclose(wanted % old, 0) or old < _WIDE
+        free = self.request.ffn is not None or isclose(wanted % old, 0) or old < _WIDE
         return nearest(wanted, 1 if free else _KERNELS, old)
 
     # ------------------------------------------------------------------------------------------ depths
@@ -176,7 +179,7 @@ class _Sizer:
     def depth(self) -> dict[str, int]:
         """The layers that are asked for, or the nearest whole number of them."""
         old = self.old[self.table.sizes.depth[0]]
-        return self.depths(old if self.wishes.depth is None else self.wishes.depth.of(old))
+        return self.depths(old if self.request.depth is None else self.request.depth.of(old))
 
     # ------------------------------------------------------------------------------------------ parameters
 
@@ -190,7 +193,7 @@ class _Sizer:
         if wanted > _MOST_PARAMETERS:
             raise InvalidConfig(f"--params {wanted:,.0f}; expected at most {_MOST_PARAMETERS:,.0f}")
         old, first = self.old["embed"], self.table.sizes.depth[0]
-        fixed = self.wishes.width is not None or self.given_width is not None
+        fixed = self.request.width is not None or self.given_width is not None
         best: tuple[tuple[float, ...], int, dict[str, int]] | None = None
         for width in [self.width()] if fixed else self._widths(wanted):
             flattest = inf
@@ -213,7 +216,7 @@ class _Sizer:
 
     def _widths(self, wanted: float) -> Iterator[int]:
         """Widths that work, up to where the least depth is too large."""
-        least = self.depths(0) if self.wishes.depth is None else self.depth()
+        least = self.depths(0) if self.request.depth is None else self.depth()
         step = lcm(self.step, _unit(self.old["embed"]))
         widths = filter(self._works, range(step, _MOST * step + 1, step))
         if (narrowest := next(widths, None)) is None:
@@ -234,7 +237,7 @@ class _Sizer:
         slope = sum(each[axis] * self.old[axis] / self.old[first] for axis in one)
         middle = max(1, int((wanted - base) / slope))
         near = range(max(1, middle - 2), middle + 4)
-        for depth in [self.depth()] if self.wishes.depth is not None else map(self.depths, near):
+        for depth in [self.depth()] if self.request.depth is not None else map(self.depths, near):
             yield depth, base + sum(each[axis] * (size - 1) for axis, size in depth.items())
 
     # ------------------------------------------------------------------------------------------ notes
@@ -252,25 +255,25 @@ class _Sizer:
 
     def notes(self, changes: Mapping[str, int]) -> Iterator[str]:
         """What was chosen in place of what was asked for, and sizes that work and are not liked."""
-        asked = self.wishes
+        asked = self.request
         first = self.table.sizes.depth[0]
         if asked.params:
             yield f"{asked.params.option} {asked.params.text}: chosen {changes['embed']} wide, {changes[first]} layers"
         if self.given_width is not None:
             yield f"--heads {self.query}: {self.table.key('embed')} follows, for heads keep their size"
         why = {"embed": self._reason(), "ffn": "a whole number", first: "a whole number of layers"}
-        for axis, wish in (("embed", asked.width), ("ffn", asked.ffn), (first, asked.depth)):
-            if wish is not None and not isclose(wanted := wish.of(self.old[axis]), changes[axis]):
+        for axis, amount in (("embed", asked.width), ("ffn", asked.ffn), (first, asked.depth)):
+            if amount is not None and not isclose(wanted := amount.of(self.old[axis]), changes[axis]):
                 multiple = next((m for m in (128, 64) if axis != first and changes[axis] % m == 0), 0)
                 also = f" and a multiple of {multiple}" if multiple else ""
-                is_ = f" is {wanted:g}" if wish.times else ""
-                yield f"{wish.option} {wish.text}{is_}: chosen {changes[axis]}, for {why[axis]}{also}"
+                is_ = f" is {wanted:g}" if amount.times else ""
+                yield f"{amount.option} {amount.text}{is_}: chosen {changes[axis]}, for {why[axis]}{also}"
         if asked.ffn is None and (follows := self.old["ffn"] * changes["embed"] / self.old["embed"]) != changes["ffn"]:
             yield f"{self.table.key('ffn')} follows the width to {follows:g}: chosen {changes['ffn']}"
         for axis in ("embed", "ffn", "vocab"):
             size = changes.get(axis, self.old[axis])
             if size != self.old[axis] and size >= _WIDE and size % _KERNELS:
-                yield f"{self.table.key(axis)}={size} is no multiple of {_KERNELS}, which kernels like"
+                yield f"{self.table.key(axis)}={size} is not a multiple of {_KERNELS}, which kernels like"
 
     def _reason(self) -> str:
         """What a width must be."""

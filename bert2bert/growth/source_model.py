@@ -3,7 +3,7 @@
 Stored names may be those of wrappers, of older versions, or of the base model alone: `names` finds that from one tensor
 that every variant has. Which heads there are shows in the tensors, or, for a head that is all tied, in the config's
 ``architectures`` and the prefix. What transformers does not read (masks, positions, what the class ignores on loading)
-is left, and reported; of copies of tied tensors one counts; a head that is no copy makes the model untied.
+is left, and reported; of copies of tied tensors one counts; a head that is not a copy makes the model untied.
 
 Refuses (`InvalidCheckpoint`) a config that does not describe the stored tensors, naming the first tensor and axis that
 disagree, and a checkpoint with tensors that the architecture's table does not know: integer ones, adapters that are not

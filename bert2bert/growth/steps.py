@@ -101,7 +101,7 @@ class Growth:
                 size = old.get(axis, 0) * self.factor
                 if size != round(size) or size < 1:
                     raise InvalidConfig(
-                        f"{self.operators[kind]}: {self.factor:g} times {axis}={old.get(axis, 'none here')} is no "
+                        f"{self.operators[kind]}: {self.factor:g} times {axis}={old.get(axis, 'none here')} is not a "
                         "whole number; choose another factor, or give the size of an axis: "
                         f"{', '.join(table.sizes.axes)}"
                     )

@@ -33,7 +33,7 @@ def check_numbers(source: Source, tensors: Iterable[TensorMeta]) -> None:
 
 
 def instead_of(source: Source, name: str) -> str:
-    """What to say of a parameter that is not there: what its module has instead that is no floating-point number, or
+    """What to say of a parameter that is not there: what its module has instead that is not a floating-point number, or
     how a run leaves it out of its files."""
     if ".mlp." in name and (single := experts.fused(source.tensors)):
         return (
@@ -46,7 +46,7 @@ def instead_of(source: Source, name: str) -> str:
     found = {n: buffer for n, buffer in source.buffers.items() if n.startswith(module) and hasattr(buffer, "dtype")}
     if found:
         first = name if name in found else min(found)
-        return f"In its place stands {first} ({str(found[first].dtype).removeprefix('torch.')}): {_QUANTISED}"
+        return f"In its place is {first} ({str(found[first].dtype).removeprefix('torch.')}): {_QUANTISED}"
     asked = "Is this the config of this checkpoint?"
     listed = source.lists_frozen and source.manifest is None  # a resharded file lists those that its source had
     if source.format == "hub" or listed:

@@ -22,14 +22,14 @@ from bert2bert.measure.rounding import Blocks, Comparison
 from bert2bert.measure.tokens import Tokens
 from bert2bert.measure.transformers_models import NoReference, precision
 
-# An exact growth in float32 differs by the rounding of its shares (1/3 is no float), and T5, which scales no scores,
+# An exact growth in float32 differs by the rounding of its shares (1/3 is not a float), and T5, which scales no scores,
 # magnifies that to 5e-6; 16-bit files differ by more.
 TOLERANCE = {"float32": 5e-5, "float64": 5e-5, "float16": 2e-2, "bfloat16": 1.5e-1}
 # The rule holds for the numbers of the plan itself, so only the arithmetic of the run is between the two.
 _GRADIENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 _LITTLE = 1e8  # bytes
 _RUN = {"float64": 0.0, "float32": 1e-4}
-# Of the plan's numbers in float64, whose rounding a model magnifies by up to 10^7; in float32 that is no test.
+# Of the plan's numbers in float64, whose rounding a model magnifies by up to 10^7; in float32 that is not a test.
 _RULE = {"float64": 1e-8, "float32": 0.0}
 
 

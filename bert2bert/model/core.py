@@ -1,7 +1,7 @@
 """What every model core has in common: flat packed tokens in, a loss out, and weights by transformers' names.
 
 A core is the language model of one or more architectures. It gives four things: its list of blocks (`layers`), `embed`,
-`shared` (what all blocks read beside the hidden states) and `predict`. Everything else stands here once: the forward
+`shared` (what all blocks read beside the hidden states) and `predict`. Everything else is here once: the forward
 over the layers that a program runs (`Core`), fresh weights, weights by name, compiling and recomputation
 (`LanguageModel`, which `hosted.Hosted` is, too). Hidden states stay [tokens, hidden] from the embeddings to the loss;
 what lies below the lowest learning layer runs without autograd.

@@ -17,7 +17,7 @@ from bert2bert.model.settings import settings_of
 
 
 class Embeddings(blocks.Embeddings):
-    """BERT's, but the position table stands last and its first rows, up to the padding id's, are no token's."""
+    """BERT's, but the position table comes last and its first rows, up to the padding id's, belong to no token."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -237,7 +237,7 @@ def _atoms(spec: str) -> list[axes.Atom]:
 
 
 def _covered(dims: Sequence[Dim]) -> bool:
-    """Whether at least one term speaks at every position of a dim."""
+    """Whether at least one term writes every position of a dim."""
     return any(d.full for d in dims) or bool((np.max([d.index for d in dims], 0) >= 0).all())
 
 

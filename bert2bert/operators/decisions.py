@@ -98,7 +98,7 @@ class Fresh:
     blank: frozenset[str] = frozenset()
     """Axes, '~' in front where read, whose silent positions are zero."""
     std: Mapping[str, float] = field(default_factory=dict)
-    """Factors on the standard deviation by axis, '~' in front where read; under '' what stands in for the config's."""
+    """Factors on the standard deviation by axis, '~' in front where read; under '' what replaces the config's."""
 
     def __or__(self, other: Fresh) -> Fresh:
         return Fresh(self.blank | other.blank, {**self.std, **other.std})
@@ -170,7 +170,7 @@ class Layer:
     source: int | None
     """The source layer; None: drawn at random."""
     identity: bool = False
-    """Its residual branches write zero, so that it changes nothing where norms stand inside the branches."""
+    """Its residual branches write zero, so that it changes nothing where norms are inside the branches."""
     moment: float = 1.0
     """Factor on the source's gradients."""
     step: float = 1.0

@@ -172,7 +172,7 @@ def middle(
 
 @operator(
     "depth", "insert_identity", paper="Wu et al., LLaMA Pro, ACL 2024; Wang et al., LEMON, ICLR 2024",
-    keeps="the function, bit for bit, where norms stand inside the residual branches",
+    keeps="the function, bit for bit, where norms are inside the residual branches",
     needs="a pre-norm model, to be exact", moments="asymmetric",
 )  # fmt: skip
 def insert_identity(

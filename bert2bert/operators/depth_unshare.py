@@ -1,7 +1,7 @@
 """Unsharing: from a model that runs the same layers several times to one whose layers are its own.
 
 Refuses (`UnsupportedGrowth`) layer counts that no whole number of runs gives, and models whose first layer lacks
-tensors that the others have, so that the same layer cannot stand at both places.
+tensors that the others have, so that the same layer cannot be at both places.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     try:
         with safe_open(path, "np") as file:
             text = (file.metadata() or {}).get("bert2bert.commands.learn")
-            maps = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            maps = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
     except (OSError, SafetensorError) as error:
         raise InvalidCheckpoint(
             f"{path}: not readable as a safetensors file of maps ({error}); make one with bert2bert learn"

@@ -34,10 +34,10 @@ from bert2bert.tables import Table
 def lemon(pair: Pair) -> Width:
     """Features repeated round and round; readers split a weight unevenly among copies, by random shares of sum one.
 
-    A width D' that is no multiple of D, where norms stand inside the branches: k = floor(D' / D) copies of the stream,
-    then its mean (LayerNorm) or zeros (RMSNorm); norm gains times sqrt(k D / D'), epsilon times k D / D', and weights
-    that read the padding drawn at random, for the norms make it zero. Elsewhere, only multiples. Moments are exact
-    where units alone grow, else carried over by the same maps.
+    A width D' that is not a multiple of D, where norms are inside the branches: k = floor(D' / D) copies of the
+    stream, then its mean (LayerNorm) or zeros (RMSNorm); norm gains times sqrt(k D / D'), epsilon times k D / D', and
+    weights that read the padding drawn at random, for the norms make it zero. Elsewhere, only multiples. Moments are
+    exact where units alone grow, else carried over by the same maps.
     """
     maps: dict[str, Gather | tuple[Gather, ...]] = {}
     for axis in pair.grown:
@@ -62,7 +62,7 @@ def lemon(pair: Pair) -> Width:
     head_size=True,
 )
 def gesmundo(pair: Pair) -> Width:
-    """The source in a corner, zeros where the new part would be heard, random numbers elsewhere: one rule an axis.
+    """The source in a corner, zeros where the new part would be read, random numbers elsewhere: one rule an axis.
 
     Neurons: new columns of W_2 zero. Heads, and the value size: new columns of W_O zero. Query and key size k -> k':
     W_K times sqrt(k' / k), its new rows zero. Hidden size h -> h': new entries of all that writes the stream zero, norm
@@ -123,7 +123,7 @@ def _padded(pair: Pair, width: Width, stream: Gather, mean: bool) -> Width:
 
 
 def _norm_on_stream(table: Table) -> str:
-    """A norm's gain that writes the residual stream itself, '' if norms stand inside the branches."""
+    """A norm's gain that writes the residual stream itself, '' if norms are inside the branches."""
     for row in table.rows:
         atoms = [atom for dim in axes.parse(row.spec) for product in dim for atom in product]
         if any(a.axis == "rho" for a in atoms) and any(a.axis == "embed" and not a.reads for a in atoms):

@@ -94,7 +94,7 @@ def msg(pair: Pair) -> Width:
     maps = {axis: corner(pair.small[axis], pair.large[axis]) for axis in pair.grown}
     exact = "lemon, or gesmundo in RMSNorm models" if pair.table.norms.pre else "fpi at whole multiples of the width"
     reason = (
-        f"msg: fresh entries on {', '.join(maps)} are drawn at random and heard at once, for the masks that hide them "
+        f"msg: fresh entries on {', '.join(maps)} are drawn at random and act at once, for the masks that hide them "
         f"act while the model runs and no checkpoint holds them; exact without masks: --width {exact}"
     )
     moments = "moments of old entries are kept, those of fresh entries start at zero"

@@ -57,7 +57,7 @@ def _rank(rank: int, pipes: list[tuple[Any, Any]], alive: tuple[int, int], call:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(
             number, signal.SIG_IGN
-        )  # a terminal sends them to all: the watcher hears them, and ends the ranks
+        )  # a terminal sends them to all: the watcher receives them, and ends the ranks
     threading.Thread(target=lambda: (os.read(alive[0], 1), os._exit(_LOST)), daemon=True).start()
     for i, (near, far) in enumerate(pipes):  # only what is this rank's own, or the end of another goes unnoticed
         if rank > 0:

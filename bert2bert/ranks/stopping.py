@@ -31,7 +31,7 @@ class Stop:
     def __init__(self) -> None:
         self.caught: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
-        # Python runs handlers between two lines of the main thread, which may wait in a collective: a thread hears, too
+        # Python runs handlers between two lines of the main thread, which may wait in a collective: so a thread listens
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)
         self._old_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)

@@ -1,7 +1,7 @@
 """Read a training run's folder: what it was, what it spent, and its held-out loss over steps, FLOPs and wall clock.
 
-Needs only `run.json` and `metrics.jsonl`, no torch. Refuses a folder that is no run, a damaged metrics file and a run
-without an evaluation. A last line that was cut off by a kill is left out; any other damage is an error.
+Needs only `run.json` and `metrics.jsonl`, no torch. Refuses a folder that is not a run, a damaged metrics file and a
+run without an evaluation. A last line that was cut off by a kill is left out; any other damage is an error.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class Norms:
     kind: str
     """'layer' or 'rms'."""
     pre: bool
-    """Whether norms stand inside the residual branches (pre-norm)."""
+    """Whether norms are inside the residual branches (pre-norm)."""
     eps: tuple[str, float]
     """The config key of their epsilon, and transformers' default."""
     axes: frozenset[str] = frozenset({"embed"})
@@ -122,7 +122,7 @@ class Norms:
 
 @dataclass(frozen=True)
 class Compatibility:
-    """Which configs the rows describe, which two of them a growth may join, and which layers may stand for others."""
+    """Which configs the rows describe, which two of them a growth may join, and which layers may replace others."""
 
     must_agree: Mapping[str, Any]
     """Config key that a growth cannot change -> its *default*."""

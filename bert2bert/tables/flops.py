@@ -2,7 +2,7 @@
 
 One multiply-add is two FLOPs. Counted: every linear map that a spec describes, once a token that it reads (of experts
 those of num_experts_per_tok, with the router and the shared expert); in attention the products with keys and with
-values, 4 · heads · head size a pair of tokens; the language-model head, tied or not, with what stands before it, at the
+values, 4 · heads · head size a pair of tokens; the language-model head, tied or not, with what comes before it, at the
 predicted positions. Not counted: padding, recomputation, norms, activations, softmax, rotary angles, look-ups,
 relative-position biases, heads for other tasks, the optimizer.
 
@@ -109,7 +109,7 @@ class Flops:
 
     def _maps(self, rows: Sequence[Parameter]) -> _Maps:
         """The maps of one part, in the order in which they run. The rows of a word embedding that is the head's
-        decoder stand first, and read what its last norm writes."""
+        decoder come first, and read what its last norm writes."""
         own = encoder = residual = 0
         entered = True  # until something is written to the residual stream
         for p in rows:

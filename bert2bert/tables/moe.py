@@ -2,7 +2,7 @@
 
 The router is ``experts <- normed``; all experts share one map on ``ffn``. The experts of a token are weighed by a
 softmax over all of them, so their number grows only by operators that know it. ``dense``: what one expert is made of in
-a dense model. Qwen2-MoE adds a shared expert, which no dense model has: it is no target of upcycling.
+a dense model. Qwen2-MoE adds a shared expert, which no dense model has: it is not a target of upcycling.
 Refuses dense layers between those with experts, and sliding windows in the Qwens.
 """
 

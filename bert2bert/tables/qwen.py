@@ -16,7 +16,7 @@ _FFN = [row.name for row in _SHARED].index("model.layers.{layers}.mlp.gate_proj.
 
 
 def head_norms(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Rows with norms on queries and keys after them; ``iota`` stands on what those norms read."""
+    """Rows with norms on queries and keys after them; ``iota`` marks what those norms read."""
     read = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
     return (
         *(replace(r, spec=r.spec.replace("(", "(iota ", 1)) if r.name.endswith(read) else r for r in rows),

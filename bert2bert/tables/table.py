@@ -62,7 +62,7 @@ class Table:
     """One architecture: its rows, and what is known of them in four parts, each with its fields.
 
     The rows are the table itself, what most readers look for, and a fresh weight's deviation belongs to a row: both
-    stand here. So does every method, because each reads several parts, or names the model in its errors.
+    are here. So is every method, because each reads several parts, or names the model in its errors.
     """
 
     model_type: str
@@ -97,7 +97,7 @@ class Table:
         whole, part = config.get(key), config.get(divisor)
         if isinstance(whole, int) and isinstance(part, int) and part > 0 and whole % part:
             raise InvalidConfig(
-                f"model config: {key}={whole} is no multiple of {divisor}={part}, without which transformers makes "
+                f"model config: {key}={whole} is not a multiple of {divisor}={part}, without which transformers makes "
                 f"no {self.model_type}; choose sizes that divide"
             )
         sizes = dict(self.sizes.constants)
@@ -124,7 +124,9 @@ class Table:
         old = self.axis_sizes(config)
         for axis in changes:
             if axis not in self.sizes.axes:
-                raise InvalidConfig(f"{axis} is no axis of a {self.model_type}; {did_you_mean(axis, self.sizes.axes)}")
+                raise InvalidConfig(
+                    f"{axis} is not an axis of a {self.model_type}; {did_you_mean(axis, self.sizes.axes)}"
+                )
         new = old | dict(changes)
         for unit in self.sizes.units:
             scale = new["embed"] / old["embed"]

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         for i, word in enumerate(words):
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
-                break  # what follows is no option, or a sub-command's own
+                break  # what follows is not an option, or a sub-command's own
             number = word[1:2].isdigit() or word[1:2] == "."  # -1 and -.5 are values
             if word.startswith("-") and word != "-" and " " not in word and not number:
                 words[i] = self._known(word)

@@ -41,12 +41,12 @@ def raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def at_once(command: str, speaks: bool) -> Iterator[None]:
+def at_once(command: str, prints: bool) -> Iterator[None]:
     """Within the statement, a signal ends the process: for a rank whose launcher will not wait, and whose work may be
-    killed at any moment. speaks: whether it is the rank that says so."""
+    killed at any moment. prints: whether it is the rank that reports it."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if speaks:
+        if prints:
             with contextlib.suppress(OSError):
                 os.write(2, f"{message(command, number)}\n".encode())
         os._exit(128 + number)

@@ -183,7 +183,7 @@ def test_what_would_have_to_grow_is_refused_by_name_before_anything_is_written(
     both = ({name: value}, {}) if isinstance(value, torch.Tensor) else ({}, {name: value})
     source = with_buffers(run, tmp_path / "run", *both)
     goal = {**WIDER, "max_position_embeddings": 21}
-    with pytest.raises(UnsupportedGrowth, match=re.escape(f"holds '{name}', which is no parameter")):
+    with pytest.raises(UnsupportedGrowth, match=re.escape(f"holds '{name}', which is not a parameter")):
         grown(source, goal, positions="tile")
     assert not (tmp_path / "target").exists()
     messages: list[str] = []

@@ -309,7 +309,7 @@ def test_values_nested_too_deep_are_refused_before_a_byte_is_written(run: Path, 
 
 
 STATE = {key: VALUES[key] for key in ("enumeration", "times", "containers", "own", "arrays", "nested", "calls")} | {
-    "call": Calls(), "cycle": cyclic(), 7: "a key that is no text", "tensors": TENSORS,
+    "call": Calls(), "cycle": cyclic(), 7: "a key that is not a text", "tensors": TENSORS,
 }  # fmt: skip
 
 

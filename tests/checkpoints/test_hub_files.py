@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder are its model, as transformers decides it, and what is no plain model."""
+"""Which files of a Hugging Face folder are its model, as transformers decides it, and what is not a plain model."""
 
 from __future__ import annotations
 
@@ -473,7 +473,7 @@ def test_what_a_run_does_not_get_of_a_folder_is_reported(form: str, tmp_path: Pa
 
 
 def test_names_of_packed_weights_in_a_model_of_floats(tmp_path: Path) -> None:
-    """A parameter W_q or codebooks is no quantised weight where its layer has floating-point numbers alone."""
+    """A parameter W_q or codebooks is not a quantised weight where its layer has floating-point numbers alone."""
     names = ("attn.W_q", "vq.codebooks", "vq.centroids.weight", "gate.bitmask")
     tensors = {name: torch.rand(2, 3) for name in names} | {"step": torch.tensor(1)}
     folder = tmp_path / "s"

@@ -284,7 +284,7 @@ FILES: dict[str, tuple[str, list[tuple[Any, ...]], str]] = {
     "tensor-parallel": ("z2fp32", [("as", "mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt")], "mp_rank_01_model_states.pt is a file of a tensor or pipeline parallel run"),
     "tensor-parallel-3": ("z3fp32", [("as", zero3("0"), "zero_pp_rank_0_mp_rank_01_model_states.pt")], "zero_pp_rank_0_mp_rank_01.* tensor or pipeline parallel"),
     "pipeline": ("z2fp32", [("as", "mp_rank_00_model_states.pt", "layer_00-model_00-model_states.pt")], "layer_00-model_00-model_states.pt is a file of a tensor or pipeline"),
-    "experts": ("z2fp32", [("as", "mp_rank_00_model_states.pt", "layer_0_expert_0_mp_rank_00_model_states.pt")], "its entry 'module' is no tensor of an expert"),
+    "experts": ("z2fp32", [("as", "mp_rank_00_model_states.pt", "layer_0_expert_0_mp_rank_00_model_states.pt")], "its entry 'module' is not a tensor of an expert"),
 }  # fmt: skip
 
 

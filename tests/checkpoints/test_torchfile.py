@@ -89,7 +89,7 @@ def test_enumerations_by_name(tmp_path: Path) -> None:
     found = torch_reader.load(save(tmp_path / "a.pt", named))
     assert found == {"stage": 3, "profile": "fused"} and type(found["stage"]) is int and type(found["profile"]) is str
     for kind, name in ((ZeroStageEnum, "__class__"), (argparse.Namespace, "__init__"), (LossScaleProfile, "weights")):
-        with pytest.raises(InvalidCheckpoint, match=f"attribute '{name}' of what is no enumeration"):
+        with pytest.raises(InvalidCheckpoint, match=f"attribute '{name}' of what is not an enumeration"):
             torch_reader.load(save(tmp_path / "b.pt", ByName(kind, name)))
 
 

@@ -88,7 +88,7 @@ def other_rule(content: Any, decays: Any) -> None:
     ],
 )
 def test_other_rules_of_scripts(home: Path, tmp_path: Path, name: str, decays: Any, warned: bool) -> None:
-    """By the number of dimensions, and by parts of names; what is no rule is refused."""
+    """By the number of dimensions, and by parts of names; what is not a rule is refused."""
     shutil.copytree(home / name, tmp_path / "run")
     found = torch.load(home / f"{name}.truth.pt")
     tag = (tmp_path / "run" / "latest").read_text().strip()

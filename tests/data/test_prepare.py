@@ -341,12 +341,12 @@ def test_line_ends_inside_records_are_read_as_those_of_files_and_it_is_reported(
 
 
 BAD_RECORDS = [
-    (b'"fine"\n"so"\n', "line 1 is no JSON record: it holds a str, expected an object"),
-    (b'{"text": "fine"}\n{"text": "x\n{"text": "y"}\n', r"line 2 is no JSON record: .*column.*'{\"text\": \"x'"),
-    (b'{"text": "fine"}\n\n{"text": "x"}, \n', "line 3 is no JSON record: Extra data"),
+    (b'"fine"\n"so"\n', "line 1 is not a JSON record: it holds a str, expected an object"),
+    (b'{"text": "fine"}\n{"text": "x\n{"text": "y"}\n', r"line 2 is not a JSON record: .*column.*'{\"text\": \"x'"),
+    (b'{"text": "fine"}\n\n{"text": "x"}, \n', "line 3 is not a JSON record: Extra data"),
     (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "record 2 cannot be read: .*0xe9"),
-    (b'{"text": "fine"}\n{"text": "\\ud83d"}\n', "line 2 is no JSON record: .*surrogate"),
-    (b'{"text": "fine"}\n{"text": "x', "line 2 is no JSON record: Unterminated string"),
+    (b'{"text": "fine"}\n{"text": "\\ud83d"}\n', "line 2 is not a JSON record: .*surrogate"),
+    (b'{"text": "fine"}\n{"text": "x', "line 2 is not a JSON record: Unterminated string"),
     (b'{"text": "fine"}\n{"text": 3}\n', r"holds int, expected text \(record 2: '3'\)"),
     ('{"text": "x"}\n'.encode("utf-16"), "is text in UTF-16.*iconv"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a git-lfs pointer"),

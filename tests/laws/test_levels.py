@@ -280,7 +280,7 @@ def test_what_does_not_come_back() -> None:
         ({"depth": "coalesce"}, r"--width fpi: hidden_size would change from 16 to 8.*--width coalesce"),
         ({"width": "coalesce", "depth": "coalesce", "breaker": "noise"}, "no copies"),
         ({"width": "coalesce", "depth": "coalesce", "moments": "asymmetric"}, "--moments asymmetric.*--moments reset"),
-        ({"width": "shrink:of=coalesce", "depth": "shrink"}, "coalesce is no growth"),
+        ({"width": "shrink:of=coalesce", "depth": "shrink"}, "coalesce is not a growth"),
         ({"width": "shrink:of=tiles", "depth": "shrink"}, "'tiles'.*did you mean 'tile'"),
         ({"width": "shrink:of=gesmundo", "depth": "shrink"}, "inverts the growth --width gesmundo.*not possible"),
         ({}, "use|or --width coalesce --depth coalesce"),

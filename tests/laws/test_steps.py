@@ -170,10 +170,10 @@ def test_kinds_of_layers_follow_the_depth(name: str) -> None:
 @pytest.mark.parametrize(
     "step,text",
     [
-        (lambda: g.stack(1.5), r"stack: 1.5 times layers=3 is no whole number"),
+        (lambda: g.stack(1.5), r"stack: 1.5 times layers=3 is not a whole number"),
         (lambda: g.fpi(layers=6), "fpi does not grow layers, which is a matter of depth"),
         (lambda: g.stack(2, embed=16), "stack does not grow embed, which is a matter of width"),
-        (lambda: g.fpi(hidden=16), "hidden is no axis"),
+        (lambda: g.fpi(hidden=16), "hidden is not an axis"),
         (lambda: g.fpi(chioce="left"), "chioce='left' is neither an option of the operator nor the size"),
         (lambda: g.fpi(choice="wild"), "choice is 'wild'"),
         (lambda: g.fpi(embed=True), "embed=True is neither"),

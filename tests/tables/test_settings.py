@@ -100,7 +100,7 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     ids=repr,
 )
 def test_rotary_positions_in_old_words(name: str, old: dict[str, Any]) -> None:
-    """What an older config says is what transformers makes of it, so that growing into a re-saved one is no change;
+    """What an older config says is what transformers makes of it, so that growing into a re-saved one is not a change;
     and a scaling that the target leaves out is one."""
     new = tiny.config_of(name)
     if ("global_rope_theta" in old) != (name == "modernbert") and old:

@@ -8,11 +8,12 @@ only then `latest`.
 
 A process killed at any moment leaves nothing that looks complete, and running it again finishes the job with what was
 finished before, if the job is the same; else that is thrown away. A folder that a living process writes is refused.
-Nothing is written or deleted through a link: a target may be a link to a folder, but what stands below it may not. The
+Nothing is written or deleted through a link: a target may be a link to a folder, but what lies below it may not. The
 trainer's own saving uses the small functions.
 
-Refuses a target that already holds a checkpoint, is no folder, lies below a file or cannot be written (InvalidConfig),
-a folder whose files are not those its manifest lists (InvalidCheckpoint), and a disk without room (UserError).
+Refuses a target that already holds a checkpoint, is not a folder, lies below a file or cannot be written
+(InvalidConfig), a folder whose files are not those its manifest lists (InvalidCheckpoint), and a disk without room
+(UserError).
 """
 
 from __future__ import annotations

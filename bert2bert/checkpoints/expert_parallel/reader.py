@@ -182,7 +182,7 @@ class ExpertSource(ZeroSource):
         for file, key, value in self._entries:
             place = in_file(key, tuple(value.shape)) if isinstance(value, torch.Tensor) else None
             if place is None:
-                raise InvalidCheckpoint(f"{file}: its entry {key!r} is no tensor of an expert. Restore the file.")
+                raise InvalidCheckpoint(f"{file}: its entry {key!r} is not a tensor of an expert. Restore the file.")
             name, start, expert, share = place
             found.setdefault(name, {})[start] = value.reshape(-1)
             many = () if is_numbered(name) else (max(expert + 1, shapes.get(name, (0,))[0]),)

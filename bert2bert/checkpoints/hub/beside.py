@@ -57,8 +57,8 @@ def grown_beside(config: Mapping[str, Any], *folders: Path) -> dict[str, bytes]:
 
 
 def all_beside(folder: Path) -> dict[str, bytes]:
-    """Name -> content of every small file that is no weight and no config: of the same model, written again. A folder
-    in it that holds weights is another model or checkpoint."""
+    """Name -> content of every small file that is neither weights nor config, for the same model written again. A
+    folder in it that holds weights is another model or checkpoint."""
     found: dict[str, bytes] = {}
     for path in _visible(folder):
         inner = [path] if path.is_file() else sorted(path.rglob("*"))

@@ -2,7 +2,7 @@
 
 transformers fuses ``…experts.0.w1.weight`` and its like into ``…mlp.experts.gate_up_proj`` [experts, 2 ffn, embed]
 when it loads a model and takes them apart when it saves one, so readers and writers of its folders do the same. Names
-of wrappers may stand anywhere in between. A folder that `reshard` wrote of a model whose experts are modules of their
+of wrappers may come anywhere in between. A folder that `reshard` wrote of a model whose experts are modules of their
 own, as those of transformers 4 are, is read as its manifest lists it.
 
 Refuses (`InvalidCheckpoint`) experts that are not all there or not of one shape.
@@ -61,7 +61,7 @@ def fused(names: Iterable[str]) -> dict[str, Parts]:
 
 
 def model_name(name: str) -> str:
-    """A model's name of a stored tensor that is no expert's."""
+    """A model's name of a stored tensor that is not an expert's."""
     return _BLOCK.sub(".mlp.", name)
 
 

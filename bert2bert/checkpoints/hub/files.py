@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder are its model, in transformers' own order, and what is no plain model.
+"""Which files of a Hugging Face folder are its model, in transformers' own order, and what is not a plain model.
 
 The order: the file that the config names (``transformers_weights``), ``model.safetensors``, the shards of
 ``model.safetensors.index.json``, the only safetensors file there is (if no ``pytorch_model.bin`` comes before it).
@@ -202,7 +202,7 @@ def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Map
 
 
 def _plain(name: str, dtypes: Mapping[str, str]) -> bool:
-    """Whether a tensor with the name of a packed one is a plain parameter: no whole numbers stand in its layer."""
+    """Whether a tensor with the name of a packed one is a plain parameter: its layer has no integer tensors."""
     match = _ALSO_PLAIN.fullmatch(name)
     layer = (match[1] or "") if match else ""
     return bool(match) and not any(n.startswith(layer) and t not in _FLOATS for n, t in dtypes.items())

@@ -70,7 +70,7 @@ class Naming:
         return self.prefix + text
 
     def canonical(self, stored: str) -> str:
-        """What transformers would call a stored tensor that is no parameter, a buffer; `stored` undoes it."""
+        """What transformers would call a stored tensor that is not a parameter, a buffer; `stored` undoes it."""
         return self.lacks + _clean(stored.removeprefix(self.prefix))
 
     @property
@@ -126,7 +126,7 @@ def read_names(
 
 
 def _other_outer(names: Collection[str], front: str, full: Collection[str]) -> str:
-    """The last module of ``front`` where tensors of the full model, its heads, stand beside that module: it is the base
+    """The last module of ``front`` where tensors of the full model, its heads, lie beside that module: it is the base
     model under another outer name. Else ''."""
     parent, _, last = front.removesuffix(".").rpartition(".")
     parent += "." * bool(parent)

@@ -4,7 +4,7 @@ DeepSpeed's own converter writes one dialect for stages 1 and 2 and another for 
 both names of the model-states file, both sets of keys in `zero/optimizer_state.pt`, and `{'param': tensor}` files
 that either loader accepts. Stage 3 copies the first group's hyper-parameters into every group, so what it is given
 holds only those on which all groups agree: an unmodified script keeps its own weight decay per group. What a file
-cannot mend: stage 3 shares one step tensor among sub-groups, and no stage restores buffers or frozen
+cannot repair: stage 3 shares one step tensor among sub-groups, and no stage restores buffers or frozen
 parameters (they are in `module` of ``mp_rank_00_model_states.pt``).
 
 Refuses (InvalidConfig) groups whose optimizer does not keep both of Adam's moments: the format has no other.

@@ -246,7 +246,7 @@ class ModelStates:
                 self.aliases.update({absent: kept} if kept in have else {kept: absent})
 
     def _is_extra(self, name: str, listed: bool) -> bool:
-        """Whether a name of the state dict that is no trained parameter and no buffer is no frozen parameter either.
+        """Whether a name of the state dict, of no trained parameter and no buffer, is of no frozen parameter either.
         ``listed``: by the file's own list of these."""
         value = self.module[name]
         if not isinstance(value, torch.Tensor) or name.endswith(EXTRA):

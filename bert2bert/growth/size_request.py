@@ -1,6 +1,6 @@
 """What is asked for of a model's sizes: ``2x`` of the source's, ``768``, ``500M`` parameters. Imports no torch.
 
-Refuses (`InvalidConfig`) what is no positive number, no wish at all, and wishes that leave nothing to choose.
+Refuses (`InvalidConfig`) what is not a positive number, no request at all, and requests that leave nothing to choose.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Amount:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class SizeRequest:
     """What is asked for; None: as it follows from the rest."""
 
     width: Amount | None = None
@@ -55,7 +55,7 @@ class Wishes:
     vocab: Amount | None = None
 
     @classmethod
-    def parse(cls, **texts: str | None) -> Wishes:
+    def parse(cls, **texts: str | None) -> SizeRequest:
         """From the options' texts. Raises InvalidConfig, also where nothing is asked for, or too much."""
         given = {f.name: text for f in fields(cls) if (text := texts.get(f.name)) is not None}
         if not given:
