@@ -1,4 +1,4 @@
-"""What target tensors that are made of nothing go with: the optimizer group that one joins, and which are frozen.
+"""What target tensors without a source go with: the optimizer group that one joins, and which are frozen.
 
 An inserted block's zeros, a norm that the copied layer lacks (ModernBERT's first) and a new router have no tensor of
 the source to follow. They go with the layer that the rest of their layer is made of.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def akin(growth: Growth) -> dict[str, str]:
-    """Target tensor that is made of nothing -> the source's tensor of the same kind whose group it joins: of the layer
+    """Target tensor without a source -> the source's tensor of the same kind whose group it joins: of the layer
     that the rest of its layer is made of, else of any. Canonical names; left out where the source has no such kind."""
     kin = _Kin(growth)
     found = {name: [*kin.counterparts(name), *kin.of_kind(name)] for name in kin.new}
@@ -28,7 +28,7 @@ def akin(growth: Growth) -> dict[str, str]:
 def frozen(growth: Growth) -> frozenset[str]:
     """The target tensors, by canonical names, that stay frozen: those of which all that they are made of was frozen.
 
-    One that is made of nothing follows the tensor of its kind in the layer that its layer is made of, and all that its
+    One without a source follows the tensor of its kind in the layer that its layer is made of, and all that its
     layer is made of where that lacks the kind. In a layer that is all new it is trained.
     """
     kin, model = _Kin(growth), growth.model
@@ -38,7 +38,7 @@ def frozen(growth: Growth) -> frozenset[str]:
 
 
 class _Kin:
-    """``new``: the target's tensors that are made of nothing."""
+    """``new``: the target's tensors without a source."""
 
     def __init__(self, growth: Growth) -> None:
         own, plan = growth.model.parameters, growth.plan
@@ -66,6 +66,6 @@ class _Kin:
         return [self._kinds[kind]] if (kind := self._grown[name].pattern) in self._kinds else []
 
     def followed(self, name: str) -> list[str]:
-        """The source's tensors with which one that is made of nothing is frozen."""
+        """The source's tensors with which one without a source is frozen."""
         p = self._grown[name]
         return [] if p.layer is None else self.counterparts(name) or [*self._roots[p.depth, p.layer]]
