@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert2bert.commands.options import SIZES, parser
+from bert2bert.commands.options.growth import SIZES
+from bert2bert.commands.parser import parser
 from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.ranks.comm import ALONE, Comm
 from bert2bert.terminal import interrupts

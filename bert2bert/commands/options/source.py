@@ -1,0 +1,33 @@
+"""Options that name what a command starts from: a checkpoint, and the config of the larger model."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+CHECKPOINT = (
+    "a DeepSpeed checkpoint folder (ZeRO stage 0 to 3 of any world size, or universal; the folder with the file "
+    "`latest`, or the folder of one tag), or a Hugging Face model folder"
+)
+
+
+def source(p: ArgumentParser, other: str = "") -> None:
+    """SOURCE. other: what it may be besides a checkpoint."""
+    p.add_argument("source", type=Path, metavar="SOURCE", help=CHECKPOINT + other)
+
+
+def source_details(p: ArgumentParser) -> None:
+    """How to read SOURCE."""
+    p.add_argument("--source-config", type=Path, metavar="FILE", help="the source's config.json, if SOURCE holds none")
+    p.add_argument("--tag", metavar="TAG", help="the source's tag, its sub-folder (default: the one in `latest`)")
+
+
+def target_config(p: ArgumentParser) -> None:
+    """--config."""
+    p.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="config.json of the larger model (Hugging Face), or the folder that holds it",
+    )
