@@ -96,7 +96,8 @@ def _operator(operator: Operator) -> list[str]:
 
 
 RECIPE = (
-    ("", recipe.Recipe), ("data", recipe.Data), ("optimizer", recipe.AdamW), ("phases.N", recipe.Phase),
+    ("", recipe.Recipe), ("data", recipe.Data), ("optimizer", recipe.AdamW), ("safety", recipe.Safety),
+    ("phases.N", recipe.Phase),
     ("phases.N.schedule", recipe.Schedule), ("phases.N.program, kind `full`", recipe.Full),
     ("phases.N.program, kind `sub-models`", recipe.SubModels), ("objective, kind `masked`", objective.Masked),
     ("objective, kind `causal`", objective.Causal), ("objective, kind `span-corruption`", objective.SpanCorruption),

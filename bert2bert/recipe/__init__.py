@@ -13,6 +13,7 @@ from bert2bert.recipe.recipe import (
     from_dict,
     load_recipe,
 )
+from bert2bert.recipe.safety import Safety
 from bert2bert.recipe.schedules import Schedule
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Masked",
     "Phase",
     "Recipe",
+    "Safety",
     "Schedule",
     "SpanCorruption",
     "SubModels",

@@ -24,6 +24,7 @@ from bert2bert.recipe.checks import in_range as _in_range
 from bert2bert.recipe.checks import require as _require
 from bert2bert.recipe.model_keys import model_keys
 from bert2bert.recipe.old_names import RENAMED, explain
+from bert2bert.recipe.safety import Safety
 from bert2bert.recipe.schedules import Schedule
 from bert2bert.recipe.settings import assign, build
 from bert2bert.tables import table_for
@@ -123,6 +124,7 @@ class Recipe:
     optimizer: AdamW
     objective: Masked | Causal | SpanCorruption | None = None
     gradient_clipping: float = 1.0
+    safety: Safety = Safety()  # noqa: RUF009 - frozen
     seed: int = 0
     eval_every: int = 1000
     checkpoint_every: int = 1000

@@ -62,9 +62,7 @@ REFUSED = {
     "pipeline": _UNUSED,
     "activation_checkpointing": "its options are for models that call deepspeed.checkpointing; to compute blocks again "
     "in the backward pass, run with --activation_checkpointing; remove it here",
-    "tensor_parallel": _UNUSED,
-    "hybrid_engine": _UNUSED,
-    "weight_quantization": _UNUSED,
+    **dict.fromkeys(("tensor_parallel", "hybrid_engine", "weight_quantization"), _UNUSED),
     "data_efficiency": _RECIPE.format("recipe.data"),
     "dataloader_drop_last": _RECIPE.format("recipe.data"),
 }
@@ -101,6 +99,11 @@ REFUSED_ZERO = {
     "zero_quantized_gradients": _PARTITION,
     "cpu_offload": 'it is deprecated; write "offload_optimizer": {"device": "cpu"}',
     "cpu_offload_param": 'it is deprecated; write "offload_param": {"device": "cpu"}',
+}
+
+TRUE_ZERO = {
+    "ignore_unused_parameters": "a sub-model leaves layers unused in a step, and DeepSpeed would stop there",
+    "compute_grad_norm": "by that norm a run knows which steps would spoil the model (recipe.safety)",
 }
 
 _AUTOEP = ("enabled", "autoep_size", "use_grouped_mm", "disable_triton_grouped_mm", "combine_impl", "gate_up_impl")
@@ -190,14 +193,11 @@ def _check_zero(config: dict[str, Any], precision: str) -> None:
     for key, reason in REFUSED_ZERO.items():
         if not _off(zero.get(key)):
             raise InvalidConfig(f"ds_config: zero_optimization.{key}: {reason}")
-    if zero.get("zero_hpz_partition_size", 1) != 1:
-        found = zero["zero_hpz_partition_size"]
-        raise InvalidConfig(f"ds_config: zero_optimization.zero_hpz_partition_size is {found!r}: {_PARTITION}")
-    if zero.get("ignore_unused_parameters", True) is not True:
-        raise InvalidConfig(
-            "ds_config: zero_optimization.ignore_unused_parameters is not true; a sub-model leaves layers unused in a "
-            "step, and DeepSpeed would stop there; remove it"
-        )
+    if (size := zero.get("zero_hpz_partition_size", 1)) != 1:
+        raise InvalidConfig(f"ds_config: zero_optimization.zero_hpz_partition_size is {size!r}: {_PARTITION}")
+    for key, reason in TRUE_ZERO.items():
+        if zero.get(key, True) is not True:
+            raise InvalidConfig(f"ds_config: zero_optimization.{key} is not true; {reason}; remove it")
     for key in ("offload_optimizer", "offload_param"):
         offload = _section(zero, key) if zero.get(key) is not None else {}
         if offload.get("device") == "nvme":
@@ -209,7 +209,7 @@ def _check_zero(config: dict[str, Any], precision: str) -> None:
 
 
 def _check_types(types: dict[str, Any], precision: str, stage: int) -> None:
-    """``keep_in_fp32_modules`` is about buffers alone: they are saved in the dtype that the engine holds."""
+    """``keep_in_fp32_modules`` is about buffers alone, saved in the dtype that the engine holds."""
     for key in types:
         if key not in ("grad_accum_dtype", "keep_in_fp32_modules"):
             raise InvalidConfig(
@@ -219,8 +219,7 @@ def _check_types(types: dict[str, Any], precision: str, stage: int) -> None:
     keep = types.get("keep_in_fp32_modules", "auto")
     if keep != "auto" and not (isinstance(keep, list) and all(isinstance(name, str) for name in keep)):
         raise InvalidConfig(
-            f"ds_config: data_types.keep_in_fp32_modules is {keep!r}; expected 'auto' or a list of patterns, each for "
-            "buffers' names"
+            f"ds_config: data_types.keep_in_fp32_modules is {keep!r}; expected 'auto' or patterns of buffers' names"
         )
     if precision == "bf16" and stage == 1 and types.get("grad_accum_dtype") == "fp32":
         raise InvalidConfig(

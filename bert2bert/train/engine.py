@@ -5,6 +5,10 @@ not require gradients in that step (no backward, no share in the gradient norm) 
 (no momentum, no decay, no step count). Either alone fails: the first still moves weights by momentum and decay, the
 second still lets gradients into the norm; ZeRO-3 moreover re-applies the last gradient of a parameter that gets none.
 
+A step whose loss or gradient norm is not finite, or whose norm is above a limit, is not applied: the optimizer inside
+DeepSpeed's asks once a step, when DeepSpeed has the norm over all ranks, and changes nothing on no. DeepSpeed's own
+check covers some stages and precisions only, and no limit.
+
 Where ranks share a mixture's experts (AutoEP), DeepSpeed puts parameters of its own in the place of a block's, which
 inherit the groups; experts get groups of their own. `Engine.cuts` says how these come from the model's.
 
@@ -15,6 +19,7 @@ Longer than other modules: no other may import deepspeed.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -89,8 +94,8 @@ class Engine:
     ``cuts``: what DeepSpeed's optimizer made of the groups, index by index, by the names of ``parameters`` (the same
     but for `experts`, the number of ranks that share them, None: each has all); ``stage``: ZeRO stage 0 to 3;
     ``precision``: fp32, bf16 or fp16; ``micro_rows``: rows of one micro-batch of one rank; ``accumulation``:
-    micro-batches a step; ``grad_norm``: 2-norm of the last step's gradient over all ranks before clipping (None:
-    DeepSpeed computed none).
+    micro-batches a step; ``grad_norm``: 2-norm of the last step's gradient over all ranks before clipping, infinite
+    where it is not a number (None: no step yet); ``max_grad_norm``: a step of a greater one is not applied.
     """
 
     def __init__(
@@ -116,6 +121,10 @@ class Engine:
         self.micro_rows = int(ds.train_micro_batch_size_per_gpu())
         self.accumulation = int(ds.gradient_accumulation_steps())
         self.grad_norm: float | None = None
+        self.max_grad_norm = math.inf
+        self._accepted: bool | None = None  # the step under way; None: not asked yet
+        self._norm_of_step = 0.0, 1.0  # of fp32 stage 0, and the loss scale before the step
+        self.optimizer.accepts = self._accepts
         self._scales_loss = self.precision != "fp16" or hasattr(ds.optimizer, "scale_if_loss")
 
     @property
@@ -171,6 +180,8 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of one micro-batch's loss (divided by ``accumulation``; scaled in fp16)."""
+        # times 1, or not a number: a loss that is not finite on any rank then has a gradient norm that all ranks see
+        loss = loss * (1 + 0 * loss.detach())
         if not self._scales_loss:
             # Stage 0: DeepSpeed 0.19.8 divides gradients by a loss scale that it never multiplied the loss with.
             loss = loss.float() * (self.loss_scale or 1.0)
@@ -178,22 +189,39 @@ class Engine:
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()  # bookkeeping only
             return
-        scale = self.loss_scale or 1.0
         found = [p.grad for p in self.parameters.values() if p.grad is not None]
-        plain = torch.nn.utils.get_total_norm(found) if self.stage == 0 and self.precision == "fp32" else None
+        # DeepSpeed clips by this norm but does not report it.
+        plain = torch.nn.utils.get_total_norm(found) if self.stage == 0 and self.precision == "fp32" else 0.0
+        self._norm_of_step, self._accepted = (float(plain), self.loss_scale or 1.0), None
         self.ds.step()
-        # Stage 0 in fp32: DeepSpeed clips by the norm but does not report it.
-        norm = self.ds.get_global_grad_norm() if plain is None else plain
-        if norm is not None and self.precision == "fp16":
+        self.grad_norm = self._norm()
+        self.ds.skipped_steps += self._accepted is False
+
+    def _norm(self) -> float:
+        """`grad_norm`, of the step under way or just done."""
+        norm, scale = self._norm_of_step
+        if self.stage or self.precision != "fp32":
+            norm = float(self.ds.optimizer._global_grad_norm)
+        if self.precision == "fp16":
             # Stage 0 reports the scaled norm, stage 3 divides by the scale of the next step.
-            reported = {0: 1.0, 3: self.loss_scale or 1.0}.get(self.stage, scale)
-            norm = norm * (reported / scale)
-        self.grad_norm = None if norm is None else float(norm)
+            norm *= {0: 1.0, 3: self.loss_scale or 1.0}.get(self.stage, scale) / scale
+        return norm if norm >= 0 else math.inf  # DeepSpeed reports -1 for what is not finite
+
+    def _accepts(self) -> bool:
+        if self._accepted is None:
+            norm = self._norm()
+            self._accepted = math.isfinite(norm) and norm <= self.max_grad_norm
+        return self._accepted
 
     @property
     def step_skipped(self) -> bool:
-        """Whether the last optimizer step was dropped because fp16 gradients overflowed."""
-        return bool(getattr(self.ds.optimizer, "overflow", False))
+        """Whether the last optimizer step was not applied, by DeepSpeed or by this engine."""
+        return bool(getattr(self.ds.optimizer, "overflow", False)) or self._accepted is False
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it was not applied for a reason other than an overflow of fp16, which the loss scale mends."""
+        return self.step_skipped and (self.precision != "fp16" or self._accepted is False)
 
     @property
     def loss_scale(self) -> float | None:
@@ -229,7 +257,7 @@ class Engine:
 
     @property
     def counters(self) -> dict[str, int]:
-        """DeepSpeed's counts of steps, rows, and steps dropped because fp16 gradients overflowed."""
+        """DeepSpeed's counts of steps, rows, and steps that were not applied."""
         ds = self.ds
         return {
             "global_steps": int(ds.global_steps),
@@ -258,6 +286,7 @@ class Engine:
 
     def destroy(self) -> None:
         """Take DeepSpeed's hooks off the process, the replaced ``torch.nn.functional.linear`` of ZeRO-3 included."""
+        self.optimizer.accepts = None  # or the two would keep each other
         self.ds.destroy()
         restore_linear()
 
@@ -310,6 +339,7 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: LanguageModel) ->
         deepspeed.utils.logger.setLevel(level)
     engine = Engine(ds, model, tuple(parameters), groups, experts, device)
     engine.optimizer.state.clear()  # 16-bit stage 0: the count of that step at start
+    engine.max_grad_norm = recipe.safety.max_grad_norm or math.inf
     return engine
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,20 +15,6 @@ from bert2bert.errors import UserError
 # gloo raises plain RuntimeErrors; NCCL's and the store's have classes of their own
 _LOST = re.compile(r"gloo/|Connection (closed|reset) by peer|Socket closed|Broken pipe|NCCL error|Timed out waiting")
 _SLOW = re.compile(r"[Tt]imed? ?out")
-
-
-def check_finite(loss: float, norm: float | None, where: str, newest: Callable[[], str]) -> None:
-    """Raise UserError for a loss or a gradient norm that is not finite: in fp32 and bf16 it stays so.
-
-    ``where``: the step; ``newest``: as for `explained`.
-    """
-    if math.isfinite(loss) and (norm is None or (math.isfinite(norm) and norm >= 0)):
-        return
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm} (loss {loss:.4g})"
-    raise UserError(
-        f"{what} in {where}: training diverged. Lower the learning rate, lengthen the warm-up, or set "
-        f"gradient_clipping. {newest()}"
-    )
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 Everything that decides a step (program, learning rate, rows, masks) is a pure function of the recipe and the step, so
 a run continued from a checkpoint is the run that was never stopped. A signal (`stopping.SIGNALS`) to any rank ends the
-run after the step under way, with a checkpoint. Refuses a loss or a gradient that is not finite: it stops, and no
-checkpoint is written of it.
+run after the step under way, with a checkpoint. A step whose loss or gradient is not finite is not applied; whether the
+run then stops, the recipe's `Safety` says.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from bert2bert.train import engine as engines
 from bert2bert.train import run_folder
 from bert2bert.train.banner import banner, ending
 from bert2bert.train.compute import peak_flops, step_flops
-from bert2bert.train.errors import check_finite, explained
+from bert2bert.train.errors import explained
 from bert2bert.train.evaluate import EVALUATION_SEED, evaluate
 from bert2bert.train.metrics import Interval, MetricsWriter
 from bert2bert.train.position import Progress, start
 from bert2bert.train.resume import Resumed, load
 from bert2bert.train.rng import seed_all
+from bert2bert.train.safety import Watch
 from bert2bert.train.save import save, tag_of
 
 
@@ -70,6 +71,7 @@ class Loop:
         self.step = 0
         self.spent = start().spent
         self.growth: Grown | None = None
+        self.watch = Watch(recipe.safety)
         self.saved = -1  # the step of the newest checkpoint
         self.loss: float | None = None
         self.result: dict[str, float] = {}
@@ -198,8 +200,9 @@ class Loop:
         self.spent["flops"] += totals[1]
         self.spent["steps"] += 1
         self.spent["seconds"] += time.perf_counter() - began
-        if engine.precision != "fp16":  # which has its loss scale to recover with
-            check_finite(mean, engine.grad_norm, f"step {self.step + 1} (phase {phase.name!r})", self.newest)
+        where = f"step {self.step + 1} (phase {phase.name!r})"
+        if skipped := self.watch.after(not engine.diverged, mean, engine.grad_norm, where, self.newest):
+            self.warn(skipped)
         self.step, self.loss = self.step + 1, mean
         record = {
             "kind": "train", "step": self.step, "phase": phase.name, "phase_step": phase_step + 1, "loss": mean,

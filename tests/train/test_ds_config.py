@@ -65,6 +65,7 @@ def test_batch_sizes_and_clipping_come_from_the_recipe() -> None:
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "weights are lost in silence"),
         ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "elastic_checkpoint"),
         ({"zero_optimization": {"stage": 2, "ignore_unused_parameters": False}}, "ignore_unused_parameters"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm is not true"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size is 8"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is 'nvme'"),
         (
