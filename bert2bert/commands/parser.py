@@ -104,13 +104,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=110)
+        self._action_max_length = 13  # argparse forgets the indentation of sub-commands: the longest would wrap
 
 
 def parser(runs: Mapping[str, Run]) -> Parser:
     """The whole command line. runs: the function that each command runs, by the command's name."""
     top = Parser(
         prog="bert2bert",
-        usage="bert2bert [-h] [--version] COMMAND ...",
         description="Grow a small model's checkpoint, optimizer state included, and pre-train the larger model.",
         epilog="`bert2bert COMMAND --help` lists a command's options.\n"
         "To train: deepspeed launch/pretrain.py --help\n"
@@ -118,7 +118,7 @@ def parser(runs: Mapping[str, Run]) -> Parser:
         formatter_class=_Help,
     )
     top.add_argument("--version", action="version", version=__version__)
-    commands = top.add_subparsers(dest="command", metavar="COMMAND ...", prog="bert2bert")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in _COMMANDS.items():
         epilog = "\n  ".join(("example:" if len(command.examples) == 1 else "examples:", *command.examples))
         described = "\n".join(filter(None, (command.text, command.more)))
