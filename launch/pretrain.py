@@ -62,6 +62,7 @@ def arguments() -> Parser:
         "--activation_checkpointing", action="store_true",
         help="keep only the input of every learning block for the backward pass, and compute the rest again there",
     )  # fmt: skip
+    parser.add_argument("--until", metavar="PHASE", help="pause at the end of this phase, with a checkpoint; status 0")
     parser.add_argument("--json", action="store_true", help="print the run's end as one JSON object on standard output")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only (and what --json gives)")
     # The deepspeed launcher passes it; the environment says the same.
@@ -86,15 +87,22 @@ def main(argv: list[str] | None = None) -> int:
         if old and rank == 0:
             print(f"note: {', '.join(old)}: write {', '.join(map(current, old))}", file=sys.stderr, flush=True)
         recipe = load_recipe(options.recipe, [current(text) for text in overrides])
-        config = ds_config.resolve(ds_config.read(options.ds_config), recipe, found.world)
+        config = ds_config.read(options.ds_config)
+        if recipe.model is None:
+            ds_config.resolve(config, recipe, found.world)
+        for index in range(len(recipe.phases) if recipe.model is not None else 0):
+            ds_config.of_phase(config, recipe, index, found.world)
 
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log is no result
-            from bert2bert.train.run import train  # torch and DeepSpeed: only once the input is known to be sound
+            from bert2bert.commands import phase_growth  # torch: only once the input is known to be sound
+            from bert2bert.train.run import train
 
+            phase_growth.check(recipe)
             command = ["launch/pretrain.py", *words]
             result = train(
                 recipe, config, options.output, options.resume, command=command, recipe_file=options.recipe,
                 quiet=options.quiet, timeout=timeout, activation_checkpointing=options.activation_checkpointing,
+                until=options.until, grow=phase_growth.grow,
             )  # fmt: skip
         if options.json and rank == 0:
             print(json.dumps({k: None if v != v else v for k, v in result.items()}), flush=True)

@@ -37,9 +37,11 @@ _SHAPES: dict[str, Any] = {
         "operators": {}, "plan_digest": str, "source": {}, "with": {}, "source_config": {},
         "source_spent": ({"*": _NUMBER}, None), "tokenizer_digest": (str, None), "prefix": str,
         "exactness": {"*": [str]}, "warnings": [str], "drift": ({}, None), "versions": {},
+        "inserted": [str], "source_training": ({}, None),
     }, None),
     "training": ({
         "recipe": {}, "phase": int, "phase_step": int, "step": int, "spent": {"*": _NUMBER}, "data": {"rows": int},
+        "growths": int, "ended": [int], "memory": {},
     }, None),
     "reshard": ({"source": {}, "plan_digest": str, "notes": [str], "versions": {}}, None),
 }  # fmt: skip
@@ -83,6 +85,8 @@ class Grown(_Section):
     warnings: Sequence[str] = ()
     drift: Mapping[str, Any] | None = None  # measured change of the function
     versions: Mapping[str, Any] = field(default_factory=dict)  # package -> version
+    inserted: Sequence[str] = ()  # parts of the layers that the source did not have, see `groups.Group`
+    source_training: Mapping[str, Any] | None = None  # the source's own section ``training``, where its run stood
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -105,7 +109,10 @@ class Trained(_Section):
     phase_step: int = 0  # steps done in that phase
     step: int = 0  # optimizer steps done
     spent: Mapping[str, float] = field(default_factory=dict)  # "flops", "seconds", "tokens", "steps"
-    data: Mapping[str, Any] = field(default_factory=dict)  # "digest", "tokenizer_digest", "rows" given out so far
+    data: Mapping[str, Any] = field(default_factory=dict)  # "digest", "tokenizer_digest"; "rows" given out
+    growths: int = 0  # growths of the recipe that are done
+    ended: Sequence[int] = ()  # the step after which each phase before this one ended
+    memory: Mapping[str, Any] = field(default_factory=dict)  # what the phase's trigger looks back on
     more: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ checkpoint already, and an optimizer whose states are not known to grow, where t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -217,7 +218,32 @@ def _grown(growth: Growth, watch: Watch, drift: Drift | None) -> Grown:
         warnings=plan.warnings,
         drift=drift.as_dict() if drift else None,
         versions=versions(),
+        inserted=inserted(growth),
+        source_training=_training(model.source.manifest),
     )
+
+
+def inserted(growth: Growth) -> tuple[str, ...]:
+    """The parts of the layers that the source did not have: made of nothing, or of one that an earlier layer is made
+    of."""
+    own, plan = growth.model.parameters, growth.plan
+    made_of: dict[str, Counter[tuple[str, int | None]]] = {}
+    for name, p in table_for(plan.config).parameters(plan.config, growth.model.heads).items():
+        if p.layer is not None and name in plan.tensors:
+            found = made_of.setdefault(p.part, Counter())
+            found.update((own[root].depth, own[root].layer) for root in growth.roots(name)[:1])
+    known: set[tuple[str, int | None]] = set()
+    new = []
+    for part, sources in made_of.items():
+        first = sources.most_common(1)[0][0] if sources else None
+        new += [part] if first is None or first in known else []
+        known |= {first} if first is not None else set()
+    return tuple(new)
+
+
+def _training(manifest: Manifest | None) -> dict[str, Any] | None:
+    """Where the source's run stood, so that a run whose recipe goes on after the growth can."""
+    return manifest.training.to_json() if manifest and manifest.training else None
 
 
 def _spent(manifest: Manifest | None) -> dict[str, float] | None:

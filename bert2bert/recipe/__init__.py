@@ -1,6 +1,8 @@
 """Recipes: `from bert2bert.recipe import Recipe, Phase, …` is all that a recipe file needs. Imports no torch."""
 
 from bert2bert.data.objective import Causal, Masked, SpanCorruption
+from bert2bert.recipe.growing import Grow
+from bert2bert.recipe.load import from_dict, load_recipe
 from bert2bert.recipe.model_keys import model_keys
 from bert2bert.recipe.old_names import current, renamed
 from bert2bert.recipe.recipe import (
@@ -10,24 +12,29 @@ from bert2bert.recipe.recipe import (
     Phase,
     Recipe,
     SubModels,
-    from_dict,
-    load_recipe,
 )
 from bert2bert.recipe.safety import Safety
 from bert2bert.recipe.schedules import Schedule
+from bert2bert.recipe.triggers import Agreement, Epochs, Flops, Plateau, Tokens
 
 __all__ = [
     "AdamW",
+    "Agreement",
     "Causal",
     "Data",
+    "Epochs",
+    "Flops",
     "Full",
+    "Grow",
     "Masked",
     "Phase",
+    "Plateau",
     "Recipe",
     "Safety",
     "Schedule",
     "SpanCorruption",
     "SubModels",
+    "Tokens",
     "current",
     "from_dict",
     "load_recipe",

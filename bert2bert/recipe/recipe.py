@@ -11,22 +11,23 @@ contradictions between values, and the LAMB optimizer. Imports no torch.
 from __future__ import annotations
 
 import json
-import runpy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any
 
 from bert2bert.data.objective import Causal, Masked, Objective, SpanCorruption, default
-from bert2bert.errors import InvalidConfig, did_you_mean
+from bert2bert.errors import InvalidConfig, UnsupportedGrowth, did_you_mean
 from bert2bert.model import registry
 from bert2bert.recipe.checks import in_range as _in_range
 from bert2bert.recipe.checks import require as _require
+from bert2bert.recipe.growing import Grow
 from bert2bert.recipe.model_keys import model_keys
-from bert2bert.recipe.old_names import RENAMED, explain
 from bert2bert.recipe.safety import Safety
 from bert2bert.recipe.schedules import Schedule
-from bert2bert.recipe.settings import assign, build
+from bert2bert.recipe.settings import build
+from bert2bert.recipe.triggers import AnyTrigger
 from bert2bert.tables import table_for
 
 
@@ -93,16 +94,39 @@ class SubModels:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of optimizer steps with one layer program and one schedule; 0 steps leave the phase out."""
+    """A stretch of optimizer steps with one layer program and one schedule, before which the model may grow.
+
+    ``steps``: the most steps of it; 0 leaves them out, not the growth. ``until``: what ends it before, or alone if
+    ``steps`` is None. ``seq_len``, ``global_batch_size``, ``mlm_probability``: None takes the recipe's.
+    """
 
     name: str
-    steps: int
+    steps: int | None = None
     program: Full | SubModels = Full()
     schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
+    until: AnyTrigger | None = None
+    grow: Grow | None = None
+    seq_len: int | None = None
+    global_batch_size: int | None = None
+    mlm_probability: float | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "phase.name", self.name, "a name")
-        _in_range(f"phase {self.name!r}: steps", self.steps, 0)
+        where = f"phase {self.name!r}: "
+        if self.steps is None:
+            if self.until is None or not self.until.counted:
+                raise InvalidConfig(
+                    f"{where}neither steps nor until says for sure when it ends; give steps=…, the most that it may "
+                    "take, or until=Tokens(…), Flops(…) or Epochs(…)"
+                )
+        else:
+            _in_range(f"{where}steps", self.steps, 0)
+        if self.seq_len is not None:
+            _in_range(f"{where}seq_len", self.seq_len, 8)
+        if self.global_batch_size is not None:
+            _in_range(f"{where}global_batch_size", self.global_batch_size, 1)
+        if self.mlm_probability is not None:
+            Masked(self.mlm_probability)
 
 
 @dataclass(frozen=True)
@@ -113,7 +137,8 @@ class Recipe:
     the run starts from (--resume). ``global_batch_size``: rows of data.seq_len slots per optimizer step over all
     ranks. ``objective``: what is predicted; None takes the architecture's: Masked(), Causal() or SpanCorruption().
     ``gradient_clipping``: the gradient norm's limit, 0 for none. ``*_every``: in optimizer steps; the last step is
-    always evaluated and saved. ``keep_checkpoints``: how many of the latest stay on disk.
+    always evaluated and saved, and so is the step before a growth. ``keep_checkpoints``: how many of the latest stay on
+    disk.
     """
 
     name: str
@@ -137,19 +162,47 @@ class Recipe:
             _in_range(key, getattr(self, key), 1)
         _in_range("gradient_clipping", self.gradient_clipping, 0)
         _in_range("seed", self.seed, 0)
-        _require(self.steps > 0, "the number of steps of all phases", self.steps, "at least one")
+        _require(self.steps != 0, "the number of steps of all phases", self.steps, "at least one")
         names = [phase.name for phase in self.phases]
         _require(len(set(names)) == len(names), "the list of phase names", names, "different names")
-        start = 0
+        start: int | None = 0
         for i, phase in enumerate(self.phases):
-            if phase.steps:
+            mixed = phase.grow.mix_with if phase.grow else None
+            if mixed is not None and mixed not in names[:i]:
+                raise InvalidConfig(f"phases.{i}.grow.mix_with is {mixed!r}; " + did_you_mean(mixed, names[:i]))
+            if phase.steps != 0:
                 phase.schedule.check(f"phases.{i}.schedule", phase.steps, start, self.steps)
-            start += phase.steps
+            start = None if start is None or phase.steps is None or phase.until else start + phase.steps
         if self.model is not None:
-            self._check_model(self.model)
+            self._check_models()
 
-    def _check_model(self, model: dict[str, Any]) -> None:
-        registry.check(build(Annotated[dict, model_keys], model, "model"))
+    def _check_models(self) -> None:
+        """Raise InvalidConfig for a model, at the start or after a growth, that cannot be trained as its phase says."""
+        for i, (phase, model) in enumerate(zip(self.phases, self.models, strict=True)):
+            with _within(f"phases.{i} ({phase.name!r}): " if i else ""):
+                if i == 0 or phase.grow:
+                    where = "grow.model" if phase.grow else "model"
+                    registry.check(build(Annotated[dict, model_keys], model, where))
+                    self._check_objective(model)
+                self._check_rows(phase, model)
+                self._check_program(i, model)
+
+    def _check_rows(self, phase: Phase, model: dict[str, Any]) -> None:
+        table, length = table_for(registry.typed(model)), phase.seq_len or self.data.seq_len
+        positions = table.positions(model)
+        if positions is not None and length > positions:
+            kept = table.sizes.first_position
+            raise InvalidConfig(
+                f"{'seq_len' if phase.seq_len else 'data.seq_len'} is {length}, but model.{table.positions_key} is "
+                f"{model[table.positions_key]}" + (f", of which {kept} are no token's" if kept else "")
+            )
+        if phase.mlm_probability is not None and not isinstance(self.objective, Masked):
+            raise InvalidConfig(
+                f"mlm_probability is {phase.mlm_probability}, but a {table.model_type} is not trained by masked "
+                "tokens; leave it out"
+            )
+
+    def _check_objective(self, model: dict[str, Any]) -> None:
         trains = registry.objective_of(model)
         if self.objective is None:
             object.__setattr__(self, "objective", default(trains))  # so that what is recorded says it
@@ -158,33 +211,59 @@ class Recipe:
                 f"objective is {self.objective.kind!r}, but a {model.get('model_type', 'bert')} is trained by "
                 f"{default(trains).kind!r}; leave objective out of the recipe, or take another model"
             )
-        table = table_for(registry.typed(model))
-        positions = table.positions(model)
-        if positions is not None and self.data.seq_len > positions:
+
+    def _check_program(self, i: int, model: dict[str, Any]) -> None:
+        table, program = table_for(registry.typed(model)), self.phases[i].program
+        if not isinstance(program, Full) and len(table.sizes.depth) > 1:
             raise InvalidConfig(
-                f"data.seq_len is {self.data.seq_len}, but model.{table.positions_key} is {model[table.positions_key]}"
-                + (f", of which {table.sizes.first_position} are no token's" if table.sizes.first_position else "")
+                f"phases.{i}.program is {program.kind!r}; a {table.model_type} has two stacks of layers, the "
+                "first of each with the position biases of all, and is trained whole: use Full()"
             )
-        for i, phase in enumerate(self.phases):
-            if not isinstance(phase.program, Full) and len(table.sizes.depth) > 1:
-                raise InvalidConfig(
-                    f"phases.{i}.program is {phase.program.kind!r}; a {table.model_type} has two stacks of layers, the "
-                    "first of each with the position biases of all, and is trained whole: use Full()"
-                )
-            if isinstance(phase.program, SubModels) and self.layers % phase.program.layers_per_stage:
-                raise InvalidConfig(
-                    f"phases.{i}.program.layers_per_stage is {phase.program.layers_per_stage}, which does not divide "
-                    f"the {self.layers} layers of the model; expected one of {_divisors(self.layers)}"
-                )
+        if isinstance(program, SubModels) and layers_of(model) % program.layers_per_stage:
+            raise InvalidConfig(
+                f"phases.{i}.program.layers_per_stage is {program.layers_per_stage}, which does not divide "
+                f"the {layers_of(model)} layers of the model; expected one of {_divisors(layers_of(model))}"
+            )
 
     @property
     def layers(self) -> int:
-        """Layers of the model, of all its stacks; 0 where it is not known yet."""
+        """Layers of the first model, of all its stacks; 0 where it is not known yet."""
+        return 0 if self.model is None else layers_of(self.model)
+
+    @cached_property
+    def models(self) -> tuple[dict[str, Any], ...]:
+        """The model's config in every phase. Raises InvalidConfig for a growth that does not fit the model before it,
+        and ValueError where the first model is not known."""
         if self.model is None:
-            return 0
-        table = table_for(registry.typed(self.model))
-        sizes = table.axis_sizes(self.model)
-        return sum(sizes[axis] for axis in table.sizes.depth)
+            raise ValueError(f"recipe {self.name!r} takes its model from a checkpoint")
+        found, config = [], self.model
+        for i, phase in enumerate(self.phases):
+            if phase.grow is not None:
+                with _within(f"phases.{i} ({phase.name!r}): "):
+                    config = phase.grow.target(config)
+            found.append(config)
+        return tuple(found)
+
+    def at(self, index: int) -> Recipe:
+        """The recipe with what one phase has otherwise: its model, row length, batch and masking; of one phase."""
+        phase = self.phases[index]
+        objective = self.objective
+        if phase.mlm_probability is not None and isinstance(objective, Masked):
+            objective = replace(objective, mlm_probability=phase.mlm_probability)
+        return replace(
+            self,
+            model=None if self.model is None else self.models[index],
+            data=replace(self.data, seq_len=phase.seq_len or self.data.seq_len),
+            global_batch_size=phase.global_batch_size or self.global_batch_size,
+            objective=objective,
+            phases=(Phase(phase.name, steps=1, program=phase.program),),
+        )
+
+    def same_engine(self, phase: Phase, other: Phase) -> bool:
+        """Whether one engine can serve two phases of one model: they have the same batch."""
+        return (phase.global_batch_size or self.global_batch_size) == (
+            other.global_batch_size or self.global_batch_size
+        )
 
     @property
     def predicts(self) -> Objective:
@@ -194,18 +273,10 @@ class Recipe:
         return self.objective
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps of all phases."""
-        return sum(phase.steps for phase in self.phases)
-
-    def locate(self, step: int) -> tuple[int, int]:
-        """(phase index, step within the phase) of the run's 0-based optimizer step; ValueError outside the run."""
-        start = 0
-        for i, phase in enumerate(self.phases):
-            if start <= step < start + phase.steps:
-                return i, step - start
-            start += phase.steps
-        raise ValueError(f"step {step} is outside the run's {self.steps} steps")
+    def steps(self) -> int | None:
+        """The most optimizer steps of all phases; None where a phase ends by something else alone."""
+        counts = [phase.steps for phase in self.phases]
+        return None if None in counts else sum(n for n in counts if n is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON-ready dicts, lists and scalars; `from_dict` is its inverse."""
@@ -213,48 +284,22 @@ class Recipe:
         return plain
 
 
-def from_dict(plain: dict[str, Any]) -> Recipe:
-    """The recipe that `to_dict` wrote. Raises InvalidConfig, naming the key by its dotted name."""
-    recipe: Recipe = build(Recipe, plain, renamed=RENAMED)
-    return recipe
+def layers_of(model: dict[str, Any]) -> int:
+    """Layers of a model, of all its stacks, by its config."""
+    table = table_for(registry.typed(model))
+    sizes = table.axis_sizes(model)
+    return sum(sizes[axis] for axis in table.sizes.depth)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Run a recipe file, then apply ``key.sub.0=value`` overrides together; InvalidConfig says what is wrong where.
-
-    ``size=NAME`` takes the recipe of that name which the file defines beside ``recipe``, such as one that runs in a
-    minute, ``tiny = replace(recipe, …)``.
-    """
-    path = Path(path)
-    name, overrides = "recipe", list(overrides)
-    for text in [text for text in overrides if text.partition("=")[0] == "size"]:
-        overrides.remove(text)
-        name = text.partition("=")[2]
-    if not path.is_file():
-        raise InvalidConfig(f"no recipe {path}: expected a Python file that defines `recipe = Recipe(...)`")
+@contextmanager
+def _within(where: str) -> Iterator[None]:
+    """Say where in a recipe an InvalidConfig or UnsupportedGrowth comes from, if it has not said so itself."""
     try:
-        defined = runpy.run_path(str(path))
-    except InvalidConfig as error:
-        raise InvalidConfig(f"recipe {path}: {error}") from error
-    except Exception as error:  # the file is the user's code: any failure in it is his to read
-        if old := explain(error):
-            raise InvalidConfig(f"recipe {path}: {old}") from None
-        raise InvalidConfig(f"recipe {path} cannot be run: {type(error).__name__}: {error}") from error
-    found = defined.get(name)
-    if name != "recipe" and not isinstance(found, Recipe):
-        sizes = [n for n, value in defined.items() if isinstance(value, Recipe) and n != "recipe" and n.islower()]
-        raise InvalidConfig(
-            f"recipe {path} defines no recipe of size {name!r}; "
-            + (did_you_mean(name, sizes) if sizes else "leave size= out")
-        )
-    if not isinstance(found, Recipe):
-        raise InvalidConfig(f"recipe {path} defines no `recipe = Recipe(...)` (found {type(found).__name__})")
-    if not overrides:
-        return found
-    plain = found.to_dict()
-    for text in overrides:
-        assign(Recipe, plain, text, RENAMED)
-    return from_dict(plain)
+        yield
+    except (InvalidConfig, UnsupportedGrowth) as error:
+        if not where or str(error).startswith(where):
+            raise
+        raise InvalidConfig(where + str(error)) from error
 
 
 def _divisors(n: int) -> list[int]:

@@ -113,6 +113,7 @@ def _nearest(path: str, tp: Any, tree: Any) -> str | None:
     if not alike and (near := difflib.get_close_matches(last, {_last(n) for n in names}, n=1, cutoff=0.8)):
         alike = [name for name in names if _last(name) == near[0]]
     alike = alike or difflib.get_close_matches(path, names, n=3)
+    alike = [name for name in alike if "." not in name] or alike if "." not in path else alike
     alike.sort(key=lambda name: -difflib.SequenceMatcher(None, path, name).ratio())  # else in the tree's order
     return f"did you mean {' or '.join(map(repr, alike[:3]))}?" if alike else None
 

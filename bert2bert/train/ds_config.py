@@ -16,6 +16,7 @@ from typing import Any
 
 from bert2bert.checkpoints.expert_parallel.layout import CAPTURED
 from bert2bert.errors import InvalidConfig, did_you_mean
+from bert2bert.model.registry import typed
 from bert2bert.recipe import Recipe
 from bert2bert.tables import table_for
 
@@ -153,6 +154,26 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int) -> dict[
             "leaves frozen layers alone as untested; set it to true or remove it"
         )
     return config
+
+
+def of_phase(ds_config: Mapping[str, Any], recipe: Recipe, index: int, world_size: int) -> dict[str, Any]:
+    """`resolve` for one phase of a recipe. Experts are split where the phase's model has some; before it grows into a
+    mixture, it has none to split."""
+    own = dict(ds_config)
+    mixtures = ["experts" in table_for(typed(model)).axis_sizes(model) for model in recipe.models]
+    if "expert_parallel" in own and any(mixtures) and not mixtures[index]:
+        del own["expert_parallel"]
+    return resolve(own, recipe.at(index), world_size)
+
+
+def stage(settings: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a ds_config."""
+    return int((settings.get("zero_optimization") or {}).get("stage", 0))
+
+
+def precision(settings: Mapping[str, Any]) -> str:
+    """'fp32', 'bf16' or 'fp16', of a ds_config that `resolve` has checked."""
+    return _precision(dict(settings))
 
 
 def _off(value: Any) -> bool:

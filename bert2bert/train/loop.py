@@ -1,118 +1,72 @@
-"""The training loop: phases of optimizer steps, with evaluations and checkpoints.
+"""The training loop on one engine: optimizer steps of the phases that it serves, with evaluations and checkpoints.
 
-Everything that decides a step (program, learning rate, rows, masks) is a pure function of the recipe and the step, so
-a run continued from a checkpoint is the run that was never stopped. A signal (`stopping.SIGNALS`) to any rank ends the
-run after the step under way, with a checkpoint. A step whose loss or gradient is not finite is not applied; whether the
-run then stops, the recipe's `Safety` says.
+Everything that decides a step (program, learning rate, rows, masks) is a pure function of the recipe and the position,
+so a run continued from a checkpoint is the run that was never stopped. A signal (`stopping.SIGNALS`) to any rank ends
+the run after the step under way, with a checkpoint. A phase that needs another engine (its model grows, its batch is
+another) ends the loop with a checkpoint, too; `run` builds the next. A step whose loss or gradient is not finite is not
+applied; whether the run then stops, the recipe's `Safety` says. Refuses a held-out loss that jumps at a growth.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.manifest import Grown
 from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import Loader, eval_batches
+from bert2bert.data.objective import Objective
+from bert2bert.errors import UserError
 from bert2bert.files.lock import Lock
 from bert2bert.ranks import distributed, stopping
-from bert2bert.recipe import Recipe
+from bert2bert.recipe import Phase, Recipe
 from bert2bert.recipe.programs import draw
 from bert2bert.recipe.schedules import lr_at
 from bert2bert.tables.flops import Flops
 from bert2bert.train import engine as engines
-from bert2bert.train import run_folder
-from bert2bert.train.banner import banner, ending
 from bert2bert.train.compute import peak_flops, step_flops
 from bert2bert.train.errors import explained
 from bert2bert.train.evaluate import EVALUATION_SEED, evaluate
+from bert2bert.train.growing import drop
 from bert2bert.train.metrics import Interval, MetricsWriter
-from bert2bert.train.position import Progress, start
-from bert2bert.train.resume import Resumed, load
-from bert2bert.train.rng import seed_all
+from bert2bert.train.position import Position
 from bert2bert.train.safety import Watch
 from bert2bert.train.save import save, tag_of
 
+GROWN_TOLERANCE = 0.05
+"""Nats by which a held-out loss may rise at a growth that keeps the function: 16-bit arithmetic rounds otherwise in
+another model."""
 
-class Loop:
-    """The state of one run: engine, data, position and what was spent. Every rank makes the same calls in order."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        engine: engines.Engine,
-        bins: TokenBins,
-        output: Path,
-        stop: stopping.Stop,
-        lock: Lock,
-        quiet: bool,
-    ) -> None:
-        self.recipe, self.engine, self.bins = recipe, engine, bins
-        self.output, self.stop, self.lock, self.quiet = output, stop, lock, quiet
-        data = recipe.data
-        self.loader = Loader(
-            bins, "train", recipe.predicts, data.seq_len, engine.micro_rows, engine.rank, engine.world, recipe.seed
-        )
-        self.held_out = eval_batches(
-            bins, "heldout", recipe.predicts, data.seq_len, engine.micro_rows, data.eval_rows, engine.rank,
-            engine.world, EVALUATION_SEED,
-        )  # fmt: skip
-        self.digests = {"digest": bins.digest, "tokenizer_digest": bins.tokenizer_digest}
-        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
-        self.peak = None if name is None else peak_flops(name, engine.precision)
-        self.flops = Flops(engine.model.hf_config, engine.model.heads)
-        self.step = 0
-        self.spent = start().spent
-        self.growth: Grown | None = None
-        self.watch = Watch(recipe.safety)
-        self.saved = -1  # the step of the newest checkpoint
-        self.loss: float | None = None
-        self.result: dict[str, float] = {}
+@dataclass
+class Job:
+    """What all engines of a run share."""
 
-    def begin(
-        self,
-        ds_config: Mapping[str, Any],
-        resume: Path | None,
-        continued: bool,
-        command: Sequence[str] | None,
-        recipe_file: Path | None,
-    ) -> None:
-        """Load what is resumed from, and write the run folder's description."""
-        engine, recipe = self.engine, self.recipe
-        seed_all(recipe.seed, engine.rank)
-        source = None
-        if resume is not None:
-            found = load(engine, resume, recipe, self.digests)
-            self._take(found)
-            growth = found.growth.to_json() if found.growth else None
-            spent = (growth or {}).get("source_spent") if found.kind != "train" else found.progress.spent
-            source = {"path": str(resume), "kind": found.kind, "growth": growth, "spent": spent}
-            self.say(f"resumed from {found.folder} ({found.kind}) at step {self.step} of {recipe.steps}")
-            for note in found.notes:
-                self.warn(f"  note: {note}")
-        self.held_entropy = self.bins.meta["splits"]["heldout"].get("unigram_entropy")
-        describe = partial(
-            run_folder.describe, self.output, recipe, ds_config, model=engine.model.hf_config, world=engine.world,
-            versions=versions("deepspeed"), data={**self.digests, "heldout_unigram_entropy": self.held_entropy},
-            command=command, source=source, continued=continued, step=self.step, bins=self.bins.folder,
-            recipe_file=recipe_file,
-        )  # fmt: skip
-        distributed.write_on_first(self.output, describe)
-        self.say(banner(recipe, engine, self.bins, self.loader, self.output, self.step))
-
-    def _take(self, found: Resumed) -> None:
-        self.step, self.growth = found.progress.step, found.growth
-        self.spent = dict(found.progress.spent)
-        self.loader.load_state({"rows": found.progress.rows})
-        if found.kind == "train" and found.folder.resolve().parent == self.output.resolve():
-            self.saved = self.step
+    recipe: Recipe
+    bins: TokenBins
+    output: Path
+    stop: stopping.Stop
+    lock: Lock
+    quiet: bool
+    until: str | None
+    """The phase after which the run pauses."""
+    metrics: MetricsWriter | None = None
+    saved: int = -1
+    """The step of the newest checkpoint."""
+    loss: float | None = None
+    """Of the last step that this process made."""
+    result: dict[str, float] | None = None
+    """Of the last evaluation."""
+    before: float | None = None
+    """The held-out loss before the model grew."""
+    at: Path | None = None
+    """The checkpoint of where the run stands."""
 
     def say(self, text: str) -> None:
         """Print on rank 0, unless only warnings are to be printed."""
@@ -121,69 +75,138 @@ class Loop:
 
     def warn(self, text: str) -> None:
         """Print on rank 0."""
-        if self.engine.rank == 0:
+        if distributed.RANKS.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    def run(self) -> dict[str, Any]:
-        """Train to the recipe's end, or to the end of the step in which a signal came."""
-        recipe = self.recipe
-        rank, show = self.engine.rank, not self.quiet
-        with MetricsWriter(self.output, rank, step=self.step, steps=recipe.steps, show=show) as metrics:
-            stopped = self._asked()
-            if self.step == 0 and not stopped:
-                self._evaluate(metrics)
-                stopped = self._asked()
-            interval = Interval(self.spent)
-            while self.step < recipe.steps and not stopped:
-                record, stopped = self._optimizer_step()
-                phase, phase_step = record["phase"], record["phase_step"]
-                steps = next(p.steps for p in recipe.phases if p.name == phase)
-                metrics.advance(phase)
-                if self.step % recipe.log_every == 0 or phase_step == steps or stopped:
-                    metrics.write(record | interval.rates(self.spent, self.engine.world, self.peak))
-                    interval = Interval(self.spent)
-                last = self.step == recipe.steps
-                if self.step % recipe.eval_every == 0 or last:
-                    self._evaluate(metrics)
-                if self.step % recipe.checkpoint_every == 0 or last or stopped:
-                    self._save()
-        return self._end(stopped)
+    def newest(self) -> str:
+        """A sentence: which checkpoint is the newest, and how to continue from it."""
+        if self.saved < 0:
+            return "No checkpoint was written yet; the same command starts again"
+        return f"The newest checkpoint is of step {self.saved}; continue with --resume {self.output}"
 
-    def _end(self, stopped: str | None) -> dict[str, Any]:
-        """Print how the run ended; the result of `train`. stopped: the signal that ended it, if one did."""
-        recipe = self.recipe
-        if self.step == recipe.steps:
-            stopped = None  # it came too late: the run is complete
-            if not self.result:
-                self.say(f"the run in {self.output} is complete: step {self.step} of {recipe.steps}")
-            else:
-                at = self.output / tag_of(self.step)
-                self.say(ending(recipe, self.step, self.spent, self.loss, self.result, at))
-            distributed.write_on_first(self.output, lambda: run_folder.finish(self.output))
-        elif self.saved == self.step:
-            self.warn(
-                f"stopped by {stopped} after step {self.step} of {recipe.steps}; checkpoint written. "
-                f"Continue with --resume {self.output}"
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the manifest says of the data."""
+        return {"digest": self.bins.digest, "tokenizer_digest": self.bins.tokenizer_digest}
+
+
+class Loop:
+    """One engine and the phases that it serves, from a position on. Every rank makes the same calls in order.
+
+    growth: that of the manifest which was loaded. grown: whether the model has grown since the last step.
+    """
+
+    def __init__(self, job: Job, engine: engines.Engine, position: Position, growth: Grown | None, grown: bool) -> None:
+        self.job, self.engine, self.position, self.growth, self.grown = job, engine, position, growth, grown
+        self.recipe = recipe = job.recipe
+        self.served, self.metrics = self.phase, job.metrics
+        self.held_out = eval_batches(
+            job.bins, "heldout", recipe.predicts, recipe.data.seq_len, engine.micro_rows, recipe.data.eval_rows,
+            engine.rank, engine.world, EVALUATION_SEED,
+        )  # fmt: skip
+        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
+        self.peak = None if name is None else peak_flops(name, engine.precision)
+        self.flops = Flops(engine.model.hf_config, engine.model.heads)
+        self.fresh = frozenset(growth.inserted if growth else ())
+        self.watch = Watch(recipe.safety, int(position.memory.get("skipped", 0)))
+        self.evaluated = -1  # the step of the last evaluation of this model
+        self.loader = self._rows()
+        self._settle()
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the next step, or the last."""
+        return self.recipe.phases[self.position.phase]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run is at its end."""
+        last = self.position.phase == len(self.recipe.phases) - 1
+        return last and not self.position.pending(self.recipe) and self._over()
+
+    @property
+    def paused(self) -> bool:
+        """Whether the phase is over after which the run shall pause."""
+        return self.job.until in [phase.name for phase in self.recipe.phases[: self.position.phase]]
+
+    @property
+    def served_out(self) -> bool:
+        """Whether the next step needs another engine."""
+        return self.position.pending(self.recipe) or not self.recipe.same_engine(self.served, self.phase)
+
+    def _over(self) -> bool:
+        return self.position.over(self.phase, self.loader.rows_per_epoch)
+
+    def _rows(self) -> Loader:
+        """The rows of the phase, from where the run stands; at the phase's first step the position takes note of it."""
+        own, position, engine = self.recipe.at(self.position.phase), self.position, self.engine
+
+        def loader(objective: Objective, row_length: int) -> Loader:
+            return Loader(
+                self.job.bins, "train", objective, row_length, engine.micro_rows, engine.rank, engine.world, own.seed
             )
-        else:
-            self.warn(f"stopped by {stopped} before the first step. Run the same command again")
-        spent = {key: self.spent[key] for key in ("flops", "seconds", "tokens")}
-        held = {key: self.result.get(key) for key in ("loss", "accuracy")}
-        return {"step": self.step, **held, **spent, "stopped": stopped}
 
-    def _optimizer_step(self) -> tuple[dict[str, Any], str | None]:
+        found = loader(own.predicts, own.data.seq_len)
+        if position.phase_step == 0 and "began" not in position.memory:
+            before = position.row_length
+            epoch = None if before in (0, own.data.seq_len) else loader(own.predicts, before).rows_per_epoch
+            self.position = position.begun(own.data.seq_len, found.rows_per_epoch, epoch)
+        found.load_state({"rows": self.position.rows})
+        return found
+
+    def _settle(self) -> None:
+        """Go to the phase of the next step; the run may have been resumed at the end of one."""
+        before, self.position = self.position, self.position.settled(self.recipe, self.loader.rows_per_epoch)
+        if self.position.phase != before.phase and not self.served_out:
+            self.loader = self._rows()
+
+    def run(self) -> str | None:
+        """Train until the run ends, pauses, or needs another engine; the name of the signal that stopped it, if any."""
+        stopped = self._asked()
+        if not stopped and (self.position.step == 0 or self.grown) and not self.served_out:
+            self.job.before = self.position.memory.get("loss")
+            self._evaluate(self.phase)
+            self._check_growth()
+            stopped = self._asked()
+        interval = Interval(self.position.spent)
+        while not (stopped or self.served_out or self.paused or self.complete):
+            phase = self.phase
+            record, stopped = self._optimizer_step(phase)
+            self._look_back(phase)
+            over = self._over()
+            if self.metrics is not None:
+                self.metrics.advance(phase.name)
+            if over or stopped or self.position.step % self.recipe.log_every == 0:
+                spent = self.position.spent
+                self._write(record | interval.rates(spent, self.engine.world, self.peak))
+                interval = Interval(spent)
+            if over:
+                self._leave(phase)
+            if stopped or self.complete or self.served_out or self.paused or self._due(over):
+                self._save()
+        if self.served_out and not stopped and self.job.saved < 0:
+            self._save()  # nothing was trained yet, but the growth reads files
+        return stopped
+
+    def _due(self, over: bool) -> bool:
+        """Whether a checkpoint is due, which it is too where a later growth mixes this phase's weights in."""
+        step = self.position.step
+        return step % self.recipe.checkpoint_every == 0 or (over and step in self.position.needed(self.recipe))
+
+    def _optimizer_step(self, phase: Phase) -> tuple[dict[str, Any], str | None]:
         """One optimizer step; its 'train' record without the rates, and the signal that any rank got."""
-        recipe, engine = self.recipe, self.engine
+        recipe, engine, position, job = self.recipe, self.engine, self.position, self.job
         began = time.perf_counter()
-        index, phase_step = recipe.locate(self.step)
-        phase = recipe.phases[index]
-        program = draw(phase.program, self.step, recipe.seed, recipe.layers)
-        lr = lr_at(phase.schedule, recipe.optimizer.lr, phase_step, phase.steps, self.step, recipe.steps)
+        program = draw(phase.program, position.step, recipe.seed, len(engine.model.layers))
+        lr = lr_at(
+            phase.schedule, recipe.optimizer.lr, position.phase_step, self._horizon(phase), position.step, recipe.steps
+        )
         engine.apply(program)
         engine.set_lr(lr)
         loss = torch.zeros((), device=engine.device)
         tokens = flops = 0
-        with explained(f"in step {self.step + 1} (phase {phase.name!r})", self.newest):
+        where = f"step {position.step + 1} (phase {phase.name!r})"
+        with explained(f"in {where}", job.newest):
             for _ in range(engine.accumulation):
                 batch = next(self.loader)
                 tokens += batch.real_tokens
@@ -192,54 +215,91 @@ class Loop:
                 engine.backward(micro_loss)
                 loss += micro_loss.detach().float()
         local = [float(loss) / engine.accumulation / engine.world, tokens, flops]
-        mean, *totals = engine.sum([*local, float(self.lock.lost), *stopping.asked(self.stop)])
+        mean, *totals = engine.sum([*local, float(job.lock.lost), *stopping.asked(job.stop)])
         if totals[2]:
-            distributed.write_on_first(self.output, self.lock.check)
+            distributed.write_on_first(job.output, job.lock.check)
         stopped = stopping.answer(totals[3:])
-        self.spent["tokens"] += int(totals[0])
-        self.spent["flops"] += totals[1]
-        self.spent["steps"] += 1
-        self.spent["seconds"] += time.perf_counter() - began
-        where = f"step {self.step + 1} (phase {phase.name!r})"
-        if skipped := self.watch.after(not engine.diverged, mean, engine.grad_norm, where, self.newest):
-            self.warn(skipped)
-        self.step, self.loss = self.step + 1, mean
+        if skipped := self.watch.after(not engine.diverged, mean, engine.grad_norm, where, job.newest):
+            job.warn(skipped)
+        job.loss = mean
+        self.position = position = position.advanced(
+            self.loader.state()["rows"], tokens=int(totals[0]), flops=totals[1],
+            seconds=time.perf_counter() - began, skipped=self.watch.in_a_row,
+        )  # fmt: skip
+        spent = position.spent
         record = {
-            "kind": "train", "step": self.step, "phase": phase.name, "phase_step": phase_step + 1, "loss": mean,
-            "lr": lr, "grad_norm": engine.grad_norm, "tokens": self.spent["tokens"], "flops": self.spent["flops"],
-            "seconds": self.spent["seconds"], "layers_run": len(program.run), "layers_learning": len(program.learn),
+            "kind": "train", "step": position.step, "phase": phase.name, "phase_step": position.phase_step,
+            "loss": mean, "lr": lr, "grad_norm": engine.grad_norm, "tokens": spent["tokens"], "flops": spent["flops"],
+            "seconds": spent["seconds"], "layers_run": len(program.run), "layers_learning": len(program.learn),
             "loss_scale": engine.loss_scale, "skipped_steps": engine.counters["skipped_steps"],
         }  # fmt: skip
         return record, stopped
 
+    def _horizon(self, phase: Phase) -> int:
+        """Steps of the phase, for its schedule: those of the recipe, or what the share that is done makes likely."""
+        step = self.position.phase_step
+        known = [] if phase.steps is None else [phase.steps]
+        if phase.until is not None and phase.until.counted:
+            done = phase.until.done(self.position.stretch(self.loader.rows_per_epoch))
+            known.append(max(round(step / done), step + 1) if done > 0 else 2**31)
+        return max(min(known), step)
+
+    def _look_back(self, phase: Phase) -> None:
+        """Measure what the phase's trigger asks for, and evaluate where that is due."""
+        if self.position.step % self.recipe.eval_every == 0:
+            self._evaluate(phase)
+
+    def _leave(self, phase: Phase) -> None:
+        """Go on from the end of a phase; where the run ends or the model grows, not without an evaluation."""
+        after = self.position.settled(self.recipe, self.loader.rows_per_epoch)
+        if (self.complete or after.pending(self.recipe)) and self.evaluated != self.position.step:
+            self._evaluate(phase)
+        self._settle()
+
+    def _check_growth(self) -> None:
+        """Raise UserError for a held-out loss that rose at the growth beyond what its plan says."""
+        grow, growth = self.phase.grow, self.growth
+        if not self.grown or grow is None or growth is None or self.job.result is None:
+            return
+        loss, before = self.job.result["loss"], self.job.before
+        exact = not growth.exactness.get("function")
+        bound, why = math.log(self.engine.model.sizes["vocab"]), "of guessing among all tokens alike"
+        asked = self.recipe.safety.growth_loss_increase if grow.max_loss_increase is None else grow.max_loss_increase
+        allowed = GROWN_TOLERANCE if asked is None and exact else asked
+        if before is not None and allowed is not None:
+            bound, why = before + allowed, f"of {before:.4f} before the growth plus {allowed:g}"
+        if not loss <= bound:
+            raise UserError(
+                f"the held-out loss after the growth before phase {self.phase.name!r} is {loss:.4f}, more than the "
+                f"{bound:.4f} {why}: nothing was trained on it. Look at the growth (bert2bert plan --recipe), or allow "
+                f"more with phases.{self.position.phase}.grow.max_loss_increase. {self.job.newest()}"
+            )
+
     def _asked(self) -> str | None:
         """The signal that any rank got, if any. Collective."""
-        return stopping.answer(self.engine.sum(stopping.asked(self.stop)))
+        return stopping.answer(self.engine.sum(stopping.asked(self.job.stop)))
 
-    def newest(self) -> str:
-        """A sentence: which checkpoint is the newest, and how to continue from it."""
-        if self.saved < 0:
-            return "No checkpoint was written yet; the same command starts again"
-        return f"The newest checkpoint is of step {self.saved}; continue with --resume {self.output}"
+    def _write(self, record: dict[str, Any]) -> None:
+        """Record and show what was measured."""
+        if self.metrics is not None:
+            self.metrics.write(record | {"growths": self.position.growths})
 
-    def _evaluate(self, metrics: MetricsWriter) -> None:
-        with explained(f"in the evaluation after step {self.step}", self.newest):
-            self.result = evaluate(self.engine, self.held_out)
-        done = max(self.step - 1, 0)
-        phase = self.recipe.phases[self.recipe.locate(done)[0]].name
-        spent = {key: self.spent[key] for key in ("tokens", "flops", "seconds")}
-        metrics.write({"kind": "eval", "step": self.step, "phase": phase, **self.result, **spent})
+    def _evaluate(self, phase: Phase) -> None:
+        with explained(f"in the evaluation after step {self.position.step}", self.job.newest):
+            self.job.result = found = evaluate(self.engine, self.held_out)
+        self.evaluated, self.position = self.position.step, self.position.looked_at(found["loss"])
+        spent = {key: self.position.spent[key] for key in ("tokens", "flops", "seconds")}
+        self._write({"kind": "eval", "step": self.position.step, "phase": phase.name, **found, **spent})
 
     def _save(self) -> None:
-        if self.saved == self.step:
+        job, position = self.job, self.position
+        if job.saved == position.step:
             return
-        recipe = self.recipe
-        last = len(recipe.phases) - 1
-        at = recipe.locate(self.step) if self.step < recipe.steps else (last, recipe.phases[last].steps)
-        progress = Progress(self.step, *at, rows=self.loader.state()["rows"], spent=self.spent)
         save(
-            self.engine, self.output, progress, model=self.engine.model.hf_config, aliases=self.engine.model.aliases,
-            recipe=recipe.to_dict(), data=self.digests, growth=self.growth, keep=recipe.keep_checkpoints,
-            check=self.lock.check,
+            self.engine, job.output, position, model=self.engine.model.hf_config, aliases=self.engine.model.aliases,
+            recipe=self.recipe.to_dict(), data=job.data, growth=self.growth, keep=self.recipe.keep_checkpoints,
+            needed=position.needed(self.recipe), check=job.lock.check,
         )  # fmt: skip
-        self.saved = self.step
+        job.saved, job.at = position.step, job.output / tag_of(position.step)
+        if position.growths:
+            drop(job.output, position)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bert2bert.files.disk import replace
 
 KINDS = ("train", "eval")
-_NOT_PLOTTED = ("kind", "step", "phase", "phase_step")
+_NOT_PLOTTED = ("kind", "step", "phase", "phase_step", "growths")
 _SHOWN = {"loss": "{:.3f}", "accuracy": "{:.3f}", "lr": "{:.1e}", "grad_norm": "{:.2f}", "tokens_per_s": "{:,.0f}"}
 _ON_BAR = ("loss", "accuracy", "lr", "tokens_per_s")  # there is less room
 
@@ -42,8 +42,9 @@ class Interval:
         return {"tokens_per_s": tokens / seconds, "mfu": None if peak is None else flops / seconds / (peak * world)}
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the records of metrics.jsonl past ``step``, and a last line that a kill cut short; atomically.
+def keep_until(path: Path, step: int, growths: int = 0) -> None:
+    """Drop the records of metrics.jsonl past ``step``, or after more ``growths``, and a last line that a kill cut
+    short; atomically.
 
     Step 0 drops everything: a run that starts again measures its starting point again. A link becomes a file.
     """
@@ -52,10 +53,11 @@ def keep_until(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            at = json.loads(line)["step"]
+            record = json.loads(line)
+            at, grown = record["step"], record.get("growths", 0)
         except (ValueError, TypeError, KeyError):  # cut short: nothing after it can be older
             break
-        if 0 < step >= at:
+        if 0 < step >= at and grown <= growths:
             kept.append(line + "\n")
     replace(path, "".join(kept))
 
@@ -63,11 +65,14 @@ def keep_until(path: Path, step: int) -> None:
 class MetricsWriter:
     """Rank 0's record of a run in ``folder``; on any other rank every call does nothing. Also a context manager.
 
-    ``step``: the optimizer step the run starts from (0, or the resumed checkpoint's); ``steps``: the run's last;
+    ``step``: the optimizer step the run starts from (0, or the resumed checkpoint's); ``growths``: those that the model
+    has behind it in this run; ``steps``: the run's last, None where that is not known;
     ``show``: whether anything is printed.
     """
 
-    def __init__(self, folder: Path, rank: int, *, step: int = 0, steps: int | None = None, show: bool = True) -> None:
+    def __init__(
+        self, folder: Path, rank: int, *, step: int = 0, growths: int = 0, steps: int | None = None, show: bool = True
+    ) -> None:
         self.active = rank == 0
         if not self.active:
             return
@@ -75,7 +80,7 @@ class MetricsWriter:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        keep_until(path, step)
+        keep_until(path, step, growths)
         self._file = path.open("a", encoding="utf-8")
         if (board := folder / "tensorboard").is_symlink():
             board.unlink()

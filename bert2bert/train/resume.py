@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bert2bert.checkpoints.commit.pending import check_contents, file_sizes
-from bert2bert.checkpoints.manifest import MANIFEST, Grown, Manifest
+from bert2bert.checkpoints.manifest import MANIFEST, Grown, Manifest, Trained
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import Source
 from bert2bert.errors import InvalidCheckpoint
@@ -34,7 +34,7 @@ from bert2bert.ranks.distributed import RANKS
 from bert2bert.recipe import Recipe
 from bert2bert.train import partitions
 from bert2bert.train.engine import Engine
-from bert2bert.train.position import Progress, continued, start
+from bert2bert.train.position import Position, continued, same_phases
 from bert2bert.train.resume_checks import (
     check_groups,
     check_model,
@@ -42,6 +42,7 @@ from bert2bert.train.resume_checks import (
     check_tokenizer,
     compare,
     other_hyper,
+    tokenizer_of,
 )
 from bert2bert.train.rng import seed_all, set_random_state
 from bert2bert.train.save import random_file, random_ranks
@@ -50,41 +51,45 @@ BLOCK = 1 << 22  # elements read at a time
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """What a run continues from.
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A checkpoint that a run continues from, opened and compared with the recipe, not yet loaded.
 
-    ``kind``: "train", "growth" or "weights"; ``progress``: its position (step 0 except for "train"); ``growth``: that
-    of the manifest, for a run from a grown checkpoint and its own later ones; ``notes``: for the user.
+    ``kind``: "train", "growth" or "weights"; ``position``: where the run stands with it; ``growth``: that of the
+    manifest, for a run from a grown checkpoint and its own later ones; ``notes``: for the user; ``carried``: whether a
+    run that grew goes on with it, and not a new one.
     """
 
-    folder: Path
+    source: Source
     kind: str
-    progress: Progress
+    position: Position
     growth: Grown | None
-    notes: tuple[str, ...]
+    notes: list[str]
+    carried: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self.source.folder
 
 
-def load(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) -> Resumed:
-    """Load the checkpoint at ``path`` (a tag's folder, or the latest of a run's) into the engine. Collective.
+def find(path: Path, recipe: Recipe, data: Mapping[str, Any], own: bool) -> Found:
+    """Open the checkpoint at ``path`` (a tag's folder, or the latest of a run's). Every rank calls it.
 
-    ``data``: {"digest", "tokenizer_digest"} of the bins the run will read. Raises InvalidCheckpoint or InvalidConfig,
-    the same on every rank.
+    ``data``: {"digest", "tokenizer_digest"} of the bins the run will read; ``own``: whether it is of the run's own
+    folder. A run's checkpoint is where that run goes on, unless the recipe is another's whose first phase begins with a
+    growth: then it is what grows. Raises InvalidCheckpoint or InvalidConfig, the same on every rank.
     """
-    found = together(RANKS, lambda: _open_and_fill(engine, path, recipe, data))
-    source, resumed = found
-    partitions.publish(engine)
-    compare(engine, source)
-    files = [MANIFEST, *file_sizes(source.folder)][engine.rank :: engine.world]
-    together(RANKS, lambda: check_contents(source.folder, files))
-    return resumed
+    return together(RANKS, lambda: _find(path, recipe, data, own))
 
 
-def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str, Any]) -> tuple[Source, Resumed]:
+def _find(path: Path, recipe: Recipe, data: Mapping[str, Any], own: bool) -> Found:
     source = open_source(path)
     manifest = source.manifest or Manifest()
     kind = "weights" if source.format == "hub" else str(manifest.kind)
-    if source.format != "hub" and kind not in ("train", "growth"):
+    notes: list[str] = []
+    begins = recipe.phases[0].grow is not None
+    if source.format != "hub" and kind not in ("train", "growth") and not begins:
         config = "" if source.config else " --source-config CONFIG.json"
         raise InvalidCheckpoint(
             f"{source.folder}: a checkpoint of a DeepSpeed run that is not this project's: it has no manifest to check "
@@ -93,36 +98,59 @@ def _open_and_fill(engine: Engine, path: Path, recipe: Recipe, data: Mapping[str
             "  --resume TARGET\n"
             "Weights, moments and Adam steps stay as they are; the recipe begins at its step 0, on its own data"
         )
-    check_model(source, recipe)
-    source = _unwrapped(engine, source)
-    manifest = source.manifest or manifest  # with the view's names
-    notes: list[str] = []
     if kind == "train":
         if manifest.training is None:
             raise InvalidCheckpoint(
                 f"{source.folder / MANIFEST}: of kind 'train', but without the entry 'training', which says where the "
                 "run stood. Restore the file, or use another tag"
             )
-        progress = continued(manifest.training, source.folder, recipe, data, notes)
-    else:
-        progress = start()
-        check_tokenizer(source, manifest.growth, data)
-        if manifest.growth is None or manifest.growth.tokenizer_digest is None:
-            notes.append(
-                "which tokenizer the model was trained with is not recorded, so that of the bins is not compared with "
-                "it: make them with bert2bert prepare --tokenizer FOLDER_OF_THE_MODEL"
-            )
+        if own or not begins or same_phases(manifest.training, recipe):
+            position = continued(manifest.training, source.folder, recipe, data, notes)
+            return Found(source, kind, position, manifest.growth, notes)
+    check_tokenizer(source, manifest, data)
+    growth = manifest.growth
+    if growth is not None and growth.source_training is not None:
+        training = Trained.from_json(growth.source_training)
+        if same_phases(training, recipe):
+            position = continued(training, source.folder, recipe, data, notes)
+            return Found(source, kind, replace(position, growths=position.growths + 1), growth, notes, carried=True)
+    if tokenizer_of(manifest) is None:
+        notes.append(
+            "which tokenizer the model was trained with is not recorded, so that of the bins is not compared with "
+            "it: make them with bert2bert prepare --tokenizer FOLDER_OF_THE_MODEL"
+        )
+    return Found(source, kind, Position(), growth, notes)
+
+
+def load(engine: Engine, found: Found, recipe: Recipe, position: Position) -> list[str]:
+    """Load a checkpoint into the engine of its model; notes for the user. Collective.
+
+    ``recipe``: with the model, and what else the phase has (`Recipe.at`); ``position``: where the run stands. Raises
+    InvalidCheckpoint or InvalidConfig, the same on every rank.
+    """
+    source, notes = together(RANKS, lambda: _fill_all(engine, found, recipe, position))
+    partitions.publish(engine)
+    compare(engine, source)
+    files = [MANIFEST, *file_sizes(source.folder)][engine.rank :: engine.world]
+    together(RANKS, lambda: check_contents(source.folder, files))
+    return notes
+
+
+def _fill_all(engine: Engine, found: Found, recipe: Recipe, position: Position) -> tuple[Source, list[str]]:
+    check_model(found.source, recipe)
+    source = _unwrapped(engine, found.source)
     check_tensors(engine, source)
     check_groups(engine, source)
     _fill(engine, source)
-    _restore_rest(engine, source, kind, recipe, progress, notes)
-    if kind == "growth":
-        notes += other_hyper(engine, manifest.groups)
-    if kind == "train" and not manifest.digests:
+    notes: list[str] = []
+    _restore_rest(engine, source, found.kind, recipe, position, notes)
+    if found.kind == "growth":
+        notes += other_hyper(engine, (source.manifest or Manifest()).groups)
+    if found.kind == "train" and not (source.manifest or Manifest()).digests:
         notes.append("its manifest has no digests of files, so only tensors are compared with it")
-    if kind == "weights":
+    if found.kind == "weights":
         notes.append("a Hugging Face folder holds weights only: Adam's moments start at zero")
-    return source, Resumed(source.folder, kind, progress, manifest.growth, tuple(notes))
+    return source, notes
 
 
 def _unwrapped(engine: Engine, source: Source) -> Source:
@@ -178,7 +206,7 @@ def _copy(source: Source, engine: Engine, fragment: partitions.Fragment, state: 
 
 
 def _restore_rest(
-    engine: Engine, source: Source, kind: str, recipe: Recipe, progress: Progress, notes: list[str]
+    engine: Engine, source: Source, kind: str, recipe: Recipe, position: Position, notes: list[str]
 ) -> None:
     """Buffers, loss scale, counters, random states."""
     for name, buffer in engine.buffers().items():
@@ -190,16 +218,24 @@ def _restore_rest(
         engine.restore_loss_scale({k: source.loss_scaler[k] for k in _SCALER if k in source.loss_scaler})
     if source.precision != engine.precision and source.format == "zero":
         notes.append(f"saved in {source.precision}, continued in {engine.precision}: losses will differ a little")
-    if kind != "train":
+    if kind != "train" and not position.step:
         return  # counters, random state and position are the new run's own
     engine.counters = source.counters
+    if kind != "train":
+        seed_all(_later(recipe, position), engine.rank)  # the model is another than when the states were kept
+        return
     path, ranks = source.folder / random_file(engine.rank), random_ranks(source.folder)
     same = ranks == engine.world and path.is_file()
     if same:
         check_contents(source.folder, [path.name])
     if same and set_random_state(torch_reader.load(path), engine.device):
         return
-    seed_all(recipe.seed + 7_368_787 * (progress.step + 1), engine.rank)
+    seed_all(_later(recipe, position), engine.rank)
     why = f"saved on {ranks} ranks, continued on {engine.world}" if ranks else "no random states were kept"
     why = "the kind of device changed" if same else why
     notes.append(f"{why}: the data go on in order, dropout masks are drawn from a new seed")
+
+
+def _later(recipe: Recipe, position: Position) -> int:
+    """A seed for random states in the middle of a run."""
+    return recipe.seed + 7_368_787 * (position.step + 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bert2bert.checkpoints.manifest import GroupEntry, Grown, Manifest
+from bert2bert.checkpoints.manifest import GroupEntry, Manifest
 from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import Source
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
@@ -23,9 +23,16 @@ from bert2bert.train.engine import GROUP_LAYOUT, Engine
 _HYPER = ("weight_decay", "betas", "eps")
 
 
-def check_tokenizer(source: Source, growth: Grown | None, data: Mapping[str, Any]) -> None:
-    """Rows of the embedding mean tokens: a grown model goes on with the tokenizer of its source, on any data."""
-    recorded = growth.tokenizer_digest if growth else None
+def tokenizer_of(manifest: Manifest) -> str | None:
+    """Digest of the tokenizer that a checkpoint's model was trained with; None where it is not recorded."""
+    if manifest.training and manifest.training.data:
+        return manifest.training.data.get("tokenizer_digest")
+    return manifest.growth.tokenizer_digest if manifest.growth else None
+
+
+def check_tokenizer(source: Source, manifest: Manifest, data: Mapping[str, Any]) -> None:
+    """Rows of the embedding mean tokens: a model goes on with its tokenizer, on any data."""
+    recorded = tokenizer_of(manifest)
     if recorded is not None and recorded != data["tokenizer_digest"]:
         raise InvalidConfig(
             f"the tokenizer differs from that of the model that {source.folder} was grown from: digest "

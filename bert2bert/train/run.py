@@ -9,28 +9,40 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.open import open_source
 from bert2bert.data import objective
 from bert2bert.data.bins import TokenBins
-from bert2bert.errors import InvalidConfig
+from bert2bert.errors import InvalidConfig, did_you_mean
 from bert2bert.files.disk import disk_errors
 from bert2bert.model import registry
 from bert2bert.ranks import distributed, stopping
 from bert2bert.ranks.rendezvous import Stopped
 from bert2bert.recipe import Recipe, model_keys
 from bert2bert.tables import table_for
+from bert2bert.train import ds_config as configs
 from bert2bert.train import engine as engines
 from bert2bert.train import run_folder, sharded
+from bert2bert.train.banner import banner, ending, result
 from bert2bert.train.errors import explained
-from bert2bert.train.loop import Loop
+from bert2bert.train.growing import Grow, grown, layout
+from bert2bert.train.loop import Job, Loop
+from bert2bert.train.metrics import MetricsWriter
+from bert2bert.train.position import Position
+from bert2bert.train.resume import Found, find, load
+from bert2bert.train.rng import seed_all
 from bert2bert.train.save import whole
+
+_NEVER = 2**62  # rows of an epoch, where none of the position's phases ends by epochs
 
 
 def train(
@@ -43,6 +55,8 @@ def train(
     quiet: bool = False,
     timeout: float = engines.TIMEOUT,
     activation_checkpointing: bool = False,
+    until: str | None = None,
+    grow: Grow | None = None,
 ) -> dict[str, Any]:
     """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.ranks.launcher.set_up).
 
@@ -50,7 +64,8 @@ def train(
     folder, a grown checkpoint, or a Hugging Face folder. ``command``: what run.json says started it (default sys.argv);
     ``recipe_file`` is copied into the folder; ``quiet``: print warnings only; ``timeout``: seconds that a rank waits
     for another, at the start and in a collective; ``activation_checkpointing``: learning blocks keep their input alone
-    for the backward pass, which computes the rest again.
+    for the backward pass, which computes the rest again; ``until``: the name of the phase after which to pause;
+    ``grow``: how a checkpoint grows between two phases.
     Returns {"step", "loss" and "accuracy" (of the last evaluation on held-out text), "flops", "seconds", "tokens",
     "stopped" (the signal's name or None)}. Raises UserError for every mistake of the user.
     """
@@ -58,15 +73,8 @@ def train(
     resume = None if resume is None else Path(resume)
     if recipe.model is None:
         recipe = replace(recipe, model=_model_of(resume))
-    model_config = registry.typed(recipe.model or {})
-    vocab_size = table_for(model_config).axis_sizes(model_config)["vocab"]
     bins = TokenBins.open(recipe.data.bins)
-    if bins.vocab_size > vocab_size:
-        raise InvalidConfig(
-            f"the tokenizer of {bins.folder} has {bins.vocab_size} ids, the model's vocab_size is {vocab_size}; "
-            f"set model.vocab_size to at least {bins.vocab_size}"
-        )
-    objective.check_run(recipe.predicts, bins.vocabulary, recipe.data.seq_len, model_config)
+    check(recipe, bins, resume, until)
     run_folder.check_folder(output)
     begun = "No step was made; run the same command again"
     with stopping.held() as stop, disk_errors(output), explained("before the first step", lambda: begun):
@@ -78,21 +86,144 @@ def train(
             return _not_begun(name)
         with run_folder.locked(output) as lock:
             continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, resume))
-            torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
-            compiled = device.type == "cuda" and _stage(ds_config) < 3
-            opened = sharded.opened(recipe, ds_config)
-            model = registry.build(model_config, compile_layers=compiled, opened=opened)
-            model.recompute = activation_checkpointing
-            engine = engines.build(recipe, ds_config, model)
-            try:
-                loop = Loop(recipe, engine, bins, output, stop, lock, quiet)
-                if resume is not None and source is None:
-                    loop.say(f"no checkpoint in {output} yet: the run starts")
-                loop.begin(ds_config, source, continued, command, recipe_file)
-                with explained("between two steps", loop.newest):
-                    return loop.run()
-            finally:
-                engine.destroy()
+            job = Job(recipe, bins, output, stop, lock, quiet, until)
+            if resume is not None and source is None:
+                job.say(f"no checkpoint in {output} yet: the run starts")
+            found = None if source is None else find(source, recipe, job.data, continued)
+            run = _Run(job, dict(ds_config), found, grow, activation_checkpointing)
+            describe = partial(
+                run_folder.describe, output, recipe, ds_config, world=distributed.RANKS.size,
+                versions=versions("deepspeed"), command=command, source=run.source(source), continued=continued,
+                step=run.position.step, bins=bins.folder, recipe_file=recipe_file,
+                data={**job.data, "heldout_unigram_entropy": bins.meta["splits"]["heldout"].get("unigram_entropy")},
+            )  # fmt: skip
+            return run.go(describe)
+
+
+def check(recipe: Recipe, bins: TokenBins, resume: Path | None, until: str | None) -> None:
+    """Raise InvalidConfig for what can be known to fail before anything is started. The recipe knows its model."""
+    for model in recipe.models:
+        vocab_size = table_for(registry.typed(model)).axis_sizes(model)["vocab"]
+        if bins.vocab_size > vocab_size:
+            raise InvalidConfig(
+                f"the tokenizer of {bins.folder} has {bins.vocab_size} ids, the model's vocab_size is {vocab_size}; "
+                f"set model.vocab_size to at least {bins.vocab_size}"
+            )
+    for i, model in enumerate(recipe.models):
+        own = recipe.at(i)
+        objective.check_run(own.predicts, bins.vocabulary, own.data.seq_len, registry.typed(model))
+    names = [phase.name for phase in recipe.phases]
+    if until is not None and until not in names:
+        raise InvalidConfig(f"--until is {until!r}: " + did_you_mean(until, names))
+    if recipe.phases[0].grow is not None and resume is None:
+        raise InvalidConfig(
+            f"the recipe's first phase {names[0]!r} begins with a growth; give the checkpoint that grows with --resume"
+        )
+
+
+class _Run:
+    """A run over its engines, one after the other."""
+
+    def __init__(
+        self, job: Job, ds_config: dict[str, Any], found: Found | None, grow: Grow | None, recompute: bool
+    ) -> None:
+        self.job, self.ds_config, self.found, self.grow, self.recompute = job, ds_config, found, grow, recompute
+        self.position = Position() if found is None else found.position
+        self.position = self.position.settled(job.recipe, _NEVER)
+        self.grown = found is not None and found.kind == "growth" and not self.position.phase_step
+        if found is not None:
+            job.at = found.folder
+            if found.kind == "train" and found.folder.resolve().parent == job.output.resolve():
+                job.saved = self.position.step
+
+    def source(self, path: Path | None) -> dict[str, Any] | None:
+        """What run.json says of the checkpoint that the run begins with."""
+        if self.found is None:
+            return None
+        growth, kind = self.found.growth, self.found.kind
+        about = growth.to_json() if growth else None
+        spent = (about or {}).get("source_spent") if kind != "train" else dict(self.position.spent)
+        return {"path": str(path), "kind": kind, "growth": about, "spent": spent}
+
+    def go(self, describe: Callable[..., None]) -> dict[str, Any]:
+        """Train, grow, train on; the result of `train`. describe: writes the run folder's description of a model."""
+        job = self.job
+        if job.until in [phase.name for phase in job.recipe.phases[: self.position.phase]]:
+            job.warn(f"phase {job.until!r} is over already: step {self.position.step}")
+            return result(job, self.position, None)
+        loop = None
+        with ExitStack() as stack:
+            while True:
+                self._grow()
+                engine = self._engine()
+                try:
+                    loop, first = self._loop(engine), loop is None
+                    if first:
+                        distributed.write_on_first(job.output, partial(describe, model=engine.model.hf_config))
+                        job.say(banner(job, loop))
+                        job.metrics = stack.enter_context(self._metrics())
+                    loop.metrics = job.metrics
+                    with explained("between two steps", job.newest):
+                        stopped = loop.run()
+                finally:
+                    engine.destroy()
+                self.position, self.grown = loop.position, False
+                if stopped or loop.paused or not loop.served_out or job.at is None:
+                    break
+                self.found = find(job.at, job.recipe, job.data, True)
+        return ending(job, loop, stopped)
+
+    def _metrics(self) -> MetricsWriter:
+        job, at = self.job, self.position
+        return MetricsWriter(
+            job.output, distributed.RANKS.rank, step=at.step, growths=at.growths, steps=job.recipe.steps,
+            show=not job.quiet,
+        )  # fmt: skip
+
+    def _grow(self) -> None:
+        """Let the model grow as often as the recipe says before the next step."""
+        job = self.job
+        while self.position.pending(job.recipe):
+            index = self.position.phase
+            name = job.recipe.phases[index].name
+            settings = configs.of_phase(self.ds_config, job.recipe, index, distributed.RANKS.size)
+            job.say(f"growing before phase {name!r} from {job.at}")
+            with explained(f"in the growth before phase {name!r}", job.newest):
+                folder, seconds = grown(job.recipe, self.position, self.grow, job.output, job.at, layout(settings))
+            self.found = find(folder, job.recipe, job.data, True)
+            self.position = replace(self.position, growths=self.position.growths + 1)
+            entry = {"phase": name, "step": self.position.step, "seconds": seconds}
+            distributed.write_on_first(
+                job.output, partial(run_folder.grew, job.output, job.recipe.models[index], entry)
+            )
+            job.at, self.grown = folder, True
+            self.position = self.position.settled(job.recipe, _NEVER)
+
+    def _engine(self) -> engines.Engine:
+        """The engine of the phase, with fresh weights."""
+        recipe = self.job.recipe.at(self.position.phase)
+        settings = configs.of_phase(self.ds_config, self.job.recipe, self.position.phase, distributed.RANKS.size)
+        torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
+        compiled = torch.cuda.is_available() and configs.stage(settings) < 3
+        opened = sharded.opened(recipe, settings)
+        model = registry.build(registry.typed(recipe.model or {}), compile_layers=compiled, opened=opened)
+        model.recompute = self.recompute
+        return engines.build(recipe, settings, model)
+
+    def _loop(self, engine: engines.Engine) -> Loop:
+        """The loop of the phase on its engine, with the weights of where the run stands."""
+        job, recipe = self.job, self.job.recipe
+        seed_all(recipe.seed, engine.rank)
+        growth = None
+        if self.found is not None:
+            found = self.found
+            notes = [*found.notes, *load(engine, found, recipe.at(self.position.phase), self.position)]
+            growth = None if found.growth is None else replace(found.growth, source_training=None)
+            steps = "" if recipe.steps is None else f" of {recipe.steps}"
+            job.say(f"resumed from {found.folder} ({found.kind}) at step {self.position.step}{steps}")
+            for note in notes:
+                job.warn(f"  note: {note}")
+        return Loop(job, engine, self.position, growth, self.grown)
 
 
 def _model_of(resume: Path | None) -> dict[str, Any]:
@@ -112,10 +243,6 @@ def _model_of(resume: Path | None) -> dict[str, Any]:
         )
     known = model_keys(registry.typed(config))
     return {key: value for key, value in config.items() if key in known}
-
-
-def _stage(ds_config: Mapping[str, Any]) -> int:
-    return int((ds_config.get("zero_optimization") or {}).get("stage", 0))
 
 
 def _not_begun(signal: str) -> dict[str, Any]:

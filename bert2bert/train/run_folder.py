@@ -164,7 +164,9 @@ def describe(
         again = {key: about[key] for key in ("command", "versions", "git_commit", "world_size")}
         again |= {"step": step, "started": about["started"]}
         about |= {
-            key: before[key] for key in ("command", "versions", "git_commit", "source", "started") if key in before
+            key: before[key]
+            for key in ("command", "versions", "git_commit", "source", "started", "growths")
+            if key in before
         }
         about["continued"] = [*before.get("continued", []), again]
     write_json(output / RUN, about)
@@ -175,6 +177,16 @@ def describe(
             _copy(bins / name, output / name)
     if recipe_file is not None:
         _copy(recipe_file, output / "recipe.py")
+
+
+def grew(output: Path, model: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
+    """Note a growth in run.json, once (``entry``: "phase", "step", "seconds"), and the config of the grown model."""
+    if not (output / RUN).is_file():
+        return  # the run begins with it
+    about = _read(output)
+    growths = [one for one in about.get("growths", []) if one.get("phase") != entry["phase"]]
+    write_json(output / RUN, about | {"growths": [*growths, dict(entry)]})
+    write_json(output / "config.json", dict(model))
 
 
 def finish(output: Path) -> None:

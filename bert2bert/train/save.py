@@ -16,7 +16,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from bert2bert.ranks.comm import gather
 from bert2bert.ranks.distributed import RANKS, write_on_first
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
-from bert2bert.train.position import Progress
+from bert2bert.train.position import Position
 from bert2bert.train.rng import random_state
 
 UNFINISHED = "bert2bert.unfinished"
@@ -71,7 +71,7 @@ def random_ranks(folder: Path) -> int:
 def save(
     engine: Engine,
     root: Path,
-    progress: Progress,
+    position: Position,
     *,
     model: Mapping[str, Any],
     aliases: Mapping[str, str],
@@ -80,14 +80,16 @@ def save(
     growth: Grown | None,
     keep: int,
     check: Callable[[], None],
+    needed: Collection[int] = (),
 ) -> Path:
     """Write ``root/global_step<step>`` and make it the latest; returns its folder. Collective.
 
     ``model``: the Hugging Face config; ``data``: digests of tokens and tokenizer; ``growth``: the growth that the run
-    came from, handed on; ``keep``: tags to keep; ``check``: raises, on rank 0, if the folder is no longer this run's.
+    came from, handed on; ``keep``: tags to keep; ``needed``: steps whose tags stay, too; ``check``: raises, on rank 0,
+    if the folder is no longer this run's.
     Raises UserError when the disk has no room or cannot be written.
     """
-    tag = tag_of(progress.step)
+    tag = tag_of(position.step)
     folder = root / tag
     write_on_first(root, check, lambda: _make_room(engine, root, folder))
     engine.thaw()
@@ -119,14 +121,17 @@ def save(
         growth=growth,
         training=Trained(
             recipe=dict(recipe),
-            phase=progress.phase,
-            phase_step=progress.phase_step,
-            step=progress.step,
-            spent=progress.spent,
-            data={**data, "rows": progress.rows},
+            phase=position.phase,
+            phase_step=position.phase_step,
+            step=position.step,
+            spent=position.spent,
+            data={**data, "rows": position.rows, "row_length": position.row_length},
+            growths=position.growths,
+            ended=position.ended,
+            memory=position.memory,
         ),
     )
-    write_on_first(root, check, lambda: _commit(root, folder, manifest, contents, keep))
+    write_on_first(root, check, lambda: _commit(root, folder, manifest, contents, keep, needed))
     return folder
 
 
@@ -213,7 +218,9 @@ def _writer(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _commit(root: Path, folder: Path, manifest: Manifest, contents: Iterable[str], keep: int) -> None:
+def _commit(
+    root: Path, folder: Path, manifest: Manifest, contents: Iterable[str], keep: int, needed: Collection[int] = ()
+) -> None:
     """Check that all ranks' files are there, and make the folder the run's latest checkpoint."""
     world = manifest.world_size or 0
     wanted = [*map(random_file, range(world)), *contents]
@@ -227,11 +234,12 @@ def _commit(root: Path, folder: Path, manifest: Manifest, contents: Iterable[str
     write_manifest(folder, dataclasses.replace(manifest, files=files))
     (folder / UNFINISHED).unlink()  # after the manifest: a kill must leave one mark at least, else it looks foreign
     set_latest(root, folder.name)
-    prune(root, folder.name, keep)
+    prune(root, folder.name, keep, needed)
 
 
-def prune(root: Path, newest: str, keep: int) -> None:
-    """Delete this run's training checkpoints older than the last ``keep`` up to ``newest``, and older unfinished ones.
+def prune(root: Path, newest: str, keep: int, needed: Collection[int] = ()) -> None:
+    """Delete this run's training checkpoints older than the last ``keep`` up to ``newest``, except those of the steps
+    ``needed``, and older unfinished ones.
 
     Tags past ``newest`` (of a run that was resumed from an older tag by hand), growths, foreign folders and links stay.
     """
@@ -244,7 +252,7 @@ def prune(root: Path, newest: str, keep: int) -> None:
         kind = _kind(folder)
         if kind is None:
             _delete(folder)
-        elif kind == "train":
+        elif kind == "train" and step not in needed:
             older.append((step, folder))
     for _, folder in sorted(older, reverse=True)[max(keep - 1, 0) :]:
         _delete(folder)

@@ -43,7 +43,12 @@ def recipe(bins: Path, **other: Any) -> Recipe:
 
 
 def run(
-    plan: Recipe, config: dict[str, Any], output: Path, resume: Path | None = None, stop_at: int | None = None
+    plan: Recipe,
+    config: dict[str, Any],
+    output: Path,
+    resume: Path | None = None,
+    stop_at: int | None = None,
+    **how: Any,
 ) -> dict[str, Any]:
     """`train` in this rank; ``stop_at``: the last rank gets a SIGTERM in that 0-based step."""
     from bert2bert.train import loop
@@ -58,9 +63,18 @@ def run(
 
     loop.draw = draw
     try:
-        return train(plan, config, output, resume)
+        return train(plan, config, output, resume, **how)
     finally:
         loop.draw = original
+
+
+def load(engine: Any, path: Path, plan: Recipe, data: dict[str, Any]) -> Any:
+    """Open a checkpoint and load it into an engine; what was found, with the notes of both."""
+    from bert2bert.train import resume
+
+    found = resume.find(path, plan, data, own=False)
+    found.notes.extend(resume.load(engine, found, plan.at(found.position.phase), found.position))
+    return found
 
 
 def records(output: Path) -> list[dict[str, Any]]:

@@ -62,13 +62,13 @@ def held(bins: Path, path: Path, truth: Path, prefix: str = "") -> list[str]:
     """What this rank's engine holds otherwise than the engine that saved the checkpoint, after a load. prefix: before
     the names of that engine's parameters."""
     from bert2bert.train import engine as trained
-    from bert2bert.train import partitions, resume
+    from bert2bert.train import partitions
 
     plan = runs.recipe(bins, model=CONFIG)
     engine = trained.build(plan, tiny.ds_config(2), build(CONFIG))
-    found = resume.load(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
+    found = runs.load(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
     expected = torch.load(truth)
-    wrong = [] if (found.kind, found.progress.step) == ("growth", 0) else [found.kind]
+    wrong = [] if (found.kind, found.position.step) == ("growth", 0) else [found.kind]
     for fragment in partitions.fragments(engine):
         for state in STATES:
             whole = expected["tensors"][prefix + fragment.name][state]

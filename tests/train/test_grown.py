@@ -62,7 +62,7 @@ def values(name: str, state: str, start: int, stop: int) -> torch.Tensor:
 
 def load(bins: Path, path: Path, cases: list[tuple[int, str]]) -> list[dict[str, Any]]:
     from bert2bert.train import engine as engines
-    from bert2bert.train import partitions, resume
+    from bert2bert.train import partitions
 
     tiny.allow_fp16()
     world = int(os.environ["WORLD_SIZE"])
@@ -70,7 +70,7 @@ def load(bins: Path, path: Path, cases: list[tuple[int, str]]) -> list[dict[str,
     plan, out = runs.recipe(bins, global_batch_size=rows), []
     for stage, precision in cases:
         engine = engines.build(plan, tiny.ds_config(stage, precision, world, rows=rows), tiny.model(nsp=False))
-        found = resume.load(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
+        found = runs.load(engine, path, plan, {"digest": "", "tokenizer_digest": ""})
         worst = 0.0
         for fragment in partitions.fragments(engine):
             for state in STATES:
@@ -85,7 +85,7 @@ def load(bins: Path, path: Path, cases: list[tuple[int, str]]) -> list[dict[str,
                 "kind": found.kind,
                 "worst": worst,
                 "steps": partitions.steps(engine),
-                "step": found.progress.step,
+                "step": found.position.step,
                 "scale": engine.loss_scale,
                 "notes": "\n".join(found.notes),
                 "growth": found.growth,
@@ -137,12 +137,12 @@ def load_hub(bins: Path, path: Path, digests: dict[str, str]) -> tuple[str, bool
     """What kind of checkpoint was taken (or the refusal), and whether all weights are those of a 16-bit file."""
     from bert2bert.errors import InvalidConfig
     from bert2bert.train import engine as engines
-    from bert2bert.train import partitions, resume
+    from bert2bert.train import partitions
 
     plan = runs.recipe(bins)
     engine = engines.build(plan, tiny.ds_config(2, "fp32", 1), tiny.model(nsp=False))
     try:
-        found = resume.load(engine, path, plan, digests)
+        found = runs.load(engine, path, plan, digests)
     except InvalidConfig as error:
         return str(error), False
     held = {f.name: partitions.read(engine, f, "fp32") for f in partitions.fragments(engine)}

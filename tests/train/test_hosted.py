@@ -21,7 +21,7 @@ from bert2bert.model.batch import Batch
 from bert2bert.model.program import LayerProgram, full
 from bert2bert.recipe import Phase, Recipe, SubModels
 from bert2bert.train import partitions
-from bert2bert.train.position import Progress
+from bert2bert.train.position import Position
 from tests import tiny as models
 from tests.distributed import run_ranks
 from tests.model.test_cores import asked
@@ -94,7 +94,7 @@ def write(engine: Any, folder: Path, name: str, step: int) -> None:
     from bert2bert.train.save import save
 
     save(
-        engine, folder, Progress(step, 0, step, 8 * step, {}), model=engine.model.hf_config,
+        engine, folder, Position(step, 0, step, 8 * step), model=engine.model.hf_config,
         aliases=engine.model.aliases, recipe=recipe(name).to_dict(), data=DATA, growth=None, keep=2,
         check=lambda: None,
     )  # fmt: skip
@@ -116,14 +116,13 @@ class Case:
 
     def build(self) -> Any:
         from bert2bert.train import engine as engines
-        from bert2bert.train.resume import load
 
         config = tiny.ds_config(self.stage, self.precision, world=self.world, accumulation=max(2 // self.world, 1))
         if self.experts:
             config["expert_parallel"] = {"enabled": True, "autoep_size": self.experts}
         engine = engines.build(recipe(self.name), config, model(self.name))
         if self.start:
-            load(engine, self.start, recipe(self.name), DATA)
+            whole_runs.load(engine, self.start, recipe(self.name), DATA)
         return engine
 
 

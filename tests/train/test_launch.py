@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import stat
@@ -123,7 +124,7 @@ def test_the_options_reach_the_training(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     assert (recipe.phases[0].steps, recipe.seed, recipe.data.bins) == (400, 3, "other bins")
     assert (output, resume) == (Path("runs/x"), Path("grown/y"))
-    assert config["gradient_clipping"] == 2.0 and config["train_batch_size"] == recipe.global_batch_size
+    assert recipe.gradient_clipping == 2.0 and config == json.loads((ROOT / DEMO[1]).read_text())
     assert os.environ["WORLD_SIZE"] == "1" and os.environ["RANK"] == "0"
 
     stopped = "SIGUSR1"  # by a time limit: a job that waits for this one must not start

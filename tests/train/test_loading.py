@@ -205,10 +205,9 @@ def recipes(plan: Recipe) -> dict[str, tuple[Recipe, type[UserError], tuple[str,
 
 
 def attempt(engine: Any, path: Path, plan: Recipe, data: dict[str, str]) -> tuple[str, str]:
-    from bert2bert.train import resume
 
     try:
-        found = resume.load(engine, path, plan, data)
+        found = runs.load(engine, path, plan, data)
     except UserError as error:
         return type(error).__name__, str(error)
     return "", "\n".join(found.notes)
@@ -289,7 +288,7 @@ def test_every_corruption_is_named_and_nothing_foreign_runs(
 def elsewhere(bins: Path, saved: Path, root: Path, cases: list[tuple[int, str]]) -> list[dict[str, Any]]:
     """Load into other stages at this world size: steps apart, everything equal (resume compares all digests)."""
     from bert2bert.train import engine as engines
-    from bert2bert.train import partitions, resume
+    from bert2bert.train import partitions
 
     world = int(os.environ["WORLD_SIZE"])
     rows = 12 if world == 3 else 8
@@ -297,12 +296,12 @@ def elsewhere(bins: Path, saved: Path, root: Path, cases: list[tuple[int, str]])
     data = json.loads((saved / "run.json").read_text())["data"]
     for stage, precision in cases:
         engine = engines.build(plan, tiny.ds_config(stage, precision, world, rows=rows), tiny.model(nsp=False))
-        found = resume.load(engine, saved, plan, data)
+        found = runs.load(engine, saved, plan, data)
         steps = [engine.optimizer.state[m]["step"] for _, m in partitions.masters(engine)]
         out.append(
             {
                 "notes": found.notes,
-                "step": found.progress.step,
+                "step": found.position.step,
                 "steps": [float(s) for s in steps],
                 "own": len({s.data_ptr() for s in steps}) == len(steps),
                 "digests": partitions.digests(engine),

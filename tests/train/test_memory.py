@@ -18,7 +18,7 @@ from bert2bert.errors import InvalidConfig
 from bert2bert.model import registry
 from bert2bert.model.program import LayerProgram, full
 from bert2bert.train.ds_config import resolve
-from bert2bert.train.position import Progress
+from bert2bert.train.position import Position
 from tests import tiny as models
 from tests.distributed import run_ranks
 from tests.model.test_cores import asked, flat
@@ -158,7 +158,6 @@ def a_run(folder: Path) -> tuple[int, int, dict[str, int]]:
     import deepspeed
 
     from bert2bert.train import engine as engines
-    from bert2bert.train.resume import load
     from bert2bert.train.save import save
 
     plan = tiny.recipe(model=DEEP)
@@ -171,7 +170,7 @@ def a_run(folder: Path) -> tuple[int, int, dict[str, int]]:
 
     def write(engine: Any) -> None:
         save(
-            engine, folder, Progress(3, 0, 3, 24, {}), model=engine.model.hf_config, aliases=engine.model.aliases,
+            engine, folder, Position(3, 0, 3, 24), model=engine.model.hf_config, aliases=engine.model.aliases,
             recipe=plan.to_dict(), data=DATA, growth=None, keep=2, check=lambda: None,
         )  # fmt: skip
 
@@ -190,7 +189,7 @@ def a_run(folder: Path) -> tuple[int, int, dict[str, int]]:
             _, found[f"step {i}"] = meter.excess(lambda: step(engine))
         _, found["save"] = meter.excess(lambda: write(engine))
         other = engines.build(plan, ds_config, built(DEEP, ds_config, seed=2))
-        _, found["resume"] = meter.excess(lambda: load(other, folder, plan, DATA))
+        _, found["resume"] = meter.excess(lambda: runs.load(other, folder, plan, DATA))
         _, found["gathered"] = meter.excess(lambda: gather(other))
         numel = sum(torch.Size(other.shape(name)).numel() for name in other.names)
     return 4 * numel, fresh, found

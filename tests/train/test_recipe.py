@@ -281,15 +281,6 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "nowhere.py")
 
 
-def test_locate_walks_the_phases_and_skips_an_empty_one(tiny: Path) -> None:
-    recipe = load_recipe(tiny)
-    assert recipe.steps == 30 and recipe.layers == 4
-    assert [recipe.locate(s) for s in (0, 9, 10, 29)] == [(0, 0), (0, 9), (1, 0), (1, 19)]
-    with pytest.raises(ValueError, match="outside"):
-        recipe.locate(30)
-    assert load_recipe(tiny, ["phases.0.steps=0"]).locate(0) == (1, 0)
-
-
 def test_a_recipe_without_a_step_is_refused() -> None:
     model = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
              "intermediate_size": 8, "max_position_embeddings": 8}  # fmt: skip

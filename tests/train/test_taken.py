@@ -22,7 +22,7 @@ from tests import tiny as models
 from tests.checkpoints.engines import STATES, Case, hf_model, load_truth, save_cases
 from tests.distributed import run_ranks
 from tests.model.test_cores import asked, flat, padded, theirs
-from tests.train import tiny
+from tests.train import runs, tiny
 
 KINDS = tuple(registry.CORES)
 # What each is saved with and resumed at, on 2 ranks and then on 1 or 2; every pair of neighbours is another one
@@ -90,7 +90,6 @@ def resumed(home: Path, kinds: list[str], world: int) -> dict[str, list[Any]]:
     """Of every kind and source: what is wrong, the loss without dropout, and that of a step."""
     from bert2bert.train import engine as engines
     from bert2bert.train import sharded
-    from bert2bert.train.resume import load
 
     tiny.allow_fp16()
     found = {}
@@ -104,7 +103,7 @@ def resumed(home: Path, kinds: list[str], world: int) -> dict[str, list[Any]]:
             model = registry.build(plan.model or {}, opened=sharded.opened(plan, ds_config))
             engine = engines.build(plan, ds_config, model)
             path = home / f"{kind}-{source}"
-            kept = load(engine, path, plan, {"digest": "0", "tokenizer_digest": "0"}).kind
+            kept = runs.load(engine, path, plan, {"digest": "0", "tokenizer_digest": "0"}).kind
             truth = load_truth(home, case(kind)) if source == "run" else None
             weights = dict(hf_model(hf, seed=5).named_parameters())
             bad = wrong(engine, weights, truth)

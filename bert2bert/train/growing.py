@@ -1,0 +1,87 @@
+"""The growth between two phases of a run, carried out by the run's own ranks.
+
+How a checkpoint grows is not known here: `Grow` is given by the launcher (`commands.phase_growth`), which is what
+`bert2bert grow` does. Killed at any moment, the same call goes on: what a killed growth has finished is used again, and
+a growth that was finished is taken as it is, if it is of the same source and plan.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from bert2bert.checkpoints.target import Target
+from bert2bert.errors import InvalidConfig
+from bert2bert.ranks.comm import Comm
+from bert2bert.ranks.distributed import RANKS, write_on_first
+from bert2bert.recipe import Recipe
+from bert2bert.train import ds_config
+from bert2bert.train.engine import GROUP_LAYOUT
+from bert2bert.train.position import Position
+from bert2bert.train.save import tag_of
+
+FOLDER = "growths"
+"""In a run's folder: grown checkpoints from which the next phase has yet to save one of its own."""
+
+
+class Grow(Protocol):
+    """Grow ``source`` into ``folder`` as the recipe says before phase ``index``; the folder of the grown checkpoint."""
+
+    def __call__(
+        self, recipe: Recipe, index: int, source: Path, folder: Path, target: Target, comm: Comm, *, other: Path | None
+    ) -> Path: ...
+
+
+def grown(
+    recipe: Recipe, position: Position, grow: Grow | None, output: Path, source: Path | None, target: Target
+) -> tuple[Path, float]:
+    """(The grown checkpoint from which the phase at ``position`` starts, the seconds it took). Collective.
+
+    source: the checkpoint of where the run stands. Raises InvalidConfig without a function that grows, and what that
+    raises.
+    """
+    phase = recipe.phases[position.phase]
+    if grow is None or phase.grow is None or source is None:
+        raise InvalidConfig(
+            f"the model grows before phase {phase.name!r}, and this entrance has no operators; start the run with "
+            "launch/pretrain.py"
+        )
+    other = None
+    if phase.grow.mix_with is not None:
+        at = [p.name for p in recipe.phases].index(phase.grow.mix_with)
+        other = output / tag_of(position.ended[at])
+    began = time.perf_counter()
+    folder = output / FOLDER / phase_folder(position.phase)
+    folder = grow(recipe, position.phase, source, folder, target, RANKS, other=other)
+    return folder, time.perf_counter() - began
+
+
+def phase_folder(index: int) -> str:
+    """Name of the folder of the growth before a phase."""
+    return f"phase{index}"
+
+
+def drop(output: Path, position: Position) -> None:
+    """Delete grown checkpoints of phases that have saved one of their own. On rank 0, the others wait."""
+
+    def act() -> None:
+        for index in range(position.phase + 1):
+            folder = output / FOLDER / phase_folder(index)
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder)
+        if (output / FOLDER).is_dir() and not any((output / FOLDER).iterdir()):
+            (output / FOLDER).rmdir()
+
+    write_on_first(output, act)
+
+
+def layout(settings: Mapping[str, Any]) -> Target:
+    """The layout in which a growth is written: that of the engine which reads it. settings: its ds_config, resolved."""
+    stage = ds_config.stage(settings)
+    return Target(
+        "zero", stage, RANKS.size, expert_parallel=ds_config.expert_ranks(settings) if stage in (1, 2) else None,
+        precision=ds_config.precision(settings), groups=GROUP_LAYOUT,
+    )  # fmt: skip
