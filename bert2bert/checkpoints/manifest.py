@@ -3,7 +3,8 @@
 The one place where a manifest is read (`read_manifest`) and written (`write_manifest`). It is written last, so a folder
 that has one is complete. Refuses, as InvalidCheckpoint, a manifest of another format version, one with an entry of
 another type or a file name that leads out of the folder, and (`check_sizes`) files that are not those it lists. What
-is now called ``format`` was called ``form`` in manifests of before, which are read as well.
+is now called ``format`` was called ``form`` in manifests of before, which are read as well. Longer than other modules:
+every entry is declared once here.
 """
 
 from __future__ import annotations

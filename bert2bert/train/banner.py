@@ -14,7 +14,8 @@ from bert2bert.train import run_folder
 from bert2bert.train.position import Position
 
 if TYPE_CHECKING:
-    from bert2bert.train.loop import Job, Loop
+    from bert2bert.train.job import Job
+    from bert2bert.train.loop import Loop
 
 
 def banner(job: Job, loop: Loop) -> str:

@@ -4,6 +4,7 @@ corrupt a checkpoint refused.
 DeepSpeed ignores top-level keys that it does not know, so a misspelt one would silently do nothing: the keys are closed
 here. The optimizer, its schedule and clipping belong to the recipe; precision, ZeRO stage, micro-batch, communication
 and offload to the ds_config. Every refusal is an `InvalidConfig` naming key, value and remedy. Imports no torch.
+Longer than other modules: the list of what is refused is one.
 """
 
 from __future__ import annotations

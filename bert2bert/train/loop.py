@@ -10,22 +10,17 @@ applied; whether the run then stops, the recipe's `Safety` says. Refuses a held-
 from __future__ import annotations
 
 import math
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bert2bert.checkpoints.manifest import Grown
-from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import Loader, eval_batches
 from bert2bert.data.objective import Objective
 from bert2bert.errors import UserError
-from bert2bert.files.lock import Lock
 from bert2bert.ranks import distributed, stopping
-from bert2bert.recipe import Phase, Recipe
+from bert2bert.recipe import Phase
 from bert2bert.recipe.programs import draw
 from bert2bert.recipe.schedules import lr_at
 from bert2bert.tables.flops import Flops
@@ -34,7 +29,8 @@ from bert2bert.train.compute import peak_flops, step_flops
 from bert2bert.train.errors import explained
 from bert2bert.train.evaluate import EVALUATION_SEED, evaluate
 from bert2bert.train.growing import drop
-from bert2bert.train.metrics import Interval, MetricsWriter
+from bert2bert.train.job import Job
+from bert2bert.train.metrics import Interval
 from bert2bert.train.position import Position
 from bert2bert.train.safety import Watch
 from bert2bert.train.save import save, tag_of
@@ -42,52 +38,6 @@ from bert2bert.train.save import save, tag_of
 GROWN_TOLERANCE = 0.05
 """Nats by which a held-out loss may rise at a growth that keeps the function: 16-bit arithmetic rounds otherwise in
 another model."""
-
-
-@dataclass
-class Job:
-    """What all engines of a run share."""
-
-    recipe: Recipe
-    bins: TokenBins
-    output: Path
-    stop: stopping.Stop
-    lock: Lock
-    quiet: bool
-    until: str | None
-    """The phase after which the run pauses."""
-    metrics: MetricsWriter | None = None
-    saved: int = -1
-    """The step of the newest checkpoint."""
-    loss: float | None = None
-    """Of the last step that this process made."""
-    result: dict[str, float] | None = None
-    """Of the last evaluation."""
-    before: float | None = None
-    """The held-out loss before the model grew."""
-    at: Path | None = None
-    """The checkpoint of where the run stands."""
-
-    def say(self, text: str) -> None:
-        """Print on rank 0, unless only warnings are to be printed."""
-        if not self.quiet:
-            self.warn(text)
-
-    def warn(self, text: str) -> None:
-        """Print on rank 0."""
-        if distributed.RANKS.rank == 0:
-            print(text, file=sys.stderr, flush=True)
-
-    def newest(self) -> str:
-        """A sentence: which checkpoint is the newest, and how to continue from it."""
-        if self.saved < 0:
-            return "No checkpoint was written yet; the same command starts again"
-        return f"The newest checkpoint is of step {self.saved}; continue with --resume {self.output}"
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What the manifest says of the data."""
-        return {"digest": self.bins.digest, "tokenizer_digest": self.bins.tokenizer_digest}
 
 
 class Loop:

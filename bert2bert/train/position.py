@@ -59,6 +59,14 @@ class Position:
             dict(training.spent), training.growths, tuple(training.ended), dict(training.memory),
         )  # fmt: skip
 
+    def recorded(self, recipe: Mapping[str, Any], data: Mapping[str, Any]) -> Trained:
+        """As a manifest has it. data: digests of tokens and tokenizer."""
+        return Trained(
+            recipe=dict(recipe), phase=self.phase, phase_step=self.phase_step, step=self.step, spent=self.spent,
+            data={**data, "rows": self.rows, "row_length": self.row_length}, growths=self.growths, ended=self.ended,
+            memory=self.memory,
+        )  # fmt: skip
+
     def advanced(self, rows: int, *, tokens: int, flops: float, seconds: float, skipped: int) -> Position:
         """After one more step of the phase. rows: given out so far; tokens, flops, seconds: of the step; skipped: steps
         up to it that were not applied."""

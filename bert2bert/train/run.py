@@ -35,7 +35,8 @@ from bert2bert.train import run_folder, sharded
 from bert2bert.train.banner import banner, ending, result
 from bert2bert.train.errors import explained
 from bert2bert.train.growing import Grow, grown, layout
-from bert2bert.train.loop import Job, Loop
+from bert2bert.train.job import Job
+from bert2bert.train.loop import Loop
 from bert2bert.train.metrics import MetricsWriter
 from bert2bert.train.position import Position
 from bert2bert.train.resume import Found, find, load

@@ -31,7 +31,6 @@ from bert2bert.checkpoints.manifest import (
     Grown,
     Manifest,
     TensorEntry,
-    Trained,
     read_manifest,
     write_manifest,
 )
@@ -119,17 +118,7 @@ def save(
         counters=engine.counters,
         versions=versions("deepspeed"),
         growth=growth,
-        training=Trained(
-            recipe=dict(recipe),
-            phase=position.phase,
-            phase_step=position.phase_step,
-            step=position.step,
-            spent=position.spent,
-            data={**data, "rows": position.rows, "row_length": position.row_length},
-            growths=position.growths,
-            ended=position.ended,
-            memory=position.memory,
-        ),
+        training=position.recorded(recipe, data),
     )
     write_on_first(root, check, lambda: _commit(root, folder, manifest, contents, keep, needed))
     return folder
