@@ -32,11 +32,11 @@ from bert2bert.tables import Table
     keeps="the function, at any width in pre-norm models, at multiples in others",
 )
 def lemon(pair: Pair) -> Width:
-    """Features repeated round and round; readers split a weight unevenly among copies, by random shares of sum one.
+    """Features repeated round and round; readers split a weight unevenly among copies, by random shares whose sum is one.
 
     A width D' that is not a multiple of D, where norms are inside the branches: k = floor(D' / D) copies of the
     stream, then its mean (LayerNorm) or zeros (RMSNorm); norm gains times sqrt(k D / D'), epsilon times k D / D', and
-    weights that read the padding drawn at random, for the norms make it zero. Elsewhere, only multiples. Moments are
+    weights that read the padding drawn at random, because the norms make it zero. Elsewhere, only multiples. Moments are
     exact where units alone grow, else carried over by the same maps.
     """
     maps: dict[str, Gather | tuple[Gather, ...]] = {}
