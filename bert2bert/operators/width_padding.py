@@ -32,7 +32,7 @@ from bert2bert.tables import Table
     keeps="the function, at any width in pre-norm models, at multiples in others",
 )
 def lemon(pair: Pair) -> Width:
-    """Features repeated round and round; readers split a weight unevenly among copies, by random shares that add up to 1.
+    """Features repeated round and round; readers split a weight unevenly among copies, by random shares that sum to 1.
 
     A width D' that is not a multiple of D, where norms are inside the branches: k = floor(D' / D) copies of the
     stream, then its mean (LayerNorm) or zeros (RMSNorm); norm gains times sqrt(k D / D'), epsilon times k D / D', and
