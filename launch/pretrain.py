@@ -18,6 +18,7 @@ import contextlib
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from bert2bert.errors import UserError
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             result = train(
                 recipe, config, options.output, options.resume, command=command, recipe_file=options.recipe,
                 quiet=options.quiet, timeout=timeout, activation_checkpointing=options.activation_checkpointing,
-                until=options.until, grow=phase_growth.grow,
+                until=options.until, grow=partial(phase_growth.grow, quiet=options.quiet),
             )  # fmt: skip
         if options.json and rank == 0:
             print(json.dumps({k: None if v != v else v for k, v in result.items()}), flush=True)

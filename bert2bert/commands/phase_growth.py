@@ -6,7 +6,6 @@ Refuses what `growth.plan` refuses, with the phase named, and the growth of a ph
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from bert2bert.growth.source_model import open_model
 from bert2bert.model import registry
 from bert2bert.ranks.comm import Comm, on_first
 from bert2bert.recipe import Recipe
+from bert2bert.tables import table_for
 
 
 def check(recipe: Recipe) -> None:
@@ -34,8 +34,7 @@ def check(recipe: Recipe) -> None:
             continue
         after = registry.typed(recipe.models[i])
         try:
-            heads = frozenset(_heads(before))
-            plan = plan_growth(before, after, Choices.parse(**phase.grow.operators), heads=heads)
+            plan = plan_growth(before, after, Choices.parse(**phase.grow.operators), heads=_heads(before))
             if plan.exactness.lossy and not phase.grow.lossy:
                 raise LossyGrowth(
                     "this width cannot keep the function: " + "; ".join(plan.exactness.lossy) + ". Choose a multiple, "
@@ -47,8 +46,6 @@ def check(recipe: Recipe) -> None:
 
 
 def _heads(config: dict[str, object]) -> frozenset[str]:
-    from bert2bert.tables import table_for
-
     return table_for(config).names.classes[registry.class_of(config)]
 
 
@@ -73,19 +70,16 @@ def grow(
     comm: Comm,
     *,
     other: Path | None,
-    say: Callable[[str], None] = print,
+    quiet: bool = False,
 ) -> Path:
     """`train.growing.Grow`: as `bert2bert grow`, on every rank of ``comm``. A finished growth of the same source and
-    plan is taken as it is; what else lies in ``folder`` is deleted."""
+    plan is taken as it is; what else lies in ``folder`` is deleted. quiet: print nothing."""
     make = partial(opened, recipe, index, source, other)
     if (done := on_first(comm, lambda: _finished(make(), folder))) is not None:
         return done
-    phase = recipe.phases[index]
-    assert phase.grow is not None
-    return write_growth(
-        make, folder, target, lossy=phase.grow.lossy, measure=False, comm=comm, say=say if comm.rank == 0 else _silent,
-        bar=False,
-    )  # fmt: skip
+    lossy = any(phase.grow and phase.grow.lossy for phase in recipe.phases[index : index + 1])
+    say = _silent if quiet or comm.rank else print
+    return write_growth(make, folder, target, lossy=lossy, measure=False, comm=comm, say=say, bar=False)
 
 
 def _silent(text: str) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import pytest
 from bert2bert.commands import phase_growth
 from bert2bert.files.digest import file_digest
 from bert2bert.ranks.distributed import RANKS
-from bert2bert.recipe import AdamW, Data, Grow, Phase, Recipe, Schedule, SubModels
+from bert2bert.recipe import AdamW, Data, Grow, Phase, Recipe, Schedule, SubModels, Tokens
 from bert2bert.train.growing import layout
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
@@ -66,3 +70,111 @@ def test_a_growth_in_the_job_is_the_chain_of_jobs(bins: Path, tmp_path: Path, st
     training = runs.manifest(tmp_path / "whole", 11)["training"]
     assert (training["growths"], training["ended"], training["phase"]) == (1, [4, 7], 2)
     assert not (tmp_path / "whole" / "growths").exists()
+
+
+def die(plan: Recipe, output: Path, victim: int, moment: str) -> None:
+    """Run until the victim is killed: in front of the growth, in its midst, behind it, or in the first save after."""
+    from bert2bert.checkpoints.commit import journal
+    from bert2bert.train import save
+
+    def kill(where: str) -> None:
+        if where == moment and int(os.environ["RANK"]) == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def grow(*given: Any, **named: Any) -> Path:
+        kill("before")
+        found = phase_growth.grow(*given, **named)
+        kill("after")
+        return found
+
+    finish, digests = journal.Finisher.add, save.partitions.digests
+
+    def put(*given: Any, **named: Any) -> Any:
+        kill("in")
+        return finish(*given, **named)
+
+    def digested(engine: Any, *more: Any) -> Any:
+        if engine.model.width == 32:
+            kill("save")
+        return digests(engine, *more)
+
+    journal.Finisher.add, save.partitions.digests = put, digested  # type: ignore[method-assign]
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}}
+    runs.run(plan, config, output, grow=grow)
+
+
+def steady(bins: Path) -> Recipe:
+    """Without dropout, so that the number of ranks changes nothing but rounding."""
+    return recipe(bins, model=tiny.model_config(0.0))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_ranks(growing, 2, steady(bins), 2, output)
+    return output
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(("victim", "moment"), [(0, "before"), (1, "in"), (0, "after"), (1, "save")])
+def test_killed_around_a_growth_the_same_command_goes_on(
+    bins: Path, undisturbed: Path, tmp_path: Path, victim: int, moment: str
+) -> None:
+    """On another number of ranks, too."""
+    output = tmp_path / "run"
+    with pytest.raises(RuntimeError, match=rf"rank {victim} died with exit code -9|Connection closed|failed"):
+        run_ranks(die, 2, steady(bins), output, victim, moment, timeout=60)
+    assert (output / "latest").read_text() == "global_step4"
+    for summary in run_ranks(growing, 1, steady(bins), 1, output, output, timeout=60):
+        assert summary["step"] == 11 and summary["stopped"] is None
+    found, wanted = runs.records(output), runs.records(undisturbed)
+    assert [(r["kind"], r["step"], r["phase"]) for r in found] == [(r["kind"], r["step"], r["phase"]) for r in wanted]
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in wanted], rel=1e-5)
+    assert [g["phase"] for g in json.loads((output / "run.json").read_text())["growths"]] == ["sub-models"]
+
+
+def interrupted(plan: Recipe, output: Path, at: Sequence[int]) -> list[str | None]:
+    """Stopped in each of the 0-based steps, then to the end."""
+    found = []
+    for stop_at in (*at, None):
+        found.append(growing(plan, 2, output, output, stop_at=stop_at)["stopped"])
+    return found
+
+
+@pytest.mark.timeout(150)
+def test_stopped_in_every_phase_the_run_is_the_same_bit_for_bit(bins: Path, tmp_path: Path) -> None:
+    """With dropout, in fp32: at the last step before a growth, in the middle, and at a phase's first step."""
+    run_ranks(growing, 2, recipe(bins), 2, tmp_path / "whole")
+    assert run_ranks(interrupted, 2, recipe(bins), tmp_path / "run", [1, 3, 4, 7])[0] == [*["SIGTERM"] * 4, None]
+    assert runs.records(tmp_path / "run") == runs.records(tmp_path / "whole")
+    last = [runs.manifest(tmp_path / run, 11) for run in ("run", "whole")]
+    assert all(last[0][key] == last[1][key] for key in ("tensors", "groups", "counters"))
+    for training in (found["training"] for found in last):
+        del training["spent"]["seconds"]
+    assert last[0]["training"] == last[1]["training"]
+
+
+def cycle(bins: Path, **other: Any) -> Recipe:
+    """Large, coalesced, small, de-coalesced and mixed with the large one of before."""
+    small = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 16, "num_hidden_layers": 2}
+    large = tiny.model_config(num_hidden_layers=4)
+    back = Grow(
+        {key: large[key] for key in small}, width="decoalesce", depth="decoalesce", mix_with="large", alpha=0.5,
+        lossy=True,
+    )  # fmt: skip
+    phases = (
+        Phase("large", until=Tokens(400)),
+        Phase("small", 3, grow=Grow(small, width="coalesce", depth="coalesce")),
+        Phase("again", 4, grow=back),
+    )
+    return recipe(bins, model=large, phases=phases, checkpoint_every=2, keep_checkpoints=1, **other)
+
+
+def test_a_cycle_mixes_in_what_the_large_model_was(bins: Path, tmp_path: Path) -> None:
+    """The weights at the start of the last phase, by transformers' names, against the two checkpoints by hand."""
+    run_ranks(growing, 2, cycle(bins), 2, tmp_path / "run", timeout=60)
+    records = runs.records(tmp_path / "run")
+    ended = runs.manifest(tmp_path / "run", records[-1]["step"])["training"]["ended"]
+    tokens = [r["tokens"] for r in records if r["kind"] == "train"]
+    assert tokens[ended[0] - 2] < 400 <= tokens[ended[0] - 1] and ended[1] == ended[0] + 3
+    assert {p.name for p in (tmp_path / "run").glob("global_step*")} == {f"global_step{ended[1] + 4}"}
