@@ -22,6 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from bert2bert.checkpoints.factors import Factors
 from bert2bert.checkpoints.live import LiveSource
 from bert2bert.checkpoints.source import STATES
 from bert2bert.checkpoints.target import Target, file_bytes
@@ -31,6 +32,7 @@ from bert2bert.errors import InvalidConfig, did_you_mean
 from bert2bert.growth import live, opened
 from bert2bert.growth.choices import Choices
 from bert2bert.growth.exactness import reasons
+from bert2bert.growth.factors import of_growth
 from bert2bert.growth.source_model import CheckpointModel, open_model
 from bert2bert.measure.cost import Cost, cost
 
@@ -85,6 +87,13 @@ class PlannedGrowth:
     def warnings(self) -> tuple[str, ...]:
         """What to think of before training goes on."""
         return self.opened.plan.warnings
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """Name -> what learning rate, weight decay and epsilon are to be multiplied by, so that AdamW follows the
+        source's run; parameters that no one number holds for are left out."""
+        found = of_growth(self.opened)
+        return {name: rates for name, own in live.names(self.opened).items() if (rates := found.of(own)) is not None}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

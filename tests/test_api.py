@@ -14,6 +14,7 @@ import transformers
 
 import bert2bert
 from bert2bert import grow, open_checkpoint, plan
+from bert2bert.checkpoints.factors import Factors
 from bert2bert.commands import cli
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, LossyGrowth, UnsupportedGrowth
 from bert2bert.measure.transformers_models import Double
@@ -143,7 +144,9 @@ def test_moments_of_adam_grow() -> None:
     optimizer.step()
     growth = plan(model, goal("llama", {}), optimizer=optimizer, width="fpi")
     assert growth.exactness == {"function": [], "moments": []}
+    assert growth.factors["lm_head.weight"] == Factors(0.5, 2.0, 1.0)
     grown = growth.model()
+    assert growth.factors.keys() == dict(grown.named_parameters()).keys()
     filled, own = (torch.optim.AdamW(grown.parameters(), lr=0.0) for _ in range(2))
     growth.fill_optimizer(filled, grown)
     tiny.loss(grown, goal("llama", {})).backward()

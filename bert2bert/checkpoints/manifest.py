@@ -17,8 +17,10 @@ from typing import Any, Self
 
 import xxhash
 
+from bert2bert.checkpoints.factors import Factors, GrowthFactors, wrong
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files.disk import inside, replace
+from bert2bert.files.json_types import mismatch
 from bert2bert.files.texts import read_json
 
 MANIFEST = "bert2bert.json"
@@ -38,16 +40,18 @@ _SHAPES: dict[str, Any] = {
         "operators": {}, "plan_digest": str, "source": {}, "with": {}, "source_config": {},
         "source_spent": ({"*": _NUMBER}, None), "tokenizer_digest": (str, None), "prefix": str,
         "exactness": {"*": [str]}, "warnings": [str], "drift": ({}, None), "versions": {},
-        "inserted": [str], "source_training": ({}, None),
+        "inserted": [str], "source_training": ({}, None), "factors": ({
+            "groups": [{"lr": _NUMBER, "decay": _NUMBER, "eps": _NUMBER, "parameters": [str]}],
+            "without": [{"why": str, "parameters": [str]}],
+        }, None),
     }, None),
     "training": ({
         "recipe": {}, "phase": int, "phase_step": int, "step": int, "spent": {"*": _NUMBER}, "data": {"rows": int},
-        "growths": int, "ended": [int], "memory": {},
+        "growths": int, "ended": [int], "memory": {}, "followed": _NUMBER,
     }, None),
     "reshard": ({"source": {}, "plan_digest": str, "notes": [str], "versions": {}}, None),
 }  # fmt: skip
-"""Key -> type: a class, None, a tuple of alternatives, [type of every item], {key: type} ("*": of every entry). A key
-that is absent or unknown is accepted."""
+"""Key -> type, as `json_types.mismatch` takes it."""
 _IDENTITIES = ("source", "other")
 """Entries that are a `Source.identity`, by the names of the fields."""
 _NEEDED = {"groups": ("names",), "tensors": ("shape",)}
@@ -85,6 +89,7 @@ class Grown(_Section):
     exactness: Mapping[str, Sequence[str]] = field(default_factory=dict)  # promise -> reasons why it is not kept
     warnings: Sequence[str] = ()
     drift: Mapping[str, Any] | None = None  # measured change of the function
+    factors: GrowthFactors | None = None  # on the optimizer's rates; None in manifests of before
     versions: Mapping[str, Any] = field(default_factory=dict)  # package -> version
     inserted: Sequence[str] = ()  # parts of the layers that the source did not have, see `groups.Group`
     source_training: Mapping[str, Any] | None = None  # the source's own section ``training``, where its run stood
@@ -93,12 +98,16 @@ class Grown(_Section):
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Self:
         """From an object whose entries have the types of `_SHAPES`."""
-        return super().from_json({"other" if key == "with" else key: value for key, value in found.items()})
+        named = {"other" if key == "with" else key: value for key, value in found.items()}
+        if named.get("factors") is not None:
+            named["factors"] = GrowthFactors.from_json(named["factors"])
+        return super().from_json(named)
 
     def to_json(self) -> dict[str, Any]:
         """The object."""
         found = {"with" if key == "other" else key: value for key, value in super().to_json().items()}
-        return {key: value for key, value in found.items() if key != "with" or value is not None}
+        found["factors"] = self.factors and self.factors.to_json()
+        return {key: value for key, value in found.items() if key not in ("with", "factors") or value is not None}
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ class Trained(_Section):
     growths: int = 0  # growths of the recipe that are done
     ended: Sequence[int] = ()  # the step after which each phase before this one ended
     memory: Mapping[str, Any] = field(default_factory=dict)  # what the phase's trigger looks back on
+    followed: float = 0.0  # share, of 0 to 1, to which the last step obeyed the growth's factors
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -207,6 +217,22 @@ class Manifest:
         given["tensors"] = {name: TensorEntry.from_json(entry) for name, entry in found.get("tensors", {}).items()}
         return cls(**{**given, "intact": found.get(_SEAL, seal := _seal(found)) == seal})
 
+    def factors(self) -> dict[str, Factors] | None:
+        """Parameter -> the factors by which a run from here follows the run of the growth's source; those that have
+        none are left out. None where no growth recorded any."""
+        if self.growth is None or self.growth.factors is None:
+            return None
+        return {name: factors for name in self.tensors if (factors := self.growth.factors.of(name))}
+
+    def factors_in_force(self) -> GrowthFactors:
+        """What the rates had last been multiplied by: of a growth that was not trained its factors, for the run to
+        follow is still that of its source; of a trained one, these to the share that the run obeyed them."""
+        recorded = self.growth.factors if self.growth else None
+        if recorded is None or self.kind != "train":
+            return recorded or GrowthFactors()
+        share = self.training.followed if self.training else 0.0
+        return GrowthFactors({name: f**share for name, f in recorded.other.items() if share})
+
     def to_json(self) -> dict[str, Any]:
         """The object for a manifest's file, without the digest of itself."""
         found = {"format_version": FORMAT_VERSION, **vars(self)}
@@ -265,8 +291,10 @@ def _check(path: Path, found: Mapping[str, Any]) -> None:
     if "files" not in found:
         raise InvalidCheckpoint(f"{path} is not a manifest of this project: no 'files'. Restore the file.")
     for key, wanted in _SHAPES.items():
-        if key in found and (bad := _bad(found[key], wanted, key)):
+        if key in found and (bad := mismatch(found[key], wanted, key)):
             raise InvalidCheckpoint(f"{path} is not a manifest of this project: {bad}. Restore the file.")
+    if bad := wrong((found.get("growth") or {}).get("factors")):
+        raise InvalidCheckpoint(f"{path} is not a manifest of this project: {bad}. Restore the file.")
     for key, needed in _NEEDED.items():
         entries = found.get(key) or ()
         for entry in entries.values() if isinstance(entries, dict) else entries:
@@ -275,31 +303,3 @@ def _check(path: Path, found: Mapping[str, Any]) -> None:
     for name, entry in found.get("tensors", {}).items():
         if any(size < 0 for size in entry["shape"]):
             raise InvalidCheckpoint(f"{path} is not a manifest of this project: {name!r} has shape {entry['shape']}.")
-
-
-def _bad(value: Any, wanted: Any, where: str) -> str | None:
-    """What is wrong, in words, if anything."""
-    if isinstance(wanted, tuple):
-        tried = [_bad(value, one, where) for one in wanted]
-        return None if None in tried else tried[0]
-    if isinstance(wanted, list):
-        if not isinstance(value, list):
-            return f"{where} is {_short(value)}, expected a list"
-        return next((bad for item in value if (bad := _bad(item, wanted[0], f"{where}[]"))), None)
-    if isinstance(wanted, dict):
-        if not isinstance(value, dict):
-            return f"{where} is {_short(value)}, expected a table"
-        pairs = ((f"{where}.{key}", item, wanted.get(key, wanted.get("*"))) for key, item in value.items())
-        return next((bad for at, item, kind in pairs if kind is not None and (bad := _bad(item, kind, at))), None)
-    if isinstance(value, bool) and wanted is not bool:
-        good = False  # Python counts it among the integers
-    else:
-        good = value is None if wanted is None else isinstance(value, wanted)
-    if good:
-        return None
-    return f"{where} is {_short(value)}, expected {'nothing' if wanted is None else wanted.__name__}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."

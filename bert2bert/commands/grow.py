@@ -30,6 +30,7 @@ from bert2bert.commands.writing import completed, write
 from bert2bert.errors import UnsupportedGrowth
 from bert2bert.growth import buffers, kin
 from bert2bert.growth.exactness import reasons
+from bert2bert.growth.factors import of_growth
 from bert2bert.growth.opened import Growth, open_growth
 from bert2bert.growth.source_model import beyond_class, class_name
 from bert2bert.measure.drift import Drift, report_drift
@@ -158,7 +159,7 @@ def write_growth(
     def read(name: str, state: str, start: int, stop: int) -> Any:
         return grown(canonical[name], state, start, stop)
 
-    manifest = Manifest(kind="growth", growth=_grown(growth, watch, drift))
+    manifest = Manifest(kind="growth", growth=_grown(growth, watch, drift, named))
     return write(
         folder, spec, read, target, watch, manifest=manifest, comm=comm, say=say, bar="growing" if bar else None
     )  # fmt: skip
@@ -202,8 +203,8 @@ def _drift(
     return report_drift(growth, written, tokens, say)
 
 
-def _grown(growth: Growth, watch: Watch, drift: Drift | None) -> Grown:
-    """The manifest's section ``growth``."""
+def _grown(growth: Growth, watch: Watch, drift: Drift | None, named: dict[str, str]) -> Grown:
+    """The manifest's section ``growth``. named: as `target_names` gives it."""
     model, plan = growth.model, growth.plan
     return Grown(
         operators=plan.recipe,
@@ -217,6 +218,7 @@ def _grown(growth: Growth, watch: Watch, drift: Drift | None) -> Grown:
         exactness=reasons(plan.exactness),
         warnings=plan.warnings,
         drift=drift.as_dict() if drift else None,
+        factors=of_growth(growth).renamed(named.__getitem__),
         versions=versions(),
         inserted=inserted(growth),
         source_training=_training(model.source.manifest),

@@ -12,9 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bert2bert.algebra.plan import TensorPlan
+from bert2bert.algebra.plan import Exactness, TensorPlan
+from bert2bert.checkpoints.factors import GrowthFactors
 from bert2bert.errors import some
 from bert2bert.growth.exactness import reasons, zeroed
+from bert2bert.growth.factors import of_growth
 from bert2bert.growth.opened import Growth, open_growth
 from bert2bert.growth.source_model import CheckpointModel, short_of_class
 from bert2bert.measure.cost import Cost, bandwidth, cost, flops_per_token, row_length
@@ -51,6 +53,8 @@ class Description:
     bytes_written: int
     forward_flops: tuple[float, float] | None
     """Of source and target, a token; None without a language-model head."""
+    factors: GrowthFactors
+    """Those by which a run follows the source's."""
     tensors: dict[str, TensorLine]
 
     def as_json(self) -> dict[str, Any]:
@@ -66,6 +70,7 @@ class Description:
             "moments": plan.moments,
             "warnings": list(plan.warnings),
             "notes": list(plan.notes),
+            "factors": self.factors.to_json(),
             "parameters": list(self.parameters),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
@@ -107,10 +112,23 @@ class Description:
         kept = reasons(plan.exactness)
         for what, policy in (("function", ""), *([("moments", f" ({plan.moments})")] if trained else [])):
             yield f"{what:8} " + ("exact" if not kept[what] else "not exact: " + "; ".join(kept[what])) + policy
+        if trained:
+            yield self._factors()
         yield from (f"warning  {text}" for text in plan.warnings)
         yield from (f"note     {text}" for text in plan.notes)
         if trained:
             yield from _first_step(self.growth)
+
+    def _factors(self) -> str:
+        """How many different factors there are, and what has none."""
+        plan, without = self.growth.plan, self.factors.without
+        text = f"{len(self.factors.distinct(plan.tensors))} different on learning rate, decay and epsilon"
+        if without:
+            why = some(list(dict.fromkeys(without.values())))
+            text += f", none for {len(without)} of {len(plan.tensors)} tensors: {why}"
+        elif plan.exactness == Exactness():
+            text += ", with which AdamW follows the source's run"
+        return f"factors  {text}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +178,7 @@ def describe(growth: Growth) -> Description:
         bytes_read=each * numel[0],
         bytes_written=each * numel[1],
         forward_flops=flops,
+        factors=of_growth(growth),
         tensors={
             name: TensorLine(t.shape, tuple(map(model.stored, t.sources)), t.spec, each * prod(t.shape), _how(t))
             for name, t in plan.tensors.items()

@@ -23,7 +23,7 @@ from bert2bert.checkpoints.expert_parallel.target import notes as expert_notes
 from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.hub.beside import all_beside
 from bert2bert.checkpoints.job import TargetSpec
-from bert2bert.checkpoints.manifest import Manifest, Resharded
+from bert2bert.checkpoints.manifest import Grown, Manifest, Resharded
 from bert2bert.checkpoints.notes import left, regrouped, rounding, unopened
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import Source
@@ -77,7 +77,7 @@ def reshard(
     was = opened.manifest or Manifest()
     manifest = Manifest(
         kind=was.kind or "growth",  # stays what it was, for a run that continues from it
-        growth=was.growth,
+        growth=_growth(was.growth, names),
         training=was.training,
         reshard=Resharded(watch.identity, PLAN, noted, versions()),
     )
@@ -85,6 +85,14 @@ def reshard(
         folder, spec, read, target, watch, manifest=manifest, expected=_digests(opened, names, spec, target),
         comm=comm, say=say, bar="writing" if bar else None,
     )  # fmt: skip
+
+
+def _growth(growth: Grown | None, names: Names) -> Grown | None:
+    """The section ``growth`` of the source's manifest, with the target's names."""
+    if growth is None or growth.factors is None:
+        return growth
+    new = {old: name for name, old in names.stored.items()}
+    return replace(growth, factors=growth.factors.renamed(lambda old: new.get(old, old)))
 
 
 def _digests(source: Source, names: Names, spec: TargetSpec, target: Target) -> dict[tuple[str, str], str]:

@@ -191,9 +191,10 @@ def notes(build: Builder, moments: str, optimizer: bool) -> tuple[str, ...]:
         each = ", ".join(f"{count} on {axis}" for axis, count in counts.items())
         found.append(
             f"Adam moves a matrix that reads copied features as many times faster as there are copies ({each}), "
-            f"compared with the source; its learning rate divided by that number, and its weight decay multiplied by "
-            f"it, follow the source exactly. What writes copies has gradients smaller by that number: epsilon weighs "
-            f"as many times more there, and the global gradient norm, which is clipped, changes too."
+            f"compared with the source. What writes copies has gradients smaller by that number: epsilon weighs as "
+            f"many times more there, and the global gradient norm, which is clipped, changes too. Where "
+            f"copies are equally many, the manifest's factors on learning rate, weight decay and epsilon make up for "
+            f"all but the clipping."
         )
     if optimizer and moments == "reset":
         found.append(
