@@ -7,6 +7,7 @@ ranks are killed, so no test can hang.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -49,6 +50,7 @@ def _worker(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage at every start of stage 3, which would look through all that was imported
     try:
         import deepspeed
 
