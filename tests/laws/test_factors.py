@@ -275,3 +275,14 @@ def test_tensors_of_different_factors_make_one_that_has_none() -> None:
     mean = grow("gpt2", {"layers": 2}, depth="coalesce").plan
     mixed = factors(mean, [GrowthFactors({"transformer.h.1.mlp.c_fc.weight": Factors(0.5, 2.0, 1.0)})])
     assert "different factors" in mixed.without[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_growing_and_shrinking_again_gives_one(name: str) -> None:
+    up = grow(name, doubled(name, 3), width="decoalesce").plan
+    small = tiny.config_of(name)
+    down = plan_growth(up.config, small, width="coalesce")
+    assert not factors(down).without and factors(down).other
+    back = factors(down, [factors(up)])
+    for tensor in down.tensors:
+        assert back.of(tensor) == Factors(pytest.approx(1.0), pytest.approx(1.0), pytest.approx(1.0)), tensor
