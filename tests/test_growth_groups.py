@@ -15,6 +15,7 @@ from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.target import Target
 from bert2bert.commands.grow import target_spec
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
+from bert2bert.growth.named import Named
 from bert2bert.growth.opened import open_growth
 from tests.checkpoints.engines import hf_config
 from tests.checkpoints.targets import make_spec, make_tensors, reader
@@ -43,7 +44,7 @@ def spec_of(source: Path, form: str = "zero", groups: str | None = None, precisi
     growth = open_growth(
         source, config(source.parent, num_hidden_layers=4), source_config=source.parent / "config0.json"
     )
-    return target_spec(growth, Target(form, *native, precision=precision, groups=groups))
+    return target_spec(Named.of(growth, form), Target(form, *native, precision=precision, groups=groups))
 
 
 def regrouped(change: Any) -> TargetSpec:

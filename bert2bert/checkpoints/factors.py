@@ -55,6 +55,11 @@ class GrowthFactors:
         other = {name(old): factors for old, factors in self.other.items()}
         return GrowthFactors(other, {name(old): why for old, why in self.without.items()})
 
+    def of_each(self, names: Mapping[str, str]) -> GrowthFactors:
+        """Of other parameters. names: each -> the one here whose factors it has."""
+        other = {new: self.other[old] for new, old in names.items() if old in self.other}
+        return GrowthFactors(other, {new: self.without[old] for new, old in names.items() if old in self.without})
+
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> GrowthFactors:
         """From the object in a manifest, which `wrong` has no objection to."""

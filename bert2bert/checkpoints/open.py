@@ -20,6 +20,7 @@ from bert2bert.checkpoints.hub.files import in_cache, is_hub, plain
 from bert2bert.checkpoints.hub.reader import HubSource
 from bert2bert.checkpoints.manifest import MANIFEST, Manifest, check_sizes, read_manifest
 from bert2bert.checkpoints.source import MALFORMED, Source, cause
+from bert2bert.checkpoints.stacked import as_in_models
 from bert2bert.checkpoints.universal.reader import UniversalSource
 from bert2bert.checkpoints.zero.model_states import expert_files
 from bert2bert.checkpoints.zero.reader import ZeroSource
@@ -113,6 +114,8 @@ def open_source(path: str | Path, tag: str | None = None) -> Source:
         kind = UniversalSource if (folder / "zero").is_dir() else native
     try:
         source = kind(path, folder, manifest)
+        if kind is HubSource:  # a manifest lists a model's own names, which may be one an expert
+            source = as_in_models(source, keep=manifest.tensors if manifest else ())
     except MALFORMED as error:  # files are believed until they contradict themselves, which can show anywhere
         raise InvalidCheckpoint(
             f"{folder}: its contents are not those of a checkpoint ({cause(error)}): damaged, of another program, or "

@@ -119,6 +119,10 @@ class Source:
             )
         return found
 
+    def parts(self, name: str) -> list[str]:
+        """The stored tensors of a tensor: itself, or several where these are seen as one (see `stacked`)."""
+        return [name]
+
     def step(self, name: str) -> int:
         """Adam's step count of a tensor; 0 if it was never stepped."""
         return self._steps.get(self.meta(name).name, 0)

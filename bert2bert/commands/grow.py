@@ -31,52 +31,38 @@ from bert2bert.errors import UnsupportedGrowth
 from bert2bert.growth import buffers, kin
 from bert2bert.growth.exactness import reasons
 from bert2bert.growth.factors import of_growth
+from bert2bert.growth.named import Named
 from bert2bert.growth.opened import Growth, open_growth
-from bert2bert.growth.source_model import beyond_class, class_name
+from bert2bert.growth.source_model import beyond_class
 from bert2bert.measure.drift import Drift, report_drift
 from bert2bert.measure.tokens import Tokens, check
 from bert2bert.ranks.comm import ALONE, Comm, on_first, together
 from bert2bert.tables import table_for
 
 
-def target_names(growth: Growth, format: str) -> dict[str, str]:
-    """Canonical name -> the target's name of every tensor and tied copy: in a Hugging Face folder, and from one whose
-    names have no prefix, those of transformers; else the training script's own, as in the source."""
-    model, plan = growth.model, growth.plan
-    plain = format == "hub" or (model.source.format == "hub" and not model.naming.prefix)
-    return {
-        name: class_name(model.table, plan.config, name) if plain else model.stored(name)
-        for name in (*plan.tensors, *plan.aliases)
-    }
-
-
-def target_spec(growth: Growth, target: Target) -> TargetSpec:
+def target_spec(named: Named, target: Target) -> TargetSpec:
     """Everything about the checkpoint to write except its values."""
-    model, plan = growth.model, growth.plan
-    source, named = model.source, target_names(growth, target.format)
-    made = {name: growth.dtypes(name) for name in plan.tensors}
+    growth, source, parts = named.growth, named.source, named.parts
+    model, plan, stored = growth.model, growth.plan, named.stored
     grown = table_for(plan.config).parameters(plan.config, model.heads)
     own = source.format == "hub" and not target.precision  # each tensor's dtype is kept
+    made = {name: growth.dtypes(part.name) for name, part in parts.items()} if own else {}
+    akin, frozen = kin.akin(growth), kin.frozen(growth)
     content = Content(
-        shapes={named[n]: t.shape for n, t in plan.tensors.items()},
-        aliases={named[a]: named[b] for a, b in plan.aliases.items()},
+        shapes={name: part.shape for name, part in parts.items()},
+        aliases=named.aliases,
         config=plan.config,
-        members={named[n]: p for n, p in grown.items()},
-        made_of=_made_of(growth, named),
-        akin={named[n]: model.stored(s) for n, s in kin.akin(growth).items()},
-        frozen=frozenset(named[n] for n in kin.frozen(growth)),
-        known=known_layout(source, {model.stored(n): p for n, p in model.parameters.items()}),
+        members={name: grown[part.name] for name, part in parts.items()},
+        made_of=named.made_of(),
+        akin={name: stored[akin[part.name]][0] for name, part in parts.items() if part.name in akin},
+        frozen=frozenset(name for name, part in parts.items() if part.name in frozen),
+        known=known_layout(source, {own: p for name, p in model.parameters.items() for own in stored[name]}),
         order=lambda names: _as_in(source, names, target.format),
-        reset=frozenset(named[n] for n, t in plan.tensors.items() if t.reset),
-        dtypes={named[n]: widest(dtypes) for n, dtypes in made.items() if dtypes} if own else {},
+        reset=frozenset(name for name, part in parts.items() if plan.tensors[part.name].reset),
+        dtypes={name: widest(dtypes) for name, dtypes in made.items() if dtypes},
     )
     carried = buffers.grown(growth, target.format)
     return replace(make_spec(source, content, target), buffers=carried.buffers, extras=carried.extras)
-
-
-def _made_of(growth: Growth, named: dict[str, str]) -> dict[str, list[str]]:
-    """The source's tensors that each target tensor is made of, by the names of the files."""
-    return {named[n]: [growth.model.stored(s) for s in growth.roots(n)] for n in growth.plan.tensors}
 
 
 def _as_in(source: Source, names: list[str], format: str) -> list[str]:
@@ -140,39 +126,36 @@ def write_growth(
     """`grow`, of a growth that ``opened`` gives on every rank."""
     tokens = Tokens(bins)
 
-    def prepare() -> tuple[Growth, TargetSpec, Watch]:
+    def prepare() -> tuple[Named, TargetSpec, Watch]:
         growth = opened()
         check(tokens, growth.model.table.axis_sizes(growth.model.config)["vocab"], growth.model)
         watch = Watch(growth.model.source, *([growth.other.source] if growth.other else []))
         growth.accept(lossy)
-        spec = completed(target_spec(growth, target), growth.model.source, target, folder, comm)
-        return growth, spec, watch
+        named = Named.of(growth, target.format)
+        spec = completed(target_spec(named, target), growth.model.source, target, folder, comm)
+        return named, spec, watch
 
-    growth, spec, watch = together(comm, prepare)
-    named = target_names(growth, target.format)
+    named, spec, watch = together(comm, prepare)
+    growth = named.growth
     if comm.rank == 0:
-        noted = [f"note     {text}" for text in _notes(growth, spec, named, folder, target)]
+        noted = [f"note     {text}" for text in _notes(named, spec, folder, target)]
         say("\n".join([describe(growth).summary(), *noted]))
-    drift = on_first(comm, lambda: _drift(growth, spec, named, target, tokens, say)) if measure else None
-    canonical, grown = {stored: name for name, stored in named.items()}, values(growth.plan, growth.reads)
-
-    def read(name: str, state: str, start: int, stop: int) -> Any:
-        return grown(canonical[name], state, start, stop)
-
-    manifest = Manifest(kind="growth", growth=_grown(growth, watch, drift, named))
+    drift = on_first(comm, lambda: _drift(named, spec, target, tokens, say)) if measure else None
+    manifest = Manifest(kind="growth", growth=_grown(named, watch, drift))
     return write(
-        folder, spec, read, target, watch, manifest=manifest, comm=comm, say=say, bar="growing" if bar else None
+        folder, spec, named.read(), target, watch, manifest=manifest, comm=comm, say=say, bar="growing" if bar else None
     )  # fmt: skip
 
 
-def _notes(growth: Growth, spec: TargetSpec, named: dict[str, str], folder: Path, target: Target) -> list[str]:
-    """What the target does not hold, or holds otherwise, in sentences. named: as `target_names` gives it."""
-    model, source, format = growth.model, growth.model.source, target.format
-    found = rounding(spec, format, {named[n]: growth.dtypes(n) for n in growth.plan.tensors})
-    found += expert_notes(spec)
+def _notes(named: Named, spec: TargetSpec, folder: Path, target: Target) -> list[str]:
+    """What the target does not hold, or holds otherwise, in sentences."""
+    growth, source, format = named.growth, named.source, target.format
+    model = growth.model
+    found = rounding(spec, format, {name: growth.dtypes(part.name) for name, part in named.parts.items()})
+    found += [*expert_notes(spec), *named.notes()]
     if format != "hub":
         found += beyond_class(model.table, growth.plan.config, model.heads)
-        found += [*regrouped(source, spec, _made_of(growth, named)), *_kept_groups(growth, spec, named)]
+        found += [*regrouped(source, spec, named.made_of()), *_kept_groups(named, spec)]
         found += still_frozen(spec)
     if source.format == "hub":
         found += left(source, spec)
@@ -180,31 +163,33 @@ def _notes(growth: Growth, spec: TargetSpec, named: dict[str, str], folder: Path
     return found + clients.notes(source, spec.beside, folder, target)
 
 
-def _kept_groups(growth: Growth, spec: TargetSpec, named: dict[str, str]) -> list[str]:
+def _kept_groups(named: Named, spec: TargetSpec) -> list[str]:
     """What to know of groups where layers are added."""
-    model, config = growth.model, growth.plan.config
+    model, config = named.growth.model, named.growth.plan.config
     grown = table_for(config).parameters(config, model.heads)
-    parts = {named[name]: p.part for name, p in grown.items() if p.layer is not None}
+    layers = {name: grown[part.name] for name, part in named.parts.items()}
+    parts = {name: p.part for name, p in layers.items() if p.layer is not None}
     return kept_groups(spec, parts, {p.part for p in model.parameters.values()})
 
 
-def _drift(
-    growth: Growth, spec: TargetSpec, named: dict[str, str], target: Target, tokens: Tokens, say: Callable[[str], None]
-) -> Drift | None:
+def _drift(named: Named, spec: TargetSpec, target: Target, tokens: Tokens, say: Callable[[str], None]) -> Drift | None:
     """How the function changes, on weights as the target will have them: rounded where it stores no wider copy."""
+    growth = named.growth
     if "lm" not in growth.model.heads:
         say("drift    not measured: there is no language-model head")
         return None
     grown = values(growth.plan, growth.reads)
+    dtypes = {part.name: spec.widest_dtype(name, target.format) for name, part in named.parts.items()}
 
     def written(name: str, start: int, stop: int) -> Any:
-        return grown(name, "fp32", start, stop).to(spec.widest_dtype(named[name], target.format))
+        return grown(name, "fp32", start, stop).to(dtypes[name])
 
     return report_drift(growth, written, tokens, say)
 
 
-def _grown(growth: Growth, watch: Watch, drift: Drift | None, named: dict[str, str]) -> Grown:
-    """The manifest's section ``growth``. named: as `target_names` gives it."""
+def _grown(named: Named, watch: Watch, drift: Drift | None) -> Grown:
+    """The manifest's section ``growth``."""
+    growth = named.growth
     model, plan = growth.model, growth.plan
     return Grown(
         operators=plan.recipe,
@@ -218,7 +203,7 @@ def _grown(growth: Growth, watch: Watch, drift: Drift | None, named: dict[str, s
         exactness=reasons(plan.exactness),
         warnings=plan.warnings,
         drift=drift.as_dict() if drift else None,
-        factors=of_growth(growth).renamed(named.__getitem__),
+        factors=of_growth(growth).of_each({name: part.name for name, part in named.parts.items()}),
         versions=versions(),
         inserted=inserted(growth),
         source_training=_training(model.source.manifest),

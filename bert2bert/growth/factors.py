@@ -55,10 +55,11 @@ def of_growth(growth: Growth) -> GrowthFactors:
 
 def _in_force(model: CheckpointModel) -> GrowthFactors:
     """What the source's rates had last been multiplied by, by canonical name; 1 where no manifest says so."""
-    if model.source.manifest is None:
+    if (manifest := model.source.manifest) is None:
         return GrowthFactors()
-    canonical = {model.stored(name): name for name in model.parameters}
-    return model.source.manifest.factors_in_force().renamed(lambda stored: canonical.get(stored, stored))
+    seen = {name: model.stored(name) for name in model.parameters}
+    canonical = {stored: name for name, own in seen.items() for stored in (own, *model.source.parts(own))}
+    return manifest.factors_in_force().renamed(lambda stored: canonical.get(stored, stored))
 
 
 def _own(plan: TensorPlan) -> Factors | str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from bert2bert.checkpoints.hub.files import in_cache, is_there, plain
 from bert2bert.checkpoints.hub.names import Naming, is_obsolete, read_names
 from bert2bert.checkpoints.open import open_source
+from bert2bert.checkpoints.stacked import with_fused_experts
 from bert2bert.checkpoints.zero.layout import row_blocks
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.files.sniff import instead
@@ -166,7 +167,7 @@ def open_model(path: Path, source_config: Path | None = None, tag: str | None = 
             f"Give the model's Hugging Face config with --source-config FILE."
         )
     check_type(config, f"{source_config or path}", source.tensors)
-    return match(source, config, source_config)
+    return match(with_fused_experts(source), config, source_config)
 
 
 def match(source: Source, config: Mapping[str, Any], file: Path | None = None) -> CheckpointModel:
@@ -228,8 +229,7 @@ def _described(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
         strange += [name for name in source.buffers if not is_obsolete(name)]
     if strange:
         raise unknown_tensors(source, table, strange)
-    gone = [naming.known[name] for name in naming.known if name in left]
-    gone += [name for name in source.buffers if source.format == "hub"]
+    gone = [naming.known[name] for name in naming.known if name in left] + [*source.buffers] * (source.format == "hub")
     return CheckpointModel(source, dict(config), table, heads, parameters, naming, tuple(gone))
 
 

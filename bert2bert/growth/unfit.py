@@ -1,8 +1,7 @@
 """Why a stored tensor cannot grow, and the remedy: it is not there, or its numbers are those of a quantised weight.
 
 Refuses both (InvalidCheckpoint), by name: what a run froze and left out of its files, and frozen parameters of whole
-numbers or of 8 bits, are named as such, and so are experts that a run of transformers 4 has
-one by one.
+numbers or of 8 bits, are named as such, and so are experts that a model in memory has one by one.
 """
 
 from __future__ import annotations
@@ -37,10 +36,8 @@ def instead_of(source: Source, name: str) -> str:
     how a run leaves it out of its files."""
     if ".mlp." in name and (single := experts.fused(source.tensors)):
         return (
-            f"Its experts are stored one by one (first {next(iter(single.values()))[0][0]}), as models of transformers "
-            "4 have them; those of today have them fused. Write a Hugging Face folder of it (`bert2bert "
-            "reshard` with --format hub), load and save that with transformers (from_pretrained, save_pretrained), and "
-            "grow the result: the weights are the same, the optimizer starts at step 0."
+            f"Its experts are modules of their own (first {next(iter(single.values()))[0][0]}), as in models of "
+            "transformers 4; expected transformers' model of today, which has them fused. Grow its checkpoint on disk."
         )
     module = name.rpartition(".")[0] + "."
     found = {n: buffer for n, buffer in source.buffers.items() if n.startswith(module) and hasattr(buffer, "dtype")}

@@ -24,6 +24,7 @@ from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.target import Target
 from bert2bert.checkpoints.zero.layout import zero12_layout
 from bert2bert.commands.grow import target_spec
+from bert2bert.growth.named import Named
 from bert2bert.growth.opened import Growth, open_growth
 from tests.checkpoints.engines import STATES, Case, hf_config, load_truth, save_cases
 from tests.doors import reshard, write_checkpoint
@@ -128,7 +129,7 @@ def test_growing_and_consolidating_commute(home: Path, tmp_path: Path, stage: in
         assert not same(before, {state: {name: live[name][state] for name in live} for state in STATES})
     growth = open_growth(source, home / "large.json", source_config=home / "small.json", width="fpi", seed=4)
     wanted = grown(growth, before)
-    spec = target_spec(growth, Target("zero", 0))
+    spec = target_spec(Named.of(growth, "zero"), Target("zero", 0))
     rows = values(growth.plan, growth.reads)
     assert same(wanted, {**wanted, "exp_avg": wanted["exp_avg_sq"]})  # the comparison can fail
     for out_stage in STAGES:

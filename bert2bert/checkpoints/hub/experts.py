@@ -1,9 +1,9 @@
-"""Mixtures of experts in Hugging Face files: one tensor an expert and map, where the models have them fused.
+"""Names of a mixture's experts: one tensor an expert and map, where the models have them fused.
 
 transformers fuses ``…experts.0.w1.weight`` and its like into ``…mlp.experts.gate_up_proj`` [experts, 2 ffn, embed]
-when it loads a model and takes them apart when it saves one, so readers and writers of its folders do the same. Names
-of wrappers may come anywhere in between. A folder that `reshard` wrote of a model whose experts are modules of their
-own, as those of transformers 4 are, is read as its manifest lists it.
+when it loads a model and takes them apart when it saves one, so readers and writers of its folders do the same; in
+models of transformers 4, experts are modules of their own (`checkpoints.stacked` sees both as fused). Names of wrappers
+may come anywhere in between.
 
 Refuses (`InvalidCheckpoint`) experts that are not all there or not of one shape.
 """
@@ -31,6 +31,7 @@ _STORED = {
 _W = rf"(?:(?:{'|'.join(sorted(WRAPPERS))})\.)*"
 _EXPERT = re.compile(rf"(.+\.)(?:block_sparse_moe|mlp)\.{_W}experts\.{_W}(\d+)\.{_W}(\w+)\.{_W}weight")
 _BLOCK = re.compile(rf"\.block_sparse_moe\.(?={_W}gate\.|{_W}experts\.{_W}(?:gate_up|down)_proj$)")
+_ROUTER = re.compile(rf"(.+\.)mlp\.(?={_W}gate\.)")
 _FUSED = re.compile(r"(.+\.)mlp\.experts\.(gate_up_proj|down_proj)")
 _PLACE = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
           "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}  # fmt: skip
@@ -74,20 +75,50 @@ def shape(name: str, parts: Parts, shapes: Mapping[str, tuple[int, ...]]) -> tup
     return (len(parts), len(first) * first[0][0], *first[0][1:])
 
 
-def stored(name: str, size: tuple[int, ...], config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], int]]:
-    """How a model's tensor is stored: name -> shape, flat index of its first element in the model's tensor."""
-    kind = str(config.get("model_type"))
-    if kind not in _STORED:
-        return {name: (size, 0)}
-    block, gate_up, down = _STORED[kind]
-    match = _FUSED.fullmatch(name)
-    if not match:
-        return {name.replace(".mlp.gate.", f".{block}.gate."): (size, 0)}
-    maps = gate_up if match[2] == "gate_up_proj" else down
-    experts, rows, columns = size
+def block(name: str) -> str | None:
+    """Of a router or fused experts, by a model's name: what stands before their block's name; None for others."""
+    found = _FUSED.fullmatch(name) or _ROUTER.match(name)
+    return found[1] if found else None
+
+
+def kind(name: str) -> str | None:
+    """``gate_up_proj`` or ``down_proj`` of a model's fused tensor; None for others."""
+    found = _FUSED.fullmatch(name)
+    return found[2] if found else None
+
+
+def template(part: str) -> str:
+    """A stored name of one expert's map from its block's name on, with ``{}`` for the expert's number.
+
+    Raises ValueError for any other name.
+    """
+    found = _EXPERT.fullmatch(part)
+    if found is None:
+        raise ValueError(f"{part} is no expert's")
+    return f"{part[found.end(1) : found.start(2)]}{{}}{part[found.end(2) :]}"
+
+
+def split(size: tuple[int, ...], names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The parts of a fused tensor [experts, rows, columns]: name -> shape, flat index of its first element in the fused
+    one. names: those of the maps of every expert, with ``{}`` for its number, in the order that they are joined in."""
+    (experts, rows, columns), maps = size, list(names)
     part = (rows // len(maps), columns)
     return {
-        f"{match[1]}{block}.experts.{e}.{each}.weight": (part, (e * len(maps) + i) * part[0] * part[1])
+        each.format(e): (part, (e * len(maps) + i) * part[0] * part[1])
         for e in range(experts)
         for i, each in enumerate(maps)
     }
+
+
+def stored(name: str, size: tuple[int, ...], config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], int]]:
+    """How a Hugging Face folder has a model's tensor: name -> shape, flat index of its first element in the model's
+    tensor."""
+    model_type = str(config.get("model_type"))
+    if model_type not in _STORED:
+        return {name: (size, 0)}
+    own, gate_up, down = _STORED[model_type]
+    match = _FUSED.fullmatch(name)
+    if not match:
+        return {name.replace(".mlp.gate.", f".{own}.gate."): (size, 0)}
+    maps = gate_up if match[2] == "gate_up_proj" else down
+    return split(size, (f"{match[1]}{own}.experts.{{}}.{each}.weight" for each in maps))

@@ -8,13 +8,11 @@ parameters. Refuses, as InvalidCheckpoint: missing, truncated and foreign files,
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bert2bert.checkpoints.hub import experts
 from bert2bert.checkpoints.hub.files import INDEX, is_there, open_file, refuse_empty, refuse_quantised, weight_files
 from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.source import Source, TensorMeta
@@ -36,8 +34,6 @@ class HubSource(Source):
         files, index, self.notes = weight_files(folder, config)
         self._handles = {file: open_file(folder / file) for file in files}
         self._file_of: dict[str, str] = {}
-        self._experts: dict[str, experts.Parts] = {}  # fused tensors that the files have in parts
-        self._renamed: dict[str, str] = {}  # where a tensor has another name in the files
         stored: dict[str, str] = {}
         for file, handle in self._handles.items():
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
@@ -51,7 +47,6 @@ class HubSource(Source):
             if name in self.tensors:
                 del self.tensors[name]
                 self.buffers[name] = self._stored(name)
-        self._fuse()
         if not self.tensors:
             raise InvalidCheckpoint(f"{folder}: its safetensors hold no floating-point tensor")
         self.precision = self._main_precision()
@@ -77,32 +72,8 @@ class HubSource(Source):
             self.buffers[name] = handle.get_tensor(name)
         return kind
 
-    def _fuse(self) -> None:
-        """Give experts, stored one by one, the names and shapes of transformers' models."""
-        single, shapes = self.tensors, {name: meta.shape for name, meta in self.tensors.items()}
-        listed = self.manifest.tensors if self.manifest else {}  # a model's own names, which may be one an expert
-        self._experts = experts.fused(name for name in single if name not in listed)
-        known = {part for parts in self._experts.values() for expert in parts for part in expert}
-        self.tensors = {}
-        for name, meta in single.items():
-            if name not in known:
-                renamed = name if name in listed else experts.model_name(name)
-                self.tensors[renamed] = replace(meta, name=renamed)
-                if renamed != name:
-                    self._renamed[renamed] = name
-        for name, parts in self._experts.items():
-            shape = experts.shape(name, parts, shapes)
-            dtypes = {single[part].dtype for expert in parts for part in expert}
-            dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
-            self.tensors[name] = TensorMeta(name, shape, dtype, None, True)
-
     def _rows(self, meta: TensorMeta, state: str, start: int, stop: int) -> torch.Tensor:
-        if parts := self._experts.get(meta.name):  # rows are experts
-            dtype = getattr(torch, meta.dtype)  # which holds those of all parts
-            each = [torch.cat([self._stored(name).to(dtype) for name in expert]) for expert in parts[start:stop]]
-            return torch.stack(each) if each else torch.empty(0, *meta.shape[1:])
-        name = self._renamed.get(meta.name, meta.name)
-        return self._stored(name, slice(start, stop)) if meta.shape else self._stored(name)
+        return self._stored(meta.name, slice(start, stop)) if meta.shape else self._stored(meta.name)
 
     def _stored(self, name: str, rows: slice | None = None) -> torch.Tensor:
         handle = self._handles[self._file_of[name]]

@@ -1,0 +1,105 @@
+"""The tensors of a growth by the names of files: those of its source, and those of the checkpoint that it writes.
+
+Refuses (UnsupportedGrowth) what `Stacked.check_alike` refuses.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from bert2bert.algebra.realise import values
+from bert2bert.checkpoints.stacked import Part, Stacked
+from bert2bert.growth.source_model import class_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bert2bert.checkpoints.source import Source
+    from bert2bert.growth.opened import Growth
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """A growth whose tensors, canonical in its plan, have names in files."""
+
+    growth: Growth
+    source: Source
+    """By the names of its files."""
+    stored: dict[str, list[str]]
+    """The source's tensors: canonical name -> names in its files, several where experts are stored one by one."""
+    parts: dict[str, Part]
+    """The target's tensors: name -> canonical name of what it is, or is a part of, in the plan."""
+    aliases: dict[str, str]
+    """The target's: absent tied name -> the name that is kept."""
+
+    @classmethod
+    def of(cls, growth: Growth, format: str) -> Named:
+        """Of a target of this format: in a Hugging Face folder, and from one whose names have no prefix, the names are
+        those of transformers; else the training script's own, as in the source."""
+        model, plan = growth.model, growth.plan
+        source, own = model.source, model.stored
+        if format == "hub" or (source.format == "hub" and not model.naming.prefix):
+            names = {name: class_name(model.table, plan.config, name) for name in (*plan.tensors, *plan.aliases)}
+        else:
+            names = {name: own(name) for name in (*plan.tensors, *plan.aliases)}
+        aliases = {names[absent]: names[kept] for absent, kept in plan.aliases.items()}
+        if isinstance(source, Stacked) and "hub" not in (source.format, format):
+            source.check_alike()
+            stored = {name: source.parts(own(name)) for name in model.parameters}
+            canonical = {names[name]: name for name in plan.tensors}
+            apart = source.apart({names[name]: tensor.shape for name, tensor in plan.tensors.items()})
+            parts = {name: part._replace(name=canonical[part.name]) for name, part in apart.items()}
+            return cls(growth, source.single, stored, parts, aliases)
+        parts = {names[name]: Part(name, tensor.shape) for name, tensor in plan.tensors.items()}
+        return cls(growth, source, {name: [own(name)] for name in model.parameters}, parts, aliases)
+
+    def made_of(self) -> dict[str, list[str]]:
+        """The source's tensors that each target tensor is made of, the one with the most steps first of those that are
+        stored apart."""
+        step = self.source.step
+        first = {name: sorted(stored, key=step, reverse=True) for name, stored in self.stored.items()}
+        made = {
+            name: [own for root in self.growth.roots(name) for own in first[root]] for name in self.growth.plan.tensors
+        }
+        return {name: made[part.name] for name, part in self.parts.items()}
+
+    def notes(self) -> list[str]:
+        """What to know of the names, in a sentence."""
+        first = next((own for own in self.stored.values() if len(own) > 1), None)
+        return [
+            f"experts are written one by one, as the source has them (first {first[0]}): for the script that wrote it; "
+            "models of transformers 5 have them fused, and take the weights alone (--format hub)"
+        ] if first else []  # fmt: skip
+
+    def read(self) -> Read:
+        """Rows of the target's tensors by their names."""
+        return Read(self)
+
+
+class Read:
+    """Gives rows [start, stop) of dim 0 of a target's tensor, by its name, in float32. Of an expert that is written by
+    itself all is computed at once; each thread keeps the last."""
+
+    def __init__(self, named: Named) -> None:
+        self._named, self._values = named, values(named.growth.plan, named.growth.reads)
+        self._last = threading.local()
+
+    def __call__(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        """The rows."""
+        part = self._named.parts[name]
+        whole = self._named.growth.plan.tensors[part.name].shape
+        if part.shape == whole:
+            return self._values(part.name, state, start, stop)
+        expert, at = divmod(part.start, prod(whole[1:]))
+        row = at // prod(part.shape[1:])
+        key = (part.name, state, expert)
+        if getattr(self._last, "key", None) != key:
+            self._last.key = None  # so that two are never held
+            self._last.value = None
+            self._last.value = self._values(part.name, state, expert, expert + 1)[0]
+            self._last.key = key
+        value: Tensor = self._last.value
+        return value[row + start : row + stop]
