@@ -4,7 +4,9 @@ Without ``--full``, tests marked ``full`` are left out: what other tests show al
 (``--dist loadgroup``) tests go out one by one, except that a module with fixtures of its own stays in one process.
 """
 
+import gc
 import os
+from itertools import count
 
 os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
@@ -32,6 +34,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         fixtures = item._fixtureinfo.name2fixturedefs.values()
         if any(found.scope == "module" for defined in fixtures for found in defined):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+_SETUPS = count()
+
+
+def pytest_runtest_setup() -> None:
+    if next(_SETUPS) % 10 == 0:  # else full collections look through all of torch, transformers and the tests, too
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ def import_engines() -> None:
     import transformers.models.bert.modeling_bert  # noqa: F401
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    gc.freeze()
 
 
 def free_port() -> int:

@@ -259,7 +259,7 @@ def test_a_config_from_before_model_type(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"architectures": [{}]}, {"architectures": [["BertModel"]]},
                                    {"num_hidden_layers": 10**12}, {"hidden_size": None}])  # fmt: skip
-def test_a_wrong_config_does_not_keep_a_folder_from_being_written_anew(wrong: dict[str, Any], tmp_path: Path) -> None:
+def test_a_wrong_config_does_not_keep_a_folder_from_being_written_again(wrong: dict[str, Any], tmp_path: Path) -> None:
     """Tensors go by name there, so what a config says of them need not be right, and is not followed."""
     save(tmp_path / "s", "bert")
     file = tmp_path / "s" / "config.json"

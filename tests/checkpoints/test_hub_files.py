@@ -417,7 +417,7 @@ def test_what_is_rounded_is_reported(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- what lies beside
 
 
-def test_a_folder_with_its_own_code_written_anew_still_loads(tmp_path: Path) -> None:
+def test_a_folder_with_its_own_code_written_again_still_loads(tmp_path: Path) -> None:
     save(tmp_path / "s", "llama")
     (tmp_path / "s" / "configuration_own.py").write_text(
         "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"

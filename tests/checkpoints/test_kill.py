@@ -233,7 +233,7 @@ def kill_between_files(target: Path, calls: int) -> None:
     assert 0 < len(finished(target)) < 7
 
 
-def test_another_plan_or_source_starts_anew(clean: tuple[Path, dict[str, int]], folder: Path) -> None:
+def test_another_plan_or_source_starts_from_zero(clean: tuple[Path, dict[str, int]], folder: Path) -> None:
     target = folder / "zero"
 
     kill_between_files(target, clean[1]["zero"])

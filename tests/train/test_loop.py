@@ -73,7 +73,7 @@ def test_prune_keeps_the_last_and_what_is_not_ours(tmp_path: Path) -> None:
     assert not (tmp_path / "global_step4").exists() and (tmp_path / "global_step7").exists()
 
 
-def test_a_tag_that_is_written_anew_is_not_the_latest_meanwhile(tmp_path: Path) -> None:
+def test_a_tag_that_is_written_again_is_not_the_latest_meanwhile(tmp_path: Path) -> None:
     """After a resume from an older tag: a kill during the save would leave `latest` naming half a checkpoint."""
     for step, kind in ((2, "train"), (3, None), (4, "growth"), (6, "train"), (8, "train")):
         fake(tmp_path, step, kind)

@@ -258,7 +258,7 @@ def test_old_names(tiny: Path) -> None:
         ({**LLAMA, "rope_parameters": {"rope_type": "odd", "rope_theta": 1.0}}, "rope_type is 'odd'"),
     ],
 )
-def test_what_is_wrong_with_another_model_is_said(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_what_is_wrong_with_another_model_is_reported(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidConfig) as caught:
         load_recipe(other_recipe(tmp_path, config))
     assert message in str(caught.value)

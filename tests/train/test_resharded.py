@@ -64,7 +64,7 @@ def same_end(one: Path, other: Path, step: int, past: int) -> None:
 
 
 @pytest.mark.timeout(150)
-def test_a_run_goes_on_exactly_however_its_checkpoint_was_cut_anew(bins: Path, home: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_exactly_however_its_checkpoint_was_cut_again(bins: Path, home: Path, tmp_path: Path) -> None:
     jobs: list[Job] = []
     for stage, precision in RUNS:
         for cut, options in CUTS.items():
