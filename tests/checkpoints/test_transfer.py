@@ -169,7 +169,7 @@ def test_a_single_process_needs_no_mpi(tmp_path: Path, monkeypatch: pytest.Monke
         world()
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 5])
 def test_mpirun_writes_the_same_bytes(tmp_path: Path, ranks: int) -> None:
     mpirun = Path(sys.executable).with_name("mpirun")
     if not mpirun.exists():
