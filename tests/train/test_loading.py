@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "lr in one copy": (change_hyper("lr", 123.0), "optim_states.pt: its content does not"),
     "the position": (in_manifest(lambda m: m["training"]["data"].update(rows=8)), f"{MANIFEST}: its content does not"),
     "the time spent": (in_manifest(lambda m: m["training"]["spent"].update(tokens=1)), f"{MANIFEST}: its content"),
-    "code in a pickle": (in_shard(OPTIM, plant), "which is no class of a ZeRO checkpoint"),
+    "code in a pickle": (in_shard(OPTIM, plant), "which is not a class of a ZeRO checkpoint"),
 }
 
 
