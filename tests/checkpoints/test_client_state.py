@@ -116,6 +116,16 @@ class Trainer:
         return MadeBy(Trainer.count, text)
 
 
+class code:
+    """In lower case, by the name of a module of programs."""
+
+    class Step(NamedTuple):
+        number: int
+
+    class Unit(enum.Enum):
+        SECOND = "s"
+
+
 class MadeBy:
     """An object that pickles as a call of a function: of a class's, or of one with some arguments given."""
 
@@ -201,7 +211,8 @@ def cyclic() -> Settings:
 VALUES: dict[str, Any] = {
     "nested": [
         Trainer.Mode.TRAIN, Trainer.Parts.A | Trainer.Parts.B, Trainer.Args(), Trainer.Args.code.Inner(1),
-        Trainer.Table(a=1), [Trainer.Args(0.5), Trainer.Args], Trainer.Args.code,
+        Trainer.Table(a=1), [Trainer.Args(0.5), Trainer.Args], Trainer.Args.code, code, code.Step(2), code.Unit,
+        code.Unit.SECOND,
     ],
     "calls": [
         Trainer.make, Trainer.count, MadeBy(Trainer.count, "x"), MadeBy(functools.partial(Trainer.count), "y"),
@@ -436,6 +447,12 @@ def test_calls_of_what_was_fetched_from_an_object_are_refused(tmp_path: Path, ke
         ("torch", "os.system", False), ("torch", "utils.data.os.system", False), ("torch", "builtins.eval", False),
         ("builtins", "eval.__call__", False), ("posix", "system", False), ("code.x", "Y", False),
         ("run", "Trainer.code.X", True), ("run", "_Trainer.sys.X", True), ("run", "code", True),
+        ("run", "code.Step", True), ("run", "code.Step.os", True), ("run", "a.pdb.Step", True),
+        ("run", "multiprocessing.util.Step", True), ("run", "os.Step", False), ("run", "ctypes.WinDLL", False),
+        ("run", "code.step", False), ("run", "importlib.util", False), ("run", "a.shutil.os.Step", False),
+        ("run", "code.InteractiveConsole", False), ("run", "a.subprocess.Popen", False),
+        ("run", "code.sys.Step", False), ("run", "pip.Step", False), ("run", "nt.Step", False),
+        ("run", "multiprocessing.util.Finalize", False), ("run", "io.open.x", False),
         ("run.os", "Y", True), ("run", "Trainer.eval", True), ("run", "timeit", True), ("run", "eval", True),
     ],
 )  # fmt: skip
