@@ -9,16 +9,19 @@ and trainer build the groups alike. Layouts:
 * ``layers``: this project's own: a (decay, no-decay) pair for the embeddings, for each layer, for the head and for the
   parts that no objective trains (pooler and next-sentence head), so that an optimizer step can skip a layer altogether.
 
-Empty groups are left out. Order inside a group is the order of the parameters given (the model's own). What a parameter
-is, the table of its architecture says (`tables.Parameter`); for models without a table `by_name` guesses it.
+Where a run obeys the factors of a growth, a group holds parameters of equal ones. Empty groups are left out. Order
+inside a group is the order of the parameters given (the model's own). What a parameter is, the table of its
+architecture says (`tables.Parameter`); for models without a table `by_name` guesses it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from bert2bert.checkpoints.factors import ONE, Factors
 
 LAYOUTS = ("layers", "decay", "single")
 
@@ -48,11 +51,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Group:
-    """One optimizer group. part: as of `Member`, or 'all'."""
+    """One optimizer group. part: as of `Member`, or 'all'; factors: of its parameters, where a run may obey them."""
 
     part: str
     decay: bool
     names: tuple[str, ...]
+    factors: Factors = ONE
 
 
 def by_name(shapes: Mapping[str, Collection[int]], aliases: Mapping[str, str] | None = None) -> dict[str, Place]:
@@ -81,25 +85,35 @@ def by_name(shapes: Mapping[str, Collection[int]], aliases: Mapping[str, str] | 
     return found
 
 
-def param_groups(members: Mapping[str, Member], layout: str) -> list[Group]:
+def param_groups(
+    members: Mapping[str, Member], layout: str, factors: Mapping[str, Factors] | None = None
+) -> list[Group]:
     """Sort parameters (tied names once, model order) into the groups of a layout.
 
     Order of groups: embeddings, layers (stacks as they come, numbers ascending), head, unused; decay before no-decay.
-    Raises ValueError for an unknown layout (callers check user input first).
+    ``factors``: of parameters by name, those that are not named have none; groups of different ones come in the model's
+    order. Raises ValueError for an unknown layout (callers check user input first).
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown group layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    parts: dict[tuple[str, bool], list[str]] = {}
+    found: dict[tuple[str, bool, Factors], list[str]] = {}
     for name, member in members.items():
-        key = (member.part if layout == "layers" else "all", layout == "single" or member.decay)
-        parts.setdefault(key, []).append(name)
-    stacks = list(dict.fromkeys(part.rpartition(".")[0] for part, _ in parts))
+        part, decay = member.part if layout == "layers" else "all", layout == "single" or member.decay
+        found.setdefault((part, decay, (factors or {}).get(name, ONE)), []).append(name)
+    stacks = list(dict.fromkeys(part.rpartition(".")[0] for part, _, _ in found))
 
-    def order(key: tuple[str, bool]) -> tuple[int, int, int, bool]:
-        part, decay = key
+    def order(key: tuple[str, bool, Factors]) -> tuple[int, int, int, bool]:
+        part, decay, _ = key
         stack, _, number = part.rpartition(".")
         if stack:
             return 1, stacks.index(stack), int(number), not decay
         return {"all": 0, "embeddings": 0, "head": 2, "unused": 3}[part], 0, 0, not decay
 
-    return [Group(part, decay, tuple(parts[part, decay])) for part, decay in sorted(parts, key=order)]
+    return [Group(*key[:2], tuple(found[key]), key[2]) for key in sorted(found, key=order)]
+
+
+def refines(groups: Iterable[Sequence[str]], whole: Iterable[Group]) -> bool:
+    """Whether the groups are parts of the whole ones, as those of a run that obeys factors are."""
+    of = {name: i for i, group in enumerate(whole) for name in group.names}
+    places = [{of.get(name) for name in group} for group in groups]
+    return all(len(place) == 1 for place in places) and sorted(of) == sorted(name for group in groups for name in group)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bert2bert.checkpoints import clients
-from bert2bert.checkpoints.groups import LAYOUTS, Member, param_groups
+from bert2bert.checkpoints.groups import LAYOUTS, Member, param_groups, refines
 from bert2bert.checkpoints.hub.beside import grown_beside, json_bytes
 from bert2bert.checkpoints.job import DTYPES, TargetGroup, TargetSpec
 from bert2bert.checkpoints.optimizers import ADAM
@@ -221,7 +221,8 @@ def widest(dtypes: Iterable[str]) -> str:
 
 def known_layout(source: Source, members: Mapping[str, Member]) -> str | None:
     """The layout that gives exactly the source's groups, in this order, if any: what its manifest says, where that is
-    one. members: of the source's tensors, what decides their groups."""
+    one; also where the source obeyed factors, and had its groups split by them. members: of the source's tensors, what
+    decides their groups."""
     have = [tuple(group["names"]) for group in source.groups]
     owned = {name for group in have for name in group}
     if not owned <= members.keys():
@@ -231,4 +232,5 @@ def known_layout(source: Source, members: Mapping[str, Member]) -> str | None:
     for layout in sorted(LAYOUTS, key=lambda layout: layout != recorded) if have else ():
         if [group.names for group in param_groups(ordered, layout)] == have:
             return layout
-    return None
+    split = recorded == "layers" and refines(have, param_groups(ordered, recorded))
+    return recorded if split else None

@@ -173,7 +173,12 @@ def group_rates(
     """
     if fresh and schedule.rewarm == "fresh":
         plain = plain._replace(lr=plain.lr * rewarmed(schedule, step))
-    if factors is None or schedule.follow == "ignore":
-        return plain
-    left = max(1 - step / schedule.fade_steps, 0.0) if schedule.fade_steps else 1.0
-    return Rates(*(value * factor**left for value, factor in zip(plain, factors, strict=True)))
+    share = followed(schedule, step)
+    return plain if factors is None else Rates(*(value * f**share for value, f in zip(plain, factors, strict=True)))
+
+
+def followed(schedule: Schedule, step: int) -> float:
+    """The share, from 1 to 0, to which factors are obeyed at the 0-based ``step`` of the phase."""
+    if schedule.follow == "ignore":
+        return 0.0
+    return max(1 - step / schedule.fade_steps, 0.0) if schedule.fade_steps else 1.0

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from pydantic import ValidationError
 
 from bert2bert.checkpoints.expert_parallel.layout import cuts_of
+from bert2bert.checkpoints.factors import Factors
 from bert2bert.checkpoints.groups import Group, param_groups
 from bert2bert.errors import InvalidConfig
 from bert2bert.model.batch import Batch
@@ -45,6 +46,7 @@ from bert2bert.ranks.distributed import RANKS, total
 from bert2bert.ranks.launcher import device_number
 from bert2bert.ranks.rendezvous import INIT, meet
 from bert2bert.ranks.stopping import Stop
+from bert2bert.recipe.schedules import Rates, Schedule, followed, group_rates
 from bert2bert.train.ds_config import expert_ranks, resolve
 from bert2bert.train.optimizer import FreezableAdamW
 
@@ -55,7 +57,8 @@ TIMEOUT = 600.0
 """Seconds that a rank waits for another, if nothing else is asked for."""
 
 GROUP_LAYOUT = "layers"
-"""Parameter groups of every run of this project (`checkpoints.groups`): one pair a layer, so that a layer can rest."""
+"""Parameter groups of every run of this project (`checkpoints.groups`): one pair a layer, so that a layer can rest, or
+more where they are split by the factors of a growth."""
 
 
 def start(timeout: float = TIMEOUT, stop: Stop | None = None) -> torch.device:
@@ -95,7 +98,8 @@ class Engine:
     but for `experts`, the number of ranks that share them, None: each has all); ``stage``: ZeRO stage 0 to 3;
     ``precision``: fp32, bf16 or fp16; ``micro_rows``: rows of one micro-batch of one rank; ``accumulation``:
     micro-batches a step; ``grad_norm``: 2-norm of the last step's gradient over all ranks before clipping, infinite
-    where it is not a number (None: no step yet); ``max_grad_norm``: a step of a greater one is not applied.
+    where it is not a number (None: no step yet); ``max_grad_norm``: a step of a greater one is not applied; ``fresh``:
+    parts that the last growth inserted; ``followed``: to which share the factors of the groups were last obeyed.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Engine:
         groups: list[Group],
         experts: int | None,
         device: torch.device,
+        fresh: Collection[str] = (),
     ) -> None:
         self.ds = ds
         self.model = model
@@ -122,6 +127,9 @@ class Engine:
         self.accumulation = int(ds.gradient_accumulation_steps())
         self.grad_norm: float | None = None
         self.max_grad_norm = math.inf
+        self.fresh = frozenset(fresh)
+        self.followed = 0.0
+        self._plain = [Rates(live["lr"], live["weight_decay"], live["eps"]) for live in self.optimizer.param_groups]
         self._accepted: bool | None = None  # the step under way; None: not asked yet
         self._norm_of_step = 0.0, 1.0  # of fp32 stage 0, and the loss scale before the step
         self.optimizer.accepts = self._accepts
@@ -160,14 +168,25 @@ class Engine:
                 self.parameters[name].requires_grad_(learns)
 
     def thaw(self) -> None:
-        """Let everything learn: the state in which checkpoints are written (frozen parameters are filed elsewhere)."""
-        for live in self.optimizer.param_groups:
-            live["frozen"] = False
+        """Let everything learn, without factors: the state in which checkpoints are written (frozen parameters are
+        filed elsewhere, and the recipe's rates hold wherever the checkpoint is taken)."""
+        for plain, live in zip(self._plain, self.optimizer.param_groups, strict=True):
+            live.update(plain._asdict(), frozen=False)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 
+    def set_rates(self, schedule: Schedule, lr: float, phase_step: int) -> None:
+        """What every group is stepped with at the 0-based step of the phase. ``lr``: as of `schedules.lr_at`."""
+        self.set_lr(lr)
+        self.followed = followed(schedule, phase_step)
+        for each, plain, live in zip(self.cuts, self._plain, self.optimizer.param_groups, strict=True):
+            group = self.groups[each.group]
+            factors = group.factors.lr, group.factors.decay, group.factors.eps
+            live.update(group_rates(schedule, plain, phase_step, factors, group.part in self.fresh)._asdict())
+
     def set_lr(self, lr: float) -> None:
         """The learning rate of every group from the next optimizer step on."""
+        self._plain = [plain._replace(lr=lr) for plain in self._plain]
         for live in self.optimizer.param_groups:
             live["lr"] = lr
 
@@ -300,18 +319,26 @@ def restore_linear() -> None:
         torch.nn.functional.linear = original
 
 
-def build(recipe: Recipe, ds_config: Mapping[str, Any], model: LanguageModel) -> Engine:
+def build(
+    recipe: Recipe,
+    ds_config: Mapping[str, Any],
+    model: LanguageModel,
+    factors: Mapping[str, Factors] | None = None,
+    fresh: Collection[str] = (),
+) -> Engine:
     """The engine that trains ``model`` (in fp32 on any device, or partitioned by `sharded.opened`) as the recipe says.
 
-    ``ds_config``: DeepSpeed's own, see bert2bert.train.ds_config.resolve. Joins the process group by `start` if that
-    was not done. Raises InvalidConfig for an option that is refused.
+    ``ds_config``: DeepSpeed's own, see bert2bert.train.ds_config.resolve. ``factors``: by parameter, as the growth
+    found them, where a schedule may obey them: each group then holds equal ones only. ``fresh``: parts that the last
+    growth inserted. Joins the process group by `start` if that was not done. Raises InvalidConfig for an option that is
+    refused.
     """
     device = start()
     settings = resolve(dict(ds_config), recipe, dist.get_world_size())
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)  # DeepSpeed leaves them behind where the parameters are partitioned
     parameters = dict(model.named_parameters())
-    groups = param_groups({name: model.known[name] for name in parameters}, GROUP_LAYOUT)
+    groups = param_groups({name: model.known[name] for name in parameters}, GROUP_LAYOUT, factors)
     experts = expert_ranks(settings)
     if experts is not None:
         settings["expert_parallel"].setdefault("use_grouped_mm", device.type != "cpu")
@@ -337,7 +364,7 @@ def build(recipe: Recipe, ds_config: Mapping[str, Any], model: LanguageModel) ->
         ) from error
     finally:
         deepspeed.utils.logger.setLevel(level)
-    engine = Engine(ds, model, tuple(parameters), groups, experts, device)
+    engine = Engine(ds, model, tuple(parameters), groups, experts, device, fresh)
     engine.optimizer.state.clear()  # 16-bit stage 0: the count of that step at start
     engine.max_grad_norm = recipe.safety.max_grad_norm or math.inf
     return engine

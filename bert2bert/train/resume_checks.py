@@ -6,6 +6,7 @@ Every check raises InvalidConfig or InvalidCheckpoint, naming what differs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ def check_tensors(engine: Engine, source: Source) -> None:
 
 
 def check_groups(engine: Engine, source: Source) -> None:
-    """Adam's states, one step in each group; in native files also the groups' names, order and hyper-parameters."""
+    """Adam's states, one step in each group; in native files also the groups' names, order and hyper-parameters, which
+    are the manifest's. The engine's groups may be others, as factors split them: tensors are loaded by name."""
     others = source.other_states or [key for kept in source.moments if kept not in (ADAM, {}) for key in kept.values()]
     if others:
         raise InvalidCheckpoint(
@@ -111,14 +113,15 @@ def check_groups(engine: Engine, source: Source) -> None:
     manifest = source.manifest
     if manifest is None or manifest.group_layout != GROUP_LAYOUT or source.format != "zero":
         return
-    _check_order(engine, source, "manifest", [group.names for group in manifest.groups])
-    _check_order(engine, source, "shard files", [group["names"] for group in source.groups])
-    for part, recorded, file in zip((g.part for g in engine.groups), manifest.groups, source.groups, strict=True):
+    pairs = list(zip_longest((group.names for group in manifest.groups), (group["names"] for group in source.groups)))
+    for i, (ours, theirs) in enumerate(pairs):
+        _check_names(source, i, ours or (), theirs or ())
+    for recorded, file in zip(manifest.groups, source.groups, strict=True):
         for key in _HYPER:
             if key in recorded.hyper and _plain(recorded.hyper[key]) != _plain(file.get(key)):
                 raise InvalidCheckpoint(
-                    f"{source.folder}: the optimizer group {part} has {key} {file.get(key)!r} in the shard files, "
-                    f"{recorded.hyper[key]!r} in the manifest: they are of two checkpoints"
+                    f"{source.folder}: an optimizer group of {recorded.part} has {key} {file.get(key)!r} in the shard "
+                    f"files, {recorded.hyper[key]!r} in the manifest: they are of two checkpoints"
                 )
 
 
@@ -139,17 +142,15 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_order(engine: Engine, source: Source, what: str, groups: Sequence[Sequence[str]]) -> None:
-    for i, group in enumerate(engine.groups):
-        names = tuple(groups[i]) if i < len(groups) else ()
-        if source.expert_parallel and sorted(names) == sorted(group.names):
-            names = group.names  # such files have experts in another order, and by name
-        if names == group.names and len(groups) == len(engine.groups):
-            continue
-        odd = next((a for a, b in zip(group.names, names, strict=False) if a != b), group.names[0])
+def _check_names(source: Source, group: int, recorded: Sequence[str], file: Sequence[str]) -> None:
+    """The parameters of one group, by the manifest and by the files, are the same and in the same order."""
+    if source.expert_parallel:
+        recorded, file = sorted(recorded), sorted(file)  # such files have experts in another order, and by name
+    if list(recorded) != list(file):
+        odd = next(a or b for a, b in zip_longest(recorded, file) if a != b)
         raise InvalidCheckpoint(
-            f"{source.folder}: optimizer group {i} ({group.part}) of the {what} does not hold the model's parameters "
-            f"in the model's order; the first difference is at {odd}. Files of two checkpoints are mixed"
+            f"{source.folder}: optimizer group {group} does not hold the same parameters in the manifest and in the "
+            f"shard files, in the same order; the first difference is at {odd}. Files of two checkpoints are mixed"
         )
 
 

@@ -1,0 +1,172 @@
+"""A grown run that obeys its growth's factors follows the small run, in the trainer's engine; groups that these split
+are saved, loaded and grown on by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bert2bert.checkpoints.factors import ONE, Factors
+from bert2bert.checkpoints.groups import Place, param_groups, refines
+from bert2bert.commands.cli import main
+from bert2bert.growth.factors import factors
+from bert2bert.model.program import full
+from bert2bert.model.registry import build
+from bert2bert.recipe import AdamW, Phase, Schedule
+from bert2bert.train import partitions
+from tests.distributed import run_ranks
+from tests.laws.harness import reader, realised
+from tests.planning import plan_growth
+from tests.train import runs, tiny
+
+SMALL = {**tiny.model_config(), "architectures": ["BertForMaskedLM"]}
+LARGE = {**SMALL, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+ADAM = AdamW(lr=1e-2, eps=1e-4, weight_decay=0.3)
+SOURCE = Schedule("constant", follow="source")
+States = dict[str, dict[str, torch.Tensor]]
+
+
+def engine_of(config: dict[str, Any], stage: int, found: dict[str, Factors] | None = None, **more: Any) -> Any:
+    from bert2bert.train import engine as engines
+
+    torch.manual_seed(0)
+    plan = tiny.recipe(model=config, optimizer=ADAM, clip=0.0)
+    return engines.build(plan, tiny.ds_config(stage), build(config), found, **more)
+
+
+def trained(engine: Any, steps: range, schedule: Schedule) -> None:
+    for step in steps:
+        engine.apply(full(tiny.LAYERS))
+        engine.set_rates(schedule, ADAM.lr, step - steps.start)
+        for micro in range(2):
+            loss, *_ = engine.forward(tiny.batch(100 * step + 10 * micro + engine.rank))
+            engine.backward(loss)
+
+
+def losses(engine: Any) -> torch.Tensor:
+    """Of batches that nothing was trained on."""
+    engine.training(False)
+    with torch.no_grad():
+        found = [engine.forward(tiny.batch(5000 + i))[0] for i in range(8)]
+    engine.training(True)
+    return torch.stack(found)
+
+
+def states_of(engine: Any) -> States:
+    """Whole tensors, of an engine of stage 0."""
+    found: States = {state: {} for state in partitions.STATES}
+    for fragment in partitions.fragments(engine):
+        for state in partitions.STATES:
+            held = partitions.read(engine, fragment, state)
+            held = torch.zeros(fragment.stop - fragment.start) if held is None else held  # of the unused, never stepped
+            found[state][fragment.name] = held.reshape(engine.shape(fragment.name)).double()
+    return found
+
+
+def put(engine: Any, states: States, step: int) -> None:
+    """Let an engine of any stage hold these."""
+    moments = {m: {s: torch.zeros_like(m.detach()) for s in partitions.MOMENTS} for _, m in partitions.masters(engine)}
+    for fragment in partitions.fragments(engine):
+        for state in partitions.STATES:
+            into = fragment.master if state == "fp32" else moments[fragment.master][state]
+            fragment.of(into).copy_(states[state][fragment.name].flatten()[fragment.start : fragment.stop])
+    partitions.set_moments(engine, moments, [step] * len(engine.groups))
+    partitions.publish(engine)
+
+
+def followed() -> dict[str, float]:
+    """How far, relative to the loss, grown runs are from the small one three steps after the growth."""
+    small = engine_of(SMALL, 0)
+    trained(small, range(2), Schedule("constant"))
+    before = states_of(small)
+    trained(small, range(2, 5), Schedule("constant"))
+    expected = losses(small)
+    small.destroy()
+    plan = plan_growth(SMALL, LARGE, width="tile")
+    large = {state: realised(plan, reader(before), state) for state in partitions.STATES}
+    found = {name: f for name in plan.tensors if (f := factors(plan).of(name))}
+    out = {}
+    for name, stage, schedule in (
+        ("source, stage 0", 0, SOURCE),
+        ("source, stage 2", 2, SOURCE),
+        ("source, stage 3", 3, SOURCE),
+        ("faded", 0, Schedule("constant", follow="source", fade_steps=2)),
+        ("ignored", 0, Schedule("constant")),
+    ):
+        engine = engine_of(LARGE, stage, found)
+        put(engine, large, 2)
+        trained(engine, range(2, 5), schedule)
+        out[name] = float(((losses(engine) - expected) / expected).abs().max())
+        engine.destroy()
+    return out
+
+
+@pytest.mark.timeout(90)
+def test_a_grown_run_follows_the_small_one_by_its_factors_alone() -> None:
+    for out in run_ranks(followed, 2, timeout=80):
+        assert max(gap for name, gap in out.items() if name.startswith("source")) < 1e-6, out
+        assert 2 * out["faded"] > out["ignored"] > 1e-2 and out["faded"] > 1e-3, out
+
+
+def halves(names: Any) -> dict[str, Factors]:
+    """Factors that split every group of two or more."""
+    return {name: Factors(0.5, 2.0, 0.25) for i, name in enumerate(names) if i % 2}
+
+
+def run_in_pieces(bins: Path, root: Path) -> None:
+    """One run whole, and again in pieces of other groups and stages; a last one that obeys its factors."""
+    from bert2bert.train import engine as engines
+
+    original = engines.build
+    plan = runs.recipe(bins, gradient_clipping=0.0, eval_every=100, keep_checkpoints=9, model=tiny.model_config())
+    obeying = runs.recipe(bins, phases=(Phase("all", 2, schedule=SOURCE),), eval_every=100)
+
+    def split(recipe: Any, settings: Any, model: Any, *_: Any, **__: Any) -> Any:
+        return original(recipe, settings, model, halves(model.known))
+
+    def run(plan: Any, folder: Path, stage: int, stop: int | None, build: Any) -> None:
+        engines.build = build
+        runs.run(plan, tiny.ds_config(stage), folder, folder, stop)
+
+    try:
+        run(plan, root / "whole", 1, None, original)
+        run(plan, root / "pieces", 1, 1, split)
+        run(plan, root / "pieces", 3, 4, original)
+        run(plan, root / "pieces", 0, None, split)
+        run(obeying, root / "obeying", 2, None, split)
+    finally:
+        engines.build = original
+
+
+@pytest.mark.timeout(120)
+def test_checkpoints_go_on_in_other_groups_and_grow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_ranks(run_in_pieces, 2, runs.make_bins(tmp_path), tmp_path, timeout=100)
+    whole, pieces = (runs.records(tmp_path / name) for name in ("whole", "pieces"))
+    for a, b in zip(whole, pieces, strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    counts = [len(runs.manifest(tmp_path / "pieces", step)["groups"]) for step in (5, 8)]
+    assert counts[0] < counts[1]
+    saved = runs.manifest(tmp_path / "obeying", 2)
+    assert saved["group_layout"] == "layers" and len(saved["groups"]) == counts[1]
+    recipes = {(0.1 if group["decay"] else 0.0, 1e-8) for group in saved["groups"]}
+    assert {(g["hyper"]["weight_decay"], g["hyper"]["eps"]) for g in saved["groups"]} == recipes
+    target = tmp_path / "target.json"
+    target.write_text(json.dumps(LARGE))
+    assert main(["grow", str(tmp_path / "obeying"), str(tmp_path / "grown"), "--config", str(target), "--lossy"]) == 0
+    grown = json.loads(next((tmp_path / "grown").glob("*/bert2bert.json")).read_text())
+    assert grown["group_layout"] == "layers" and len(grown["groups"]) == counts[0]
+    assert {(g["hyper"]["weight_decay"], g["hyper"]["eps"]) for g in grown["groups"]} == recipes
+
+
+def test_groups_are_split_by_factors_in_the_models_order() -> None:
+    members = {n: Place("head" if n > "d" else "layer.0", True) for n in "abcde"}
+    found = {"b": Factors(lr=0.5), "c": Factors(lr=0.5), "e": ONE}
+    whole, split = param_groups(members, "layers"), param_groups(members, "layers", found)
+    assert [group.names for group in whole] == [("a", "b", "c", "d"), ("e",)]
+    assert [(group.names, group.factors.lr) for group in split] == [(("a", "d"), 1.0), (("b", "c"), 0.5), (("e",), 1.0)]
+    assert refines([group.names for group in split], whole)
+    assert not refines([["a", "b"], ["c"], ["d", "e"]], whole) and not refines([["a", "b", "c", "d"]], whole)
