@@ -152,7 +152,7 @@ class Loop:
             phase.schedule, recipe.optimizer.lr, position.phase_step, self._horizon(phase), position.step, recipe.steps
         )
         engine.apply(program)
-        engine.set_rates(phase.schedule, lr, phase_step)
+        engine.set_rates(phase.schedule, lr, position.phase_step)
         loss = torch.zeros((), device=engine.device)
         tokens = flops = 0
         where = f"step {position.step + 1} (phase {phase.name!r})"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,12 @@ class Found:
         """The checkpoint's folder."""
         return self.source.folder
 
+    def of(self, names: Sequence[str]) -> Found:
+        """The same by the names of the model that it is to be loaded into, given in the model's order."""
+        source = _unwrapped(names, self.source)
+        growth = self.growth if source is self.source or source.manifest is None else source.manifest.growth
+        return replace(self, source=source, growth=growth)
+
 
 def find(path: Path, recipe: Recipe, data: Mapping[str, Any], own: bool) -> Found:
     """Open the checkpoint at ``path`` (a tag's folder, or the latest of a run's). Every rank calls it.
@@ -123,12 +129,12 @@ def _find(path: Path, recipe: Recipe, data: Mapping[str, Any], own: bool) -> Fou
 
 
 def load(engine: Engine, found: Found, recipe: Recipe, position: Position) -> list[str]:
-    """Load a checkpoint into the engine of its model; notes for the user. Collective.
+    """Load a checkpoint, by the model's names (`Found.of`), into its engine; notes for the user. Collective.
 
     ``recipe``: with the model, and what else the phase has (`Recipe.at`); ``position``: where the run stands. Raises
     InvalidCheckpoint or InvalidConfig, the same on every rank.
     """
-    source, notes = together(RANKS, lambda: _fill_all(engine, found, recipe, position))
+    source, notes = found.source, together(RANKS, lambda: _fill_all(engine, found, recipe, position))
     partitions.publish(engine)
     compare(engine, source)
     files = [MANIFEST, *file_sizes(source.folder)][engine.rank :: engine.world]
@@ -136,29 +142,31 @@ def load(engine: Engine, found: Found, recipe: Recipe, position: Position) -> li
     return notes
 
 
-def _fill_all(engine: Engine, found: Found, recipe: Recipe, position: Position) -> tuple[Source, list[str]]:
-    check_model(found.source, recipe)
-    source = _unwrapped(engine, found.source)
+def _fill_all(engine: Engine, found: Found, recipe: Recipe, position: Position) -> list[str]:
+    source = found.source
+    check_model(source, recipe)
     check_tensors(engine, source)
     check_groups(engine, source)
     _fill(engine, source)
+    manifest = source.manifest or Manifest()
+    engine.followed = manifest.training.followed if manifest.training else float(found.kind == "growth")
     notes: list[str] = []
     _restore_rest(engine, source, found.kind, recipe, position, notes)
     if found.kind == "growth":
-        notes += other_hyper(engine, (source.manifest or Manifest()).groups)
-    if found.kind == "train" and not (source.manifest or Manifest()).digests:
+        notes += other_hyper(engine, manifest.groups)
+    if found.kind == "train" and not manifest.digests:
         notes.append("its manifest has no digests of files, so only tensors are compared with it")
     if found.kind == "weights":
         notes.append("a Hugging Face folder holds weights only: Adam's moments start at zero")
-    return source, notes
+    return notes
 
 
-def _unwrapped(engine: Engine, source: Source) -> Source:
+def _unwrapped(names: Sequence[str], source: Source) -> Source:
     """The source with this model's names, where a wrapper in somebody's script put a prefix ('model.') before each.
 
     A view: the source stays as it was opened, and each tensor knows its name in the files.
     """
-    anchor = engine.names[0]
+    anchor = names[0]
     before = [name.removesuffix(anchor) for name in source.tensors if name.endswith("." + anchor)]
     if anchor in source.tensors or len(before) != 1:
         return source
@@ -174,7 +182,10 @@ def _unwrapped(engine: Engine, source: Source) -> Source:
     if manifest := source.manifest:
         tensors = {bare(name): entry for name, entry in manifest.tensors.items()}
         groups = [replace(group, names=[bare(name) for name in group.names]) for group in manifest.groups]
-        view.manifest = replace(manifest, tensors=tensors, groups=groups)
+        growth = manifest.growth
+        if growth is not None and growth.factors is not None:
+            growth = replace(growth, factors=growth.factors.renamed(bare))
+        view.manifest = replace(manifest, tensors=tensors, groups=groups, growth=growth)
     return view
 
 

@@ -38,6 +38,7 @@ from bert2bert.train.growing import Grow, grown, layout
 from bert2bert.train.job import Job
 from bert2bert.train.loop import Loop
 from bert2bert.train.metrics import MetricsWriter
+from bert2bert.train.obeying import factors_of
 from bert2bert.train.position import Position
 from bert2bert.train.resume import Found, find, load
 from bert2bert.train.rng import seed_all
@@ -201,7 +202,7 @@ class _Run:
             self.position = self.position.settled(job.recipe, _NEVER)
 
     def _engine(self) -> engines.Engine:
-        """The engine of the phase, with fresh weights."""
+        """The engine of the phase, with fresh weights. Raises InvalidConfig for a schedule that needs a growth."""
         recipe = self.job.recipe.at(self.position.phase)
         settings = configs.of_phase(self.ds_config, self.job.recipe, self.position.phase, distributed.RANKS.size)
         torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
@@ -209,7 +210,11 @@ class _Run:
         opened = sharded.opened(recipe, settings)
         model = registry.build(registry.typed(recipe.model or {}), compile_layers=compiled, opened=opened)
         model.recompute = self.recompute
-        return engines.build(recipe, settings, model)
+        names = [name for name, _ in model.named_parameters()]
+        self.found = None if self.found is None else self.found.of(names)
+        growth = None if self.found is None else self.found.growth
+        factors = factors_of(self.job.recipe, self.position.phase, growth, names)
+        return engines.build(recipe, settings, model, factors, growth.inserted if growth else ())
 
     def _loop(self, engine: engines.Engine) -> Loop:
         """The loop of the phase on its engine, with the weights of where the run stands."""

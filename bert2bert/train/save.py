@@ -118,7 +118,7 @@ def save(
         counters=engine.counters,
         versions=versions("deepspeed"),
         growth=growth,
-        training=position.recorded(recipe, data),
+        training=dataclasses.replace(position.recorded(recipe, data), followed=engine.followed),
     )
     write_on_first(root, check, lambda: _commit(root, folder, manifest, contents, keep, needed))
     return folder

@@ -72,7 +72,7 @@ def load(engine: Any, path: Path, plan: Recipe, data: dict[str, Any]) -> Any:
     """Open a checkpoint and load it into an engine; what was found, with the notes of both."""
     from bert2bert.train import resume
 
-    found = resume.find(path, plan, data, own=False)
+    found = resume.find(path, plan, data, own=False).of(engine.names)
     found.notes.extend(resume.load(engine, found, plan.at(found.position.phase), found.position))
     return found
 

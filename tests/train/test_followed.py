@@ -12,11 +12,13 @@ import torch
 
 from bert2bert.checkpoints.factors import ONE, Factors
 from bert2bert.checkpoints.groups import Place, param_groups, refines
+from bert2bert.commands import phase_growth
 from bert2bert.commands.cli import main
+from bert2bert.errors import InvalidConfig
 from bert2bert.growth.factors import factors
 from bert2bert.model.program import full
 from bert2bert.model.registry import build
-from bert2bert.recipe import AdamW, Phase, Schedule
+from bert2bert.recipe import AdamW, Grow, Phase, Recipe, Schedule
 from bert2bert.train import partitions
 from tests.distributed import run_ranks
 from tests.laws.harness import reader, realised
@@ -112,6 +114,61 @@ def test_a_grown_run_follows_the_small_one_by_its_factors_alone() -> None:
         assert 2 * out["faded"] > out["ignored"] > 1e-2 and out["faded"] > 1e-3, out
 
 
+def recipe(bins: Path, **second: Any) -> Recipe:
+    """Two steps, and three more of what a growth may make of the model."""
+    return runs.recipe(
+        bins, model=SMALL, optimizer=ADAM, gradient_clipping=0.0, eval_every=1, checkpoint_every=1, keep_checkpoints=9,
+        phases=(Phase("small", 2, schedule=Schedule("constant")), Phase("large", 3, **second)),
+    )  # fmt: skip
+
+
+def whole_runs(bins: Path, root: Path) -> None:
+    """The small run, and runs that grow after two steps: one that obeys its factors, stopped on the way; one not."""
+    large = Grow({"hidden_size": "2x", "num_attention_heads": 4, "intermediate_size": "2x"}, width="tile")
+    obeying = recipe(bins, schedule=SOURCE, grow=large)
+    for name, plan, stage, stop in (
+        ("small", recipe(bins, schedule=Schedule("constant")), 3, None),
+        ("source", obeying, 1, 3),
+        ("source", obeying, 3, None),
+        ("ignored", recipe(bins, schedule=Schedule("constant"), grow=large), 3, None),
+    ):
+        runs.run(plan, tiny.ds_config(stage), root / name, root / name, stop, grow=phase_growth.grow)
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_grows_in_the_job_follows_the_run_that_does_not(tmp_path: Path) -> None:
+    run_ranks(whole_runs, 2, runs.make_bins(tmp_path), tmp_path, timeout=100)
+
+    def curve(name: str) -> list[float]:
+        found = {r["step"]: r["loss"] for r in runs.records(tmp_path / name) if r["kind"] == "eval"}
+        return [found[step] for step in range(6)]
+
+    small = curve("small")
+    assert curve("source") == pytest.approx(small, rel=1e-5)
+    assert abs(curve("ignored")[5] / small[5] - 1) > 1e-4
+    saved = {name: runs.manifest(tmp_path / name, 5) for name in ("source", "ignored")}
+    assert [saved[name]["training"]["followed"] for name in ("source", "ignored")] == [1.0, 0.0]
+    assert len(saved["source"]["groups"]) > len(saved["ignored"]["groups"])
+
+
+def refused(bins: Path, root: Path) -> list[str]:
+    said = []
+    for key in ({"follow": "source"}, {"rewarm": "fresh", "rewarm_steps": 2}):
+        plan = runs.recipe(bins, phases=(Phase("left out", 0), Phase("all", 4, schedule=Schedule(**key))))
+        try:
+            runs.run(plan, tiny.ds_config(1, world=1), root / "run")
+        except InvalidConfig as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.timeout(60)
+def test_a_schedule_that_needs_a_growth_is_refused_without_one(tmp_path: Path) -> None:
+    ((first, second),) = run_ranks(refused, 1, runs.make_bins(tmp_path), tmp_path, timeout=50)
+    assert first.startswith("phases.1.schedule.follow is 'source', and what the phase starts from has no factors")
+    assert second.startswith("phases.1.schedule.rewarm is 'fresh', and what the phase starts from has no layers")
+
+
 def halves(names: Any) -> dict[str, Factors]:
     """Factors that split every group of two or more."""
     return {name: Factors(0.5, 2.0, 0.25) for i, name in enumerate(names) if i % 2}
@@ -123,10 +180,16 @@ def run_in_pieces(bins: Path, root: Path) -> None:
 
     original = engines.build
     plan = runs.recipe(bins, gradient_clipping=0.0, eval_every=100, keep_checkpoints=9, model=tiny.model_config())
-    obeying = runs.recipe(bins, phases=(Phase("all", 2, schedule=SOURCE),), eval_every=100)
+    obeying = runs.recipe(bins, phases=(Phase("all", 2),), eval_every=100)
 
-    def split(recipe: Any, settings: Any, model: Any, *_: Any, **__: Any) -> Any:
+    def split(recipe: Any, settings: Any, model: Any, *_: Any) -> Any:
         return original(recipe, settings, model, halves(model.known))
+
+    def obeyed(recipe: Any, settings: Any, model: Any, *_: Any) -> Any:
+        engine = split(recipe, settings, model)
+        rates = engine.set_rates
+        engine.set_rates = lambda _, lr, step: rates(SOURCE, lr, step)
+        return engine
 
     def run(plan: Any, folder: Path, stage: int, stop: int | None, build: Any) -> None:
         engines.build = build
@@ -137,7 +200,7 @@ def run_in_pieces(bins: Path, root: Path) -> None:
         run(plan, root / "pieces", 1, 1, split)
         run(plan, root / "pieces", 3, 4, original)
         run(plan, root / "pieces", 0, None, split)
-        run(obeying, root / "obeying", 2, None, split)
+        run(obeying, root / "obeying", 2, None, obeyed)
     finally:
         engines.build = original
 

@@ -7,7 +7,6 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,8 +142,8 @@ def test_a_wrappers_prefix_is_taken_off_in_a_view_of_the_source(tmp_path: Path) 
     source.tensors = {name: TensorMeta(name, (2,), "float32", 0, True) for name in names}
     source.groups = [{"lr": 1.0, "names": names}]
     source.aliases = {"model.c": "model.a"}
-    seen = _unwrapped(SimpleNamespace(names=("a", "b")), source)  # type: ignore[arg-type]
+    seen = _unwrapped(("a", "b"), source)
     assert list(seen.tensors) == ["a", "b"] and seen.meta("c").name == "model.a"
     assert seen.groups == [{"lr": 1.0, "names": ["a", "b"]}] and seen.aliases == {"c": "a"}
     assert list(source.tensors) == source.groups[0]["names"] == names and source.aliases == {"model.c": "model.a"}
-    assert _unwrapped(SimpleNamespace(names=("model.a",)), source) is source  # type: ignore[arg-type]
+    assert _unwrapped(("model.a",), source) is source
