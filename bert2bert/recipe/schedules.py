@@ -36,7 +36,8 @@ class Schedule:
     inserted (SPARKLING, arXiv 2602.02472: 1.3 after 250 steps).
 
     ``follow``: 'source' multiplies rate, weight decay and epsilon of every parameter by the factors with which its
-    growth would follow the small run; they fade out geometrically over ``fade_steps``, 0: never. 'ignore': none.
+    growth would follow the small run; they fade out geometrically over the phase's first ``fade_steps``, 0: never.
+    'ignore': none.
     """
 
     kind: str = "linear"
@@ -96,8 +97,10 @@ class Schedule:
             raise InvalidConfig(
                 f"{where}.steps is None and the steps of the run are not known; give the curve's length"
             )
-        begins = self.start + ((run_start or 0) if self.of == "run" else 0)
-        require(begins >= 0, f"{where}.start", self.start, f"at least {-(run_start or 0)}: the curve begins at step 0")
+        run_start = run_start if self.of == "run" else 0
+        if run_start is not None and self.start < -run_start:
+            raise InvalidConfig(f"{where}.start is {self.start}; expected at least {-run_start}, the curve's step 0")
+        begins = self.start + (run_start or 0)
         warmup, decay = self.warmup_steps, self.decay_steps or 0
         if most is not None and warmup + decay > most:
             what = f"warmup_steps and decay_steps are {warmup} and {decay}" if decay else f"warmup_steps is {warmup}"

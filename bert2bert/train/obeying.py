@@ -40,6 +40,18 @@ def factors_of(recipe: Recipe, index: int, growth: Grown | None, names: Collecti
     return {name: found for name in names if (found := growth.factors.of(name)) is not None}
 
 
+def without_factors(growth: Grown | None, names: Collection[str]) -> str | None:
+    """A sentence on the parameters that have no factors to obey, if there are any."""
+    found = growth.factors.without if growth and growth.factors else {}
+    left = [name for name in names if name in found]
+    if not left:
+        return None
+    return (
+        f"{len(left)} of {len(names)} parameters have no factors to obey ({left[0]}: {found[left[0]]}): the recipe's "
+        "own rates hold for them, so the run follows its source's in the others alone"
+    )
+
+
 def _of_one_model(recipe: Recipe, index: int) -> range:
     """The phases from the growth before phase ``index``, or the run's start, to the next growth, that make steps."""
     grows = [i for i, phase in enumerate(recipe.phases) if phase.grow is not None]

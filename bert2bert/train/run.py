@@ -38,7 +38,7 @@ from bert2bert.train.growing import Grow, grown, layout
 from bert2bert.train.job import Job
 from bert2bert.train.loop import Loop
 from bert2bert.train.metrics import MetricsWriter
-from bert2bert.train.obeying import factors_of
+from bert2bert.train.obeying import factors_of, without_factors
 from bert2bert.train.position import Position
 from bert2bert.train.resume import Found, find, load
 from bert2bert.train.rng import seed_all
@@ -214,6 +214,8 @@ class _Run:
         self.found = None if self.found is None else self.found.of(names)
         growth = None if self.found is None else self.found.growth
         factors = factors_of(self.job.recipe, self.position.phase, growth, names)
+        if factors is not None and (note := without_factors(growth, names)):
+            self.job.warn(f"  note: {note}")
         return engines.build(recipe, settings, model, factors, growth.inserted if growth else ())
 
     def _loop(self, engine: engines.Engine) -> Loop:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.checkpoints.factors import ONE, Factors
+from bert2bert.checkpoints.factors import ONE, Factors, GrowthFactors
 from bert2bert.checkpoints.groups import Place, param_groups, refines
+from bert2bert.checkpoints.manifest import Grown
 from bert2bert.commands import phase_growth
 from bert2bert.commands.cli import main
 from bert2bert.errors import InvalidConfig
@@ -20,6 +21,7 @@ from bert2bert.model.program import full
 from bert2bert.model.registry import build
 from bert2bert.recipe import AdamW, Grow, Phase, Recipe, Schedule
 from bert2bert.train import partitions
+from bert2bert.train.obeying import without_factors
 from tests.distributed import run_ranks
 from tests.laws.harness import reader, realised
 from tests.planning import plan_growth
@@ -33,11 +35,13 @@ States = dict[str, dict[str, torch.Tensor]]
 
 
 def engine_of(config: dict[str, Any], stage: int, found: dict[str, Factors] | None = None, **more: Any) -> Any:
+    import os
+
     from bert2bert.train import engine as engines
 
     torch.manual_seed(0)
     plan = tiny.recipe(model=config, optimizer=ADAM, clip=0.0)
-    return engines.build(plan, tiny.ds_config(stage), build(config), found, **more)
+    return engines.build(plan, tiny.ds_config(stage, world=int(os.environ["WORLD_SIZE"])), build(config), found, **more)
 
 
 def trained(engine: Any, steps: range, schedule: Schedule) -> None:
@@ -167,6 +171,35 @@ def test_a_schedule_that_needs_a_growth_is_refused_without_one(tmp_path: Path) -
     ((first, second),) = run_ranks(refused, 1, runs.make_bins(tmp_path), tmp_path, timeout=50)
     assert first.startswith("phases.1.schedule.follow is 'source', and what the phase starts from has no factors")
     assert second.startswith("phases.1.schedule.rewarm is 'fresh', and what the phase starts from has no layers")
+
+
+def risen() -> list[tuple[str, float, float]]:
+    """Part, rate and decay of every live group, and of what a checkpoint would have of it, in a second warm-up."""
+    engine = engine_of(SMALL, 1, {"bert.embeddings.LayerNorm.bias": Factors(0.5, 2.0, 1.0)}, fresh=["layer.1"])
+    engine.set_rates(Schedule("constant", rewarm="fresh", rewarm_steps=3, rewarm_peak=2.0, follow="source"), 8.0, 0)
+    live = engine.optimizer.param_groups
+    of = [engine.groups[each.group] for each in engine.cuts]
+    rates = [(g.part, h["lr"], h["weight_decay"]) for g, h in zip(of, live, strict=True) if g.decay or g.factors != ONE]
+    engine.thaw()
+    return [*rates, *{("saved", group["lr"], group["weight_decay"]) for group in live}]
+
+
+@pytest.mark.timeout(60)
+def test_a_second_warm_up_of_what_a_growth_inserted() -> None:
+    (found,) = run_ranks(risen, 1, timeout=50)
+    assert {row for row in found if row[0] != "layer.1"} == {
+        *((part, 8.0, 0.3) for part in ("embeddings", "layer.0", "layer.2", "head", "saved")),
+        ("embeddings", 4.0, 0.0), ("saved", 8.0, 0.0),
+    }  # fmt: skip
+    assert [row for row in found if row[0] == "layer.1"] == [("layer.1", 4.0, 0.3)]
+
+
+def test_what_has_no_factors_is_named() -> None:
+    known = GrowthFactors(without={"c": "it is new", "x": "of another model"})
+    assert without_factors(Grown(factors=known), "abc").startswith(
+        "1 of 3 parameters have no factors to obey (c: it is new)"
+    )
+    assert without_factors(Grown(factors=known), "ab") is None and without_factors(None, "ab") is None
 
 
 def halves(names: Any) -> dict[str, Factors]:

@@ -176,7 +176,7 @@ def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], m
         ({"warmup_steps": 18, **WSD}, "warmup_steps and decay_steps are 18 and 4, more than the phase's 20 steps"),
         ({"warmup_steps": 31, "of": "run"}, "warmup_steps is 31, more than the run's 30 steps"),
         ({"warmup_steps": 9, "steps": 8}, "warmup_steps is 9, more than the curve's 8 steps"),
-        ({"start": -11, "of": "run"}, "start is -11; expected at least -10: the curve begins at step 0"),
+        ({"start": -11, "of": "run"}, "start is -11; expected at least -10, the curve's step 0"),
         ({"start": 20, "of": "run"}, "start is 20; expected less than the run's 30 steps"),
         ({"start": 90, "steps": 80}, "start is 90; expected less than the curve's 80 steps"),
         ({"rewarm_steps": 21}, "rewarm_steps is 21, more than the phase's 20 steps"),
