@@ -119,7 +119,7 @@ def ours(engine: Any, program: Any, flops: Flops, lr: float) -> Callable[[Batch]
 
 
 def bare(model: Core, optimizer: Bare, flops: Flops, device: torch.device) -> Callable[[Batch], float]:
-    whole = full(len(model.layers))
+    whole = full(model.parts)
 
     def run(batch: Batch) -> float:
         loss = model(batch.to(device, non_blocking=True)).loss
@@ -168,7 +168,7 @@ def speeds(
     plain = model()
     theirs = BertForMaskedLM._from_config(TheirConfig(**config), attn_implementation="sdpa").to(device).train()
     their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=adam.lr, weight_decay=0.01, fused=True)
-    programs = {"engine": full(layers)} | {
+    programs = {"engine": full(plain.parts)} | {
         f"engine, {depth} layers": sub_model(depth, stage) for depth in range(stage, layers + 1, stage)
     }
     flops = Flops(plain.hf_config, plain.heads)

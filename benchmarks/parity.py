@@ -27,7 +27,7 @@ from bert2bert.model.batch import Batch
 from bert2bert.model.bert import Bert
 from bert2bert.model.core import Shared
 from bert2bert.model.masked import label_loss
-from bert2bert.model.program import LayerProgram, full
+from bert2bert.model.program import Step, full
 from bert2bert.model.registry import build
 from bert2bert.recipe import AdamW, Data, Phase, Recipe
 
@@ -51,8 +51,8 @@ def model_dict(size: str, seq_len: int, dropout: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sub_model(depth: int, learning: int) -> LayerProgram:
-    return LayerProgram(tuple(range(depth)), tuple(range(depth - learning, depth)), embeddings_learn=False)
+def sub_model(depth: int, learning: int) -> Step:
+    return Step(tuple(range(depth)), frozenset({"head", *(f"layer.{i}" for i in range(depth - learning, depth))}))
 
 
 class Bare:
@@ -118,13 +118,14 @@ def gradients(model: Bert, loss: Tensor) -> dict[str, Tensor]:
     return {name: g for name, g in zip(named, got, strict=True) if g is not None}
 
 
-def by_hand(model: Bert, batch: Batch, program: LayerProgram) -> Tensor:
-    """The loss of a sub-model written down without layer programs; padded attention; never compiled."""
+def by_hand(model: Bert, batch: Batch, step: Step) -> Tensor:
+    """The loss of a sub-model written down without `Step`; padded attention; never compiled."""
     padding = plan_padding(batch.cu_seqlens, batch.max_seqlen, len(batch.tokens))
     shared = Shared(batch.cu_seqlens, batch.max_seqlen, padding)
     x = model.bert.embeddings(batch.tokens, batch.types, batch.positions)
-    for number in program.run:
-        x = x.detach() if number in program.learn[:1] and not program.embeddings_learn else x
+    lowest = step.lowest(model.parts)
+    for place, number in enumerate(step.run):
+        x = x.detach() if place == lowest and "embeddings" not in step.learn else x
         x = model.bert.encoder.layer[number](x, shared)
     return label_loss(model.cls.predictions(x[batch.targets]), batch.labels)[0]
 
@@ -186,8 +187,8 @@ def model_parity(size: str, seq_len: int, bins: TokenBins, device: torch.device)
     allowed = WORSE * distance(theirs(torch.bfloat16), expected)
     yield "logits, bf16, against transformers", distance(logits(half), expected), allowed
     layers = exact.config.num_hidden_layers
-    for program in (full(layers), sub_model(layers, learning), sub_model(learning, learning)):
-        what = "all layers" if program.embeddings_learn else f"sub-model of {len(program.run)} layers"
+    for program in (full(exact.parts), sub_model(layers, learning), sub_model(learning, learning)):
+        what = "all layers" if "embeddings" in program.learn else f"sub-model of {len(program.run)} layers"
         wanted = gradients(exact, by_hand(exact, batch, program))
         yield f"gradients, fp32, {what}", distance(gradients(single, single(batch, program).loss), wanted), FP32
         plain = distance(gradients(half, by_hand(half, batch, program)), wanted)

@@ -21,7 +21,7 @@ from typing import Any
 import bert2bert.operators  # noqa: F401  (registers them)
 from bert2bert.data import objective
 from bert2bert.operators.registry import FLAGS, OPERATORS, Operator
-from bert2bert.recipe import growing, old_names, recipe, triggers
+from bert2bert.recipe import growing, old_names, programs, recipe, triggers
 from bert2bert.recipe.model_keys import MODEL_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,12 +95,17 @@ def _operator(operator: Operator) -> list[str]:
     return [*lines, ""]
 
 
+def _kind(cls: type) -> str:
+    """The kind by which JSON names a dataclass."""
+    return str(next(f.default for f in fields(cls) if f.name == "kind"))
+
+
 RECIPE = (
     ("", recipe.Recipe), ("data", recipe.Data), ("optimizer", recipe.AdamW), ("safety", recipe.Safety),
     ("phases.N", recipe.Phase),
-    ("phases.N.schedule", recipe.Schedule), ("phases.N.program, kind `full`", recipe.Full),
-    ("phases.N.program, kind `sub-models`", recipe.SubModels), ("phases.N.grow", growing.Grow),
-    *((f"phases.N.until, kind `{t.kind}`", t) for t in typing.get_args(triggers.AnyTrigger)),
+    ("phases.N.schedule", recipe.Schedule),
+    *((f"phases.N.program, kind `{_kind(p)}`", p) for p in programs.PROGRAMS), ("phases.N.grow", growing.Grow),
+    *((f"phases.N.until, kind `{_kind(t)}`", t) for t in typing.get_args(triggers.AnyTrigger)),
     ("objective, kind `masked`", objective.Masked),
     ("objective, kind `causal`", objective.Causal), ("objective, kind `span-corruption`", objective.SpanCorruption),
 )  # fmt: skip

@@ -12,10 +12,9 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import bert2bert.operators  # noqa: F401  (registers them)
-from bert2bert.model.program import LayerProgram
+from bert2bert.model.program import Step
 from bert2bert.operators.registry import OPERATORS
-from bert2bert.recipe import Full, SubModels
-from bert2bert.recipe.programs import draw
+from bert2bert.recipe import Draw, Full, SubModels
 
 FOLDER = Path(__file__).resolve().parent / "img"
 INK, QUIET, LINE, PANEL = "#1f2933", "#5b6770", "#9aa5ae", "#fbfaf7"
@@ -160,14 +159,15 @@ def stages() -> str:
         84,
     )
     layers = 6
-    first = [draw(SubModels(2), step, 0, layers) for step in range(7)]
-    second = [draw(Full(), step, 0, layers) for step in range(5)]
+    parts = tuple(f"layer.{i}" for i in range(layers))
+    first = [SubModels(2).step(Draw(step, step, 0, parts)) for step in range(7)]
+    second = [Full().step(Draw(step, step, 0, parts)) for step in range(5)]
     rows = ["head", *[f"layer {i}" for i in reversed(range(layers))], "embeddings"]
     for i, name in enumerate(rows):
         sheet.text(left - 14, top + (i + 0.62) * cell, name, at="end", size=13)
 
-    def column(x: float, program: LayerProgram) -> None:
-        learn = {"head", *(f"layer {i}" for i in program.learn), *["embeddings"] * program.embeddings_learn}
+    def column(x: float, program: Step) -> None:
+        learn = {part.replace(".", " ") for part in program.learn}
         run = {"head", "embeddings", *(f"layer {i}" for i in program.run)}
         for i, name in enumerate(rows):
             fill = ORANGE if name in learn else SKY if name in run else PANEL

@@ -10,6 +10,8 @@ Data, seed, batch, optimizer and schedule are those of bert_base_bert2bert.py, w
 settings and what is assumed.
 """
 
+from dataclasses import replace
+
 from bert2bert.recipe import AdamW, Data, Masked, Phase, Recipe, Schedule
 
 MODEL = {
@@ -48,3 +50,18 @@ recipe = Recipe(
     keep_checkpoints=2,
     log_every=50,
 )
+
+tiny = replace(  # half a minute on a CPU, on bins of 1,024 tokens
+    recipe,
+    name="bert-tiny-scratch",
+    model={
+        **MODEL, "vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "intermediate_size": 256, "max_position_embeddings": 64,
+    },
+    data=Data(bins="bins/demo", seq_len=32, eval_rows=128),
+    global_batch_size=128,
+    phases=(Phase("full", steps=60, schedule=Schedule("linear", warmup_steps=6, peak=2e-3)),),
+    eval_every=20,
+    checkpoint_every=30,
+    log_every=5,
+)  # fmt: skip

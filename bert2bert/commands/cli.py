@@ -13,9 +13,11 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bert2bert.commands.by_recipe import asks_recipe, recipe_of
 from bert2bert.commands.options.growth import SIZES
 from bert2bert.commands.parser import parser
 from bert2bert.errors import InvalidConfig, UserError
@@ -151,6 +153,12 @@ def _how(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, comm: Comm) -> None:
+    if asks_recipe(args, parse):
+        from bert2bert.commands.plan_recipe import plan_recipe
+
+        phases = plan_recipe(recipe_of(args), args.ds_config, args.ranks)
+        _show(args, phases.as_json(), phases.text)
+        return
     from bert2bert.commands.plan import plan
 
     planned = plan(args.source, args.config, ranks=args.ranks, disk=args.disk_bandwidth, **_how(args))
@@ -181,24 +189,34 @@ def _target(args: argparse.Namespace) -> Target:
 
 
 def _grow(args: argparse.Namespace, comm: Comm) -> None:
-    from bert2bert.commands.grow import grow
+    from bert2bert.commands.grow import write_growth
+    from bert2bert.growth.opened import open_growth
 
     _check_workers(args, comm)
-    folder = grow(
-        args.source,
+    lossy = args.lossy
+    if asks_recipe(args, parse):
+        from bert2bert.commands import phase_growth
+
+        recipe = recipe_of(args)
+        index = phase_growth.named(recipe, args.phase)
+        lossy = lossy or phase_growth.lossy(recipe, index)
+        opened = partial(
+            phase_growth.opened, recipe, index, args.source, args.other, source_config=args.source_config, tag=args.tag
+        )
+    else:
+        opened = partial(open_growth, args.source, args.config, **_how(args))
+    folder = write_growth(
+        opened,
         args.target,
-        args.config,
         _target(args),
-        lossy=args.lossy,
+        lossy=lossy,
         measure=not args.no_measure,
         bins=args.bins,
         comm=comm,
         say=_say(args),
         bar=not args.quiet,
-        **_how(args),
     )
-    if args.json and comm.rank == 0:
-        _show(args, _written(folder, "growth"))
+    _wrote(args, comm, folder, "growth")
 
 
 def _reshard(args: argparse.Namespace, comm: Comm) -> None:
@@ -215,17 +233,14 @@ def _reshard(args: argparse.Namespace, comm: Comm) -> None:
         say=_say(args),
         bar=not args.quiet,
     )
+    _wrote(args, comm, folder, "reshard")
+
+
+def _wrote(args: argparse.Namespace, comm: Comm, folder: Path, how: str) -> None:
     if args.json and comm.rank == 0:
-        _show(args, _written(folder, "reshard"))
+        from bert2bert.commands.writing import written
 
-
-def _written(folder: Path, how: str) -> dict[str, Any]:
-    """What the manifest of a checkpoint that was written says of it, and of how it was made."""
-    from bert2bert.checkpoints.commit.pending import check_complete
-
-    manifest = check_complete(folder).to_json()
-    kept = ("tag", "format", "stage", "world_size", "precision", "group_layout", "counters", "versions", how)
-    return {"folder": str(folder), **{key: manifest.get(key) for key in kept}}
+        _show(args, written(folder, how))
 
 
 def _check_workers(args: argparse.Namespace, comm: Comm) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import shutil
 from functools import partial
+from math import prod
 from pathlib import Path
 
+from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.checkpoints.commit.pending import check_complete
 from bert2bert.checkpoints.target import Target
 from bert2bert.commands.grow import write_growth
-from bert2bert.errors import InvalidCheckpoint, InvalidConfig, LossyGrowth, UserError
+from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError, did_you_mean
 from bert2bert.growth.choices import Choices
 from bert2bert.growth.opened import Growth, planned
 from bert2bert.growth.plan import plan_growth
@@ -28,34 +30,56 @@ def check(recipe: Recipe) -> None:
     phases follow from the recipe alone. Does nothing for a recipe that takes its model from a checkpoint."""
     if recipe.model is None:
         return
-    before = registry.typed(recipe.model)
     for i, phase in enumerate(recipe.phases):
         if phase.grow is None:
             continue
-        after = registry.typed(recipe.models[i])
         try:
-            plan = plan_growth(before, after, Choices.parse(**phase.grow.operators), heads=_heads(before))
-            if plan.exactness.lossy and not phase.grow.lossy:
-                raise LossyGrowth(
-                    "this width cannot keep the function: " + "; ".join(plan.exactness.lossy) + ". Choose a multiple, "
-                    f"or accept the change with phases.{i}.grow.lossy"
-                )
+            plan, _ = growth_of(recipe, i)
         except UserError as error:
             raise InvalidConfig(f"phases.{i} ({phase.name!r}): its growth cannot be done: {error}") from None
-        before = after
+        if plan.exactness.lossy and not phase.grow.lossy:
+            raise InvalidConfig(
+                f"phases.{i} ({phase.name!r}): this width cannot keep the function: {'; '.join(plan.exactness.lossy)}. "
+                f"Choose a multiple, or accept the change with lossy=True in its Grow"
+            )
+
+
+def growth_of(recipe: Recipe, index: int) -> tuple[GrowthPlan, int]:
+    """The plan of the growth before a phase, from the recipe alone, and how many parameters the model before it has.
+    Raises InvalidConfig and UnsupportedGrowth."""
+    grow = recipe.phases[index].grow
+    if grow is None or recipe.model is None:
+        raise ValueError(f"no growth before phase {index}, or no model")
+    before = registry.typed(recipe.models[index - 1] if index else recipe.model)
+    heads = _heads(before)
+    plan = plan_growth(before, registry.typed(recipe.models[index]), Choices.parse(**grow.operators), heads=heads)
+    return plan, sum(prod(p.shape) for p in table_for(before).parameters(before, heads).values())
 
 
 def _heads(config: dict[str, object]) -> frozenset[str]:
     return table_for(config).names.classes[registry.class_of(config)]
 
 
-def opened(recipe: Recipe, index: int, source: Path, other: Path | None = None) -> Growth:
-    """The growth of a checkpoint before a phase of a recipe. other: the checkpoint that it is mixed with. Raises
-    UserError of all kinds."""
+def opened(
+    recipe: Recipe,
+    index: int,
+    source: Path,
+    other: Path | None = None,
+    *,
+    source_config: Path | None = None,
+    tag: str | None = None,
+) -> Growth:
+    """The growth of a checkpoint before a phase of a recipe. other: the checkpoint that it is mixed with.
+    source_config, tag: as of `open_model`. Raises UserError of all kinds."""
     grow = recipe.phases[index].grow
     if grow is None:
         raise InvalidConfig(f"the recipe's phase {recipe.phases[index].name!r} begins without a growth")
-    model = open_model(source)
+    if grow.mix_with is not None and other is None:
+        raise InvalidConfig(
+            f"the growth before {recipe.phases[index].name!r} mixes in the last checkpoint of phase "
+            f"{grow.mix_with!r}; name it with --with"
+        )
+    model = open_model(source, source_config, tag)
     target = grow.target(model.config) if recipe.model is None else recipe.models[index]
     second = None if other is None else partial(open_model, other)
     return planned(model, registry.typed(target), Choices.parse(**grow.operators), second, grow.alpha)
@@ -77,9 +101,28 @@ def grow(
     make = partial(opened, recipe, index, source, other)
     if (done := on_first(comm, lambda: _finished(make(), folder))) is not None:
         return done
-    lossy = any(phase.grow and phase.grow.lossy for phase in recipe.phases[index : index + 1])
     say = _silent if quiet or comm.rank else print
-    return write_growth(make, folder, target, lossy=lossy, measure=False, comm=comm, say=say, bar=False)
+    return write_growth(
+        make, folder, target, lossy=lossy(recipe, index), measure=False, comm=comm, say=say, bar=False
+    )  # fmt: skip
+
+
+def lossy(recipe: Recipe, index: int) -> bool:
+    """Whether the growth before a phase may miss its operator's promise."""
+    grow = recipe.phases[index].grow
+    return grow is not None and grow.lossy
+
+
+def named(recipe: Recipe, phase: str | None) -> int:
+    """Index of the phase whose growth is asked for; of the only one with a growth if none is named. Raises
+    InvalidConfig."""
+    grows = [p.name for p in recipe.phases if p.grow is not None]
+    if phase is None and len(grows) == 1:
+        phase = grows[0]
+    if phase is None or phase not in grows:
+        near = did_you_mean(phase or "", grows) if grows else "the recipe has no growth"
+        raise InvalidConfig(f"--phase is {phase!r}; expected a phase that begins with a growth: {near}")
+    return [p.name for p in recipe.phases].index(phase)
 
 
 def _silent(text: str) -> None:

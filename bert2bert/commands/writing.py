@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
+from bert2bert.checkpoints.commit.pending import check_complete
 from bert2bert.checkpoints.commit.source_guard import Watch
 from bert2bert.checkpoints.expert_parallel.target import with_experts
 from bert2bert.checkpoints.job import TargetSpec, Values, check_folder
@@ -52,3 +54,10 @@ def write(
     if comm.rank == 0:
         say(f"written  {written}")
     return written
+
+
+def written(folder: Path, how: str) -> dict[str, Any]:
+    """What the manifest of a checkpoint that was written says of it, and of how it was made."""
+    manifest = check_complete(folder).to_json()
+    kept = ("tag", "format", "stage", "world_size", "precision", "group_layout", "counters", "versions", how)
+    return {"folder": str(folder), **{key: manifest.get(key) for key in kept}}

@@ -2,7 +2,7 @@
 
 A core is the language model of one or more architectures. It gives four things: its list of blocks (`layers`), `embed`,
 `shared` (what all blocks read beside the hidden states) and `predict`. Everything else is here once: the forward
-over the layers that a program runs (`Core`), fresh weights, weights by name, compiling and recomputation
+over the layers that a step runs (`Core`), fresh weights, weights by name, compiling and recomputation
 (`LanguageModel`, which `hosted.Hosted` is, too). Hidden states stay [tokens, hidden] from the embeddings to the loss;
 what lies below the lowest learning layer runs without autograd.
 
@@ -27,7 +27,7 @@ from bert2bert.errors import InvalidCheckpoint, did_you_mean
 from bert2bert.model.attention import FULL, Plan, Span, plan_for
 from bert2bert.model.batch import Batch
 from bert2bert.model.modules import RMSNorm
-from bert2bert.model.program import LayerProgram, full
+from bert2bert.model.program import Step, full
 from bert2bert.tables import Parameter, table_for
 
 Opened = Callable[[Sequence[Tensor]], AbstractContextManager[object]]
@@ -111,12 +111,13 @@ class LanguageModel(nn.Module):
     @property
     def parts(self) -> tuple[str, ...]:
         """The table's part of every block of `layers`."""
-        return tuple(f"layer.{i}" for i in range(len(self.layers)))
+        return self.table.layer_parts(self.hf_config)
 
     @abstractmethod
-    def forward(self, batch: Batch, program: LayerProgram | None = None, *, return_logits: bool = False) -> Output:
-        """Loss and counts of a batch; return_logits adds the logits. Raises InvalidConfig for a program that names
-        layers the model lacks."""
+    def forward(self, batch: Batch, step: Step | None = None, *, return_logits: bool = False) -> Output:
+        """Loss and counts of a batch; return_logits adds the logits. step: which layers run (default: all), and what
+        learns; a layer that rests above one that learns must be among what requires no gradient, as `Engine.apply`
+        sees to. Raises InvalidConfig for a step that names what the model lacks."""
 
     @abstractmethod
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -248,26 +249,26 @@ class Core(LanguageModel):
     def predict(self, x: Tensor, batch: Batch, return_logits: bool) -> Output:
         """The loss and the counts of a batch from the hidden states above the last block."""
 
-    def encode(self, batch: Batch, program: LayerProgram | None = None) -> Tensor:
-        """Hidden states [T, hidden] above the last layer that the program runs (default: all layers run and learn)."""
-        layers = self.layers
-        program = full(len(layers)) if program is None else program.check(len(layers))
-        grad = torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad and program.embeddings_learn):
+    def encode(self, batch: Batch, step: Step | None = None) -> Tensor:
+        """Hidden states [T, hidden] above the last layer that runs; as `forward`."""
+        layers, parts = self.layers, self.parts
+        step = full(parts) if step is None else step.check(parts)
+        grad, lowest = torch.is_grad_enabled(), step.lowest(parts)
+        with torch.set_grad_enabled(grad and "embeddings" in step.learn):
             x = self.embed(batch)
         shared = self.shared(x, batch)
-        for place, number in enumerate(program.run):
-            learns = grad and place >= len(program.frozen)
-            with torch.set_grad_enabled(learns):
-                if self.recompute and learns and self.training:
+        for place, number in enumerate(step.run):
+            wanted = grad and place >= lowest
+            with torch.set_grad_enabled(wanted):
+                if self.recompute and wanted and self.training:
                     x = checkpoint(layers[number], x, shared, use_reentrant=False)
                 else:
                     x = layers[number](x, shared)
         return x
 
-    def forward(self, batch: Batch, program: LayerProgram | None = None, *, return_logits: bool = False) -> Output:
+    def forward(self, batch: Batch, step: Step | None = None, *, return_logits: bool = False) -> Output:
         """As `LanguageModel.forward`."""
-        return self.predict(self.encode(batch, program), batch, return_logits)
+        return self.predict(self.encode(batch, step), batch, return_logits)
 
     def attention(self, x: Tensor, batch: Batch, head_size: int, dropout_p: float, span: Span | None = None) -> Plan:
         """How layers of one span compute attention."""

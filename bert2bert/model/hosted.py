@@ -8,19 +8,19 @@ gathered back. The head answers with the loss in place of all logits, in chunks 
 Experts are computed by grouped matrix products where their widths allow it, else one after the other. Blocks are not
 compiled: which tokens go to which expert, and how long a row is, change from batch to batch.
 
-A layer program changes the list of layers that transformers' forward pass goes through. A mixture whose config says so
-(output_router_logits) gets its router's auxiliary loss while gradients are computed; without, as in an evaluation, the
-loss is the head's alone.
+A step changes the list of layers that transformers' forward pass goes through, and what the config says of it. A
+mixture whose config says so (output_router_logits) gets its router's auxiliary loss while gradients are computed;
+without, as in an evaluation, the loss is the head's alone.
 
-Refuses (`InvalidConfig`): next-sentence labels; programs, other than that of all layers, of models with two stacks, of
-which only the first layer has position biases, and those that run a layer in the place of one of another kind.
+Refuses (`InvalidConfig`): next-sentence labels; steps of models with two stacks, of which only the first layer has
+position biases, that do not run all layers once, in order.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, cast
 
@@ -35,7 +35,7 @@ from bert2bert.model.batch import IGNORE, Batch
 from bert2bert.model.causal import CHUNK, LinearCrossEntropy
 from bert2bert.model.core import LanguageModel, Output
 from bert2bert.model.masked import label_loss
-from bert2bert.model.program import LayerProgram, full
+from bert2bert.model.program import Step, full
 from bert2bert.model.settings import settings_of
 
 
@@ -64,17 +64,17 @@ class Answers(nn.Linear):
 
 
 class Place(nn.Module):
-    """A layer where a program runs it. learns: whether its gradient is computed; first: whether the gradient ends in
-    front of it; recompute: whether it keeps only its input for the backward pass."""
+    """A layer where a step runs it. wanted: whether gradients are computed in it; cut: whether they end in front of it;
+    recompute: whether it keeps only its input for the backward pass."""
 
-    def __init__(self, layer: nn.Module, learns: bool, first: bool, recompute: bool) -> None:
+    def __init__(self, layer: nn.Module, wanted: bool, cut: bool, recompute: bool) -> None:
         super().__init__()
-        self.layer, self.learns, self.first, self.recompute = layer, learns, first, recompute
+        self.layer, self.wanted, self.cut, self.recompute = layer, wanted, cut, recompute
         self.attention_type = getattr(layer, "attention_type", None)  # ModernBERT asks its layers
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Any:
-        x = x.detach() if self.first else x
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns):
+        x = x.detach() if self.cut else x
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.wanted):
             if self.recompute and torch.is_grad_enabled():
                 return checkpoint(self.layer, x, *others, use_reentrant=False, **named)
             return self.layer(x, *others, **named)
@@ -151,14 +151,10 @@ class Hosted(LanguageModel):
     def layers(self) -> nn.ModuleList:
         return nn.ModuleList(chain.from_iterable(self.stacks.values()))
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return tuple(f"{axis.removesuffix('s')}.{i}" for axis, stack in self.stacks.items() for i in range(len(stack)))
-
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
         """Nothing: the blocks stay as transformers has them."""
 
-    def forward(self, batch: Batch, program: LayerProgram | None = None, *, return_logits: bool = False) -> Output:
+    def forward(self, batch: Batch, step: Step | None = None, *, return_logits: bool = False) -> Output:
         """As `LanguageModel.forward`; without gradients the loss is the head's alone. Raises InvalidConfig for
         next-sentence labels."""
         if batch.nsp_labels is not None:
@@ -169,7 +165,7 @@ class Hosted(LanguageModel):
         asked, inputs = self._inputs(batch, return_logits)
         if "experts" in self.sizes:
             self.config._experts_implementation = self._experts()
-        with self._recording() as routed, self._running(program):
+        with self._recording() as routed, self._running(step):
             (loss, correct, predicted, *logits), _ = self._ask(asked, inputs)
         if routed:
             balance = sys.modules[type(self._hosted[0]).__module__].load_balancing_loss_func
@@ -238,47 +234,51 @@ class Hosted(LanguageModel):
         return "grouped_mm" if whole and dtype != torch.float64 else "eager"
 
     @contextmanager
-    def _running(self, program: LayerProgram | None) -> Iterator[None]:
-        """Let transformers' forward pass go through the layers of a program."""
-        stacks = self.stacks
-        count = sum(map(len, stacks.values()))
+    def _running(self, step: Step | None) -> Iterator[None]:
+        """Let transformers' forward pass go through the layers of a step."""
+        parts, stacks = self.parts, self.stacks
+        step = full(parts) if step is None else step.check(parts)
         recompute = self.recompute and self.training
-        program = full(count) if program is None else program.check(count)
-        if program == full(count) and not recompute:
+        whole = step.run == full(parts).run
+        if not whole and len(stacks) > 1:
+            raise InvalidConfig(
+                f"the layers {step.run} of a {self.table.model_type} run; the first layer of each of its stacks has "
+                "the position biases of all, so that only all of its layers can run, once and in order"
+            )
+        if whole and "embeddings" in step.learn and not recompute:
             yield
             return
-        if program != full(count):
-            self._check(program)
-        first = None if program.embeddings_learn or program.frozen else program.run[0]
+        # Two stacks: the encoder's last norm learns with the head, by way of the whole decoder
+        lowest = step.lowest(parts) if len(stacks) == 1 else 0
         kept = {stack: list(stack) for stack in stacks.values()}
         numbered = list(chain.from_iterable(kept.values()))
-        frozen = set(program.frozen)
         try:
             below = 0
             for stack, layers in kept.items():
-                run = [n for n in program.run if below <= n < below + len(layers)]
-                _fill(stack, [Place(numbered[n], n not in frozen, n == first, recompute) for n in run])
+                run = [(place, n) for place, n in enumerate(step.run) if below <= n < below + len(layers)]
+                cut = run[0][0] if "embeddings" not in step.learn else -1
+                _fill(stack, [Place(numbered[n], place >= lowest, place == cut, recompute) for place, n in run])
                 below += len(layers)
-            yield
+            with self._described(step) if len(stacks) == 1 else nullcontext():
+                yield
         finally:
             for stack, layers in kept.items():
                 _fill(stack, layers)
 
-    def _check(self, program: LayerProgram) -> None:
-        """Raise InvalidConfig for a program that this model cannot run."""
-        if len(self.table.sizes.depth) > 1:
-            raise InvalidConfig(
-                f"layer program: runs the layers {program.run} of a {self.table.model_type}, learning {program.learn}; "
-                "the first layer of each of its stacks has the position biases of all, so that only all of its layers "
-                "together can be trained: use the program Full"
-            )
-        for place, number in enumerate(program.run):
-            kinds = [self.table.layer_kind(self.hf_config, n) for n in (place, number)]
-            if kinds[0] != kinds[1]:
-                raise InvalidConfig(
-                    f"layer program: runs layer {number} ({kinds[1]}) in the place of layer {place} ({kinds[0]}); "
-                    "transformers takes a layer's attention from its place, so run layers from the bottom up"
-                )
+    @contextmanager
+    def _described(self, step: Step) -> Iterator[None]:
+        """Let the config, by which transformers' forward pass goes, describe the layers that run."""
+        changes: dict[str, Any] = {"num_hidden_layers": len(step.run)}
+        if kinds := getattr(self.config, "layer_types", None):
+            changes["layer_types"] = [kinds[n] for n in step.run]
+        before = {key: getattr(self.config, key) for key in changes}
+        try:
+            for key, value in changes.items():
+                setattr(self.config, key, value)
+            yield
+        finally:
+            for key, value in before.items():
+                setattr(self.config, key, value)
 
 
 def _fill(stack: nn.ModuleList, layers: list[nn.Module]) -> None:

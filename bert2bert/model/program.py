@@ -1,66 +1,71 @@
-"""Which layers run and which learn in one optimizer step. Torch-free.
+"""Which layers run and which parts learn in one optimizer step. Torch-free.
 
-A layer program never changes a result: it runs the layers it names, in its order, and decides how far back the gradient
-goes. Refused, because it could not cost nothing or would be ambiguous: learning layers that are not the top of the run,
-a layer that is frozen at one place and learns at another, embeddings that learn below frozen layers.
+A step never changes a result: it runs the layers that it names, in its order, and says which parts of the model learn.
+A layer named twice runs twice, with the same weights. The gradient goes down to the lowest part that learns, through
+layers that rest; below it nothing is computed for it.
+
+Refused (`InvalidConfig`): a step that runs or teaches nothing, layers and parts that the model lacks, and a layer that
+learns without running, for an optimizer would move it without a gradient.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bert2bert.errors import InvalidConfig
+from bert2bert.errors import InvalidConfig, did_you_mean
+
+SHARES = ("mean", "sum")
 
 
 @dataclass(frozen=True)
-class LayerProgram:
-    """run: layer numbers, in the order in which they run. learn: the last len(learn) of them, they get gradients.
+class Step:
+    """What one optimizer step does with the layers.
 
-    embeddings_learn: whether the gradient goes on into the embeddings (then every layer that runs must learn). The word
-    embedding of a tied masked-LM head gets the head's gradient either way, for the head always learns.
-    Raises InvalidConfig when the three contradict each other.
+    run: layer numbers, in the order in which they run. learn: parts as the architecture's table names them,
+    "embeddings", "layer.3", "head"; a word embedding that is the head's decoder, too, is part of the head, and has the
+    gradient of its look-up only where the embeddings learn. share: the gradient of a layer that runs n times, the
+    "mean" over its uses or their "sum".
     """
 
     run: tuple[int, ...]
-    learn: tuple[int, ...]
-    embeddings_learn: bool
+    learn: frozenset[str]
+    share: str = "mean"
 
     def __post_init__(self) -> None:
         if not self.run:
-            raise InvalidConfig("layer program: no layer runs; expected at least one layer number in `run`")
-        frozen = self.run[: len(self.run) - len(self.learn)]
-        if self.run[len(frozen) :] != self.learn:
-            raise InvalidConfig(
-                f"layer program: the layers that learn, {self.learn}, are not the last ones that run, {self.run}; "
-                "expected `learn` to be the end of `run`, since the gradient stops below the lowest learning layer"
-            )
-        if both := sorted(set(frozen) & set(self.learn)):
-            raise InvalidConfig(
-                f"layer program: layer {both[0]} runs both frozen and learning (run {self.run}, learn {self.learn}); "
-                "expected each layer to do one of the two"
-            )
-        if self.embeddings_learn and frozen:
-            raise InvalidConfig(
-                f"layer program: the embeddings learn but layers {frozen} above them are frozen; "
-                "expected every layer of `run` in `learn`, or embeddings_learn=False"
-            )
+            raise InvalidConfig("no layer runs; expected at least one layer number in `run`")
+        if not self.learn:
+            raise InvalidConfig("nothing learns; expected at least one part in `learn`, such as 'head'")
+        if self.share not in SHARES:
+            raise InvalidConfig(f"share is {self.share!r}; expected 'mean' or 'sum'")
 
-    @property
-    def frozen(self) -> tuple[int, ...]:
-        """The layers that run without gradient, in order."""
-        return self.run[: len(self.run) - len(self.learn)]
-
-    def check(self, layers: int) -> LayerProgram:
-        """The program itself; InvalidConfig when it names a layer that a model of `layers` layers does not have."""
+    def check(self, parts: Sequence[str]) -> Step:
+        """The step itself. parts: of the model's layers, in order. Raises InvalidConfig where it does not fit them."""
         for layer in self.run:
-            if not 0 <= layer < layers:
-                raise InvalidConfig(
-                    f"layer program: runs layer {layer}, the model has layers 0 to {layers - 1}; "
-                    "correct the recipe's layer program or the model's num_hidden_layers"
-                )
+            if not 0 <= layer < len(parts):
+                raise InvalidConfig(f"layer {layer} runs, but the model has layers 0 to {len(parts) - 1}")
+        known = {"embeddings", "head", *parts}
+        if unknown := sorted(self.learn - known):
+            raise InvalidConfig(f"unknown part {unknown[0]!r} learns: {did_you_mean(unknown[0], sorted(known))}")
+        if idle := sorted(self.learn - {"embeddings", "head"} - self.uses(parts).keys()):
+            raise InvalidConfig(f"{idle[0]} learns, but does not run; expected it in `run`, or not in `learn`")
         return self
 
+    def uses(self, parts: Sequence[str]) -> Counter[str]:
+        """How often each layer runs, by its part."""
+        return Counter(parts[layer] for layer in self.run)
 
-def full(layers: int) -> LayerProgram:
-    """Every layer of a model of `layers` layers runs and learns, and so do the embeddings."""
-    return LayerProgram(run=tuple(range(layers)), learn=tuple(range(layers)), embeddings_learn=True)
+    def lowest(self, parts: Sequence[str]) -> int:
+        """The place of `run` from which on gradients are computed: 0 if the embeddings learn, len(run) if the head
+        learns alone."""
+        if "embeddings" in self.learn:
+            return 0
+        learning = (place for place, layer in enumerate(self.run) if parts[layer] in self.learn)
+        return next(learning, len(self.run))
+
+
+def full(parts: Sequence[str]) -> Step:
+    """Every layer runs once and all learn, with embeddings and head. parts: of the layers, in order."""
+    return Step(run=tuple(range(len(parts))), learn=frozenset({"embeddings", "head", *parts}))

@@ -13,41 +13,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
 from bert2bert.data.objective import Causal, Masked, Objective, SpanCorruption, default
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, did_you_mean
 from bert2bert.model import registry
+from bert2bert.recipe import programs
 from bert2bert.recipe.checks import in_range as _in_range
 from bert2bert.recipe.checks import require as _require
 from bert2bert.recipe.growing import Grow
 from bert2bert.recipe.model_keys import model_keys
 from bert2bert.recipe.parts import AdamW, Data
+from bert2bert.recipe.programs import AnyProgram, Full
 from bert2bert.recipe.safety import Safety
 from bert2bert.recipe.schedules import Schedule
 from bert2bert.recipe.settings import build
 from bert2bert.recipe.triggers import AnyTrigger
 from bert2bert.tables import table_for
-
-
-@dataclass(frozen=True)
-class Full:
-    """Every layer runs and learns."""
-
-    kind: str = field(default="full", init=False)
-
-
-@dataclass(frozen=True)
-class SubModels:
-    """bert2BERT's first stage: the bottom d layers run, d drawn per step from {k, 2k, ..., L}; their top k learn."""
-
-    layers_per_stage: int = 3
-    kind: str = field(default="sub-models", init=False)
-
-    def __post_init__(self) -> None:
-        _in_range("program.layers_per_stage", self.layers_per_stage, 1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class Phase:
 
     name: str
     steps: int | None = None
-    program: Full | SubModels = Full()
+    program: AnyProgram = Full()  # noqa: RUF009 - frozen
     schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
     until: AnyTrigger | None = None
     grow: Grow | None = None
@@ -70,6 +54,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "phase.name", self.name, "a name")
+        programs.admit(self.program)
         where = f"phase {self.name!r}: "
         if self.steps is None:
             if self.until is None or not self.until.counted:
@@ -171,22 +156,14 @@ class Recipe:
             )
 
     def _check_program(self, i: int, model: dict[str, Any]) -> None:
-        table, program = table_for(registry.typed(model)), self.phases[i].program
-        if not isinstance(program, Full) and len(table.sizes.depth) > 1:
-            raise InvalidConfig(
-                f"phases.{i}.program is {program.kind!r}; a {table.model_type} has two stacks of layers, the "
-                "first of each with the position biases of all, and is trained whole: use Full()"
-            )
-        if isinstance(program, SubModels) and layers_of(model) % program.layers_per_stage:
-            raise InvalidConfig(
-                f"phases.{i}.program.layers_per_stage is {program.layers_per_stage}, which does not divide "
-                f"the {layers_of(model)} layers of the model; expected one of {_divisors(layers_of(model))}"
-            )
+        table = table_for(registry.typed(model))
+        stacks = len(table.sizes.depth)
+        programs.check(self.phases[i].program, table.layer_parts(model), stacks, f"phases.{i}.program")
 
     @property
     def layers(self) -> int:
         """Layers of the first model, of all its stacks; 0 where it is not known yet."""
-        return 0 if self.model is None else layers_of(self.model)
+        return 0 if self.model is None else len(table_for(registry.typed(self.model)).layer_parts(self.model))
 
     @cached_property
     def models(self) -> tuple[dict[str, Any], ...]:
@@ -224,6 +201,11 @@ class Recipe:
         )
 
     @property
+    def begins_with_growth(self) -> bool:
+        """Whether the model grows before anything is trained."""
+        return next(phase for phase in self.phases if phase.grow or phase.steps != 0).grow is not None
+
+    @property
     def predicts(self) -> Objective:
         """The objective: `objective`, which is known once the model is."""
         if self.objective is None:
@@ -242,13 +224,6 @@ class Recipe:
         return plain
 
 
-def layers_of(model: dict[str, Any]) -> int:
-    """Layers of a model, of all its stacks, by its config."""
-    table = table_for(registry.typed(model))
-    sizes = table.axis_sizes(model)
-    return sum(sizes[axis] for axis in table.sizes.depth)
-
-
 @contextmanager
 def _within(where: str) -> Iterator[None]:
     """Say where in a recipe an InvalidConfig or UnsupportedGrowth comes from, if it has not said so itself."""
@@ -258,7 +233,3 @@ def _within(where: str) -> Iterator[None]:
         if not where or str(error).startswith(where):
             raise
         raise InvalidConfig(where + str(error)) from error
-
-
-def _divisors(n: int) -> list[int]:
-    return [k for k in range(1, n + 1) if n % k == 0]

@@ -1,9 +1,10 @@
 """Typed settings: frozen dataclasses from plain values, and dotted overrides of single values. Knows no recipe.
 
-Types understood: int, float, str, bool, ``X | None``, dataclasses, unions of dataclasses told apart by their ``kind``,
-lists and tuples of one type, ``Any`` for what is taken as it is, and ``Annotated[dict, keys]`` for a dict with closed
-keys: {key: type}, or a function that gives them for a value. Refused, as
-`InvalidConfig` naming the value by its dotted name: unknown keys (with the nearest known ones), values of another type.
+Types understood: int, float, str, bool, ``X | None``, dataclasses, unions of dataclasses told apart by their ``kind``
+(``Annotated[union, more]``: or by the kinds of the dict ``more``), lists and tuples of one type, ``Any`` for what is
+taken as it is, and ``Annotated[dict, keys]`` for a dict with closed keys: {key: type}, or a function that gives them
+for a value. Refused, as `InvalidConfig` naming the value by its dotted name: unknown keys (with the nearest known
+ones), values of another type.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from bert2bert.errors import InvalidConfig, did_you_mean
+from bert2bert.recipe.checks import require
 
 _SCALARS = (int, float, str, bool)
 
@@ -31,7 +33,7 @@ def build(tp: Any, value: Any, where: str = "", renamed: Mapping[str, str] = Map
     if is_dataclass(tp) and isinstance(tp, type):
         known = _known(tp)
         fixed = {f.name for f in fields(tp) if not f.init}
-        _expect(isinstance(value, dict), where or tp.__name__, value, f"a dict of {', '.join(known)}")
+        require(isinstance(value, dict), where or tp.__name__, value, f"a dict of {', '.join(known)}")
         given = {key: inner for key, inner in value.items() if key not in fixed}
         for key in given:
             if key not in known:
@@ -42,19 +44,19 @@ def build(tp: Any, value: Any, where: str = "", renamed: Mapping[str, str] = Map
             raise InvalidConfig(f"{where or tp.__name__}: {error}") from error
     if get_origin(tp) in (tuple, list):
         inner = get_args(tp)
-        _expect(isinstance(value, list | tuple), where, value, "a list")
+        require(isinstance(value, list | tuple), where, value, "a list")
         if len(inner) > 1 and inner[-1] is not Ellipsis:
-            _expect(len(value) == len(inner), where, value, f"{len(inner)} values")
+            require(len(value) == len(inner), where, value, f"{len(inner)} values")
         return get_origin(tp)(build(inner[0], item, f"{where}.{i}", renamed) for i, item in enumerate(value))
     if get_origin(tp) is typing.Annotated:
-        _expect(isinstance(value, dict), where, value, "a dict")
+        require(isinstance(value, dict), where, value, "a dict")
         known = _keys(tp, value)
         for key in value:
             if key not in known:
                 raise InvalidConfig(f"unknown key {_join(where, key)!r}: {_near(key, known)}")
         return {key: build(known[key], item, _join(where, key)) for key, item in value.items()}
     right = isinstance(value, tp) or (tp is float and isinstance(value, int))
-    _expect(right and (tp is bool or not isinstance(value, bool)), where, value, f"a value of type {tp.__name__}")
+    require(right and (tp is bool or not isinstance(value, bool)), where, value, f"a value of type {tp.__name__}")
     return float(value) if tp is float else value
 
 
@@ -124,6 +126,9 @@ def _last(name: str) -> str:
 
 def _strip(tp: Any, value: Any, where: str) -> tuple[Any, bool]:
     """(the type without `| None` and with the right member of a union of dataclasses, whether None is allowed)."""
+    more: Mapping[str, Any] = {}
+    if get_origin(tp) is typing.Annotated and get_origin(get_args(tp)[0]) in (typing.Union, types.UnionType):
+        tp, more = get_args(tp)
     if get_origin(tp) not in (typing.Union, types.UnionType):
         return tp, False
     options = [option for option in get_args(tp) if option is not type(None)]
@@ -133,6 +138,7 @@ def _strip(tp: Any, value: Any, where: str) -> tuple[Any, bool]:
     if value is None and optional:
         return type(None), True
     kinds = {str(next(f.default for f in fields(option) if f.name == "kind")): option for option in options}
+    kinds |= more
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind not in kinds:
         raise InvalidConfig(f"{where}.kind is {kind!r}: {did_you_mean(str(kind), kinds)}")
@@ -161,20 +167,15 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-def _expect(holds: bool, where: str, found: Any, expected: str) -> None:
-    if not holds:
-        raise InvalidConfig(f"{where} is {found!r}; expected {expected}")
-
-
 def _parse(tp: Any, text: str, path: str) -> Any:
     if tp is Any:
         try:
             return json.loads(text)
         except ValueError:
             return text
-    _expect(tp in _SCALARS, path, text, "a value that only the recipe's file can set")
+    require(tp in _SCALARS, path, text, "a value that only the recipe's file can set")
     if tp is bool:
-        _expect(text.lower() in ("true", "false"), path, text, "true or false")
+        require(text.lower() in ("true", "false"), path, text, "true or false")
         return text.lower() == "true"
     try:
         return tp(text)

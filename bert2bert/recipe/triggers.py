@@ -9,7 +9,7 @@ Imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -29,6 +29,8 @@ class Stretch:
 
     steps: int
     """Optimizer steps."""
+    run_steps: int
+    """Of the whole run."""
     tokens: int
     flops: float
     epochs: float
@@ -102,6 +104,21 @@ class Epochs:
 
 
 @dataclass(frozen=True)
+class RunSteps:
+    """Ends at a step of the run, whatever the phases before it took."""
+
+    steps: int
+    kind: str = field(default="run-steps", init=False)
+    counted: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _positive("steps", self.steps)
+
+    def done(self, phase: Stretch) -> float:
+        return phase.steps / max(phase.steps + self.steps - phase.run_steps, 1)
+
+
+@dataclass(frozen=True)
 class Plateau:
     """Ends when the held-out loss falls too slowly: its slope against all FLOPs of the run so far, both as logarithms,
     fitted over the last ``evaluations`` of the phase, is flatter than ``slope`` (Shen et al. 2022, arXiv 2203.06211:
@@ -156,14 +173,17 @@ class Agreement:
         return 1.0 if len(apart) == self.patience and all(apart) else 0.0
 
 
-AnyTrigger = Tokens | Flops | Epochs | Plateau | Agreement
+AnyTrigger = Tokens | Flops | Epochs | RunSteps | Plateau | Agreement
 
 
-def stretch_of(memory: dict[str, Any], spent: dict[str, float], rows: int, rows_per_epoch: int, steps: int) -> Stretch:
+def stretch_of(
+    memory: Mapping[str, Any], spent: Mapping[str, float], rows: int, rows_per_epoch: int, steps: int, run_steps: int
+) -> Stretch:
     """What the phase has done. memory: as `train.position.Position` records it; spent, rows: of the whole run."""
     began = memory.get("began", {})
     return Stretch(
         steps=steps,
+        run_steps=run_steps,
         tokens=int(spent["tokens"] - began.get("tokens", 0)),
         flops=spent["flops"] - began.get("flops", 0.0),
         epochs=(rows - began.get("rows", 0)) / max(rows_per_epoch, 1),

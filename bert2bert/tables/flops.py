@@ -12,15 +12,17 @@ inside counts: min(l, W) a token of a causal layer that sees W tokens, and the p
 of one that sees both sides. Cross-attention has the decoder's length times the encoder's, and its keys and values are
 maps over the encoder's tokens.
 
-Backward: a product for the gradient of each factor, so twice the forward of all that learns, except for the products
-that nobody asks for. Where the gradient stops, the input of the lowest thing that learns needs none: in that layer (in
-the head, if it learns alone) the maps whose input is the residual stream itself. Those that read a norm's output do
-need it, because the norm's gain learns.
+Backward: a product for the gradient of each factor, except for those that nobody asks for. A map's weight has one only
+where its part learns. Inputs have one from the top down to the lowest part that learns, through what rests in between;
+of that part itself (of the head, if it learns alone) the maps whose input is the residual stream need none, for the
+gradient ends there. Those that read a norm's output do need it, because the norm's gain learns. The last norm of an
+encoder learns with the head, so where that does the gradient goes down the whole decoder above it; of a decoder whose
+lowest layers rest, the self-attention of the lowest, which has no gradient, is counted all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -103,7 +105,8 @@ class Flops:
         for p in self.table.parameters(config, heads).values():
             parts.setdefault(p.part, []).append(p)
         self.head = self._maps(parts.pop("head", [])) if "lm" in heads else _Maps(0, 0, 0)
-        layers = [(rows[0], self._maps(rows)) for rows in parts.values() if rows[0].layer is not None]
+        self.parts = self.table.layer_parts(config)
+        layers = [(parts[part][0], self._maps(parts[part])) for part in self.parts]
         first = self.table.sizes.depth[0]
         self.blocks = [_Block(maps, self._window(row.layer or 0), row.depth != first) for row, maps in layers]
 
@@ -148,30 +151,31 @@ class Flops:
         run = range(len(self.blocks)) if run is None else run
         return sum(self._layers(work, run)) + self._head(work)
 
-    def step(
-        self,
-        work: Work,
-        run: Sequence[int] | None = None,
-        learn: Sequence[int] | None = None,
-        embeddings_learn: bool = True,
-    ) -> int:
-        """Forward and backward FLOPs. learn: those of the layers that run, the last of them, that learn (default: all);
-        the head always does. embeddings_learn: whether the gradient goes on below the lowest of them.
+    def step(self, work: Work, run: Sequence[int] | None = None, learn: Collection[str] | None = None) -> int:
+        """Forward and backward FLOPs. run: the layers that run, a number as often as it does (default: all once).
+        learn: the parts that learn: "embeddings", those of layers (`parts`), "head" (default: all).
 
         All learning, it is three times the forward pass.
         """
         run = range(len(self.blocks)) if run is None else run
-        learn = run if learn is None else learn
-        layers = self._layers(work, run)
-        learning = sum(layers[len(layers) - len(learn) :]) + self._head(work)
-        unasked = 0
-        if not learn:
-            unasked = 2 * self.head.residual * work.predicted
-        elif not embeddings_learn:
-            lowest = self.blocks[learn[0]]
-            tokens = work.decoder_lengths if lowest.crosses else work.lengths
-            unasked = 2 * lowest.maps.residual * int(np.sum(tokens))
-        return sum(layers) + self._head(work) + 2 * learning - unasked
+        learn = {"embeddings", "head", *self.parts} if learn is None else learn
+        forward, head = self._layers(work, run), self._head(work)
+        below = "embeddings" in learn
+        total = sum(forward) + head
+        for place, number in enumerate(run):
+            block, learns = self.blocks[number], self.parts[number] in learn
+            tokens = int(np.sum(work.decoder_lengths if block.crosses else work.lengths))
+            maps = 2 * (block.maps.own * tokens + block.maps.encoder * int(np.sum(work.lengths)))
+            if learns:
+                total += maps
+            if below or learns or (block.crosses and "head" in learn):
+                total += maps + 2 * (forward[place] - maps)
+                if not below:
+                    total -= 2 * block.maps.residual * tokens
+                below = True
+        if "head" in learn:
+            total += head
+        return total + head - (0 if below else 2 * self.head.residual * work.predicted)
 
     def _head(self, work: Work) -> int:
         return 2 * self.head.own * work.predicted

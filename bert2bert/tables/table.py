@@ -212,6 +212,11 @@ class Table:
         first = {row.name for row in self.rows if row.has(0)}
         return tuple(dict.fromkeys(r.name for r in self.rows if r.depth == depth and r.name not in first))
 
+    def layer_parts(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The part of every layer, in order, through all stacks: "layer.0", ..."""
+        sizes = self.axis_sizes(config)
+        return tuple(f"{depth.removesuffix('s')}.{i}" for depth in self.sizes.depth for i in range(sizes[depth]))
+
     def parameters(self, config: Mapping[str, Any], heads: frozenset[str]) -> dict[str, Parameter]:
         """Every parameter by its full name, in the order of the table; tied copies are left out.
 

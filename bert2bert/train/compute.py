@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bert2bert.model.program import LayerProgram
+from bert2bert.model.program import Step
 from bert2bert.tables.flops import Flops, Work
 
 if TYPE_CHECKING:
     from bert2bert.model.batch import Batch
 
 
-def step_flops(flops: Flops, batch: Batch, program: LayerProgram) -> int:
-    """Forward and backward FLOPs of a batch under a layer program; flops: of the model."""
+def step_flops(flops: Flops, batch: Batch, step: Step) -> int:
+    """Forward and backward FLOPs of a batch under a step; flops: of the model."""
     written = () if batch.decoder is None else batch.decoder.lengths
     work = Work(batch.lengths, int((batch.labels >= 0).sum()), written)
-    return flops.step(work, program.run, program.learn, program.embeddings_learn)
+    return flops.step(work, step.run, step.learn)
 
 
 # Dense 16-bit tensor-core peaks (no sparsity), TFLOP/s, from NVIDIA's data sheets, and whether the GPU has bf16. The

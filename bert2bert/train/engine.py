@@ -41,7 +41,7 @@ from bert2bert.checkpoints.groups import Group, param_groups
 from bert2bert.errors import InvalidConfig
 from bert2bert.model.batch import Batch
 from bert2bert.model.core import LanguageModel
-from bert2bert.model.program import LayerProgram
+from bert2bert.model.program import Step
 from bert2bert.ranks.distributed import RANKS, total
 from bert2bert.ranks.launcher import device_number
 from bert2bert.ranks.rendezvous import INIT, meet
@@ -133,6 +133,7 @@ class Engine:
         self._accepted: bool | None = None  # the step under way; None: not asked yet
         self._norm_of_step = 0.0, 1.0  # of fp32 stage 0, and the loss scale before the step
         self.optimizer.accepts = self._accepts
+        self._shares: list[Any] = []
         self._scales_loss = self.precision != "fp16" or hasattr(ds.optimizer, "scale_if_loss")
 
     @property
@@ -152,24 +153,34 @@ class Engine:
         found = {each.group: group for each, group in reversed(list(live))}
         return [found[i] for i in range(len(self.groups))]
 
-    def apply(self, program: LayerProgram) -> None:
-        """Let exactly the layers of ``program.learn``, the head and (if it says so) the embeddings learn from here on.
+    def apply(self, step: Step) -> None:
+        """Let exactly the parts of ``step.learn`` learn from here on, each by its share of a layer's uses.
 
         The pooler and the next-sentence head ('unused') never learn: no objective here reaches them.
+        Raises InvalidConfig for a step that names what the model lacks.
         """
         parts = self.model.parts
-        learning = {"head", *(parts[i] for i in program.learn)}
-        if program.embeddings_learn:
-            learning.add("embeddings")
+        uses = step.check(parts).uses(parts)
+        self._share_alike()
         for each, live in zip(self.cuts, self.optimizer.param_groups, strict=True):
-            learns = self.groups[each.group].part in learning
+            part = self.groups[each.group].part
+            learns = part in step.learn
             live["frozen"] = not learns
             for name in each.shapes:
-                self.parameters[name].requires_grad_(learns)
+                parameter = self.parameters[name].requires_grad_(learns)
+                if learns and uses[part] > 1 and step.share == "mean":
+                    # Called once a backward pass, with the sum over all uses, before DeepSpeed reduces it
+                    self._shares.append(parameter.register_hook(partial(_divided, uses[part])))
+
+    def _share_alike(self) -> None:
+        """Take the hooks off that divide the gradients of layers which run more than once."""
+        while self._shares:
+            self._shares.pop().remove()
 
     def thaw(self) -> None:
         """Let everything learn, without factors: the state in which checkpoints are written (frozen parameters are
         filed elsewhere, and the recipe's rates hold wherever the checkpoint is taken)."""
+        self._share_alike()
         for plain, live in zip(self._plain, self.optimizer.param_groups, strict=True):
             live.update(plain._asdict(), frozen=False)
         for parameter in self.parameters.values():
@@ -190,11 +201,9 @@ class Engine:
         for live in self.optimizer.param_groups:
             live["lr"] = lr
 
-    def forward(
-        self, batch: Batch, program: LayerProgram | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Batch, step: Step | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(mean loss over the predicted positions, correct predictions, predictions) of one micro-batch."""
-        output = self.ds(batch, program)
+        output = self.ds(batch, step)
         return output.loss, output.correct, output.predicted
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -308,6 +317,10 @@ class Engine:
         self.optimizer.accepts = None  # or the two would keep each other
         self.ds.destroy()
         restore_linear()
+
+
+def _divided(n: int, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient / n
 
 
 def restore_linear() -> None:

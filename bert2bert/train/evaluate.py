@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from bert2bert.model.batch import Batch
+from bert2bert.model.program import Step
 from bert2bert.train.engine import Engine
 
 EVALUATION_SEED = 0
@@ -15,9 +16,9 @@ EVALUATION_SEED = 0
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
+def evaluate(engine: Engine, batches: Sequence[Batch], step: Step | None = None) -> dict[str, float]:
     """{"loss": nats a predicted token, "accuracy": share of them guessed right, "perplexity": e to the loss} over every
-    rank's batches. Collective.
+    rank's batches. Collective. step: which layers run (default: all, once).
 
     Every rank must have equally many batches (under ZeRO-3 a forward pass gathers weights from all).
     """
@@ -27,7 +28,7 @@ def evaluate(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
     engine.training(False)
     try:
         for batch in batches:
-            mean, right, count = engine.forward(batch.to(engine.device, non_blocking=True))
+            mean, right, count = engine.forward(batch.to(engine.device, non_blocking=True), step)
             loss += mean.double() * count
             correct += right
             predicted += count

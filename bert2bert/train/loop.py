@@ -21,7 +21,7 @@ from bert2bert.data.objective import Objective
 from bert2bert.errors import UserError
 from bert2bert.ranks import distributed, stopping
 from bert2bert.recipe import Phase
-from bert2bert.recipe.programs import draw
+from bert2bert.recipe.programs import Draw, evaluated
 from bert2bert.recipe.schedules import lr_at
 from bert2bert.tables.flops import Flops
 from bert2bert.train import engine as engines
@@ -122,7 +122,7 @@ class Loop:
         while not (stopped or self.served_out or self.paused or self.complete):
             phase = self.phase
             record, stopped = self._optimizer_step(phase)
-            self._look_back(phase)
+            held_out = self._look_back(phase)
             over = self._over()
             if self.metrics is not None:
                 self.metrics.advance(phase.name)
@@ -130,6 +130,8 @@ class Loop:
                 spent = self.position.spent
                 self._write(record | interval.rates(spent, self.engine.world, self.peak))
                 interval = Interval(spent)
+            if held_out:
+                self._write(held_out)
             if over:
                 self._leave(phase)
             if stopped or self.complete or self.served_out or self.paused or self._due(over):
@@ -147,11 +149,11 @@ class Loop:
         """One optimizer step; its 'train' record without the rates, and the signal that any rank got."""
         recipe, engine, position, job = self.recipe, self.engine, self.position, self.job
         began = time.perf_counter()
-        program = draw(phase.program, position.step, recipe.seed, len(engine.model.layers))
+        step = phase.program.step(Draw(position.step, position.phase_step, recipe.seed, engine.model.parts, self.fresh))
         lr = lr_at(
             phase.schedule, recipe.optimizer.lr, position.phase_step, self._horizon(phase), position.step, recipe.steps
         )
-        engine.apply(program)
+        engine.apply(step)
         engine.set_rates(phase.schedule, lr, position.phase_step)
         loss = torch.zeros((), device=engine.device)
         tokens = flops = 0
@@ -160,8 +162,8 @@ class Loop:
             for _ in range(engine.accumulation):
                 batch = next(self.loader)
                 tokens += batch.real_tokens
-                flops += step_flops(self.flops, batch, program)
-                micro_loss, _, _ = engine.forward(batch.to(engine.device, non_blocking=True), program)
+                flops += step_flops(self.flops, batch, step)
+                micro_loss, _, _ = engine.forward(batch.to(engine.device, non_blocking=True), step)
                 engine.backward(micro_loss)
                 loss += micro_loss.detach().float()
         local = [float(loss) / engine.accumulation / engine.world, tokens, flops]
@@ -180,7 +182,8 @@ class Loop:
         record = {
             "kind": "train", "step": position.step, "phase": phase.name, "phase_step": position.phase_step,
             "loss": mean, "lr": lr, "grad_norm": engine.grad_norm, "tokens": spent["tokens"], "flops": spent["flops"],
-            "seconds": spent["seconds"], "layers_run": len(program.run), "layers_learning": len(program.learn),
+            "seconds": spent["seconds"], "layers_run": len(step.run),
+            "layers_learning": len(step.learn & set(engine.model.parts)),
             "loss_scale": engine.loss_scale, "skipped_steps": engine.counters["skipped_steps"],
         }  # fmt: skip
         return record, stopped
@@ -194,10 +197,9 @@ class Loop:
             known.append(max(round(step / done), step + 1) if done > 0 else 2**31)
         return max(min(known), step)
 
-    def _look_back(self, phase: Phase) -> None:
-        """Measure what the phase's trigger asks for, and evaluate where that is due."""
-        if self.position.step % self.recipe.eval_every == 0:
-            self._evaluate(phase)
+    def _look_back(self, phase: Phase) -> dict[str, Any] | None:
+        """Measure what the phase's trigger asks for, and evaluate where that is due: the record."""
+        return self._held_out(phase) if self.position.step % self.recipe.eval_every == 0 else None
 
     def _leave(self, phase: Phase) -> None:
         """Go on from the end of a phase; where the run ends or the model grows, not without an evaluation."""
@@ -235,11 +237,16 @@ class Loop:
             self.metrics.write(record | {"growths": self.position.growths})
 
     def _evaluate(self, phase: Phase) -> None:
+        self._write(self._held_out(phase))
+
+    def _held_out(self, phase: Phase) -> dict[str, Any]:
+        """Evaluate; the 'eval' record."""
         with explained(f"in the evaluation after step {self.position.step}", self.job.newest):
-            self.job.result = found = evaluate(self.engine, self.held_out)
+            step = evaluated(phase.program, self.engine.model.parts)
+            self.job.result = found = evaluate(self.engine, self.held_out, step)
         self.evaluated, self.position = self.position.step, self.position.looked_at(found["loss"])
         spent = {key: self.position.spent[key] for key in ("tokens", "flops", "seconds")}
-        self._write({"kind": "eval", "step": self.position.step, "phase": phase.name, **found, **spent})
+        return {"kind": "eval", "step": self.position.step, "phase": phase.name, **found, **spent}
 
     def _save(self) -> None:
         job, position = self.job, self.position

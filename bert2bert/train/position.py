@@ -20,6 +20,9 @@ from bert2bert.recipe.triggers import Stretch, stretch_of
 NOTHING = {"flops": 0.0, "seconds": 0.0, "tokens": 0, "steps": 0}
 """Spent by a run that begins."""
 
+NEVER = 2**62
+"""Rows of an epoch, where none of the phases at hand ends by epochs."""
+
 _REMEMBERED = 100  # evaluations and checks of a phase that its trigger can look back on
 
 # Changing these says nothing about what is learned.
@@ -88,7 +91,7 @@ class Position:
 
     def stretch(self, rows_per_epoch: int) -> Stretch:
         """What the phase has done, for its trigger. rows_per_epoch: of rows of `row_length`."""
-        return stretch_of(dict(self.memory), dict(self.spent), self.rows, rows_per_epoch, self.phase_step)
+        return stretch_of(self.memory, self.spent, self.rows, rows_per_epoch, self.phase_step, self.step)
 
     def over(self, phase: Phase, rows_per_epoch: int) -> bool:
         """Whether the phase is over here."""

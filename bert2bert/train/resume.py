@@ -34,7 +34,7 @@ from bert2bert.ranks.distributed import RANKS
 from bert2bert.recipe import Recipe
 from bert2bert.train import partitions
 from bert2bert.train.engine import Engine
-from bert2bert.train.position import Position, continued, same_phases
+from bert2bert.train.position import NEVER, Position, continued, same_phases
 from bert2bert.train.resume_checks import (
     check_groups,
     check_model,
@@ -94,7 +94,7 @@ def _find(path: Path, recipe: Recipe, data: Mapping[str, Any], own: bool) -> Fou
     manifest = source.manifest or Manifest()
     kind = "weights" if source.format == "hub" else str(manifest.kind)
     notes: list[str] = []
-    begins = recipe.phases[0].grow is not None
+    begins = recipe.begins_with_growth
     if source.format != "hub" and kind not in ("train", "growth") and not begins:
         config = "" if source.config else " --source-config CONFIG.json"
         raise InvalidCheckpoint(
@@ -117,8 +117,8 @@ def _find(path: Path, recipe: Recipe, data: Mapping[str, Any], own: bool) -> Fou
     growth = manifest.growth
     if growth is not None and growth.source_training is not None:
         training = Trained.from_json(growth.source_training)
-        if same_phases(training, recipe):
-            position = continued(training, source.folder, recipe, data, notes)
+        if same_phases(training, recipe) and Position.of(training).settled(recipe, NEVER).pending(recipe):
+            position = continued(training, source.folder, recipe, data, notes).settled(recipe, NEVER)
             return Found(source, kind, replace(position, growths=position.growths + 1), growth, notes, carried=True)
     if tokenizer_of(manifest) is None:
         notes.append(

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from bert2bert.checkpoints.facts import versions
-from bert2bert.checkpoints.open import open_source
 from bert2bert.data import objective
 from bert2bert.data.bins import TokenBins
 from bert2bert.errors import InvalidConfig, did_you_mean
@@ -27,7 +26,7 @@ from bert2bert.files.disk import disk_errors
 from bert2bert.model import registry
 from bert2bert.ranks import distributed, stopping
 from bert2bert.ranks.rendezvous import Stopped
-from bert2bert.recipe import Recipe, model_keys
+from bert2bert.recipe import Recipe
 from bert2bert.tables import table_for
 from bert2bert.train import ds_config as configs
 from bert2bert.train import engine as engines
@@ -38,13 +37,11 @@ from bert2bert.train.growing import Grow, grown, layout
 from bert2bert.train.job import Job
 from bert2bert.train.loop import Loop
 from bert2bert.train.metrics import MetricsWriter
+from bert2bert.train.model_of import model_of
 from bert2bert.train.obeying import factors_of, without_factors
-from bert2bert.train.position import Position
+from bert2bert.train.position import NEVER, Position
 from bert2bert.train.resume import Found, find, load
 from bert2bert.train.rng import seed_all
-from bert2bert.train.save import whole
-
-_NEVER = 2**62  # rows of an epoch, where none of the position's phases ends by epochs
 
 
 def train(
@@ -74,7 +71,7 @@ def train(
     output = Path(output)
     resume = None if resume is None else Path(resume)
     if recipe.model is None:
-        recipe = replace(recipe, model=_model_of(resume))
+        recipe = replace(recipe, model=model_of(resume))
     bins = TokenBins.open(recipe.data.bins)
     check(recipe, bins, resume, until)
     run_folder.check_folder(output)
@@ -117,10 +114,8 @@ def check(recipe: Recipe, bins: TokenBins, resume: Path | None, until: str | Non
     names = [phase.name for phase in recipe.phases]
     if until is not None and until not in names:
         raise InvalidConfig(f"--until is {until!r}: " + did_you_mean(until, names))
-    if recipe.phases[0].grow is not None and resume is None:
-        raise InvalidConfig(
-            f"the recipe's first phase {names[0]!r} begins with a growth; give the checkpoint that grows with --resume"
-        )
+    if recipe.begins_with_growth and resume is None:
+        raise InvalidConfig("the recipe begins with a growth; give the checkpoint that grows with --resume")
 
 
 class _Run:
@@ -131,7 +126,7 @@ class _Run:
     ) -> None:
         self.job, self.ds_config, self.found, self.grow, self.recompute = job, ds_config, found, grow, recompute
         self.position = Position() if found is None else found.position
-        self.position = self.position.settled(job.recipe, _NEVER)
+        self.position = self.position.settled(job.recipe, NEVER)
         self.grown = found is not None and found.kind == "growth" and not self.position.phase_step
         if found is not None:
             job.at = found.folder
@@ -199,7 +194,7 @@ class _Run:
                 job.output, partial(run_folder.grew, job.output, job.recipe.models[index], entry)
             )
             job.at, self.grown = folder, True
-            self.position = self.position.settled(job.recipe, _NEVER)
+            self.position = self.position.settled(job.recipe, NEVER)
 
     def _engine(self) -> engines.Engine:
         """The engine of the phase, with fresh weights. Raises InvalidConfig for a schedule that needs a growth."""
@@ -232,25 +227,6 @@ class _Run:
             for note in notes:
                 job.warn(f"  note: {note}")
         return Loop(job, engine, self.position, growth, self.grown)
-
-
-def _model_of(resume: Path | None) -> dict[str, Any]:
-    """The config of the checkpoint that a run starts from, as far as it says what the model computes. Raises
-    InvalidConfig where there is none."""
-    if resume is None:
-        raise InvalidConfig(
-            "the recipe has no model (model=None takes that of a checkpoint), and there is no checkpoint to take it "
-            "from; give one with --resume, or write the model's config into the recipe"
-        )
-    newest = whole(resume) if resume.is_dir() and not os.path.lexists(resume / "latest") else None
-    config = open_source(newest or resume).config
-    if config is None:
-        raise InvalidConfig(
-            f"{resume}: no config says which model this is, and the recipe has none either. Put the model's "
-            "config.json into the folder"
-        )
-    known = model_keys(registry.typed(config))
-    return {key: value for key, value in config.items() if key in known}
 
 
 def _not_begun(signal: str) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.model.batch import Decoder
 from bert2bert.model.bert import Bert
 from bert2bert.model.config import BertConfig
-from bert2bert.model.program import LayerProgram
 from bert2bert.model.registry import build
 from tests.model.sample import batch, hf_dict, model
 from tests.rounding import ROUNDING, allowed, gap
+from tests.steps import some
 
 
 @pytest.mark.parametrize("rate", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
@@ -103,7 +103,7 @@ def test_one_compiled_block_serves_all_layers_and_programs() -> None:
     flat = batch()
     assert torch.equal(compiled(flat).loss, plain(flat).loss)
     assert len(graphs) == 2  # the block and the loss
-    programs = [LayerProgram(tuple(range(d)), tuple(range(d - 1, d)), False) for d in (1, 3, 5)]
+    programs = [some(tuple(range(d)), tuple(range(d - 1, d)), False) for d in (1, 3, 5)]
     for program in programs:
         assert torch.equal(compiled(flat, program).loss, plain(flat, program).loss)
     settled = len(graphs)

@@ -14,9 +14,9 @@ import torch
 
 from bert2bert.model import attention, registry
 from bert2bert.model.batch import Batch
-from bert2bert.model.program import LayerProgram
 from tests import tiny
 from tests.model.test_cores import flat
+from tests.steps import some
 
 DEEP = {"modernbert": {"num_hidden_layers": 7}, "gpt2": {"n_layer": 5, "n_positions": 24}}
 KINDS = {"modernbert": 3}  # without a norm before its attention, global, local
@@ -77,7 +77,7 @@ def test_each_kind_of_block_is_compiled_once(name: str, monkeypatch: pytest.Monk
     plain.load_weights(core.state_dict())
     graphs, kinds = Graphs(), KINDS.get(name, 1)
     depth = len(core.layers)
-    top = LayerProgram(run=tuple(range(depth)), learn=(depth - 2, depth - 1), embeddings_learn=False)
+    top = some(run=tuple(range(depth)), learn=(depth - 2, depth - 1), embeddings_learn=False)
     with dynamo() as counters:
         core.compile_layers(graphs)
         core(row(24)).loss.backward()

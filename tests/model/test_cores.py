@@ -16,9 +16,10 @@ from bert2bert.model import registry
 from bert2bert.model.batch import IGNORE, Batch, Decoder
 from bert2bert.model.core import LanguageModel
 from bert2bert.model.hosted import Hosted
-from bert2bert.model.program import LayerProgram
+from bert2bert.model.program import Step, full
 from tests import tiny
 from tests.rounding import ROUNDING, WRONG, allowed, gap
+from tests.steps import some
 
 LENGTHS = (7, 1, 9, 4)
 ROPE = {
@@ -154,7 +155,7 @@ def test_a_sequence_sees_only_its_own_past(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "roberta", "modernbert"])
 def test_what_does_not_learn_gets_no_gradient(name: str) -> None:
     core, _ = pair(name, {})
-    program = LayerProgram(run=(0, 2), learn=(2,), embeddings_learn=False)
+    program = some(run=(0, 2), learn=(2,), embeddings_learn=False)
     core(flat(), program).loss.backward()
     grads = {n for n, p in core.named_parameters() if p.grad is not None}
     top = {n for n, p in core.known.items() if p.part in ("layer.2", "head")}
@@ -312,7 +313,7 @@ def test_every_architecture_can_be_hosted(name: str) -> None:
 def test_a_program_runs_its_layers_alone(name: str) -> None:
     """A mixture's bottom layers, the lowest of them frozen: transformers' model of those, and its gradients."""
     core, small = pair(name, _BALANCED)
-    program = LayerProgram(run=(0, 1), learn=(1,), embeddings_learn=False)
+    program = some(run=(0, 1), learn=(1,), embeddings_learn=False)
     small.model.layers = small.model.layers[:2]
     small.config.num_hidden_layers = 2
     with Double():
@@ -343,12 +344,10 @@ def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
 
 def test_programs_that_cannot_run_are_refused() -> None:
     core, _ = pair("t5", {})
-    with pytest.raises(InvalidConfig, match="use the program Full"):
-        core(asked("t5"), LayerProgram(run=(0, 1), learn=(0, 1), embeddings_learn=True))
-    assert core(asked("t5"), LayerProgram(tuple(range(5)), tuple(range(5)), True)).predicted > 0
+    with pytest.raises(InvalidConfig, match="only all of its layers can run"):
+        core(asked("t5"), Step((0, 1), frozenset(core.parts[:2])))
+    assert core(asked("t5"), full(core.parts)).predicted > 0
     hosted = Hosted(tiny.config_of("modernbert"))
-    with pytest.raises(InvalidConfig, match="in the place of layer 1"):
-        hosted(flat(), LayerProgram(run=(0, 2), learn=(0, 2), embeddings_learn=True))
     batch = flat()
     batch.nsp_labels = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(InvalidConfig, match="without pairs of segments"):

@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from bert2bert.errors import InvalidConfig
-from bert2bert.model.program import LayerProgram, full
+from bert2bert.model.program import Step
 from tests.model.sample import batch, model
+from tests.rounding import ROUNDING, gap
+from tests.steps import some, whole
+
+LAYERS = ("layer.0", "layer.1", "layer.2")
 
 
-def grads(program: LayerProgram | None, **changes: object) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+def grads(program: Step | None, **changes: object) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
     bert = model(torch.float32, **changes)
     loss = bert(batch(), program).loss
     loss.backward()
@@ -31,9 +35,9 @@ def learns(name: str, layers: tuple[int, ...], embeddings: bool) -> bool:
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_what_learns_gets_a_gradient(run: tuple, learn: tuple, embeddings: bool, tied: bool) -> None:
-    loss, found = grads(LayerProgram(run, learn, embeddings), tie_word_embeddings=tied)
-    whole, expected = grads(LayerProgram(run, run, True), tie_word_embeddings=tied)
-    assert torch.equal(loss, whole), "a frozen layer must compute the same bits as a learning one"
+    loss, found = grads(some(run, learn, embeddings), tie_word_embeddings=tied)
+    reference, expected = grads(some(run, run, True), tie_word_embeddings=tied)
+    assert torch.equal(loss, reference), "a frozen layer must compute the same bits as a learning one"
     for name, gradient in found.items():
         wanted = learns(name, learn, embeddings)
         if "word_embeddings" in name:  # tied, it is the decoder too; untied, it learns only with the embeddings
@@ -44,9 +48,9 @@ def test_only_what_learns_gets_a_gradient(run: tuple, learn: tuple, embeddings: 
 
 
 def test_full_is_the_default_and_runs_everything() -> None:
-    assert full(3) == LayerProgram((0, 1, 2), (0, 1, 2), True)
+    assert whole(3) == Step((0, 1, 2), frozenset({"embeddings", "head", *LAYERS}))
     loss, found = grads(None)
-    again, expected = grads(full(3))
+    again, expected = grads(whole(3))
     assert torch.equal(loss, again)
     assert all(learns(name, (0, 1, 2), True) == (g is not None) for name, g in found.items())
     assert all((g is None and expected[name] is None) or torch.equal(g, expected[name]) for name, g in found.items())
@@ -54,7 +58,7 @@ def test_full_is_the_default_and_runs_everything() -> None:
 
 def test_the_order_of_the_program_is_the_order_of_the_layers() -> None:
     bert, flat = model(), batch()
-    straight, turned = (bert.encode(flat, LayerProgram(run, run, True)) for run in ((0, 1, 2), (2, 1, 0)))
+    straight, turned = (bert.encode(flat, some(run, run, True)) for run in ((0, 1, 2), (2, 1, 0)))
     bert.bert.encoder.layer[0], bert.bert.encoder.layer[2] = bert.bert.encoder.layer[2], bert.bert.encoder.layer[0]
     assert torch.equal(bert.encode(flat), turned)
     assert not torch.equal(straight, turned)
@@ -64,30 +68,59 @@ def test_no_graph_is_kept_below_the_lowest_learning_layer() -> None:
     bert, seen = model(), []
     for number, layer in enumerate(bert.bert.encoder.layer):
         layer.register_forward_hook(lambda _, __, out, number=number: seen.append((number, out.requires_grad)))
-    bert(batch(), LayerProgram((0, 1, 2), (2,), False))
+    bert(batch(), some((0, 1, 2), (2,), False))
     assert seen == [(0, False), (1, False), (2, True)]
 
 
 def test_no_grad_of_the_caller_is_respected() -> None:
     with torch.no_grad():
-        assert not model()(batch(), full(3)).loss.requires_grad
+        assert not model()(batch(), whole(3)).loss.requires_grad
+
+
+@pytest.mark.parametrize("rested", [(0,), (1,), (0, 1)])
+def test_layers_that_rest_pass_gradients_on_to_what_learns_below(rested: tuple) -> None:
+    """As autograd gives where parameters require none; the embeddings learn below them."""
+    bert = model(torch.float32)
+    learn = frozenset({"embeddings", "head", *LAYERS} - {f"layer.{i}" for i in rested})
+    for name, parameter in bert.named_parameters():
+        parameter.requires_grad_(bert.known[name].part in learn)
+    bert(batch(), Step((0, 1, 2), learn)).loss.backward()
+    _, expected = grads(None)
+    for name, parameter in bert.named_parameters():
+        if bert.known[name].part in learn:
+            assert torch.equal(parameter.grad, expected[name]), name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_a_layer_that_runs_twice_is_two_with_the_same_weights() -> None:
+    bert, flat = model(), batch()
+    bert(flat, Step((0, 0, 1, 2), whole(3).learn)).loss.backward()
+    longer = model(num_hidden_layers=4)
+    state = dict(bert.named_parameters())
+    for n in (3, 2, 1):  # upwards from layer 0
+        for key in [k for k in state if f".layer.{n - 1}." in k]:
+            state[key.replace(f".layer.{n - 1}.", f".layer.{n}.")] = state[key]
+    longer.load_weights({key: value.detach() for key, value in state.items()})
+    longer(flat).loss.backward()
+    of = dict(longer.named_parameters())
+    for name, parameter in bert.named_parameters():
+        if ".layer.0." in name:
+            both = of[name].grad + of[name.replace(".layer.0.", ".layer.1.")].grad
+            assert gap(parameter.grad, both) <= ROUNDING, name
 
 
 @pytest.mark.parametrize(
-    "run, learn, embeddings, text",
+    "run, learn, share, text",
     [
-        ((), (), False, "no layer runs"),
-        ((0, 1, 2), (1,), False, "not the last ones"),
-        ((0, 1), (0, 1, 2), False, "not the last ones"),
-        ((0, 1, 0), (0,), False, "layer 0 runs both"),
-        ((0, 1), (1,), True, r"layers \(0,\) above them are frozen"),
+        ((), {"head"}, "mean", "no layer runs"),
+        ((0,), set(), "mean", "nothing learns"),
+        ((0,), {"head"}, "most", "share is 'most'; expected 'mean' or 'sum'"),
+        ((0, 3), {"head"}, "mean", "layer 3 runs, but the model has layers 0 to 2"),
+        ((0,), {"layr.0"}, "mean", "unknown part 'layr.0' learns: did you mean 'layer.0'"),
+        ((0,), {"layer.1"}, "mean", "layer.1 learns, but does not run"),
     ],
 )
-def test_contradictions_are_refused(run: tuple, learn: tuple, embeddings: bool, text: str) -> None:
+def test_contradictions_are_refused(run: tuple, learn: set, share: str, text: str) -> None:
     with pytest.raises(InvalidConfig, match=text):
-        LayerProgram(run, learn, embeddings)
-
-
-def test_a_layer_the_model_lacks_is_refused() -> None:
-    with pytest.raises(InvalidConfig, match="runs layer 3, the model has layers 0 to 2"):
-        model()(batch(), LayerProgram((0, 3), (3,), False))
+        model()(batch(), Step(run, frozenset(learn), share))

@@ -7,15 +7,15 @@ import torch
 
 from bert2bert.model.batch import Batch
 from bert2bert.model.core import LanguageModel
-from bert2bert.model.program import LayerProgram
 from bert2bert.model.registry import build
 from tests import tiny
 from tests.distributed import run_ranks
 from tests.model import sample
 from tests.model.test_cores import flat
 from tests.rounding import ROUNDING, gap
+from tests.steps import some
 
-SUB = LayerProgram((0, 1), (1,), False)
+SUB = some((0, 1), (1,), False)
 
 
 def model(name: str, tied: bool) -> LanguageModel:

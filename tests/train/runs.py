@@ -54,18 +54,18 @@ def run(
     from bert2bert.train import loop
     from bert2bert.train.run import train
 
-    original = loop.draw
+    original = loop.Draw
 
-    def draw(program: Any, step: int, seed: int, layers: int) -> Any:
+    def draw(step: int, *rest: Any) -> Any:
         if step == stop_at and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(program, step, seed, layers)
+        return original(step, *rest)
 
-    loop.draw = draw
+    loop.Draw = draw  # type: ignore[assignment, misc]
     try:
         return train(plan, config, output, resume, **how)
     finally:
-        loop.draw = original
+        loop.Draw = original  # type: ignore[misc]
 
 
 def load(engine: Any, path: Path, plan: Recipe, data: dict[str, Any]) -> Any:

@@ -17,7 +17,6 @@ from bert2bert.commands import phase_growth
 from bert2bert.commands.cli import main
 from bert2bert.errors import InvalidConfig
 from bert2bert.growth.factors import factors
-from bert2bert.model.program import full
 from bert2bert.model.registry import build
 from bert2bert.recipe import AdamW, Grow, Phase, Recipe, Schedule
 from bert2bert.train import partitions
@@ -25,6 +24,7 @@ from bert2bert.train.obeying import without_factors
 from tests.distributed import run_ranks
 from tests.laws.harness import reader, realised
 from tests.planning import plan_growth
+from tests.steps import whole
 from tests.train import runs, tiny
 
 SMALL = {**tiny.model_config(), "architectures": ["BertForMaskedLM"]}
@@ -46,7 +46,7 @@ def engine_of(config: dict[str, Any], stage: int, found: dict[str, Factors] | No
 
 def trained(engine: Any, steps: range, schedule: Schedule) -> None:
     for step in steps:
-        engine.apply(full(tiny.LAYERS))
+        engine.apply(whole(tiny.LAYERS))
         engine.set_rates(schedule, ADAM.lr, step - steps.start)
         for micro in range(2):
             loss, *_ = engine.forward(tiny.batch(100 * step + 10 * micro + engine.rank))

@@ -7,28 +7,24 @@ from typing import Any
 import pytest
 import torch
 
-from bert2bert.model.program import LayerProgram, full
 from bert2bert.tables import Parameter
 from bert2bert.train import partitions
 from tests.distributed import run_ranks
 from tests.rounding import ROUNDING, gap, unit
+from tests.steps import some, whole
 from tests.train import tiny
 
 CLIP, LR, DECAY = 0.5, 1e-3, 0.1
 ACCUMULATION = 2
 PROGRAMS = [
-    full(tiny.LAYERS),  # momentum first: a frozen layer must not coast
-    full(tiny.LAYERS),
-    LayerProgram(run=(0, 1, 2), learn=(2,), embeddings_learn=False),
-    LayerProgram(run=(0, 1), learn=(1,), embeddings_learn=False),
-    LayerProgram(run=(0,), learn=(0,), embeddings_learn=False),
-    full(tiny.LAYERS),
-    LayerProgram(run=(0, 1, 2), learn=(1, 2), embeddings_learn=False),
+    whole(tiny.LAYERS),  # momentum first: a frozen layer must not coast
+    whole(tiny.LAYERS),
+    some(run=(0, 1, 2), learn=(2,), embeddings_learn=False),
+    some(run=(0, 1), learn=(1,), embeddings_learn=False),
+    some(run=(0,), learn=(0,), embeddings_learn=False),
+    whole(tiny.LAYERS),
+    some(run=(0, 1, 2), learn=(1, 2), embeddings_learn=False),
 ]
-
-
-def learning(program: LayerProgram) -> set[str]:
-    return {"head", *(f"layer.{i}" for i in program.learn)} | ({"embeddings"} if program.embeddings_learn else set())
 
 
 def members() -> dict[str, Parameter]:
@@ -72,10 +68,10 @@ def train(stage: int, precision: str) -> dict[str, Any]:
         for key, value in after.items():
             name = key.split()[0]
             moved = not torch.equal(value, before[key])
-            if moved and of[name].part not in learning(program):
+            if moved and of[name].part not in program.learn:
                 coasted.append((step, key))
             # a slice of the embeddings may hold rows that no token used; a 16-bit live weight may round the change away
-            if not moved and of[name].part in learning(program) and "embeddings" not in name and "live" not in key:
+            if not moved and of[name].part in program.learn and "embeddings" not in name and "live" not in key:
                 idle.append((step, key))
     steps = dict(zip([(g.part, g.decay) for g in engine.groups], partitions.steps(engine), strict=True))
     pieces = [
@@ -104,7 +100,7 @@ def reference() -> tuple[dict[str, torch.Tensor], list[float]]:
                 output = model(tiny.batch(1000 * step + 10 * micro + rank), program)
                 (output.loss / (2 * ACCUMULATION)).backward()
         for name, parameter in named.items():
-            if of[name].part not in learning(program):
+            if of[name].part not in program.learn:
                 parameter.grad = None
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()

@@ -6,6 +6,7 @@ Mixtures with and without ranks that share their experts (DeepSpeed's AutoEP).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from bert2bert.commands import cli
 from bert2bert.errors import InvalidConfig
 from bert2bert.model import registry
 from bert2bert.model.batch import Batch
-from bert2bert.model.program import LayerProgram, full
+from bert2bert.model.program import Step, full
 from bert2bert.recipe import Phase, Recipe, SubModels
 from bert2bert.train import partitions
 from bert2bert.train.position import Position
@@ -26,6 +27,7 @@ from tests import tiny as models
 from tests.distributed import run_ranks
 from tests.model.test_cores import asked
 from tests.rounding import ROUNDING, gap
+from tests.steps import some
 from tests.train import runs as whole_runs
 from tests.train import tiny
 from tests.train.test_architectures import counting, model_of, recipe_of
@@ -57,9 +59,9 @@ def batch(name: str, step: int, rank: int) -> Batch:
     return found
 
 
-def program(name: str, step: int, layers: int) -> LayerProgram:
+def program(name: str, step: int, parts: Sequence[str]) -> Step:
     """All layers; in one step of a mixture two of them, the lower one at rest."""
-    return LayerProgram((0, 1), (1,), False) if step == 5 and not name.startswith("t5") else full(layers)
+    return some((0, 1), (1,), False) if step == 5 and not name.startswith("t5") else full(parts)
 
 
 def model(name: str) -> Any:
@@ -72,7 +74,7 @@ def steps(engine: Any, name: str, first: int, last: int) -> list[float]:
     losses = []
     engine.set_lr(LR)
     for step in range(first, last):
-        found, run = 0.0, program(name, step, len(engine.model.layers))
+        found, run = 0.0, program(name, step, engine.model.parts)
         engine.apply(run)
         for micro in range(engine.accumulation):
             loss, *_ = engine.forward(batch(name, step, (engine.rank + micro) % 2), run)
@@ -167,11 +169,10 @@ def reference(name: str) -> list[float]:
     losses = []
     for step in range(6):
         optimizer.zero_grad()
-        run = program(name, step, len(core.layers))
+        run = program(name, step, core.parts)
         loss = (core(batch(name, step, 0), run).loss + core(batch(name, step, 1), run).loss) / 2
         loss.backward()
-        learning = {"head", "embeddings" if run.embeddings_learn else "", *(core.parts[i] for i in run.learn)}
-        assert {core.known[n].part for n, p in named.items() if p.grad is not None} <= learning
+        assert {core.known[n].part for n, p in named.items() if p.grad is not None} <= run.learn
         torch.nn.utils.clip_grad_norm_(core.parameters(), CLIP)
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -268,5 +269,5 @@ def test_a_dense_model_is_upcycled_into_experts_that_ranks_share(tmp_path: Path)
 
 
 def test_a_t5_is_trained_whole() -> None:
-    with pytest.raises(InvalidConfig, match=r"phases.0.program is 'sub-models'; a t5 has two stacks .* use Full\(\)"):
+    with pytest.raises(InvalidConfig, match=r"phases.0.program .'sub-models'.: it runs the layers .* 2 stacks"):
         tiny.recipe(model=CONFIGS["t5"], phases=(Phase("a", 4, SubModels(1)),))

@@ -19,11 +19,11 @@ from bert2bert.data.bins import TokenBins
 from bert2bert.data.loader import Loader, eval_batches
 from bert2bert.data.objective import Masked
 from bert2bert.errors import InvalidConfig, UserError
-from bert2bert.model.program import full
 from bert2bert.recipe import Phase
 from bert2bert.train import save
 from tests.distributed import run_ranks
 from tests.rounding import ROUNDING, gap
+from tests.steps import whole
 from tests.tables.test_flops import formula
 from tests.train import runs, tiny
 
@@ -176,7 +176,7 @@ def spent(bins: Path, steps: int, world: int) -> int:
     batches = [next(loader) for loader in loaders for _ in range(steps)]
     config = tiny.model_config() | {"architectures": ["BertForMaskedLM"]}
     return sum(
-        formula(config, tuple(map(int, b.lengths)), int((b.labels >= 0).sum()), full(tiny.LAYERS)) for b in batches
+        formula(config, tuple(map(int, b.lengths)), int((b.labels >= 0).sum()), whole(tiny.LAYERS)) for b in batches
     )
 
 

@@ -47,14 +47,14 @@ def _main(words: list[str], environ: dict[str, str], log: Path, blow: tuple[int,
         try:
             from bert2bert.train import loop
 
-            original = loop.draw
+            original = loop.Draw
 
-            def draw(program: Any, step: int, *rest: Any) -> Any:
+            def draw(step: int, *rest: Any) -> Any:
                 if blow is not None and (int(os.environ["RANK"]), step) == blow[:2]:
                     os.kill(os.getpid(), blow[2])
-                return original(program, step, *rest)
+                return original(step, *rest)
 
-            loop.draw = draw
+            loop.Draw = draw
             code = entry("pretrain").main(words)
         except SystemExit as end:
             code = int(end.code or 0)

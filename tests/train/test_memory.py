@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.model import registry
-from bert2bert.model.program import LayerProgram, full
+from bert2bert.model.program import full
 from bert2bert.train.ds_config import resolve
 from bert2bert.train.position import Position
 from tests import tiny as models
 from tests.distributed import run_ranks
 from tests.model.test_cores import asked, flat
+from tests.steps import some, whole
 from tests.train import runs, tiny
 from tests.train.test_foreign import RECIPE, pretrain
 
@@ -99,8 +100,8 @@ def masters(precision: str) -> list[Any]:
         engine = engines.build(tiny.recipe(), ds_config, built(tiny.model_config(), ds_config))
         found.append(partitions.digests(engine))
         engine.set_lr(1e-2)
-        engine.apply(full(tiny.LAYERS))
-        loss, *_ = engine.forward(tiny.batch(engine.rank), full(tiny.LAYERS))
+        engine.apply(whole(tiny.LAYERS))
+        loss, *_ = engine.forward(tiny.batch(engine.rank), whole(tiny.LAYERS))
         engine.backward(loss)
         found[-1]["loss"] = float(loss.detach())
         engine.destroy()
@@ -165,7 +166,7 @@ def a_run(folder: Path) -> tuple[int, int, dict[str, int]]:
     found: dict[str, int] = {}
 
     def step(engine: Any) -> None:
-        loss, *_ = engine.forward(tiny.batch(engine.rank, rows=1, length=4), full(LAYERS))
+        loss, *_ = engine.forward(tiny.batch(engine.rank, rows=1, length=4), whole(LAYERS))
         engine.backward(loss)
 
     def write(engine: Any) -> None:
@@ -184,7 +185,7 @@ def a_run(folder: Path) -> tuple[int, int, dict[str, int]]:
         model.recompute = True  # else activations are as large as weights here
         engine, found["engine"] = meter.excess(lambda: engines.build(plan, ds_config, model))
         engine.set_lr(1e-3)
-        engine.apply(full(LAYERS))
+        engine.apply(whole(LAYERS))
         for i in range(3):
             _, found[f"step {i}"] = meter.excess(lambda: step(engine))
         _, found["save"] = meter.excess(lambda: write(engine))
@@ -196,10 +197,10 @@ def a_run(folder: Path) -> tuple[int, int, dict[str, int]]:
 
 
 def test_no_rank_holds_a_whole_model(tmp_path: Path) -> None:
-    for whole, fresh, found in run_ranks(a_run, 2, tmp_path):
-        assert found.pop("gathered") > 0.9 * whole  # so the meter would see it
-        assert fresh < 0.55 * whole
-        assert {phase: size for phase, size in found.items() if size > whole / 4} == {}
+    for size, fresh, found in run_ranks(a_run, 2, tmp_path):
+        assert found.pop("gathered") > 0.9 * size  # so the meter would see it
+        assert fresh < 0.55 * size
+        assert {phase: held for phase, held in found.items() if held > size / 4} == {}
 
 
 # --- recomputation -------------------------------------------------------------------------------------------------
@@ -243,10 +244,10 @@ def three_steps(cases: list[tuple[str, int]]) -> list[list[Any]]:
             engine.set_lr(1e-2)
             torch.manual_seed(engine.rank)
             count = len(model.layers)
-            programs = [full(count), LayerProgram((0, 1, 2), (2,), False), full(count)]
+            programs = [full(model.parts), some((0, 1, 2), (2,), False), full(model.parts)]
             losses: list[float] = []
             runs = [0] * count
-            for step, program in enumerate(programs if not name.startswith("t5") else [full(count)] * 3):
+            for step, program in enumerate(programs if not name.startswith("t5") else [full(model.parts)] * 3):
                 engine.apply(program)
                 with counted(model, runs) if step == 1 else nullcontext():
                     loss, *_ = engine.forward(batch(name, 2 * step + engine.rank), program)

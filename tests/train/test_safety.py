@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from bert2bert.errors import InvalidConfig, UserError
-from bert2bert.model.program import LayerProgram, full
+from bert2bert.model.program import Step
 from bert2bert.recipe import Phase, Recipe, Safety
 from bert2bert.train import partitions
 from bert2bert.train.safety import Watch
 from tests.distributed import run_ranks
+from tests.steps import some, whole
 from tests.train import runs, tiny
 from tests.train.test_freeze import snapshot
 
 LIMIT = 50.0
-TOP = LayerProgram(run=(0, 1, 2), learn=(2,), embeddings_learn=False)
-GOOD = [(full(tiny.LAYERS), 0), (TOP, 1), (full(tiny.LAYERS), 2)]
+TOP = some((0, 1, 2), (2,), False)
+GOOD = [(whole(tiny.LAYERS), 0), (TOP, 1), (whole(tiny.LAYERS), 2)]
 SPOILT = {
     "nan": lambda loss, rank: loss * math.nan if rank else loss,  # one rank alone
     "infinite": lambda loss, rank: loss + math.inf if rank == 0 else loss,  # with a finite gradient
@@ -29,7 +30,7 @@ SPOILT = {
 }
 
 
-def step(engine: Any, program: LayerProgram, seed: int, spoil: Any = None) -> None:
+def step(engine: Any, program: Step, seed: int, spoil: Any = None) -> None:
     engine.apply(program)
     for micro in range(2):
         loss, *_ = engine.forward(tiny.batch(100 * seed + 10 * micro + engine.rank), program)
@@ -49,7 +50,7 @@ def train(stage: int, precision: str, spoilt: bool) -> tuple[dict[str, torch.Ten
     for program, seed in GOOD:
         for name, spoil in SPOILT.items() if spoilt else ():
             before = snapshot(engine)
-            step(engine, full(tiny.LAYERS), 7, spoil)
+            step(engine, whole(tiny.LAYERS), 7, spoil)
             skipped += 1
             after = snapshot(engine)
             odd += [(seed, name, key) for key, value in after.items() if not torch.equal(value, before[key])]

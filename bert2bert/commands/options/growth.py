@@ -22,7 +22,15 @@ SIZES = {  # option of `config`, as Python has it -> its value and help
 
 def growth(p: ArgumentParser) -> None:
     """What ``plan`` and ``grow`` are asked for; OP is `NAME[:key=value,…]`."""
-    target_config(p)
+    target_config(p, required=False)
+    p.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="take the larger model and the operators from a recipe whose model grows between its phases, in place of "
+        "--config and the operators' options",
+    )
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override its values")
     source_details(p)
     p.add_argument("--width", default="fpi", metavar="OP", help="operator that widens layers (default: fpi)")
     p.add_argument("--depth", default="stack", metavar="OP", help="operator that adds layers (default: stack)")
@@ -64,10 +72,20 @@ def config(p: ArgumentParser) -> None:
 
 def plan(p: ArgumentParser) -> None:
     """Of ``plan``."""
-    source(p)
+    source(p, "; left out with a --recipe that has its model", optional=True)
     growth(p)
     p.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="estimate time and memory for N processes (default: 1)"
+        "--ds_config",
+        type=Path,
+        metavar="FILE",
+        help="with --recipe: DeepSpeed JSON whose ZeRO stage and precision say what a rank holds in memory",
+    )
+    p.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="estimate for N processes (default: 1)",
     )
     p.add_argument(
         "--disk-bandwidth",

@@ -11,9 +11,9 @@ CHECKPOINT = (
 )
 
 
-def source(p: ArgumentParser, other: str = "") -> None:
-    """SOURCE. other: what it may be besides a checkpoint."""
-    p.add_argument("source", type=Path, metavar="SOURCE", help=CHECKPOINT + other)
+def source(p: ArgumentParser, other: str = "", optional: bool = False) -> None:
+    """SOURCE. other: what it may be besides a checkpoint, or when it may be left out."""
+    p.add_argument("source", type=Path, nargs="?" if optional else None, metavar="SOURCE", help=CHECKPOINT + other)
 
 
 def source_details(p: ArgumentParser) -> None:
@@ -22,12 +22,12 @@ def source_details(p: ArgumentParser) -> None:
     p.add_argument("--tag", metavar="TAG", help="the source's tag, its sub-folder (default: the one in `latest`)")
 
 
-def target_config(p: ArgumentParser) -> None:
-    """--config."""
+def target_config(p: ArgumentParser, required: bool = True) -> None:
+    """--config. required: whether nothing else may say what the larger model is."""
     p.add_argument(
         "--config",
         type=Path,
-        required=True,
+        required=required,
         metavar="FILE",
         help="config.json of the larger model (Hugging Face), or the folder that holds it",
     )

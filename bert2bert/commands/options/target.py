@@ -59,6 +59,9 @@ def grow(p: ArgumentParser) -> None:
     """Of ``grow``."""
     source(p)
     growth(p)
+    p.add_argument(
+        "--phase", metavar="NAME", help="with --recipe: the phase before which to grow (default: the only growth)"
+    )
     target(p)
     p.add_argument("--lossy", action="store_true", help="accept a width growth that changes the function")
     p.add_argument(
