@@ -136,20 +136,21 @@ def _operators(args: argparse.Namespace, comm: Comm) -> None:
 
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "source_config": args.source_config,
-        "tag": args.tag,
-        "other": args.other,
-        "alpha": args.alpha,
-        "width": args.width,
-        "depth": args.depth,
-        "seed": args.seed,
-        "vocab": args.vocab,
-        "positions": args.positions,
-        "experts": args.experts,
-        "breaker": args.break_symmetry,
-        "moments": args.moments,
-    }
+    """The keyword arguments of `open_growth`."""
+    same = (
+        "source_config",
+        "tag",
+        "other",
+        "alpha",
+        "width",
+        "depth",
+        "seed",
+        "vocab",
+        "positions",
+        "experts",
+        "moments",
+    )
+    return {**{key: getattr(args, key) for key in same}, "breaker": args.break_symmetry}
 
 
 def _plan(args: argparse.Namespace, comm: Comm) -> None:
