@@ -137,7 +137,7 @@ def _operators(args: argparse.Namespace, comm: Comm) -> None:
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `open_growth`."""
-    same = (
+    same = [
         "source_config",
         "tag",
         "other",
@@ -149,7 +149,7 @@ def _how(args: argparse.Namespace) -> dict[str, Any]:
         "positions",
         "experts",
         "moments",
-    )
+    ]
     return {**{key: getattr(args, key) for key in same}, "breaker": args.break_symmetry}
 
 
