@@ -15,7 +15,8 @@ from bert2bert.errors import InvalidConfig
 if TYPE_CHECKING:
     from bert2bert.recipe import Recipe
 
-_OF_RECIPE = ("config", "width", "depth", "vocab", "positions", "experts", "break_symmetry", "moments", "seed", "alpha")
+OPERATORS = ("width", "depth", "vocab", "positions", "experts", "moments", "seed")
+_OF_RECIPE = ("config", *OPERATORS, "break_symmetry", "alpha")
 """Options of a growth that a recipe has in their place."""
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert2bert.commands.by_recipe import asks_recipe, recipe_of
+from bert2bert.commands.by_recipe import OPERATORS, asks_recipe, recipe_of
 from bert2bert.commands.options.growth import SIZES
 from bert2bert.commands.parser import parser
 from bert2bert.errors import InvalidConfig, UserError
@@ -137,19 +137,7 @@ def _operators(args: argparse.Namespace, comm: Comm) -> None:
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `open_growth`."""
-    same = [
-        "source_config",
-        "tag",
-        "other",
-        "alpha",
-        "width",
-        "depth",
-        "seed",
-        "vocab",
-        "positions",
-        "experts",
-        "moments",
-    ]
+    same = {"source_config", "tag", "other", "alpha", *OPERATORS}
     return {**{key: getattr(args, key) for key in same}, "breaker": args.break_symmetry}
 
 
