@@ -13,7 +13,7 @@ class Safety:
 
     Such a step has a loss or a gradient norm that is not finite, or a norm above ``max_grad_norm`` (before clipping;
     None: no limit). It is never applied: weights, moments and Adam's step counts stay bit for bit as they were.
-    fp16's overflows are no such steps: the loss scale mends them.
+    fp16's overflows are no such steps where the loss scale is dynamic and mends them.
 
     ``on_divergence``: 'stop' ends the run and names its newest checkpoint; 'skip' counts the step in the metrics
     (skipped_steps) and goes on with the next rows, through at most ``max_skipped`` steps in a row.

@@ -248,8 +248,14 @@ class Engine:
 
     @property
     def diverged(self) -> bool:
-        """Whether it was not applied for a reason other than an overflow of fp16, which the loss scale mends."""
-        return self.step_skipped and (self.precision != "fp16" or self._accepted is False)
+        """Whether it was not applied for a reason other than an overflow of fp16 that a dynamic loss scale mends."""
+        mended = self.precision == "fp16" and self._scales_itself and self._accepted is not False
+        return self.step_skipped and not mended
+
+    @property
+    def _scales_itself(self) -> bool:
+        live = self._scaler
+        return bool(getattr(live, "dynamic", False) or getattr(live, "dynamic_loss_scale", False))
 
     @property
     def loss_scale(self) -> float | None:
@@ -274,7 +280,7 @@ class Engine:
     def restore_loss_scale(self, state: Mapping[str, Any]) -> None:
         """Go on with a saved dynamic fp16 loss scale and its counts; a static one stays as the ds_config says."""
         live = self._scaler
-        if getattr(live, "dynamic", False) or getattr(live, "dynamic_loss_scale", False):
+        if self._scales_itself:
             for name, value in state.items():
                 if hasattr(live, name):
                     setattr(live, name, value)

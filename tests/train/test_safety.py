@@ -89,6 +89,27 @@ def test_a_spoilt_step_changes_nothing_and_the_next_goes_on_as_if_it_had_not_bee
     assert run_ranks(compared, 2, precision, timeout=110) == [[], []]
 
 
+def with_a_fixed_scale() -> list[tuple[bool, bool]]:
+    from bert2bert.train import engine as engines
+
+    tiny.allow_fp16()
+    found = []
+    for stage in range(4):
+        config = tiny.ds_config(stage, "fp16", world=1)
+        config["fp16"] = {"enabled": True, "loss_scale": 128}
+        engine = engines.build(tiny.recipe(), config, tiny.model())
+        for spoil in (SPOILT["infinite"], None):
+            step(engine, whole(tiny.LAYERS), 0, spoil)
+            found.append((engine.step_skipped, engine.diverged))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.timeout(60)
+def test_a_fixed_loss_scale_mends_no_overflow() -> None:
+    assert run_ranks(with_a_fixed_scale, 1, timeout=50) == [[(True, True), (False, False)] * 4]
+
+
 def spoilt_runs(bins: Path, root: Path) -> dict[str, Any]:
     """Runs in which the gradient of some steps is a million times too steep, under each policy."""
     from bert2bert.train.engine import Engine
