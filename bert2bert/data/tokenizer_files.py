@@ -197,7 +197,8 @@ def _look(folder: Path, named: Path) -> None:
             f"tokenizer folder {named} holds neither tokenizer.json nor vocab.txt, nor another vocabulary; it holds"
             f" {held}.\n  Give a Hugging Face tokenizer folder, or leave --tokenizer out to train one."
         )
-    for name in (name for name in names if name in _SETTINGS or name in vocabularies):
+    unread = _MODELS if "tokenizer.json" in names else ()  # a clone without git-lfs often has a pointer there
+    for name in (name for name in names if name in (*_SETTINGS, *vocabularies) and not name.endswith(unread)):
         shown = named / name if named.is_dir() else named if name in vocabularies else named.parent / name
         try:
             kind = sniff(folder / name).kind

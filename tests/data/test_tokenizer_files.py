@@ -443,6 +443,17 @@ def test_files_that_are_something_else(tmp_path: Path, name: str, content: bytes
         load_tokenizer(at)
 
 
+@pytest.mark.parametrize("content", [POINTER.encode(), b"", b"<!DOCTYPE html>"])
+def test_a_sentencepiece_model_that_transformers_does_not_read(tmp_path: Path, content: bytes) -> None:
+    """Beside a tokenizer.json it is not looked at: a clone without git-lfs has a pointer in its place."""
+    config = {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "eos_token": "</s>"}
+    vocab = {token: row for row, token in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "▁ab"])}
+    made = transformers.LlamaTokenizer(vocab=vocab, merges=[("▁", "a"), ("▁a", "b")])
+    at = folder(tmp_path / "hub", None, tokenizer=json.loads(made.backend_tokenizer.to_str()), tokenizer_config=config)
+    (at / "tokenizer.model").write_bytes(content)
+    same(at, tmp_path / "kept")
+
+
 def test_bins_and_run_folders_carry_the_tokenizer(tmp_path: Path) -> None:
     """The written files load in transformers beside a BERT config, cased as they are, with added tokens counted."""
     config = {**BERT, "do_lower_case": False, "model_max_length": 512}
