@@ -77,6 +77,8 @@ class TargetSpec:
     buffers: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     """What the model's state dict holds beside parameters and buffers."""
+    unread: tuple[str, ...] = ()
+    """Names in that dict whose values the source does not hold. A strict load at stage 3 looks for the names alone."""
     extra_files: dict[str, bytes] = field(default_factory=dict)
     """Name -> content, put beside the weights, such as a tokenizer."""
     frozen: tuple[str, ...] = ()

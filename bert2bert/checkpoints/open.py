@@ -90,8 +90,9 @@ def locate(path: Path, tag: str | None) -> tuple[Path, str | None]:
     )
 
 
-def _config(folder: Path, parent: bool) -> dict[str, Any] | None:
-    for place in (folder, folder.parent) if parent else (folder,):
+def _config(folder: Path, tag: str | None) -> dict[str, Any] | None:
+    above = len(PurePosixPath(tag).parts) if tag is not None else 0  # a tag can have slashes
+    for place in (folder, *folder.parents[:above]):
         if (place / "config.json").is_file():
             return plain(read_json(place / "config.json"))
     return None
@@ -124,7 +125,7 @@ def open_source(path: str | Path, tag: str | None = None) -> Source:
     source.tag = tag
     _check_names(source)
     model = dict(manifest.model) if manifest and manifest.model else None
-    source.config = model or _config(folder, parent=tag is not None)
+    source.config = model or _config(folder, tag)
     if manifest:
         _check_manifest(source, manifest)
         order = {name: source.tensors[name] for name in manifest.tensors if name in source.tensors}

@@ -82,6 +82,7 @@ def make_spec(source: Source, content: Content, target: Target) -> TargetSpec:
         client_state={key: value for key, value in source.client_state.items() if key not in OWN_STATE},
         buffers=source.buffers,
         extras=source.extras,
+        unread=source.unread,
         extra_files=grown_beside(config, source.folder, source.path) if hub else {},
         tag_name=target.tag or source.tag,
         beside=beside,

@@ -62,7 +62,7 @@ def target_spec(named: Named, target: Target) -> TargetSpec:
         dtypes={name: widest(dtypes) for name, dtypes in made.items() if dtypes},
     )
     carried = buffers.grown(growth, target.format)
-    return replace(make_spec(source, content, target), buffers=carried.buffers, extras=carried.extras)
+    return replace(make_spec(source, content, target), buffers=carried.buffers, extras=carried.extras, unread=())
 
 
 def _as_in(source: Source, names: list[str], format: str) -> list[str]:

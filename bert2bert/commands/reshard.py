@@ -169,7 +169,10 @@ def notes(source: Source, names: Names, spec: TargetSpec, target: Target) -> lis
         found.append("the source holds weights only: moments of zero, step 0, hyper-parameters of a fresh AdamW")
     found += unopened(source, target.format)
     if source.unread:
-        found.append(f"not in the source, so not in the target: {', '.join(source.unread)}")
+        lost = f"not in the source, so not in the target: {', '.join(source.unread)}"
+        if target.format == "zero" and target.stage != 3:  # there a name is enough
+            lost += ". Where DeepSpeed looks for them, load with load_module_strict=False"
+        found.append(lost)
     found += source.notes
     origins = {name: [source.tensors[names.stored[name]].dtype] for name in spec.shapes}
     found += [*rounding(spec, target.format, origins), *_renamed(names)]

@@ -256,8 +256,9 @@ class Pending:
                 fsync_folder(folder)
             for name, content in beside.items():
                 replace(self.target / name, content, self.partial)
+            tag = self.final.relative_to(self.target).as_posix()  # a tag with a slash is a folder in a folder
             for name in pointers:
-                set_latest(self.target, self.final.name, name, scratch=self.partial)
+                set_latest(self.target, tag, name, scratch=self.partial)
             self._clear()
         return self.final
 

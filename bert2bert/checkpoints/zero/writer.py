@@ -183,7 +183,7 @@ class _Zero3:
 
     def _model(self, rank: int, file: Sink) -> int:
         spec = self.spec
-        module = {name: torch.empty(0, dtype=spec.dtype) for name in (*spec.shapes, *spec.aliases)}
+        module = {name: torch.empty(0, dtype=spec.dtype) for name in (*spec.shapes, *spec.aliases, *spec.unread)}
         param_shapes = [sizes(spec, (spec.groups[i].names[p] for p in sub.params)) for i, sub in self.sub_groups]
         frozen = {n: Blank((self._cut(n),), spec.dtype, partial(self._frozen, rank, n)) for n in spec.frozen}
         tree = model_states(spec, module, param_shapes, 3, self.world, shared=rank == 0, fragments=frozen)
