@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bert2bert.checkpoints.groups import Group, refines
 from bert2bert.checkpoints.manifest import GroupEntry, Manifest
 from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import Source
@@ -113,10 +114,9 @@ def check_groups(engine: Engine, source: Source) -> None:
     manifest = source.manifest
     if manifest is None or manifest.group_layout != GROUP_LAYOUT or source.format != "zero":
         return
-    pairs = list(zip_longest((group.names for group in manifest.groups), (group["names"] for group in source.groups)))
-    for i, (ours, theirs) in enumerate(pairs):
-        _check_names(source, i, ours or (), theirs or ())
-    for recorded, file in zip(manifest.groups, source.groups, strict=True):
+    _check_names(source, manifest.groups)
+    of = {name: group for group in manifest.groups for name in group.names}
+    for recorded, file in ((of[group["names"][0]], group) for group in source.groups):
         for key in _HYPER:
             if key in recorded.hyper and _plain(recorded.hyper[key]) != _plain(file.get(key)):
                 raise InvalidCheckpoint(
@@ -142,15 +142,24 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_names(source: Source, group: int, recorded: Sequence[str], file: Sequence[str]) -> None:
-    """The parameters of one group, by the manifest and by the files, are the same and in the same order."""
+def _check_names(source: Source, groups: Sequence[GroupEntry]) -> None:
+    """The files' groups hold the same parameters as the manifest's, in the same order. Where ranks share experts, these
+    were groups of their own: put back, they stand in one of those that their layer has."""
+    ours, found = [list(group.names) for group in groups], [list(group["names"]) for group in source.groups]
     if source.expert_parallel:
-        recorded, file = sorted(recorded), sorted(file)  # such files have experts in another order, and by name
-    if list(recorded) != list(file):
-        odd = next(a or b for a, b in zip_longest(recorded, file) if a != b)
+        whole: dict[tuple[str, bool], tuple[str, ...]] = {}
+        for group in groups:
+            whole[group.part, group.decay] = (*whole.get((group.part, group.decay), ()), *group.names)
+        same, where = refines(found, [Group(*key, names) for key, names in whole.items()]), ""
+    else:
+        none: list[str] = []
+        pairs = zip_longest(ours, found, fillvalue=none)
+        odd = next((a or b for left, right in pairs for a, b in zip_longest(left, right) if a != b), None)
+        same, where = odd is None, f", in the same order; the first difference is at {odd}"
+    if not same:
         raise InvalidCheckpoint(
-            f"{source.folder}: optimizer group {group} does not hold the same parameters in the manifest and in the "
-            f"shard files, in the same order; the first difference is at {odd}. Files of two checkpoints are mixed"
+            f"{source.folder}: the optimizer groups do not hold the same parameters in the manifest and in the shard "
+            f"files{where}. Files of two checkpoints are mixed"
         )
 
 

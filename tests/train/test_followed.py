@@ -4,6 +4,7 @@ are saved, loaded and grown on by name."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tests.distributed import run_ranks
 from tests.laws.harness import reader, realised
 from tests.planning import plan_growth
 from tests.steps import whole
-from tests.train import runs, tiny
+from tests.train import runs, test_hosted, tiny
 
 SMALL = {**tiny.model_config(), "architectures": ["BertForMaskedLM"]}
 LARGE = {**SMALL, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
@@ -258,6 +259,32 @@ def test_checkpoints_go_on_in_other_groups_and_grow(tmp_path: Path, capsys: pyte
     grown = json.loads(next((tmp_path / "grown").glob("*/bert2bert.json")).read_text())
     assert grown["group_layout"] == "layers" and len(grown["groups"]) == counts[0]
     assert {(g["hyper"]["weight_decay"], g["hyper"]["eps"]) for g in grown["groups"]} == recipes
+
+
+def shared_experts(root: Path) -> list[list[float]]:
+    """Losses of a mixture whose ranks share the experts, split by factors, and of one that goes on with it unsplit."""
+    from bert2bert.train import engine as engines
+
+    name, found = "mixtral", []
+    plan = replace(test_hosted.recipe(name), global_batch_size=2)
+    config = tiny.ds_config(2, accumulation=1, rows=2) | {"expert_parallel": {"enabled": True, "autoep_size": 2}}
+    for split in (True, False):
+        model = test_hosted.model(name)
+        engine = engines.build(plan, config, model, halves(model.known) if split else None)
+        if split:
+            test_hosted.steps(engine, name, 0, 2)
+            test_hosted.write(engine, root, name, 2)
+        else:
+            runs.load(engine, root, plan, test_hosted.DATA)
+        found.append(test_hosted.steps(engine, name, 2, 4))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.timeout(60)
+def test_groups_of_shared_experts_are_split_and_go_on_unsplit(tmp_path: Path) -> None:
+    for split, whole_groups in run_ranks(shared_experts, 2, tmp_path, timeout=50):
+        assert whole_groups == pytest.approx(split, rel=1e-6)
 
 
 def test_groups_are_split_by_factors_in_the_models_order() -> None:
