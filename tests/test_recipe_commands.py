@@ -101,3 +101,12 @@ def test_what_does_not_fit_is_refused(
     given = [{"R": str(recipe), "S": str(source), "T": str(source / "t")}.get(word, word) for word in words]
     assert main(given) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_recipe_of_the_page_on_training_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    path = tmp_path / "page.py"
+    path.write_text(text.split("```python\n")[1].split("```")[0])
+    found = plan_recipe(load_recipe(path, ["phases.1.grow.width=fpi"]), None, 1)
+    assert [phase.name for phase in found.phases] == ["small", "sub-models", "full"]
+    assert found.phases[1].grows is not None and found.phases[1].grows["axes"]["layers"] == [6, 12]
