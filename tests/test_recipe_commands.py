@@ -9,6 +9,8 @@ import pytest
 import transformers
 
 from bert2bert.commands.cli import main
+from bert2bert.commands.plan_recipe import plan_recipe
+from bert2bert.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 
