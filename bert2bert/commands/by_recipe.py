@@ -46,5 +46,5 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     if recipe.model is None:
         from bert2bert.train.model_of import model_of  # imports torch and DeepSpeed
 
-        recipe = replace(recipe, model=model_of(args.source))
+        recipe = replace(recipe, model=model_of(args.source, recipe))
     return recipe

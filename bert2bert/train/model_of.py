@@ -6,27 +6,40 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bert2bert.checkpoints.manifest import Manifest, Trained
 from bert2bert.checkpoints.open import open_source
 from bert2bert.errors import InvalidConfig
 from bert2bert.model import registry
-from bert2bert.recipe import model_keys
+from bert2bert.recipe import Recipe, model_keys
+from bert2bert.train.position import same_phases
 from bert2bert.train.save import whole
 
 
-def model_of(resume: Path | None) -> dict[str, Any]:
-    """The config of the checkpoint that a run starts from, as far as it says what the model computes. Raises
-    InvalidConfig where there is none."""
+def model_of(resume: Path | None, recipe: Recipe) -> dict[str, Any]:
+    """The first model of a recipe that has none: the config of the checkpoint which the run starts from, as far as it
+    says what the model computes; the one that the run itself began with, where it goes on. Raises InvalidConfig where
+    there is none."""
     if resume is None:
         raise InvalidConfig(
             "the recipe has no model (model=None takes that of a checkpoint), and there is no checkpoint to take it "
             "from; give one with --resume, or write the model's config into the recipe"
         )
     newest = whole(resume) if resume.is_dir() and not os.path.lexists(resume / "latest") else None
-    config = open_source(newest or resume).config
-    if config is None:
+    source = open_source(newest or resume)
+    before = _run(source.manifest or Manifest())
+    if before is not None and same_phases(before, recipe) and before.recipe.get("model"):
+        return dict(before.recipe["model"])  # it may have grown since
+    if source.config is None:
         raise InvalidConfig(
             f"{resume}: no config says which model this is, and the recipe has none either. Put the model's "
             "config.json into the folder"
         )
-    known = model_keys(registry.typed(config))
-    return {key: value for key, value in config.items() if key in known}
+    known = model_keys(registry.typed(source.config))
+    return {key: value for key, value in source.config.items() if key in known}
+
+
+def _run(manifest: Manifest) -> Trained | None:
+    """Where the run stood that wrote a checkpoint, or the source of a growth."""
+    if manifest.training is not None or manifest.growth is None or manifest.growth.source_training is None:
+        return manifest.training
+    return Trained.from_json(manifest.growth.source_training)

@@ -71,7 +71,7 @@ def train(
     output = Path(output)
     resume = None if resume is None else Path(resume)
     if recipe.model is None:
-        recipe = replace(recipe, model=model_of(resume))
+        recipe = replace(recipe, model=model_of(resume, recipe))
     bins = TokenBins.open(recipe.data.bins)
     check(recipe, bins, resume, until)
     run_folder.check_folder(output)

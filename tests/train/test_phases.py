@@ -178,3 +178,22 @@ def test_a_cycle_mixes_in_what_the_large_model_was(bins: Path, tmp_path: Path) -
     tokens = [r["tokens"] for r in records if r["kind"] == "train"]
     assert tokens[ended[0] - 2] < 400 <= tokens[ended[0] - 1] and ended[1] == ended[0] + 3
     assert {p.name for p in (tmp_path / "run").glob("global_step*")} == {f"global_step{ended[1] + 4}"}
+
+
+def from_folder(bins: Path, folder: Path, output: Path) -> list[str | None]:
+    """Grown by a half from anybody's folder, whose model the recipe takes; stopped behind the growth, and gone on."""
+    grow = Grow({"num_hidden_layers": "1.5x"}, depth="stack")
+    plan = recipe(bins, model=None, phases=(Phase("more", 4, grow=grow), Phase("longer", 2)))
+    found = [growing(plan, 2, output, folder, stop_at=2)["stopped"]]
+    return [*found, growing(plan, 2, output, output)["stopped"]]
+
+
+def test_a_recipe_without_a_model_grows_that_of_a_folder_once(bins: Path, tmp_path: Path) -> None:
+    import transformers
+
+    config = {key: value for key, value in tiny.model_config(num_hidden_layers=2).items() if key != "model_type"}
+    transformers.BertForMaskedLM(transformers.BertConfig(**config)).save_pretrained(tmp_path / "hub")
+    assert run_ranks(from_folder, 2, bins, tmp_path / "hub", tmp_path / "run", timeout=60)[0] == ["SIGTERM", None]
+    manifest = runs.manifest(tmp_path / "run", 6)
+    assert manifest["model"]["num_hidden_layers"] == 3 and manifest["training"]["growths"] == 1
+    assert manifest["training"]["recipe"]["model"]["num_hidden_layers"] == 2
