@@ -105,7 +105,7 @@ RECIPE = (
     ("phases.N", recipe.Phase),
     ("phases.N.schedule", recipe.Schedule),
     *((f"phases.N.program, kind `{_kind(p)}`", p) for p in programs.PROGRAMS), ("phases.N.grow", growing.Grow),
-    *((f"phases.N.until, kind `{_kind(t)}`", t) for t in typing.get_args(triggers.AnyTrigger)),
+    *((f"phases.N.until, kind `{_kind(t)}`", t) for t in triggers.TRIGGERS),
     ("objective, kind `masked`", objective.Masked),
     ("objective, kind `causal`", objective.Causal), ("objective, kind `span-corruption`", objective.SpanCorruption),
 )  # fmt: skip

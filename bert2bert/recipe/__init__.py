@@ -15,7 +15,7 @@ from bert2bert.recipe.recipe import (
 )
 from bert2bert.recipe.safety import Safety
 from bert2bert.recipe.schedules import Schedule
-from bert2bert.recipe.triggers import Agreement, Epochs, Flops, Plateau, RunSteps, Tokens
+from bert2bert.recipe.triggers import Agreement, Epochs, Flops, Plateau, RunSteps, Stretch, Tokens, Trigger
 
 __all__ = [
     "AdamW",
@@ -40,9 +40,11 @@ __all__ = [
     "Shared",
     "SpanCorruption",
     "Step",
+    "Stretch",
     "SubModels",
     "Tokens",
     "Top",
+    "Trigger",
     "VirtualDepth",
     "current",
     "from_dict",

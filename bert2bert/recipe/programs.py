@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Protocol
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.model.program import SHARES, Step, full
+from bert2bert.recipe import foreign
 from bert2bert.recipe.checks import in_range, require
 
 _TRIED = 64  # steps of a program that are looked at before a run
@@ -234,21 +235,7 @@ AnyProgram = Annotated[Full | SubModels | Top | Fresh | Shared | VirtualDepth | 
 
 def admit(program: Any) -> None:
     """Let a phase have a program that a recipe file defines. Raises InvalidConfig for what is none."""
-    cls = type(program)
-    if cls in PROGRAMS:
-        return
-    what = f"phase.program is {program!r}"
-    right = is_dataclass(program) and not isinstance(program, type) and cls.__dataclass_params__.frozen
-    require(right, "phase.program", program, "a program of bert2bert.recipe, or an instance of a frozen dataclass")
-    kinds = [f.default for f in fields(program) if f.name == "kind" and not f.init]
-    require(
-        bool(kinds) and isinstance(kinds[0], str), what, "without a kind", "kind: str = field(default=..., init=False)"
-    )
-    taken = [own.__name__ for own in PROGRAMS for f in fields(own) if f.name == "kind" and f.default == kinds[0]]
-    require(not taken, f"{what}, whose kind", kinds[0], f"another kind than that of {''.join(taken)}")
-    for method in ("check", "step"):
-        require(callable(getattr(program, method, None)), f"{what}, whose {method}", None, "a method")
-    FOREIGN[str(kinds[0])] = cls
+    foreign.admit("phase.program", program, PROGRAMS, FOREIGN, ("check", "step"))
 
 
 def evaluated(program: Program, parts: Sequence[str]) -> Step:

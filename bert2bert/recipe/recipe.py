@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from bert2bert.data.objective import Causal, Masked, Objective, SpanCorruption, default
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth, did_you_mean
 from bert2bert.model import registry
-from bert2bert.recipe import programs
+from bert2bert.recipe import programs, triggers
 from bert2bert.recipe.checks import in_range as _in_range
 from bert2bert.recipe.checks import require as _require
 from bert2bert.recipe.growing import Grow
@@ -46,7 +46,7 @@ class Phase:
     steps: int | None = None
     program: AnyProgram = Full()  # noqa: RUF009 - frozen
     schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
-    until: AnyTrigger | None = None
+    until: AnyTrigger = None
     grow: Grow | None = None
     seq_len: int | None = None
     global_batch_size: int | None = None
@@ -55,6 +55,8 @@ class Phase:
     def __post_init__(self) -> None:
         _require(bool(self.name), "phase.name", self.name, "a name")
         programs.admit(self.program)
+        if self.until is not None:
+            triggers.admit(self.until)
         where = f"phase {self.name!r}: "
         if self.steps is None:
             if self.until is None or not self.until.counted:

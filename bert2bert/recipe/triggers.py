@@ -2,8 +2,8 @@
 
 A trigger is a frozen dataclass with a field `kind` and a method `done`, which says from what the phase has done
 (`Stretch`) which share of it is done. It decides from numbers that every rank has and that a checkpoint records, so a
-resumed run ends its phases where the run that was never stopped does. Refuses (`InvalidConfig`) settings out of range.
-Imports no torch.
+resumed run ends its phases where the run that was never stopped does. A recipe file may define its own
+(docs/how-to/add-a-trigger.md). Refuses (`InvalidConfig`) settings out of range. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 from bert2bert.errors import InvalidConfig
+from bert2bert.recipe import foreign
+from bert2bert.recipe.checks import require
 
 
 class HeldOut(NamedTuple):
@@ -42,14 +44,17 @@ class Stretch:
 
 
 class Trigger(Protocol):
-    """When a phase ends, besides its ``steps``."""
+    """What `Phase.until` takes: an instance of a frozen dataclass with these. It says when a phase ends, besides its
+    ``steps``. kind: a field that no constructor takes (init=False); its default names the class in JSON."""
 
-    kind: str
+    @property
+    def kind(self) -> str: ...
+
     counted: ClassVar[bool]
     """Whether the share that is done grows with every step, so that a schedule can follow it."""
 
     def done(self, phase: Stretch) -> float:
-        """The share of the phase that is done; from 1 on, it ends."""
+        """The share of the phase that is done, asked after every step; from 1 on, the phase ends."""
 
 
 def _positive(what: str, value: float, most: float = math.inf) -> None:
@@ -173,7 +178,24 @@ class Agreement:
         return 1.0 if len(apart) == self.patience and all(apart) else 0.0
 
 
-AnyTrigger = Tokens | Flops | Epochs | RunSteps | Plateau | Agreement
+TRIGGERS = (Tokens, Flops, Epochs, RunSteps, Plateau, Agreement)
+"""Those of this project."""
+
+FOREIGN: dict[str, type] = {}
+"""Those that recipe files define, by kind: known as soon as a phase has one."""
+
+AnyTrigger = Annotated[Tokens | Flops | Epochs | RunSteps | Plateau | Agreement | None, FOREIGN]
+
+
+def admit(trigger: Any) -> None:
+    """Let a phase have a trigger that a recipe file defines. Raises InvalidConfig for what is none."""
+    if foreign.admit("phase.until", trigger, TRIGGERS, FOREIGN, ("done",)):
+        what = f"phase.until is {trigger!r}; its"
+        counted = getattr(trigger, "counted", None)
+        require(isinstance(counted, bool), f"{what} counted", counted, "counted: ClassVar[bool] = True or False")
+        share = trigger.done(Stretch(steps=1, run_steps=1, tokens=1, flops=1.0, epochs=0.0))
+        right = isinstance(share, int | float) and not math.isnan(share)
+        require(right, f"{what} done after one step", share, "the share of the phase that is done, a number")
 
 
 def stretch_of(
