@@ -21,7 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from bert2bert.errors import UserError
+from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.ranks import launcher
 from bert2bert.terminal.arguments import Parser
 
@@ -34,9 +34,9 @@ examples:
   mpirun -n 2 python launch/pretrain.py ...
   srun --ntasks 2 python launch/pretrain.py ...       (see launch/pretrain.sbatch)
 
-continue where a run stopped:       --output runs/small --resume runs/small
-                                    (starts it if there is no checkpoint yet: one command for start and restart)
-start from a grown checkpoint:      --output runs/base --resume runs/grown
+start, or continue where it stopped:   --output runs/small --resume auto
+start from a grown checkpoint:         --output runs/base --resume runs/grown
+both in one command:                   --output runs/base --resume auto --from runs/grown
 """
 
 
@@ -50,7 +50,15 @@ def arguments() -> Parser:
     parser.add_argument("--ds_config", required=True, type=Path, metavar="FILE", help="DeepSpeed JSON: precision, ZeRO")
     parser.add_argument("--recipe", required=True, type=Path, metavar="FILE", help="the experiment, see recipes/")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="run folder: checkpoints and metrics")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="checkpoint or run folder to continue from")
+    parser.add_argument(
+        "--resume",
+        metavar="DIR|auto",
+        help="checkpoint or run folder to continue from; auto: the newest undamaged one in --output, else what "
+        "--from names, else none: one command for start and restart",
+    )
+    parser.add_argument(
+        "--from", dest="start", type=Path, metavar="DIR", help="with --resume auto: what the run starts from at first"
+    )
     parser.add_argument("--bins", metavar="DIR", help="token bins, in place of the recipe's data.bins")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override values of the recipe"
@@ -88,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
         if old and rank == 0:
             print(f"note: {', '.join(old)}: write {', '.join(map(current, old))}", file=sys.stderr, flush=True)
         recipe = load_recipe(options.recipe, [current(text) for text in overrides])
+        resume = options.resume if options.resume in (None, "auto") else Path(options.resume)
+        if options.start is not None and resume != "auto":
+            raise InvalidConfig(f"--from {options.start} belongs to --resume auto; give that, or --resume alone")
         config = ds_config.read(options.ds_config)
         if recipe.model is None:
             ds_config.resolve(config, recipe, found.world)
@@ -101,9 +112,9 @@ def main(argv: list[str] | None = None) -> int:
             phase_growth.check(recipe)
             command = ["launch/pretrain.py", *words]
             result = train(
-                recipe, config, options.output, options.resume, command=command, recipe_file=options.recipe,
+                recipe, config, options.output, resume, command=command, recipe_file=options.recipe,
                 quiet=options.quiet, timeout=timeout, activation_checkpointing=options.activation_checkpointing,
-                until=options.until, grow=partial(phase_growth.grow, quiet=options.quiet),
+                until=options.until, start=options.start, grow=partial(phase_growth.grow, quiet=options.quiet),
             )  # fmt: skip
         if options.json and rank == 0:
             print(json.dumps({k: None if v != v else v for k, v in result.items()}), flush=True)

@@ -40,15 +40,17 @@ from bert2bert.train.metrics import MetricsWriter
 from bert2bert.train.model_of import model_of
 from bert2bert.train.obeying import factors_of, without_factors
 from bert2bert.train.position import NEVER, Position
+from bert2bert.train.restart import AUTO, newest_undamaged
 from bert2bert.train.resume import Found, find, load
 from bert2bert.train.rng import seed_all
+from bert2bert.train.save import whole
 
 
 def train(
     recipe: Recipe,
     ds_config: Mapping[str, Any],
     output: Path,
-    resume: Path | None = None,
+    resume: Path | str | None = None,
     command: Sequence[str] | None = None,
     recipe_file: Path | None = None,
     quiet: bool = False,
@@ -56,11 +58,13 @@ def train(
     activation_checkpointing: bool = False,
     until: str | None = None,
     grow: Grow | None = None,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.ranks.launcher.set_up).
 
     ``resume``: a run folder (``output`` itself: the run goes on, or starts if no checkpoint is there yet), a tag's
-    folder, a grown checkpoint, or a Hugging Face folder. ``command``: what run.json says started it (default sys.argv);
+    folder, a grown checkpoint, or a Hugging Face folder; "auto": the newest undamaged checkpoint in ``output``, else
+    ``start``, if that is given. ``command``: what run.json says started it (default sys.argv);
     ``recipe_file`` is copied into the folder; ``quiet``: print warnings only; ``timeout``: seconds that a rank waits
     for another, at the start and in a collective; ``activation_checkpointing``: learning blocks keep their input alone
     for the backward pass, which computes the rest again; ``until``: the name of the phase after which to pause;
@@ -69,11 +73,13 @@ def train(
     "stopped" (the signal's name or None)}. Raises UserError for every mistake of the user.
     """
     output = Path(output)
-    resume = None if resume is None else Path(resume)
+    auto = resume == AUTO
+    resume = None if resume is None or auto else Path(resume)
+    begins = _begins(output, start) if auto else resume
     if recipe.model is None:
-        recipe = replace(recipe, model=model_of(resume, recipe))
+        recipe = replace(recipe, model=model_of(begins, recipe))
     bins = TokenBins.open(recipe.data.bins)
-    check(recipe, bins, resume, until)
+    check(recipe, bins, begins, until)
     run_folder.check_folder(output)
     begun = "No step was made; run the same command again"
     with stopping.held() as stop, disk_errors(output), explained("before the first step", lambda: begun):
@@ -84,8 +90,9 @@ def train(
         if name := stopping.answer(distributed.total(stopping.asked(stop), device)):
             return _not_begun(name)
         with run_folder.locked(output) as lock:
-            continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, resume))
             job = Job(recipe, bins, output, stop, lock, quiet, until)
+            wanted = (newest_undamaged(job) or start) if auto else resume
+            continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, wanted))
             if resume is not None and source is None:
                 job.say(f"no checkpoint in {output} yet: the run starts")
             found = None if source is None else find(source, recipe, job.data, continued)
@@ -97,6 +104,12 @@ def train(
                 data={**job.data, "heldout_unigram_entropy": bins.meta["splits"]["heldout"].get("unigram_entropy")},
             )  # fmt: skip
             return run.go(describe)
+
+
+def _begins(output: Path, start: Path | None) -> Path | None:
+    """What a run that is started again by itself begins with, as far as a look at its folder tells."""
+    newest = whole(output) if output.is_dir() else None
+    return newest or start
 
 
 def check(recipe: Recipe, bins: TokenBins, resume: Path | None, until: str | None) -> None:
