@@ -3,7 +3,8 @@
 #
 #   BINS=bins/wiki_books launch/chain.sh [options for every sbatch, such as --partition=gpu]
 #
-# Every line below can be run by itself; to run it again after a failure, comment out what is done.
+# Every line below can be run by itself, and all of it again at any time: what is complete is passed over, what is half
+# done goes on. Stopped jobs requeue themselves, and the jobs that wait for them go on waiting.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -25,5 +26,5 @@ grow=$(sbatch --parsable --dependency=afterok:"$small" --kill-on-invalid-dep=yes
     launch/grow.sbatch "$RUNS/small" "$GROWN" --config "$CONFIG" $GROWTH)
 grow=${grow%%;*}
 large=$(sbatch --parsable --dependency=afterok:"$grow" --kill-on-invalid-dep=yes "$@" \
-    launch/pretrain.sbatch "$LARGE" "$DS_CONFIG" "$RUNS/base" --bins "$BINS" --resume "$GROWN")
+    launch/pretrain.sbatch "$LARGE" "$DS_CONFIG" "$RUNS/base" --bins "$BINS" --from "$GROWN")
 echo "small $small -> grow $grow -> large ${large%%;*}"

@@ -304,5 +304,7 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["ok"] is True
     assert cli.main(["verify", str(folder / "bf16"), target, "--source-config", str(folder / "small.json")]) == 1
     assert "FAILED" in capsys.readouterr().out
-    assert cli.main(["grow", source, target, *common]) == 2
+    assert cli.main(["grow", source, target, *common]) == 0  # again: nothing is left to do
+    assert "is this growth already" in capsys.readouterr().out
+    assert cli.main(["grow", source, target, *common, "--seed", "1", "--width", "aki"]) == 2
     assert "already holds a checkpoint" in capsys.readouterr().err

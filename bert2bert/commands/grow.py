@@ -25,6 +25,7 @@ from bert2bert.checkpoints.notes import kept_groups, left, regrouped, rounding, 
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec, widest
 from bert2bert.checkpoints.target import Target
+from bert2bert.commands.done import done
 from bert2bert.commands.plan import describe
 from bert2bert.commands.writing import completed, write
 from bert2bert.errors import UnsupportedGrowth
@@ -123,19 +124,26 @@ def write_growth(
     say: Callable[[str], None] = print,
     bar: bool = True,
 ) -> Path:
-    """`grow`, of a growth that ``opened`` gives on every rank."""
+    """`grow`, of a growth that ``opened`` gives on every rank. A target that already holds it stays as it is."""
     tokens = Tokens(bins)
 
-    def prepare() -> tuple[Named, TargetSpec, Watch]:
+    def prepare() -> tuple[Named, TargetSpec, Watch] | Path:
         growth = opened()
         check(tokens, growth.model.table.axis_sizes(growth.model.config)["vocab"], growth.model)
         watch = Watch(growth.model.source, *([growth.other.source] if growth.other else []))
         growth.accept(lossy)
         named = Named.of(growth, target.format)
-        spec = completed(target_spec(named, target), growth.model.source, target, folder, comm)
-        return named, spec, watch
+        spec = target_spec(named, target)
+        if (place := done(growth, spec, folder, target)) is not None:
+            return place
+        return named, completed(spec, growth.model.source, target, folder, comm), watch
 
-    named, spec, watch = together(comm, prepare)
+    prepared = together(comm, prepare)
+    if isinstance(prepared, Path):
+        if comm.rank == 0:
+            say(f"done     {prepared} is this growth already")
+        return prepared
+    named, spec, watch = prepared
     growth = named.growth
     if comm.rank == 0:
         noted = [f"note     {text}" for text in _notes(named, spec, folder, target)]

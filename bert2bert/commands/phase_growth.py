@@ -13,6 +13,7 @@ from pathlib import Path
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.checkpoints.commit.pending import check_complete
 from bert2bert.checkpoints.target import Target
+from bert2bert.commands.done import same_growth
 from bert2bert.commands.grow import write_growth
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig, UserError, did_you_mean
 from bert2bert.growth.choices import Choices
@@ -141,11 +142,8 @@ def _finished(growth: Growth, folder: Path) -> Path | None:
 
 
 def _is(growth: Growth, place: Path) -> bool:
-    """Whether a folder holds this growth."""
+    """Whether a folder holds this growth, complete, in whatever layout."""
     try:
-        made = check_complete(place).growth
+        return same_growth(growth, check_complete(place))
     except InvalidCheckpoint:
         return False
-    if made is None or made.plan_digest != growth.plan.digest():
-        return False
-    return bool(made.source.get("sha256") == growth.model.source.identity()["sha256"])

@@ -213,13 +213,13 @@ def test_the_chain_submits_three_jobs_that_wait_for_each_other(tmp_path: Path) -
     assert small[small.index("launch/pretrain.sbatch") + 1] == "recipes/bert_small.py"
     source, target = grow[grow.index("launch/grow.sbatch") + 1 :][:2]
     assert source == small[small.index("launch/pretrain.sbatch") + 3] == str(tmp_path / "runs" / "small")
-    assert large[large.index("--resume") + 1] == target
+    assert large[large.index("--from") + 1] == target
     for name in ("launch/pretrain.sbatch", "launch/grow.sbatch", "recipes/bert_small.py", "ds_configs/zero2_bf16.json"):
         assert (ROOT / name).exists()
     assert all((ROOT / word).exists() for word in (*grow, *large) if word.startswith(("recipes/", "ds_configs/")))
 
 
-def batch(tmp_path: Path, output: Path) -> tuple[list[str], dict[str, str]]:
+def batch(tmp_path: Path, output: Path, *start: str) -> tuple[list[str], dict[str, str]]:
     """What pretrain.sbatch starts: (command line of the task, its environment), with Slurm's commands faked."""
     fake(
         tmp_path / "bin",
@@ -229,7 +229,7 @@ def batch(tmp_path: Path, output: Path) -> tuple[list[str], dict[str, str]]:
     fake(tmp_path / "bin", "srun", 'shift; SLURM_PROCID=3 SLURM_LOCALID=1 exec "$@"\n')
     fake(tmp_path / "bin", "python", 'printf "%s\\n" "$@"; echo ENV; env\n')
     done = run(
-        ["bash", "launch/pretrain.sbatch", "R.py", "D.json", output, "--resume", "grown", "--set", "seed=1"],
+        ["bash", "launch/pretrain.sbatch", "R.py", "D.json", output, *start, "--set", "seed=1"],
         PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", PYTHON=str(tmp_path / "bin" / "python"), SLURM_JOB_ID="12",
         SLURM_SUBMIT_DIR=str(ROOT), SLURM_NTASKS="4", SLURM_JOB_NODELIST="n[1-2]",
     )  # fmt: skip
@@ -239,21 +239,18 @@ def batch(tmp_path: Path, output: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def test_the_job_names_every_task_its_rank(tmp_path: Path) -> None:
-    words, environment = batch(tmp_path, tmp_path / "run")
+    words, environment = batch(tmp_path, tmp_path / "run", "--resume", "grown")
     expected = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20012"}
     assert {name: environment[name] for name in expected} == expected
     options = entry("pretrain").arguments().parse_args(words[words.index(PRETRAIN) + 1 :])
     assert (str(options.recipe), str(options.ds_config), options.output) == ("R.py", "D.json", tmp_path / "run")
-    assert (options.resume, options.set) == (Path("grown"), ["seed=1"])
+    assert (options.resume, options.set) == ("grown", ["seed=1"])  # as it was given
 
 
 def test_a_job_submitted_again_goes_on_from_its_own_output(tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    output.mkdir()
-    (output / "latest").write_text("global_step10")
-    words, _ = batch(tmp_path, output)
+    words, _ = batch(tmp_path, tmp_path / "run", "--from", "grown")
     options = entry("pretrain").arguments().parse_args(words[words.index(PRETRAIN) + 1 :])
-    assert options.resume == output
+    assert (options.resume, options.start) == ("auto", Path("grown"))
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "CANCELLED"])
