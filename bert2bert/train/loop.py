@@ -19,12 +19,15 @@ from bert2bert.checkpoints.manifest import Grown
 from bert2bert.data.loader import Loader, eval_batches
 from bert2bert.data.objective import Objective
 from bert2bert.errors import UserError
+from bert2bert.model.program import Step
 from bert2bert.ranks import distributed, stopping
 from bert2bert.recipe import Phase
 from bert2bert.recipe.programs import Draw, evaluated
 from bert2bert.recipe.schedules import lr_at
+from bert2bert.recipe.triggers import Agreement
 from bert2bert.tables.flops import Flops
 from bert2bert.train import engine as engines
+from bert2bert.train.agreement import correlations
 from bert2bert.train.compute import peak_flops, step_flops
 from bert2bert.train.errors import explained
 from bert2bert.train.evaluate import EVALUATION_SEED, evaluate
@@ -149,7 +152,7 @@ class Loop:
         """One optimizer step; its 'train' record without the rates, and the signal that any rank got."""
         recipe, engine, position, job = self.recipe, self.engine, self.position, self.job
         began = time.perf_counter()
-        step = phase.program.step(Draw(position.step, position.phase_step, recipe.seed, engine.model.parts, self.fresh))
+        step = self._drawn(phase)
         lr = lr_at(
             phase.schedule, recipe.optimizer.lr, position.phase_step, self._horizon(phase), position.step, recipe.steps
         )
@@ -188,6 +191,13 @@ class Loop:
         }  # fmt: skip
         return record, stopped
 
+    def _drawn(self, phase: Phase) -> Step:
+        """What the phase's program does in the next step."""
+        position = self.position
+        return phase.program.step(
+            Draw(position.step, position.phase_step, self.recipe.seed, self.engine.model.parts, self.fresh)
+        )
+
     def _horizon(self, phase: Phase) -> int:
         """Steps of the phase, for its schedule: those of the recipe, or what the share that is done makes likely."""
         step = self.position.phase_step
@@ -198,7 +208,16 @@ class Loop:
         return max(min(known), step)
 
     def _look_back(self, phase: Phase) -> dict[str, Any] | None:
-        """Measure what the phase's trigger asks for, and evaluate where that is due: the record."""
+        """Measure what the phase's trigger asks for, on the rows of the next step (FLOPs not counted as spent);
+        and evaluate where that is due: the record."""
+        until, engine = phase.until, self.engine
+        if isinstance(until, Agreement) and self.position.phase_step % until.every == 0:
+            step = self._drawn(phase)
+            engine.apply(step)
+            rows = self._rows()
+            batches = [next(rows) for _ in range(engine.accumulation)]
+            with explained(f"in the comparison of layers after step {self.position.step}", self.job.newest):
+                self.position = self.position.compared(correlations(engine, batches, step))
         return self._held_out(phase) if self.position.step % self.recipe.eval_every == 0 else None
 
     def _leave(self, phase: Phase) -> None:
