@@ -13,13 +13,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import bert2bert
 from bert2bert.checkpoints.hub.beside import TOKENIZER
 from bert2bert.checkpoints.target import file_bytes
 from bert2bert.commands.verify import verify
 from bert2bert.errors import InvalidCheckpoint, InvalidConfig
 from bert2bert.growth.source_model import open_model
 from tests import tiny
-from tests.doors import grow
+from tests.doors import grow, reshard
 from tests.rounding import ROUNDING, SINGLE, allowed, gap
 from tests.test_verify_families import GROWN, save, silent, target
 
@@ -147,6 +148,54 @@ def test_an_untied_t5(tmp_path: Path, words: list[str]) -> None:
     grown = load_file(tmp_path / "big" / "model.safetensors")
     assert torch.equal(model.lm_head.weight, grown["lm_head.weight"])
     assert torch.equal(model.shared.weight, grown["shared.weight"])
+
+
+@pytest.mark.parametrize("stored", ["equal", "none"])
+def test_a_t5_whose_config_says_untied_and_whose_file_does_not(stored: str, tmp_path: Path, words: list[str]) -> None:
+    """transformers ties a T5 until the file has another head, and takes the config's word for how the head reads."""
+    small, run = tmp_path / "small", tmp_path / "run"
+    save(small, "t5-gated")
+    config = json.loads((small / "config.json").read_text())
+    config.pop("scale_decoder_outputs")
+    (small / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    tensors = load_file(small / "model.safetensors")
+    if stored == "equal":  # a copy
+        save_file(tensors | {"lm_head.weight": tensors["shared.weight"].clone()}, small / "model.safetensors")
+    goal = tmp_path / "big.json"
+    goal.write_text(json.dumps({**config, "tie_word_embeddings": False, "d_model": 16, "num_heads": 4, "d_ff": 24}))
+    said: list[str] = []
+    grow(small, tmp_path / "big", goal, format="hub", say=said.append)
+    assert "initialises them randomly" not in "".join(said)
+    report = verify(small, tmp_path / "big")
+    assert report.ok and "of the largest entry" in report.text(), report.text()
+    models = [transformers.T5ForConditionalGeneration.from_pretrained(f).double() for f in (small, tmp_path / "big")]
+    assert all(m.lm_head.weight is m.shared.weight and not m.config.scale_decoder_outputs for m in models)
+    one, other = (logits(m, config) for m in models)
+    assert gap(other, one, SINGLE) <= ROUNDING
+    reshard(small, run, say=silent)
+    assert open_model(run).heads == {"decoder", "lm"} and open_model(run).config["tie_word_embeddings"]
+    grow(run, tmp_path / "grown", goal, format="hub", measure=False, say=silent)
+    big, grown = (load_file(tmp_path / folder / "model.safetensors") for folder in ("big", "grown"))
+    assert grown.keys() == big.keys() and all(torch.equal(grown[name], big[name]) for name in big)
+
+
+def test_an_untied_t5_saved_again_by_transformers(tmp_path: Path, words: list[str]) -> None:
+    """Its config then says tied, and a target's made of that does: the file has the head."""
+    save(tmp_path / "old", "t5-untied")
+    file = tmp_path / "old" / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.randn(29, 8)}, file, {"format": "pt"})
+    transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "small")
+    goal = transformers.T5Config.from_pretrained(tmp_path / "small", d_model=16, num_heads=4, d_ff=24)
+    assert goal.tie_word_embeddings and not goal.scale_decoder_outputs
+    goal.save_pretrained(tmp_path / "goal")
+    grow(tmp_path / "small", tmp_path / "big", tmp_path / "goal", format="hub", say=silent)
+    one, other = (
+        transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / f).double() for f in ("small", "big")
+    )
+    assert other.lm_head.weight is not other.shared.weight
+    assert gap(logits(other, goal.to_dict()), logits(one, goal.to_dict()), SINGLE) <= ROUNDING
+    grown = bert2bert.grow(one, goal)
+    assert grown.lm_head.weight is not grown.shared.weight
 
 
 def test_what_lies_beside_the_weights_is_kept(tmp_path: Path) -> None:

@@ -226,6 +226,29 @@ def test_a_tied_head_of_words_that_cannot_grow_beside_another_is_refused(tmp_pat
         open_model(tmp_path / "modern")
 
 
+@pytest.mark.parametrize(
+    "cls,words",
+    [("BertForSequenceClassification", "BertForMaskedLM"), ("LlamaForSequenceClassification", "LlamaForCausalLM"),
+     ("RobertaForQuestionAnswering", "RobertaForMaskedLM"), ("ModernBertForMultipleChoice", "ModernBertForMaskedLM")],
+)  # fmt: skip
+def test_the_words_that_a_classifier_was_trained_with_are_measured(cls: str, words: str, tmp_path: Path) -> None:
+    """transformers' class leaves the head of words unread; it grows, and drift and verify are its logits'."""
+    config = save(tmp_path / "small", cls)
+    table, file = table_for(config), tmp_path / "small" / "model.safetensors"
+    if words == "LlamaForCausalLM":
+        config["tie_word_embeddings"] = False
+        (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"architectures": [cls]}))
+    stored, known = load_file(file), table.parameters(config, table.names.classes[words])
+    more = {name: torch.randn(p.shape) for name, p in known.items() if name not in stored}
+    save_file({**stored, **more}, file, {"format": "pt"})
+    assert open_model(tmp_path / "small").heads == table.names.classes[cls] | {"lm"}
+    lines: list[str] = []
+    grow(tmp_path / "small", tmp_path / "big", goal(tmp_path / "big.json", config), format="hub", say=lines.append)
+    assert "drift    logits differ by" in "\n".join(lines)
+    report = verify(tmp_path / "small", tmp_path / "big")
+    assert report.ok and "of the largest entry" in report.text(), report.text()
+
+
 def test_the_number_of_labels_that_does_not_fit_is_named(tmp_path: Path) -> None:
     config = tiny.config_of("llama")
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(tmp_path)

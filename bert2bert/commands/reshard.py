@@ -132,7 +132,7 @@ def identity_spec(source: Source, names: Names, target: Target) -> TargetSpec:
     content = Content(
         shapes={name: source.tensors[old].shape for name, old in stored.items()},
         aliases={a: name for a, name in names.aliases.items() if a not in stored and name in stored},
-        config=dict(source.config or {}),
+        config=dict(names.config or source.config or {}),
         members=names.members,
         made_of={name: [old] for name, old in stored.items()},
         known=known,

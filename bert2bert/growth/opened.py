@@ -90,6 +90,7 @@ def planned(
 ) -> Growth:
     """Plan the growth of an open model into that of the config ``target``. other: opens the one to interpolate with,
     which is done last. Raises UnsupportedGrowth, InvalidConfig, and what ``other`` raises."""
+    target = _tied_alike(model, target)
     if model.untied and model.table.tied(target):
         own, kept = model.untied
         raise UnsupportedGrowth(
@@ -108,6 +109,15 @@ def planned(
         raise InvalidConfig("--with needs --alpha, the share of the grown model, from 0 to 1 (0.5 and 0.25 are usual)")
     second = other()
     return Growth(model, between(second, model, plan, alpha, choices.moments), second)
+
+
+def _tied_alike(model: CheckpointModel, target: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The target's config, tied as the source is where transformers has it from the file alone: T5's config says
+    nothing of it. What its key for that does mean must still agree, as in every growth."""
+    table = table_for(target)
+    alike = table.retied(target, model.table.tied(model.config))
+    key = table.names.untie
+    return alike if key and table.settled(alike)[key] == model.table.settled(model.config).get(key) else target
 
 
 def between(

@@ -187,9 +187,11 @@ def match(source: Source, config: Mapping[str, Any], file: Path | None = None) -
 
 def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     check_adapter(source)
-    model = _described(source, config)
-    differing = _differing(model)
-    if differing:
+    tied = table_for(config).retied(config, True) if source.format == "hub" else config  # a run trains what it says
+    model = _described(source, tied)
+    if tied is not config and "lm" not in model.heads:
+        model = _described(source, config)
+    if differing := _differing(model):
         untied = {**config, "tie_word_embeddings": False}
         own, stored = model.table.parameters(untied, model.heads), _tensors(model)
         lacks = [name for name in own if name not in stored]
@@ -198,7 +200,7 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
         if lacks:
             raise half_untied(source, stored, *differing, model.naming, lacks[0], model.aliases())
         names = model.stored(differing[0]), model.stored(differing[1])
-        model = replace(_described(source, untied), untied=names)  # as transformers does, too
+        model = replace(_described(source, untied), untied=names if tied is config else None)  # as transformers does
         if differing := _differing(model):  # a copy that every model of the architecture ties
             raise not_a_copy(source, model.table, _tensors(model), *differing)
     check_words(source, model.table, model.config, _tensors(model), model.heads, named_class(config))
@@ -271,10 +273,11 @@ def _heads(table: Table, config: Mapping[str, Any], stored: Mapping[str, TensorM
     every = frozenset.union(*table.names.classes.values())
     there = own(every)[1] & set(stored)
     names = {heads: own(heads) for heads in {*table.names.classes.values(), none}}
-    wrong = {heads: len(tensors - there) + len(there - all_) for heads, (tensors, all_) in names.items()}
+    lacks = {heads: len(tensors - there) for heads, (tensors, _) in names.items()}
+    wrong = {heads: lacks[heads] + len(there - all_) for heads, (_, all_) in names.items()}
     best = [(name, has) for name, has in {**table.names.classes, "": none}.items() if wrong[has] == min(wrong.values())]
     named = [has for cls in config.get("architectures") or () for name, has in best if name == cls]
-    heads = (named or sorted((has for _, has in best), key=len, reverse=not bare))[0]
+    heads = (named or sorted((h for _, h in best), key=lambda h: (lacks[h], len(h) if bare else -len(h))))[0]
     besides = there - names[heads][1]
     more = {head: own(frozenset({head}))[1] & besides for head in every}
     fits = set()

@@ -26,7 +26,8 @@ class Names:
     """stored: target's name -> source's, in the model's order where that is known; aliases: absent tied name -> kept
     name, target's names; members: target's name -> what decides its optimizer group; left: source's names that the
     target does not get, each of an old buffer; copies: those of tied tensors that it does not get -> what they equal,
-    source's names; notes: what to know of the names, in sentences."""
+    source's names; notes: what to know of the names, in sentences; config: the source's, as its files
+    show it to be."""
 
     stored: dict[str, str]
     aliases: dict[str, str]
@@ -34,6 +35,7 @@ class Names:
     left: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, source: Source, format: str, config: Mapping[str, Any] | None) -> Names:
@@ -72,4 +74,5 @@ class Names:
             model.left,
             model.copies(),
             tuple(short_of_class(*recorded) + (beyond_class(*recorded) if format != "hub" else [])),
+            model.config,
         )

@@ -57,8 +57,10 @@ class Double(TorchFunctionMode):
 
 
 def class_of(table: Table, config: Mapping[str, Any], heads: frozenset[str]) -> str:
-    """The transformers class of a checkpoint with these heads: the config's own, or the one with most of them."""
-    fitting = {name: has for name, has in table.names.classes.items() if has <= heads}
+    """The transformers class of a checkpoint with these heads: the config's own, or the one with most of them; one that
+    predicts words, where the checkpoint does, whatever head it has beside that."""
+    words = heads & {"lm"}
+    fitting = {name: has for name, has in table.names.classes.items() if words <= has <= heads}
     most = max(map(len, fitting.values()), default=0)
     best = [name for name, has in fitting.items() if len(has) == most]
     named = [name for name in config.get("architectures") or () if name in best]

@@ -75,6 +75,8 @@ class Names:
     """Tensors that are others."""
     tie_default: bool = True
     """Transformers' default of tie_word_embeddings."""
+    untie: str = ""
+    """The key that tie_word_embeddings: false stands for in a class that is tied until a file stores another head."""
     ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Transformers class, '' for all -> globs of stored tensors that it does not have and leaves unread."""
 

@@ -3,7 +3,8 @@
 Pre-RMSNorm. The encoder's last norm writes ``normed``, which the keys and values of the cross-attention read too. The
 first block of a stack holds the relative position bias of all its blocks, by head, so heads have one map in all layers.
 Scores are not divided by √head size, so there is no ``tau``. Before a head whose input is divided by √width (the first
-T5's, not 1.1's) the last norm has ``sigma``. transformers ties the head, unless a checkpoint stores another one.
+T5's, not 1.1's) the last norm has ``sigma``. transformers ties the head, unless a checkpoint stores another one:
+``tie_word_embeddings`` tells it only whether that division is made.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _ffn(block: str, needs: str = "") -> tuple[Row, ...]:
 T5 = Table(
     model_type="t5",
     names=Names(
-        prefix="", anchor="shared.weight",
+        prefix="", anchor="shared.weight", untie=_SCALED,
         classes={"T5ForConditionalGeneration": frozenset({"decoder", "lm"}), "T5Model": frozenset({"decoder"}),
                  "T5EncoderModel": frozenset(), "T5ForSequenceClassification": frozenset({"decoder", "sequence"}),
                  "T5ForTokenClassification": frozenset({"labels"}),

@@ -173,6 +173,14 @@ class Table:
         """Whether the decoder is the word embedding."""
         return bool(config.get("tie_word_embeddings", self.names.tie_default))
 
+    def retied(self, config: Mapping[str, Any], tied: bool) -> Mapping[str, Any]:
+        """The config of a model whose files show whether it is tied, where that is not the config's to say; else, and
+        where it says so already, the config itself."""
+        key = self.names.untie
+        if not key or self.tied(config) == tied:
+            return config
+        return {**config, key: config.get(key, self.tied(config)), "tie_word_embeddings": tied}
+
     def std(self, pattern: str, config: Mapping[str, Any]) -> float:
         """The standard deviation with which transformers draws a fresh weight of this row."""
         sizes, base = self.axis_sizes(config), config.get("initializer_range", 0.02)

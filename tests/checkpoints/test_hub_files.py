@@ -270,6 +270,45 @@ def test_a_quantisation_that_is_none(tmp_path: Path) -> None:
     for made in ("g", "r"):
         assert all(torch.equal(value, theirs[name]) for name, value in loaded(tmp_path / made).items())
     assert verify(tmp_path, tmp_path / "g").ok
+    # bitsandbytes with both of its kinds off: transformers goes on without it; 8 bits are told by the tensors
+    off = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False, "llm_int8_threshold": 6.0}
+    (tmp_path / "config.json").write_text(json.dumps(told | {"quantization_config": off}))
+    same_as_transformers(tmp_path)
+    grow(tmp_path, tmp_path / "off", tmp_path, format="hub", measure=False, say=silent)
+    assert "quantization_config" not in json.loads((tmp_path / "off" / "config.json").read_text())
+    on = off | {"load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(told | {"quantization_config": on}))
+    with pytest.raises(InvalidCheckpoint, match="quantised"):
+        open_source(tmp_path)
+
+
+def test_shards_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    save(tmp_path, max_shard_size="3KB")
+    (tmp_path / "weights").mkdir()
+    for shard in sorted(tmp_path.glob("*.safetensors")):
+        shard.rename(tmp_path / "weights" / shard.name)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"] = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    same_as_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["3KB", "1GB"])
+def test_variants_are_not_the_model(shard: str, tmp_path: Path) -> None:
+    model = save(tmp_path / "both")
+    for variant in ("fp16", "bf16"):
+        model.save_pretrained(tmp_path / "both", variant=variant, max_shard_size=shard)
+        model.save_pretrained(tmp_path / "alone", variant=variant, max_shard_size=shard)
+    same_as_transformers(tmp_path / "both")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        loaded(tmp_path / "alone")
+    with pytest.raises(InvalidCheckpoint) as refused:
+        open_source(tmp_path / "alone")
+    if shard == "3KB":
+        assert "a variant alone (model.safetensors.index.bf16.json)" in str(refused.value)
+        assert 'from_pretrained(..., variant="bf16")' in str(refused.value)
+    else:
+        assert "2 safetensors files, none of them model.safetensors (model.bf16.safetensors, " in str(refused.value)
 
 
 @pytest.mark.parametrize("beside", [None, "base", "pickled"])
@@ -304,9 +343,13 @@ def test_tensors_without_elements(tmp_path: Path) -> None:
         ("flax_model.msgpack", b"x", r"of Flax \(flax_model.msgpack\)"),
         ("bert_model.ckpt.index", b"x", None),
         ("pytorch_model-00001-of-00002.bin", b"x", "are pickled"),
+        ("__0_0.distcp", b"x", r"of torch\.distributed \(__0_0\.distcp\), as FSDP saves it"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", b"x", r"of torch\.distributed \(__0_0\.distcp\), as FSDP saves it"),
+        (INDEX, b'{"weight_map": {"x": "model-1.safetensors"}}', "model-1.safetensors: no such file.* Copy all shards"),
     ],
 )
 def test_other_files_in_the_place_of_weights(name: str, content: bytes, message: str | None, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match=message or "no checkpoint there"):
         open_source(tmp_path)

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from bert2bert.errors import InvalidCheckpoint
+from bert2bert.errors import InvalidCheckpoint, some
 from bert2bert.files.disk import inside
 from bert2bert.files.sniff import instead
 from bert2bert.files.texts import read_json
@@ -34,6 +34,12 @@ _OTHERS = {  # files with weights in another format -> what to do with them
     ".save_pretrained(...).",
     "flax_model*.msgpack": "its weights are of Flax ({}), which transformers 4 reads: from_pretrained(..., "
     "from_flax=True).save_pretrained(...).",
+    **dict.fromkeys(
+        ("*.distcp", "*/*.distcp"),
+        "its weights are a checkpoint of torch.distributed ({}), as FSDP saves it. Gather them: accelerate "
+        "merge-weights, or torch.distributed.checkpoint.format_utils.dcp_to_torch_save, load_state_dict and "
+        "save_pretrained(...).",
+    ),
     "model.ckpt*": "its weights are a TensorFlow 1 checkpoint ({}). Use a folder that transformers has saved.",
 }
 _PACKED = re.compile(
@@ -55,7 +61,7 @@ _EIGHT_BITS = re.compile(r"F8_|F6_|F4|I4$|U4$")
 
 def is_hub(folder: Path) -> bool:
     """Whether a folder holds a model of the hub in any form, readable or not."""
-    patterns = ("*.safetensors", *_OTHERS, *_ADAPTER)
+    patterns = ("*.safetensors", INDEX, *_OTHERS, *_ADAPTER)
     return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
@@ -107,7 +113,7 @@ def weight_files(folder: Path, config: Mapping[str, Any] | None) -> tuple[list[s
     if len(found) == 1 and is_there(folder / found[0]):
         return found, {}, []
     if found:
-        raise InvalidCheckpoint(f"{folder}: {len(found)} safetensors files without {INDEX}. Copy it too.")
+        raise InvalidCheckpoint(f"{folder}: {_none_of(folder, found)}")
     for pattern, text in _OTHERS.items():
         if others := sorted(p.name for p in folder.glob(pattern)):
             raise InvalidCheckpoint(f"{folder}: {text.format(others[0])}")
@@ -124,9 +130,29 @@ def is_there(file: Path) -> bool:
     return file.is_file()
 
 
+def _none_of(folder: Path, found: list[str]) -> str:
+    """What to say of several safetensors files of which transformers would load none."""
+    if variants := sorted(p.name for p in folder.glob(INDEX.replace(".json", ".*.json"))):
+        variant = variants[0].split(".")[-2]
+        return (
+            f"its weights are a variant alone ({variants[0]}). Make it the model: from_pretrained(..., "
+            f'variant="{variant}").save_pretrained(...), with the class that fits.'
+        )
+    if any(re.search(r"-\d+-of-\d+\.", name) for name in found):
+        return f"{len(found)} safetensors files without {INDEX}. Copy it too."
+    return f"{len(found)} safetensors files, none of them {_WEIGHTS} ({some(found)}). Give that name to the model's."
+
+
 def plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A config less what says that nothing is quantised (`quantization_config: {}`), which transformers chokes on."""
-    return {key: value for key, value in config.items() if key not in _QUANTISED or value}
+    """A config less what says that nothing is quantised, of which transformers warns, or which it chokes on."""
+    return {key: value for key, value in config.items() if key not in _QUANTISED or _quantises(value)}
+
+
+def _quantises(said: Any) -> bool:
+    """Whether a quantisation config means one: an empty one does not, nor bitsandbytes' with both of its kinds off, as
+    BitsAndBytesConfig() has them."""
+    off = isinstance(said, Mapping) and said.get("quant_method") == "bitsandbytes"
+    return bool(said) and not (off and not (said.get("load_in_4bit") or said.get("load_in_8bit")))
 
 
 def _there(folder: Path, name: str) -> str:
@@ -184,7 +210,7 @@ def refuse_quantised(folder: Path, config: Mapping[str, Any] | None, dtypes: Map
     """Refuse weights that are not plain numbers (InvalidCheckpoint). dtypes: stored name -> safetensors' dtype."""
     signs = []
     for key in _QUANTISED:
-        if isinstance(found := (config or {}).get(key), Mapping) and found:
+        if isinstance(found := (config or {}).get(key), Mapping) and _quantises(found):
             method = found.get("quant_method") or found.get("quant_algo") or found.get("bits") or ", ".join(found)
             signs.append(f"config.json has {key} ({method})")
     packed = [name for name in dtypes if _PACKED.fullmatch(name) and not _plain(name, dtypes)]
