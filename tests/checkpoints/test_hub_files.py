@@ -272,12 +272,12 @@ def test_a_quantisation_that_is_none(tmp_path: Path) -> None:
     assert verify(tmp_path, tmp_path / "g").ok
     # bitsandbytes with both of its kinds off: transformers goes on without it; 8 bits are told by the tensors
     off = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False, "llm_int8_threshold": 6.0}
-    (tmp_path / "config.json").write_text(json.dumps(told | {"quantization_config": off}))
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"quantization_config": off}))
     same_as_transformers(tmp_path)
     grow(tmp_path, tmp_path / "off", tmp_path, format="hub", measure=False, say=silent)
     assert "quantization_config" not in json.loads((tmp_path / "off" / "config.json").read_text())
     on = off | {"load_in_8bit": True}
-    (tmp_path / "config.json").write_text(json.dumps(told | {"quantization_config": on}))
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"quantization_config": on}))
     with pytest.raises(InvalidCheckpoint, match="quantised"):
         open_source(tmp_path)
 

@@ -148,11 +148,11 @@ def plain(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _QUANTISED or _quantises(value)}
 
 
-def _quantises(said: Any) -> bool:
+def _quantises(value: Any) -> bool:
     """Whether a quantisation config means one: an empty one does not, nor bitsandbytes' with both of its kinds off, as
     BitsAndBytesConfig() has them."""
-    off = isinstance(said, Mapping) and said.get("quant_method") == "bitsandbytes"
-    return bool(said) and not (off and not (said.get("load_in_4bit") or said.get("load_in_8bit")))
+    off = isinstance(value, Mapping) and value.get("quant_method") == "bitsandbytes"
+    return bool(value) and not (off and not (value.get("load_in_4bit") or value.get("load_in_8bit")))
 
 
 def _there(folder: Path, name: str) -> str:
