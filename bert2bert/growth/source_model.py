@@ -102,9 +102,7 @@ def beyond_class(table: Table, config: Mapping[str, Any], heads: frozenset[str])
         return []
     own = table.parameters(config, table.names.classes[cls])
     rest = [name for name in table.parameters(config, heads) if name not in own]
-    if not rest:
-        return []
-    return [
+    return rest and [
         f"{cls}, which the config names, lacks {len(rest)} tensors of the source, first {rest[0]}: they are kept, and "
         "a strict load, as DeepSpeed's, needs a model that has them"
     ]
@@ -189,8 +187,7 @@ def _match(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
     check_adapter(source)
     tied = table_for(config).retied(config, True) if source.format == "hub" else config  # a run trains what it says
     model = _described(source, tied)
-    if tied is not config and "lm" not in model.heads:
-        model = _described(source, config)
+    model = model if tied is config or "lm" in model.heads else _described(source, config)
     if differing := _differing(model):
         untied = {**config, "tie_word_embeddings": False}
         own, stored = model.table.parameters(untied, model.heads), _tensors(model)
@@ -237,8 +234,7 @@ def _described(source: Source, config: Mapping[str, Any]) -> CheckpointModel:
 
 def _tensors(model: CheckpointModel) -> dict[str, TensorMeta]:
     """The stored tensors by canonical name, copies among them, without those that are left."""
-    known = model.naming.known.items()
-    return {name: model.source.tensors[stored] for name, stored in known if stored not in model.left}
+    return {n: model.source.tensors[old] for n, old in model.naming.known.items() if old not in model.left}
 
 
 def _differing(model: CheckpointModel) -> tuple[str, str] | None:
