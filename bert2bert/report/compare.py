@@ -2,8 +2,9 @@
 
 The first run is the reference. Its final held-out loss is the mark; every other run is asked where its held-out curve
 first reaches it. ``saving = 1 - spent there / spent by the reference in all``, once for the run alone (as the
-bert2BERT paper counts) and once with what its source model had cost added. For a run that does not reach the mark, the
-gap is given. A run that another was grown from is a source: shown, not compared.
+bert2BERT paper counts) and once with what its source model had cost added. Where a run grew between two of its phases,
+its source is what it was itself before its first growth, and the run alone is what came after. For a run that does not
+reach the mark, the gap is given. A run that another was grown from is a source: shown, not compared.
 
 Refuses runs whose held-out losses are not comparable (other data, tokenizer, sequence length, objective or evaluation
 size), the same run twice, and a reference that diverged. Light: matplotlib is imported only to write the picture.
@@ -24,6 +25,8 @@ from bert2bert.report.markdown import render
 from bert2bert.report.result import CurvePoint, Heldout, Report, RunEntry, Saving, SourceCost
 
 __all__ = ["render", "report"]
+
+_LAYERS, _WIDTH = ("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model")
 
 
 def report(runs: list[Path], output: Path | None = None) -> Report:
@@ -127,7 +130,13 @@ def _roles(runs: list[Run]) -> list[str]:
     """The role of each run (see `RunEntry`)."""
     sources = {id(source) for run in runs if (source := _source_among(run, runs)) is not None}
     return [
-        "reference" if run is runs[0] else "source" if id(run) in sources else "grown" if run.source else "run"
+        "reference"
+        if run is runs[0]
+        else "source"
+        if id(run) in sources
+        else "grown"
+        if run.source or run.before_growth
+        else "run"
         for run in runs
     ]
 
@@ -162,13 +171,17 @@ def _entry(run: Run, role: str, runs: list[Run]) -> RunEntry:
 
 def _model(run: Run) -> str:
     config = run.about.get("model") or {}
-    return f"{config.get('num_hidden_layers', '?')} × {config.get('hidden_size', '?')}"
+    layers, width = (next((config[key] for key in keys if key in config), "?") for keys in (_LAYERS, _WIDTH))
+    return f"{layers} × {width}"
 
 
 def _source_cost(run: Run, runs: list[Run]) -> SourceCost | None:
     """What the run was grown from: its cost, and its held-out loss at the step where it was grown, where known."""
     if run.source is None:
-        return None
+        if (small := run.before_growth) is None:
+            return None
+        grown = next(point.loss for point in run.points if point.growths)
+        return SourceCost(f"its phase {small.phase!r}", small.loss, grown, small.flops, small.seconds, within=True)
     spent = run.source.get("spent") or {}
     source, named = _source_among(run, runs), _source_path(run)
     loss = None
@@ -177,26 +190,30 @@ def _source_cost(run: Run, runs: list[Run]) -> SourceCost | None:
         point = source.at(int(digits)) if digits.isdigit() else source.final
         loss = point.loss if point else None
     name = source.label if source else (os.fspath(named[0]) if named else None)
-    return SourceCost(name, loss, spent.get("flops"), spent.get("seconds"))
+    after = run.initial.loss if run.initial else None
+    return SourceCost(name, loss, after, spent.get("flops"), spent.get("seconds"))
 
 
 def _compared(run: Run, entry: RunEntry, reference: Run) -> RunEntry:
     """The entry with what was saved, or the gap that was left."""
     whole, cost = reference.final, entry.source
-    reached = crossing(run.points, whole.loss)
+    within = cost is not None and cost.within
+    reached = crossing(tuple(p for p in run.points if p.growths or not within), whole.loss)
     if reached is None:
         best = min((p.loss for p in run.points if math.isfinite(p.loss)), default=math.inf)
         return replace(entry, gap=best - whole.loss)
-    saving = Saving(_saved(reached.flops, 0, whole.flops), _saved(reached.seconds, 0, whole.seconds))
-    counted = None
-    if cost is not None:
-        counted = Saving(
-            _saved(reached.flops, cost.flops, whole.flops), _saved(reached.seconds, cost.seconds, whole.seconds)
-        )
-    return replace(entry, reaches=reached, saving=saving, saving_with_source=counted)
+    as_run = Saving(_saved(reached.flops, 0, whole.flops), _saved(reached.seconds, 0, whole.seconds))
+    if cost is None:
+        return replace(entry, reaches=reached, saving=as_run)
+    sign = -1 if within else 1  # what the run itself had spent before it grew is taken off; a source's cost is added
+    flops, seconds = (None if x is None else sign * x for x in (cost.flops, cost.seconds))
+    other = Saving(_saved(reached.flops, flops, whole.flops), _saved(reached.seconds, seconds, whole.seconds))
+    alone, counted = (other, as_run) if within else (as_run, other)
+    return replace(entry, reaches=reached, saving=alone, saving_with_source=counted)
 
 
 def _saved(spent: float, source: float | None, whole: float) -> float | None:
+    """source: what is counted beside `spent`, None where that is not known."""
     return None if source is None or whole <= 0 else 1 - (spent + source) / whole
 
 

@@ -26,6 +26,7 @@ class Point:
     tokens: float
     flops: float
     seconds: float
+    growths: int = 0  # that the model had behind it in this run
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Run:
     about: dict[str, Any]
     """The content of run.json."""
     points: tuple[Point, ...]
-    """Evaluations, ascending by step, one a step."""
+    """Evaluations, ascending by step; two at the step of a growth in the run, before and after it."""
     boundaries: tuple[Boundary, ...]
 
     @property
@@ -77,6 +78,12 @@ class Run:
     def source(self) -> dict[str, Any] | None:
         """What the run was grown from, as run.json has it; None for a run from random weights."""
         return self.about.get("source")
+
+    @property
+    def before_growth(self) -> Point | None:
+        """The last evaluation before the first growth in the run; None for a run that begins with it, or has none."""
+        small = [point for point in self.points if not point.growths]
+        return small[-1] if small and len(small) < len(self.points) else None
 
     def evaluation(self) -> dict[str, Any]:
         """All that two held-out losses must have in common to be comparable."""
@@ -135,13 +142,13 @@ def read_run(path: Path) -> Run:
             "  Expected lines of kind 'eval' in metrics.jsonl: one is written before the first step, one every "
             "eval_every steps and one at the end."
         )
-    ordered = tuple(points[step] for step in sorted(points))
+    ordered = tuple(points[at] for at in sorted(points))
     return Run(path, path.resolve().name, about, ordered, tuple(boundaries))
 
 
-def _read_metrics(file: Path) -> tuple[dict[int, Point], list[Boundary]]:
-    """(step -> evaluation, the boundaries of phases) of metrics.jsonl. Raises InvalidData."""
-    points: dict[int, Point] = {}
+def _read_metrics(file: Path) -> tuple[dict[tuple[int, int], Point], list[Boundary]]:
+    """((step, growths) -> evaluation, the boundaries of phases) of metrics.jsonl. Raises InvalidData."""
+    points: dict[tuple[int, int], Point] = {}
     boundaries: list[Boundary] = []
     last: Boundary | None = None
     for number, entry in _entries(file):
@@ -150,7 +157,8 @@ def _read_metrics(file: Path) -> tuple[dict[int, Point], list[Boundary]]:
             flops, seconds = float(entry["flops"]), float(entry["seconds"])
             if entry["kind"] == "eval":
                 loss, accuracy, tokens = _real(entry["loss"]), _real(entry["accuracy"]), float(entry["tokens"])
-                points[step] = Point(step, phase, loss, accuracy, tokens, flops, seconds)
+                growths = int(entry.get("growths", 0))
+                points[step, growths] = Point(step, phase, loss, accuracy, tokens, flops, seconds, growths)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidData(
                 f"{file}, line {number}: {type(error).__name__} {error}.\n"

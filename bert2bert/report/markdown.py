@@ -22,12 +22,13 @@ def render(result: Report) -> str:
     lines += _table(_RUNS, [_run_row(run) for run in result.runs])
     for run in result.runs:
         source = run.source
-        if run.role != "source" and source and source.loss is not None and run.initial_loss is not None:
-            lines += [
-                "",
-                f"{run.name} starts at {run.initial_loss:.3f}; "
-                f"its source {source.name} was at {source.loss:.3f} when it was grown.",
-            ]
+        if run.role == "source" or source is None or None in (source.loss, source.loss_after):
+            continue
+        name = source.name if source.within else f"its source {source.name}"
+        lines += [
+            "",
+            f"{run.name} starts at {source.loss_after:.3f}; {name} was at {source.loss:.3f} when it was grown.",
+        ]
     if compared := [run for run in result.runs if run.role in ("grown", "run")]:
         lines += ["", f"Final held-out loss of the reference {result.reference}: {result.mark:.3f}.", ""]
         lines += _table(_SAVINGS, [_savings_row(run) for run in compared])

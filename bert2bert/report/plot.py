@@ -87,7 +87,7 @@ def _curve(axes: Axes, run: RunEntry, i: int, axis: str, scale: float) -> Line2D
 
 def _counted(axes: Axes, run: RunEntry, i: int, axis: str, scale: float) -> list[Line2D]:
     """The same curve moved right by what the source had cost."""
-    cost = getattr(run.source, axis) if run.source else None
+    cost = getattr(run.source, axis) if run.source and not run.source.within else None
     if cost is None:
         return []
     x, y = [(getattr(point, axis) + cost) / scale for point in run.curve], [point.loss for point in run.curve]

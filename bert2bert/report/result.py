@@ -38,8 +38,12 @@ class SourceCost:
     name: str | None
     loss: float | None
     """The source's held-out loss at the step where it was grown."""
+    loss_after: float | None
+    """The grown model's, before it was trained on."""
     flops: float | None
     seconds: float | None
+    within: bool = False
+    """Whether the run's own numbers hold it: the run grew between two of its phases, and this is what came before."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,9 @@ class RunEntry:
     name: str
     path: str
     role: str
-    """'reference', 'grown', 'run', or 'source' of a grown run: shown, not compared."""
+    """'reference', 'grown' (before the run or in it), 'run', or 'source' of a grown run: shown, not compared."""
     model: str
-    """Layers × width."""
+    """Layers × width, at its end."""
     finished: bool
     world_size: int | None
     initial_loss: float | None
@@ -77,7 +81,7 @@ class RunEntry:
     gap: float | None
     """Its best loss less the mark, where it does not reach it."""
     saving: Saving | None
-    """Of the run alone."""
+    """Of the run alone, from its first growth on."""
     saving_with_source: Saving | None
     """With the source's cost added to the run's; None for a run that was not grown."""
     curve: tuple[CurvePoint, ...]

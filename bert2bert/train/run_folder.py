@@ -180,12 +180,13 @@ def describe(
 
 
 def grew(output: Path, model: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
-    """Note a growth in run.json, once (``entry``: "phase", "step", "seconds"), and the config of the grown model."""
+    """Note a growth in run.json, once (``entry``: "phase", "step", "seconds"), and the grown model, whose config.json
+    it writes."""
     if not (output / RUN).is_file():
         return  # the run begins with it
     about = _read(output)
     growths = [one for one in about.get("growths", []) if one.get("phase") != entry["phase"]]
-    write_json(output / RUN, about | {"growths": [*growths, dict(entry)]})
+    write_json(output / RUN, about | {"model": dict(model), "growths": [*growths, dict(entry)]})
     write_json(output / "config.json", dict(model))
 
 

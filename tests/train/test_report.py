@@ -29,6 +29,7 @@ def write_run(
     width: int = 64,
     finished: bool = True,
     world_size: int = 2,
+    growths: list[int] | None = None,
 ) -> Path:
     """A run folder with one evaluation per (step, flops, seconds, loss) and a train line before each but the first."""
     folder.mkdir(parents=True)
@@ -45,6 +46,8 @@ def write_run(
     lines = []
     for i, (step, flops, seconds, loss) in enumerate(evals):
         common = {"step": step, "phase": phases[i] if phases else "full", "flops": flops, "seconds": seconds}
+        if growths:
+            common["growths"] = growths[i]
         if i:
             lines.append({"kind": "train", "loss": loss + 0.1, "lr": 1e-3, "tokens": step * 100, **common})
         finite = loss if math.isfinite(loss) else None  # as train/metrics.py writes it
@@ -104,6 +107,28 @@ def test_rendered_table(three: tuple[Path, Path, Path]) -> None:
     assert "base starts at 5.400; its source small was at 5.300 when it was grown." in text
     assert "Unigram entropy of the held-out text: 6.000 nats" in text
     assert "4 × 128 |" in text
+
+
+def test_a_run_that_grew_between_two_phases_is_its_own_source(tmp_path: Path) -> None:
+    """The phase "small" cost 100 FLOPs and 30 s, and the mark lies half-way between the last two evaluations; that it
+    was passed before the growth already, and what the loss was on both of its sides, is seen too."""
+    scratch = write_run(tmp_path / "scratch", [(0, 0, 0, 7), (200, 1000, 100, 5.0)], width=128)
+    evals = [(0, 0, 0, 7), (80, 80, 20, 4.9), (100, 100, 30, 5.3), (100, 100, 30, 5.6), (150, 300, 50, 5.2)]
+    run = write_run(
+        tmp_path / "run",
+        [*evals, (200, 500, 70, 4.8)],
+        phases=["small"] * 3 + ["grown"] * 3,
+        growths=[0, 0, 0, 1, 1, 1],
+    )
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"model": {"n_layer": 4, "n_embd": 128}}))
+    result = report([scratch, run], tmp_path / "report")
+    grown = entry(result, "run")
+    assert (grown.role, grown.model) == ("grown", "4 × 128")
+    assert astuple(grown.reaches) == pytest.approx((175, 400, 60))
+    assert astuple(grown.saving) == pytest.approx((0.7, 0.7))
+    assert astuple(grown.saving_with_source) == pytest.approx((0.6, 0.4))
+    assert "run starts at 5.600; its phase 'small' was at 5.300 when it was grown." in render(result)
 
 
 def test_source_is_found_through_the_manifest(three: tuple[Path, Path, Path]) -> None:
