@@ -40,6 +40,7 @@ def banner(job: Job, loop: Loop) -> str:
         "ranks": f"{ranks} on {device}, {engine.precision}, ZeRO stage {engine.stage}",
         "batch": f"{engine.micro_rows} rows a micro-batch x {engine.accumulation} accumulated x {ranks} = {rows} rows "
         f"({rows * length:,} token slots) a step",
+        **job.nodes,
         "folder": f"{job.output}; watch it with: tensorboard --logdir {job.output / 'tensorboard'}",
     }
     return "\n".join(f"{key:8} {text}" for key, text in lines.items())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ class Job:
     quiet: bool
     until: str | None
     """The phase after which the run pauses."""
+    nodes: Mapping[str, str] = field(default_factory=dict)
+    """Lines about the machines, for the head of the log."""
     metrics: MetricsWriter | None = None
     saved: int = -1
     """The step of the newest checkpoint."""

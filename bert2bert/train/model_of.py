@@ -11,7 +11,7 @@ from bert2bert.checkpoints.open import open_source
 from bert2bert.errors import InvalidConfig
 from bert2bert.model import registry
 from bert2bert.recipe import Recipe, model_keys
-from bert2bert.train.position import same_phases
+from bert2bert.train.position import grows_next, same_phases
 from bert2bert.train.save import whole
 
 
@@ -26,8 +26,8 @@ def model_of(resume: Path | None, recipe: Recipe) -> dict[str, Any]:
         )
     newest = whole(resume) if resume.is_dir() and not os.path.lexists(resume / "latest") else None
     source = open_source(newest or resume)
-    before = _run(source.manifest or Manifest())
-    if before is not None and same_phases(before, recipe) and before.recipe.get("model"):
+    before = _run(source.manifest or Manifest(), recipe)
+    if before is not None and before.recipe.get("model"):
         return dict(before.recipe["model"])  # it may have grown since
     if source.config is None:
         raise InvalidConfig(
@@ -38,8 +38,11 @@ def model_of(resume: Path | None, recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in source.config.items() if key in known}
 
 
-def _run(manifest: Manifest) -> Trained | None:
-    """Where the run stood that wrote a checkpoint, or the source of a growth."""
-    if manifest.training is not None or manifest.growth is None or manifest.growth.source_training is None:
-        return manifest.training
-    return Trained.from_json(manifest.growth.source_training)
+def _run(manifest: Manifest, recipe: Recipe) -> Trained | None:
+    """Where the run stood that goes on with a checkpoint, if one of this recipe does."""
+    if manifest.training is not None:
+        return manifest.training if same_phases(manifest.training, recipe) else None
+    if manifest.growth is None or manifest.growth.source_training is None:
+        return None
+    before = Trained.from_json(manifest.growth.source_training)
+    return before if grows_next(before, recipe) else None

@@ -185,6 +185,11 @@ def same_phases(training: Trained, recipe: Recipe) -> bool:
     return recorded.get("name") == recipe.name and names == [phase.name for phase in recipe.phases]
 
 
+def grows_next(training: Trained, recipe: Recipe) -> bool:
+    """Whether the run of a grown checkpoint's source is one of this recipe, which goes on behind a growth there."""
+    return same_phases(training, recipe) and Position.of(training).settled(recipe, NEVER).pending(recipe)
+
+
 def _decided(phase: Mapping[str, Any]) -> tuple[Any, ...]:
     """What must stay of a phase that was run."""
     return phase["name"], phase.get("steps"), phase.get("until"), phase.get("grow"), phase.get("seq_len")

@@ -34,7 +34,7 @@ from bert2bert.ranks.distributed import RANKS
 from bert2bert.recipe import Recipe
 from bert2bert.train import partitions
 from bert2bert.train.engine import Engine
-from bert2bert.train.position import NEVER, Position, continued, same_phases
+from bert2bert.train.position import NEVER, Position, continued, grows_next, same_phases
 from bert2bert.train.resume_checks import (
     check_groups,
     check_model,
@@ -117,7 +117,7 @@ def _find(path: Path, recipe: Recipe, data: Mapping[str, Any], own: bool) -> Fou
     growth = manifest.growth
     if growth is not None and growth.source_training is not None:
         training = Trained.from_json(growth.source_training)
-        if same_phases(training, recipe) and Position.of(training).settled(recipe, NEVER).pending(recipe):
+        if grows_next(training, recipe):
             position = continued(training, source.folder, recipe, data, notes).settled(recipe, NEVER)
             return Found(source, kind, replace(position, growths=position.growths + 1), growth, notes, carried=True)
     if tokenizer_of(manifest) is None:

@@ -30,7 +30,7 @@ from bert2bert.recipe import Recipe
 from bert2bert.tables import table_for
 from bert2bert.train import ds_config as configs
 from bert2bert.train import engine as engines
-from bert2bert.train import run_folder, sharded
+from bert2bert.train import nodes, run_folder, sharded
 from bert2bert.train.banner import banner, ending, result
 from bert2bert.train.errors import explained
 from bert2bert.train.growing import Grow, grown, layout
@@ -90,7 +90,10 @@ def train(
         if name := stopping.answer(distributed.total(stopping.asked(stop), device)):
             return _not_begun(name)
         with run_folder.locked(output) as lock:
+            nodes.check_shared(output)
             job = Job(recipe, bins, output, stop, lock, quiet, until)
+            hosts = nodes.check(nodes.facts(recipe, ds_config, job.data, begins))
+            job.nodes = nodes.table(hosts, device)
             wanted = (newest_undamaged(job) or start) if auto else resume
             continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, wanted))
             if resume is not None and source is None:
