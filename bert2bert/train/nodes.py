@@ -50,20 +50,34 @@ def facts(recipe: Recipe, ds_config: Mapping[str, Any], data: Mapping[str, Any],
     }
 
 
-def check(own: Mapping[str, str]) -> list[str]:
+def check(
+    recipe: Recipe,
+    ds_config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    source: Path | None,
+    output: Path,
+    device: torch.device,
+) -> dict[str, str]:
+    """Lines for the head of a job's log, once all ranks were found to be of one mind. Collective; rank 0 has made
+    ``output``. ``data``: digests of the bins; ``source``: what the run begins with. Raises InvalidConfig."""
+    check_shared(output)
+    return table(hosts(facts(recipe, ds_config, data, source)), device)
+
+
+def hosts(own: Mapping[str, str]) -> list[str]:
     """The host of every rank, once all were found to have the same facts. Collective. Raises InvalidConfig."""
     found = RANKS.allgather((socket.gethostname(), dict(own)))
-    hosts = [host for host, _ in found]
+    names = [host for host, _ in found]
     for key, first in found[0][1].items():
         odd = {host: theirs[key] for host, theirs in found if theirs[key] != first}
         if odd:
             named = "; ".join(f"{host} has {value}" for host, value in list(odd.items())[:4])
             raise InvalidConfig(
-                f"the ranks do not have the same {key}: {hosts[0]} (rank 0) has {first}; {named}"
+                f"the ranks do not have the same {key}: {names[0]} (rank 0) has {first}; {named}"
                 + (f"; and {len(odd) - 4} hosts more" if len(odd) > 4 else "")
                 + f". {_REMEDIES[key]}"
             )
-    return hosts
+    return names
 
 
 def check_shared(output: Path) -> None:
@@ -82,11 +96,11 @@ def check_shared(output: Path) -> None:
         )
 
 
-def table(hosts: list[str], device: torch.device) -> dict[str, str]:
-    """Lines for the head of a job's log: which nodes, how they talk, which versions. Collective."""
+def table(names: list[str], device: torch.device) -> dict[str, str]:
+    """Which nodes, how they talk, which versions. names: the host of every rank. Collective."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     devices = RANKS.allgather(name)
-    counts = Counter(zip(hosts, devices, strict=True))
+    counts = Counter(zip(names, devices, strict=True))
     nodes = [f"{host}: {count} x {device}" for (host, device), count in counts.items()]
     backend = torch.distributed.get_backend()
     wanted = os.environ.get(f"{'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME")

@@ -90,10 +90,8 @@ def train(
         if name := stopping.answer(distributed.total(stopping.asked(stop), device)):
             return _not_begun(name)
         with run_folder.locked(output) as lock:
-            nodes.check_shared(output)
             job = Job(recipe, bins, output, stop, lock, quiet, until)
-            hosts = nodes.check(nodes.facts(recipe, ds_config, job.data, begins))
-            job.nodes = nodes.table(hosts, device)
+            job.nodes = nodes.check(recipe, ds_config, job.data, begins, output, device)
             wanted = (newest_undamaged(job) or start) if auto else resume
             continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, wanted))
             if resume is not None and source is None:
