@@ -359,12 +359,7 @@ def build(
     parameters = dict(model.named_parameters())
     groups = param_groups({name: model.known[name] for name in parameters}, GROUP_LAYOUT, factors)
     experts = expert_ranks(settings)
-    if experts is not None:
-        settings["expert_parallel"].setdefault("use_grouped_mm", device.type != "cpu")
-    settings |= {
-        "steps_per_print": None,
-        "zero_force_ds_cpu_optimizer": False,  # offloaded partitions, too, are stepped by the optimizer that can rest
-    }
+    _adjust(settings, experts, device)
     level = deepspeed.utils.logger.level
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it would warn that a subclass of AdamW is untested
     try:
@@ -387,6 +382,20 @@ def build(
     engine.optimizer.state.clear()  # 16-bit stage 0: the count of that step at start
     engine.max_grad_norm = recipe.safety.max_grad_norm or math.inf
     return engine
+
+
+def _adjust(settings: dict[str, Any], experts: int | None, device: torch.device) -> None:
+    """Set what the engine needs otherwise than DeepSpeed's defaults have it. experts: see `Engine`."""
+    if experts is not None:
+        settings["expert_parallel"].setdefault("use_grouped_mm", device.type != "cpu")
+    if (settings.get("zero_optimization") or {}).get("stage") == 3:
+        # To DeepSpeed a mixture's block is a leaf, because of experts that get no token. Those here are one parameter
+        # together; and a leaf's gradients are reduced as often as it runs, the first time before they are complete.
+        settings["zero_optimization"].setdefault("leaf_module", {"classes": []})
+    settings |= {
+        "steps_per_print": None,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded partitions, too, are stepped by the optimizer that can rest
+    }
 
 
 def _live(recipe: Recipe, groups: Sequence[Group], parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
