@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from bert2bert.errors import InvalidConfig, UserError
-from bert2bert.ranks import launcher
+from bert2bert.ranks import launcher, orphans
 from bert2bert.terminal.arguments import Parser
 
 EXAMPLE = """\
@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     with launcher.first_speaks():
         options = arguments().parse_args(words)
     rank = launcher.started_as()
+    if options.local_rank is not None:  # deepspeed's launcher, whose end nobody else would tell its ranks of
+        orphans.watch()
     try:
         from bert2bert.recipe import current, load_recipe
         from bert2bert.train import ds_config

@@ -83,7 +83,7 @@ class Recipe:
     ranks. ``objective``: what is predicted; None takes the architecture's: Masked(), Causal() or SpanCorruption().
     ``gradient_clipping``: the gradient norm's limit, 0 for none. ``*_every``: in optimizer steps; the last step is
     always evaluated and saved, and so is the step before a growth. ``keep_checkpoints``: how many of the latest stay on
-    disk.
+    disk; ``keep_every``: those at multiples of so many steps stay, too (0: none).
     """
 
     name: str
@@ -99,12 +99,18 @@ class Recipe:
     eval_every: int = 1000
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    keep_every: int = 0
     log_every: int = 10
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", self.name, "a name")
         for key in ("global_batch_size", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"):
             _in_range(key, getattr(self, key), 1)
+        _in_range("keep_every", self.keep_every, 0)
+        _require(
+            self.keep_every % self.checkpoint_every == 0, "keep_every", self.keep_every,
+            f"a multiple of checkpoint_every, {self.checkpoint_every}, or checkpoints at these steps are not written",
+        )  # fmt: skip
         _in_range("gradient_clipping", self.gradient_clipping, 0)
         _in_range("seed", self.seed, 0)
         _require(self.steps != 0, "the number of steps of all phases", self.steps, "at least one")

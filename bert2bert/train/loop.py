@@ -267,6 +267,11 @@ class Loop:
         spent = {key: self.position.spent[key] for key in ("tokens", "flops", "seconds")}
         return {"kind": "eval", "step": self.position.step, "phase": phase.name, **found, **spent}
 
+    def _kept(self) -> set[int]:
+        """Steps whose checkpoints stay on disk besides the latest."""
+        every, step = self.recipe.keep_every, self.position.step
+        return self.position.needed(self.recipe) | set(range(0, step + 1, every) if every else ())
+
     def _save(self) -> None:
         job, position = self.job, self.position
         if job.saved == position.step:
@@ -274,7 +279,7 @@ class Loop:
         save(
             self.engine, job.output, position, model=self.engine.model.hf_config, aliases=self.engine.model.aliases,
             recipe=self.recipe.to_dict(), data=job.data, growth=self.growth, keep=self.recipe.keep_checkpoints,
-            needed=position.needed(self.recipe), check=job.lock.check,
+            needed=self._kept(), check=job.lock.check,
         )  # fmt: skip
         job.saved, job.at = position.step, job.output / tag_of(position.step)
         if position.growths:

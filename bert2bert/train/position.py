@@ -26,7 +26,16 @@ NEVER = 2**62
 _REMEMBERED = 100  # evaluations and checks of a phase that its trigger can look back on
 
 # Changing these says nothing about what is learned.
-_FREE = ("name", "data.bins", "data.eval_rows", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+_FREE = (
+    "name",
+    "data.bins",
+    "data.eval_rows",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "log_every",
+)
 
 
 @dataclass(frozen=True)

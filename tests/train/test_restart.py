@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def story(bins: Path, root: Path) -> dict[str, Any]:
     dist.barrier()
     found["stopped"].append(again(bins, root / "run")["stopped"])
     found["whole"] = runs.run(plan_for(bins), tiny.ds_config(2), root / "whole")["stopped"]
+    plan = plan_for(bins, keep_every=4)
+    runs.run(replace(plan, keep_checkpoints=1), tiny.ds_config(2), root / "kept")
     found["done"] = again(bins, root / "run")["step"]
     found["from"] = again(bins, root / "later", 4, root / "whole" / "global_step4")["step"]
     found["from again"] = again(bins, root / "later", None, root / "whole" / "global_step4")["step"]
@@ -62,4 +65,5 @@ def test_the_same_command_starts_goes_on_and_passes_damaged_checkpoints(bins: Pa
     aside = {path.name for path in (tmp_path / "run").glob("*.damaged")}
     assert aside == {"global_step4.damaged", "global_step5.damaged"}
     assert (tmp_path / "run" / "latest").read_text() == "global_step8"
+    assert {p.name for p in (tmp_path / "kept").glob("global_step*")} == {"global_step4", "global_step8"}
     assert found["from"] == 5 and found["from again"] == 8  # --from only where the folder has none of its own
