@@ -136,6 +136,10 @@ class Hosted(LanguageModel):
         for module in model.modules():  # router logits are recorded here; DeepSpeed's AutoEP would stop at these
             if isinstance(outputs := getattr(module, "_can_record_outputs", None), dict) and "router_logits" in outputs:
                 module._can_record_outputs = {}
+            if "act_fn" in module._modules and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+                # Called once for each expert that gets tokens, as a plain function: under ZeRO-3 every rank has to run
+                # the same modules
+                module.act_fn = module._modules.pop("act_fn").forward
         self._hosted, self._path = [model], path  # in a list: not a part of this model, whose parts are its parts
         for name, part in model.named_children():
             self.add_module(name, part)
