@@ -132,6 +132,16 @@ def check_not_random(chosen: Chosen, width: Chosen) -> None:
         )
 
 
+def check_layers(pair: Pair, depth: Chosen, axis: str) -> None:
+    """Refuse (UnsupportedGrowth) to copy layers of a stack that has none."""
+    if pair.large[axis] and not pair.small[axis] and depth.operator.name != "random":
+        raise UnsupportedGrowth(
+            f"{depth.flag}: the source has {pair.table.key(axis)}=0, so there is no layer to copy; use --depth random, "
+            f"whose layers are drawn as for training from scratch, or --depth random:residual=zero, which keeps the "
+            f"function of a pre-norm model"
+        )
+
+
 def check_alone(width: Chosen, depth: Chosen, moments: str | None) -> None:
     """Refuse (UnsupportedGrowth) what cannot go with an operator that mixes features and layers."""
     if depth.text != "stack":

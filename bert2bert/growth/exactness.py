@@ -82,7 +82,7 @@ def _depth(pair: Pair, axis: str, rows: Sequence[Layer], build: Builder) -> list
     small, large, table = pair.small[axis], pair.large[axis], pair.table
     change = f"{'depth' if axis == 'layers' else axis} {small} -> {large}"
     found = []
-    drawn = sum(row.source is None for row in rows)
+    drawn = sum(row.source is None and not row.identity for row in rows)
     if drawn:
         found.append(f"{change}: {drawn} layers are drawn at random")
     elif any(row.runs > 1 for row in rows):

@@ -174,12 +174,18 @@ class _Sizer:
         """The layers of every stack, the first having so many."""
         stacks = self.table.sizes.depth
         first = self.old[stacks[0]]
+        if not first:
+            return dict.fromkeys((axis for axis in stacks if axis in self.old), max(1, round(layers)))
         return {axis: max(1, round(self.old[axis] * layers / first)) for axis in stacks if axis in self.old}
 
     def depth(self) -> dict[str, int]:
         """The layers that are asked for, or the nearest whole number of them."""
-        old = self.old[self.table.sizes.depth[0]]
-        return self.depths(old if self.request.depth is None else self.request.depth.of(old))
+        old, asked = self.old[self.table.sizes.depth[0]], self.request.depth
+        if asked is None:
+            return {axis: self.old[axis] for axis in self.table.sizes.depth if axis in self.old}
+        if not old and asked.times:
+            raise InvalidConfig(f"--depth {asked.text} of a model without layers; give the number of layers")
+        return self.depths(asked.of(old))
 
     # ------------------------------------------------------------------------------------------ parameters
 
@@ -193,6 +199,10 @@ class _Sizer:
         if wanted > _MOST_PARAMETERS:
             raise InvalidConfig(f"--params {wanted:,.0f}; expected at most {_MOST_PARAMETERS:,.0f}")
         old, first = self.old["embed"], self.table.sizes.depth[0]
+        if not self.old[first]:
+            raise InvalidConfig(
+                "--params of a model without layers, which has no aspect to keep; give --width and --depth"
+            )
         fixed = self.request.width is not None or self.given_width is not None
         best: tuple[tuple[float, ...], int, dict[str, int]] | None = None
         for width in [self.width()] if fixed else self._widths(wanted):

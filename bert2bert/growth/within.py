@@ -8,7 +8,7 @@ from typing import Any
 
 from bert2bert.algebra.plan import Exactness, GrowthPlan, TensorPlan
 from bert2bert.errors import InvalidConfig, UnsupportedGrowth
-from bert2bert.growth.checks import check_alone, pair_of
+from bert2bert.growth.checks import check_alone, check_layers, pair_of
 from bert2bert.growth.choices import Choices
 from bert2bert.growth.exactness import exactness, notes, warnings
 from bert2bert.operators.builder import Builder
@@ -87,7 +87,8 @@ def _layers(pair: Pair, depth: Chosen) -> Layers:
     """Depth axis -> where each target layer comes from."""
     found = {}
     for axis in pair.table.sizes.depth:
-        rows = depth.make(pair, pair.small[axis], pair.large[axis])
+        check_layers(pair, depth, axis)
+        rows = depth.make(pair, pair.small[axis], pair.large[axis]) if pair.large[axis] else []
         found[axis] = [row if isinstance(row, Layer) else Layer(row) for row in rows]
         if len(found[axis]) != pair.large[axis]:
             raise UnsupportedGrowth(

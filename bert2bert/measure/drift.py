@@ -232,8 +232,8 @@ def _held(model: CheckpointModel, config: Mapping[str, Any], tokens: int) -> int
     """Numbers in memory at a time, or a few more, when a model is run: a parameter (an expert, of fused ones), blocks,
     and what a layer makes of the tokens."""
     inside = [p.shape for p in _parameters(model, config).values() if p.layer is not None]
-    most = max(prod(shape[1:] if len(shape) > 2 else shape) for shape in inside)
-    widest = max(max(shape[-2:]) for shape in inside)
+    most = max((prod(shape[1:] if len(shape) > 2 else shape) for shape in inside), default=0)
+    widest = max((max(shape[-2:]) for shape in inside), default=0)
     return most + 8 * (BLOCK + tokens * widest)
 
 

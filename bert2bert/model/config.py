@@ -78,8 +78,9 @@ class BertConfig:
     def __post_init__(self) -> None:
         for name in (*_SIZES, "type_vocab_size"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidConfig(f"model config: {name} is {value!r}, expected a whole number of at least 1")
+            least = 0 if name == "num_hidden_layers" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidConfig(f"model config: {name} is {value!r}, expected a whole number of at least {least}")
         if self.hidden_size % self.num_attention_heads:
             raise InvalidConfig(
                 f"model config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "

@@ -38,7 +38,9 @@ class Builder:
         self.pair, self.width, self.layers, self.originals = pair, width, layers, originals
         self.copying = width.copying
         self.table, self.small, self.large = pair.table, pair.small, pair.large
-        self.patterns = {p.pattern for p in originals.values()}
+        later = {name for axis in self.table.sizes.depth for name in self.table.later(axis)}
+        wanted = {p.pattern for p in self.table.parameters(pair.target, pair.heads).values()}
+        self.patterns = {p.pattern for p in originals.values()} | (wanted & later)  # a source of one layer has no later
         self.single = {r.name for r in self.table.rows if not r.has(1)} - {r.name for r in self.table.rows if r.has(1)}
         self.output_biases = pair.output_biases
         self._shared: dict[tuple[str, int | None], tuple[Dim, ...]] = {}
@@ -48,7 +50,8 @@ class Builder:
         plan = TensorPlan(p.name, p.spec, p.shape, (), seed=self.pair.seed)
         layer = self.layers[p.depth][p.layer] if p.layer is not None else Layer(None)
         if self.copying.nothing or (p.layer is not None and layer.source is None):
-            return replace(plan, fill=self._fill(p))
+            silent = layer.identity and self._writes_residual(p)
+            return replace(plan, fill=Fill("zeros") if silent else self._fill(p))
         source = p.at(layer.source)
         if source not in self.originals:
             if p.pattern in self.patterns:  # a layer that lacks it, as ModernBERT's first lacks a norm

@@ -63,8 +63,8 @@ class Pair:
         return max(self.small[axis] for axis in self.table.sizes.depth)
 
     def draws(self, axis: str) -> int:
-        """How many maps an axis has: one a layer for units, else one for the whole network."""
-        return self.layers if axis in self.table.sizes.units and axis not in self.table.sizes.aligned else 1
+        """How many maps an axis has: one a layer for units, else one for the whole network; one without layers, too."""
+        return max(1, self.layers) if axis in self.table.sizes.units and axis not in self.table.sizes.aligned else 1
 
     def rng(self, *key: int) -> np.random.Generator:
         """Random numbers for one choice."""
@@ -179,4 +179,4 @@ class Layer:
     """How many times the source runs this layer, with shared weights."""
 
     def __str__(self) -> str:
-        return "new" if self.source is None else f"{self.source}{'+0' if self.identity else ''}"
+        return f"{'new' if self.source is None else self.source}{'+0' if self.identity else ''}"

@@ -194,11 +194,17 @@ def insert_identity(
     return rows
 
 
-@operator("depth", "random", paper="training from scratch", keeps=_CHANGES, moments="asymmetric")
-def random(pair: Pair, source: int, target: int) -> Sequence[int | Layer]:
+@operator(
+    "depth", "random", paper="training from scratch; Bu, Zero/One-Layer Expansion, ICML 2026",
+    keeps="nothing exactly; with residual=zero the function, bit for bit, where norms stand inside the branches",
+    needs="any model, also one without layers", moments="asymmetric",
+)  # fmt: skip
+def random(
+    pair: Pair, source: int, target: int, *, residual: Literal["drawn", "zero"] = "drawn"
+) -> Sequence[int | Layer]:
     """Keep the source's layers and put layers drawn at random, as for training from scratch, on top.
 
-    G_stack's baseline, 26 % slower than training from scratch there; Bu's depth expansion (2025) finds it as good as
-    copies when a model of no or one layer grows once.
+    residual, what those first write to the residual stream: 'drawn', as from scratch; 'zero', nothing, for the weights
+    and biases that write it are 0, and get a gradient alone at first. The only operator for a source without layers.
     """
-    return [*range(source), *[Layer(None)] * (target - source)]
+    return [*range(source), *[Layer(None, identity=residual == "zero")] * (target - source)]

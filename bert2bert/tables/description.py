@@ -95,6 +95,8 @@ class Sizes:
     """Axis -> the axis whose size and map it has: the coordinates after a norm follow the residual stream's."""
     depth: tuple[str, ...] = ("layers",)
     """The axes that number layers."""
+    shallowest: int = 0
+    """The fewest layers of a stack with which transformers makes the model: embeddings and head alone are one."""
     scales: Mapping[str, str] = field(default_factory=dict)
     """Axis of size one -> the axis by the root of whose size the model divides there; its gain: √(target / source)."""
     aligned: frozenset[str] = frozenset()

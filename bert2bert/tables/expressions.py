@@ -43,11 +43,15 @@ def products(size: str) -> tuple[tuple[Term, ...], ...]:
     )
 
 
-def evaluate(size: str, config: Mapping[str, Any], sizes: Mapping[str, int], key: Callable[[str], str]) -> int:
-    """A *size* under a config. sizes: of the axes named before; key: the config key to name for an axis.
+def evaluate(
+    size: str, config: Mapping[str, Any], sizes: Mapping[str, int], key: Callable[[str], str], least: int = 1
+) -> int:
+    """A *size* under a config. sizes: of the axes named before; key: the config key to name for an axis; least: that a
+    number of the config must be.
 
     Raises InvalidConfig.
     """
+    expected = "a positive integer" if least else "an integer of at least 0"
     for product in products(size):
         total: int | None = None
         for sign, name in product:
@@ -56,8 +60,8 @@ def evaluate(size: str, config: Mapping[str, Any], sizes: Mapping[str, int], key
             if value is None:
                 total = None
                 break
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidConfig(f"model config: {name} is {value!r}; a positive integer is expected")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InvalidConfig(f"model config: {name} is {value!r}; {expected} is expected")
             if sign == "/" and total is not None and total % value:
                 raise InvalidConfig(
                     f"model config: {key(name) if name in sizes else name}={value} does not divide "
@@ -68,7 +72,7 @@ def evaluate(size: str, config: Mapping[str, Any], sizes: Mapping[str, int], key
             return total
     first = products(size)[0][0].name
     found = f"is {config[first]!r}" if first in config else "is missing"
-    raise InvalidConfig(f"model config: {first} {found}; a positive integer is expected")
+    raise InvalidConfig(f"model config: {first} {found}; {expected} is expected")
 
 
 def present(needs: str, heads: frozenset[str]) -> bool:

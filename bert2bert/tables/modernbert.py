@@ -38,7 +38,7 @@ MODERNBERT = Table(
             "v": "qk", "ffn": "intermediate_size", "layers": "num_hidden_layers", **LABELS,
         },
         constants={"tau": 1, "rho": 1, "one": 1}, follows={"normed": "embed"}, scales={"tau": "qk"},
-        units=("heads", "ffn"), fixed={"qk": _ROTARY, "v": _ROTARY},
+        units=("heads", "ffn"), fixed={"qk": _ROTARY, "v": _ROTARY}, shallowest=1,
     ),
     norms=Norms(kind="layer", pre=True, eps=("norm_eps", 1e-5)),
     compatible=Compatibility(

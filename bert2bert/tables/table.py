@@ -102,7 +102,8 @@ class Table:
             )
         sizes = dict(self.sizes.constants)
         for axis, size in self.sizes.axes.items():
-            sizes[axis] = evaluate(size, config, sizes, self.key)
+            least = self.sizes.shallowest if axis in self.sizes.depth else 1
+            sizes[axis] = evaluate(size, config, sizes, self.key, least)
         return sizes | {axis: sizes[of] for axis, of in self.sizes.follows.items()}
 
     @property
