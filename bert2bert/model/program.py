@@ -4,8 +4,8 @@ A step never changes a result: it runs the layers that it names, in its order, a
 A layer named twice runs twice, with the same weights. The gradient goes down to the lowest part that learns, through
 layers that rest; below it nothing is computed for it.
 
-Refused (`InvalidConfig`): a step that runs or teaches nothing, layers and parts that the model lacks, and a layer that
-learns without running, for an optimizer would move it without a gradient.
+Refused (`InvalidConfig`): a step that runs none of the layers there are or teaches nothing, layers and parts that the
+model lacks, and a layer that learns without running, for an optimizer would move it without a gradient.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ class Step:
     share: str = "mean"
 
     def __post_init__(self) -> None:
-        if not self.run:
-            raise InvalidConfig("no layer runs; expected at least one layer number in `run`")
         if not self.learn:
             raise InvalidConfig("nothing learns; expected at least one part in `learn`, such as 'head'")
         if self.share not in SHARES:
@@ -43,9 +41,12 @@ class Step:
 
     def check(self, parts: Sequence[str]) -> Step:
         """The step itself. parts: of the model's layers, in order. Raises InvalidConfig where it does not fit them."""
+        if parts and not self.run:
+            raise InvalidConfig("no layer runs; expected at least one layer number in `run`")
         for layer in self.run:
             if not 0 <= layer < len(parts):
-                raise InvalidConfig(f"layer {layer} runs, but the model has layers 0 to {len(parts) - 1}")
+                has = f"layers 0 to {len(parts) - 1}" if parts else "no layers"
+                raise InvalidConfig(f"layer {layer} runs, but the model has {has}")
         known = {"embeddings", "head", *parts}
         if unknown := sorted(self.learn - known):
             raise InvalidConfig(f"unknown part {unknown[0]!r} learns: {did_you_mean(unknown[0], sorted(known))}")

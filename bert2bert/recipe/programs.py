@@ -91,6 +91,8 @@ class SubModels:
 
     def check(self, layers: int) -> None:
         divisors = [k for k in range(1, layers + 1) if layers % k == 0]
+        if not layers:
+            raise InvalidConfig("the model has no layers to train by stages; expected the program 'full'")
         if self.layers_per_stage not in divisors:
             raise InvalidConfig(
                 f"layers_per_stage is {self.layers_per_stage}, which does not divide the {layers} layers of the model; "
@@ -191,6 +193,8 @@ class VirtualDepth:
         require(self.share in SHARES, "program.share", self.share, "'mean' or 'sum'")
 
     def check(self, layers: int) -> None:
+        if not layers:
+            raise InvalidConfig("the model has no layers to share; expected at least one, or the program 'full'")
         if self.layers < layers:
             raise InvalidConfig(f"layers is {self.layers}; expected at least the {layers} layers of the model")
 
@@ -219,8 +223,12 @@ class Frozen:
         whole = full(draw.parts)
         for i, pattern in enumerate(self.parts):
             if not any(fnmatchcase(part, pattern) for part in whole.learn):
-                raise InvalidConfig(f"parts.{i} is {pattern!r}; expected a pattern of 'embeddings', 'head' or a layer, "
-                                    f"{draw.parts[0]!r} to {draw.parts[-1]!r}")  # fmt: skip
+                layers = (
+                    f" or a layer, {draw.parts[0]!r} to {draw.parts[-1]!r}"
+                    if draw.parts
+                    else " of a model without layers"
+                )
+                raise InvalidConfig(f"parts.{i} is {pattern!r}; expected a pattern of 'embeddings', 'head'{layers}")
         return Step(whole.run, frozenset(p for p in whole.learn if not any(fnmatchcase(p, x) for x in self.parts)))
 
 

@@ -124,3 +124,11 @@ def test_a_layer_that_runs_twice_is_two_with_the_same_weights() -> None:
 def test_contradictions_are_refused(run: tuple, learn: set, share: str, text: str) -> None:
     with pytest.raises(InvalidConfig, match=text):
         model()(batch(), Step(run, frozenset(learn), share))
+
+
+def test_a_model_without_layers_trains_its_embeddings_and_head() -> None:
+    found = grads(Step((), frozenset({"embeddings", "head"})), num_hidden_layers=0)[1]
+    for name, gradient in found.items():
+        assert (gradient is not None and bool(gradient.any())) == learns(name, (), True), name
+    with pytest.raises(InvalidConfig, match="layer 0 runs, but the model has no layers"):
+        model(num_hidden_layers=0)(batch(), some((0,), (), True))

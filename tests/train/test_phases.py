@@ -16,6 +16,7 @@ from bert2bert.files.digest import file_digest
 from bert2bert.ranks.distributed import RANKS
 from bert2bert.recipe import AdamW, Data, Grow, Phase, Recipe, Schedule, SubModels, Tokens
 from bert2bert.train.growing import layout
+from tests.data.fixtures import write_bins
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
 
@@ -197,3 +198,23 @@ def test_a_recipe_without_a_model_grows_that_of_a_folder_once(bins: Path, tmp_pa
     manifest = runs.manifest(tmp_path / "run", 6)
     assert manifest["model"]["num_hidden_layers"] == 3 and manifest["training"]["growths"] == 1
     assert manifest["training"]["recipe"]["model"]["num_hidden_layers"] == 2
+
+
+def test_a_model_without_layers_trains_and_grows_some(tmp_path: Path) -> None:
+    """A GPT-2 of embeddings and head; what it gets writes nothing at first."""
+    small = {
+        "model_type": "gpt2", "vocab_size": 48, "n_embd": 16, "n_layer": 0, "n_head": 2, "n_positions": 32,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    }  # fmt: skip
+    grow = Grow({"n_layer": 2}, depth="random:residual=zero")
+    bins = tmp_path / "bins"
+    write_bins(bins, [5, 40, 11, 16, 9, 23] * 20, 48, heldout=(40, 13, 8) * 5, sentinels=8)
+    plan = recipe(bins, model=small, phases=(Phase("none", 4), Phase("two", 4, grow=grow)), eval_every=4)
+    run_ranks(growing, 2, plan, 2, tmp_path / "run")
+    found = runs.records(tmp_path / "run")
+    assert [r["layers_run"] for r in found if r["kind"] == "train"] == [0] * 4 + [2] * 4
+    losses = [r["loss"] for r in found if r["kind"] == "eval"]
+    assert len(losses) >= 2 and losses[-1] < losses[0]
+    growths = json.loads((tmp_path / "run" / "run.json").read_text())["growths"]
+    assert [growth["phase"] for growth in growths] == ["two"]
+    assert runs.manifest(tmp_path / "run", 8)["model"]["n_layer"] == 2

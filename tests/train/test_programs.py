@@ -106,11 +106,27 @@ def test_the_draw_of_a_recorded_seed_never_changes() -> None:
         (Shared(uses=(2, 2)), 4, "uses has 2 numbers; expected one for each of the 4 layers"),
         (VirtualDepth(3), 4, "layers is 3; expected at least the 4 layers"),
         (Frozen(("layr.*",)), 4, r"parts.0 is 'layr.\*'; expected a pattern of 'embeddings', 'head' or a layer"),
+        (SubModels(1), 0, "the model has no layers to train by stages; expected the program 'full'"),
+        (Top(1), 0, "layers is 1; expected at most the 0 layers"),
+        (Fresh(), 0, "no growth before it inserted layers"),
+        (Shared(uses=(2,)), 0, "uses has 1 numbers; expected one for each of the 0 layers"),
+        (VirtualDepth(3), 0, "the model has no layers to share"),
+        (
+            Frozen(("layer.*",)),
+            0,
+            r"parts.0 is 'layer.\*'; expected a pattern of 'embeddings', 'head' of a model without",
+        ),
     ],
 )
 def test_what_does_not_fit_a_model_is_refused(program: Any, layers: int, message: str) -> None:
     with pytest.raises(InvalidConfig, match=rf"phases.0.program \('{program.kind}'\): {message}"):
         check(program, parts(layers), 1, "phases.0.program")
+
+
+def test_a_model_without_layers_has_a_program() -> None:
+    for program in (Full(), Shared(times=2), Frozen(("head",))):
+        check(program, (), 1, "phases.0.program")
+        assert draw(program, 3, 0, 0).run == ()
 
 
 def test_two_stacks_run_whole() -> None:
