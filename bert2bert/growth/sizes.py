@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 from bert2bert.errors import InvalidConfig
 from bert2bert.growth.resize import count, with_sizes
+from bert2bert.growth.round_sizes import KERNELS, WIDE, nearest, unit
 from bert2bert.growth.size_request import Amount, SizeRequest
 from bert2bert.tables import Table, table_for
 
-_KERNELS = 64  # sizes that matrix-product kernels like are multiples of it
-_WIDE = 256  # from here on a size is rounded to such multiples
 _MOST = 4096  # widths that are tried
 _LARGEST, _DEEPEST, _MOST_PARAMETERS = 2**24, 2**12, 1e13  # of an axis, of a stack, of a model; far above all there are
 _NEAR = 0.03  # how far a number of parameters may be from what was asked for, for the aspect to count
@@ -165,8 +164,8 @@ class _Sizer:
         """A feed-forward size: as it is asked for or a whole number of times the old one, else one that kernels like,
         in wide models."""
         old = self.old[axis]
-        free = self.request.ffn is not None or isclose(wanted % old, 0) or old < _WIDE
-        return nearest(wanted, 1 if free else _KERNELS, old)
+        free = self.request.ffn is not None or isclose(wanted % old, 0) or old < WIDE
+        return nearest(wanted, 1 if free else KERNELS, old)
 
     # ------------------------------------------------------------------------------------------ depths
 
@@ -209,7 +208,7 @@ class _Sizer:
             flattest = inf
             for depth, numbers in self._counted(width, wanted):
                 off, aspect = abs(log(numbers / wanted)), log(width / old * self.old[first] / depth[first])
-                liked = 0.0 if width % (2 * _KERNELS) == 0 else 0.02
+                liked = 0.0 if width % (2 * KERNELS) == 0 else 0.02
                 rank = (0.0, abs(aspect) + 2 * off + liked) if off <= _NEAR else (off, abs(aspect))
                 flattest = min(flattest, aspect) if off <= _NEAR else flattest
                 if best is None or rank < best[0]:
@@ -227,7 +226,7 @@ class _Sizer:
     def _widths(self, wanted: float) -> Iterator[int]:
         """Widths that work, up to where the least depth is too large."""
         least = self.depths(0) if self.request.depth is None else self.depth()
-        step = lcm(self.step, _unit(self.old["embed"]))
+        step = lcm(self.step, unit(self.old["embed"]))
         widths = filter(self._works, range(step, _MOST * step + 1, step))
         if (narrowest := next(widths, None)) is None:
             self.made(self.changes(step))  # which says why
@@ -282,8 +281,8 @@ class _Sizer:
             yield f"{self.table.key('ffn')} follows the width to {follows:g}: chosen {changes['ffn']}"
         for axis in ("embed", "ffn", "vocab"):
             size = changes.get(axis, self.old[axis])
-            if size != self.old[axis] and size >= _WIDE and size % _KERNELS:
-                yield f"{self.table.key(axis)}={size} is not a multiple of {_KERNELS}, which kernels like"
+            if size != self.old[axis] and size >= WIDE and size % KERNELS:
+                yield f"{self.table.key(axis)}={size} is not a multiple of {KERNELS}, which kernels like"
 
     def _reason(self) -> str:
         """What a width must be."""
@@ -292,19 +291,3 @@ class _Sizer:
         if not self.whole or self.query is not None:
             return "sizes that divide"
         return f"whole heads of {self.old['qk']}" + (f", {self.group} at a time" if self.group > 1 else "")
-
-
-def _unit(old: int) -> int:
-    """What sizes are rounded to a multiple of, beside one of this size."""
-    return _KERNELS if old >= _WIDE else gcd(old, _KERNELS)
-
-
-def nearest(wanted: float, step: int, old: int) -> int:
-    """The size nearest to one that is wanted: itself, where it is a multiple of step; else a multiple of 128 or 64,
-    too, unless that is more than a tenth away. old: the size beside which it is chosen."""
-    if isclose(wanted, round(wanted)) and round(wanted) % step == 0 and round(wanted) > 0:
-        return round(wanted)
-    multiples = (lcm(step, 2 * _unit(old)), lcm(step, _unit(old)))
-    liked = [max(m, round(wanted / m) * m) for m in multiples]
-    found = min(liked, key=lambda size: abs(size - wanted))
-    return found if abs(found - wanted) <= 0.1 * wanted else max(step, round(wanted / step) * step)
