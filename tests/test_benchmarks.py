@@ -48,6 +48,14 @@ def test_cores_benchmark_at_toy_size() -> None:
         assert all(result[way] > 0 and result["tokens_per_s"][way] > 0 for way in ("packed", "padded"))
 
 
+def test_programs_benchmark_at_toy_size() -> None:
+    found = json.loads(run("programs.py", "--toy", "--json").splitlines()[-1])
+    assert len(found) == 8 and all(row["time"] > 0 for row in found.values())
+    costs = {name: row["flops"] for name, row in found.items()}
+    assert costs["sub-model of 1 layers, of which the top 1 learn"] < costs["top 2 layers learn"] < 1
+    assert costs["shared, all 4 layers twice"] > 1.5
+
+
 def test_loader_benchmark_at_a_tiny_size() -> None:
     sizes = ("--documents", "200", "--seq-len", "32", "--rows", "2", "--seconds", "0.01")
     found = json.loads(run("loader.py", *sizes, "--json"))
