@@ -38,6 +38,8 @@ from bert2bert.train.position import Position
 from bert2bert.train.safety import Watch
 from bert2bert.train.save import save, tag_of
 
+LOST = 0.5
+"""Nats above the loss of guessing among all tokens alike at which a growth that promises nothing counts as failed."""
 GROWN_TOLERANCE = 0.05
 """Nats by which a held-out loss may rise at a growth that keeps the function: 16-bit arithmetic rounds otherwise in
 another model."""
@@ -234,7 +236,8 @@ class Loop:
             return
         loss, before = self.job.result["loss"], self.job.before
         exact = not growth.exactness.get("function")
-        bound, why = math.log(self.engine.model.sizes["vocab"]), "of guessing among all tokens alike"
+        guessing = math.log(self.engine.model.sizes["vocab"])
+        bound, why = max(guessing, before or 0.0) + LOST, f"that a model which knows nothing has and {LOST:g} more"
         asked = self.recipe.safety.growth_loss_increase if grow.max_loss_increase is None else grow.max_loss_increase
         allowed = GROWN_TOLERANCE if asked is None and exact else asked
         if before is not None and allowed is not None:
