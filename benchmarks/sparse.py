@@ -30,6 +30,7 @@ from bert2bert.checkpoints.target import Target
 from bert2bert.commands.grow import target_spec
 from bert2bert.commands.plan import describe
 from bert2bert.files import torch_writer, zip_writer
+from bert2bert.growth.named import Named
 from bert2bert.growth.opened import open_growth
 from bert2bert.measure.cost import cost
 from bert2bert.tables import table_for
@@ -156,7 +157,7 @@ def dry_run(folder: Path, pair: str, width: str = "hyperclone", depth: str = "st
     found |= {"summary": text, "cost": expected.as_json(), "parameters": list(described.parameters)}
 
     start = time.perf_counter()
-    spec = target_spec(growth, replace(target, precision="bf16"))
+    spec = target_spec(Named.of(growth, "zero"), replace(target, precision="bf16"))
     payload = lay_out(folder / "target", spec, target)
     found["lay_out_seconds"] = time.perf_counter() - start
     start = time.perf_counter()
