@@ -1,8 +1,9 @@
 """The whole path at a size for two CPU cores: prepare, pre-train small, grow, pre-train in two stages, compare.
 
-Runs the README's commands as processes of their own, each shown before it starts and timed, and stops at the first that
-fails, with its exit status. Everything lands in one folder (demo_out). Refuses a folder that holds anything already;
---clean deletes an earlier demo first, and only a folder that a demo made.
+Twice: a BERT, one command at a time, and a GPT-2 that grows between two phases of a run. Runs the README's commands as
+processes of their own, each shown before it starts and timed, and stops at the first that fails, with its exit status.
+Everything lands in one folder (demo_out). Refuses a folder that holds anything already; --clean deletes an earlier demo
+first, and only a folder that a demo made.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ class Step:
 def steps(out: Path, port: int) -> list[Step]:
     """The demo's commands, as a user would type them in the project's folder."""
     bins, small, grown, base, scratch = (str(out / name) for name in ("bins", "small", "grown", "bert2bert", "scratch"))
+    tokenizer, causal_bins = str(out / "gpt2_tokenizer"), str(out / "gpt2_bins")
+    causal, causal_scratch = str(out / "gpt2"), str(out / "gpt2_scratch")
     target = "recipes/configs/demo_base.json"
 
-    def pretrain(recipe: str, output: str, *more: str) -> list[str]:
+    def pretrain(recipe: str, bins: str, output: str, *more: str) -> list[str]:
         launcher = ["deepspeed", "--num_accelerators", str(RANKS), "--master_port", str(port), "launch/pretrain.py"]
         files = ["--ds_config", "ds_configs/zero2_cpu.json", "--recipe", f"recipes/{recipe}.py"]
         return [*launcher, *files, "--bins", bins, "--output", output, *more]
@@ -53,14 +56,28 @@ def steps(out: Path, port: int) -> list[Step]:
             "Seven novels to token bins, one of them held out",
             ["bert2bert", "prepare", "--corpus", HELD_OUT, "--vocab-size", "1024", "--output", bins],
         ),
-        Step("A small BERT from random weights", pretrain("demo_small", small)),
+        Step("A small BERT from random weights", pretrain("demo_small", bins, small)),
         Step("What is in its checkpoint", ["bert2bert", "inspect", small]),
         Step("What growing it would do", ["bert2bert", "plan", small, *growth]),
         Step("Grow it, optimizer state included", ["bert2bert", "grow", small, grown, *growth, "--bins", bins]),
         Step("Compare the grown checkpoint with its source", ["bert2bert", "verify", small, grown, "--bins", bins]),
-        Step("Pre-train the grown model in two stages", pretrain("demo_bert2bert", base, "--resume", grown)),
-        Step("The same target from random weights", pretrain("demo_scratch", scratch)),
+        Step("Pre-train the grown model in two stages", pretrain("demo_bert2bert", bins, base, "--resume", grown)),
+        Step("The same target from random weights", pretrain("demo_scratch", bins, scratch)),
         Step("What growing saved", ["bert2bert", "report", scratch, base, "--output", str(out / "report")]),
+        Step(
+            "A tokenizer of GPT-2's kind",
+            ["python", "launch/demo_tokenizer.py", "--corpus", HELD_OUT, "--output", tokenizer],
+        ),
+        Step(
+            "The novels for a model that predicts the next token",
+            ["bert2bert", "prepare", "--corpus", HELD_OUT, "--tokenizer", tokenizer, "--output", causal_bins],
+        ),
+        Step("A GPT-2 of two layers that grows in its run", pretrain("demo_gpt2", causal_bins, causal)),
+        Step("The grown GPT-2 from random weights", pretrain("demo_gpt2_scratch", causal_bins, causal_scratch)),
+        Step(
+            "What growing in the run saved",
+            ["bert2bert", "report", causal_scratch, causal, "--output", str(out / "gpt2_report")],
+        ),
     ]
 
 
@@ -161,7 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     print("\nTime:")
     for entry in spent:
         print(f"  {entry['seconds']:>7} s  {entry['title']}")
-    print(f"  {total:7.1f} s  in all\n\nTable and plot: {shown}/report/report.md, {shown}/report/report.png")
+    print(
+        f"  {total:7.1f} s  in all\n\nTables and plots: report.md and report.png in {shown}/report, {shown}/gpt2_report"
+    )
     return 0
 
 

@@ -24,6 +24,7 @@ def recipe(name: str):
 def test_every_experiment_has_its_file() -> None:
     assert {path.stem for path in RECIPES} >= {
         "bert_small", "bert_base_scratch", "bert_base_bert2bert", "demo_small", "demo_scratch", "demo_bert2bert",
+        "demo_gpt2", "demo_gpt2_scratch",
     }  # fmt: skip
 
 
@@ -78,6 +79,14 @@ def test_the_comparison_is_fair(small: str, scratch: str, grown: str) -> None:
     assert len(head) == 1, "growth adds whole heads"
     for key in ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps"):
         assert small.model[key] == grown.model[key], key
+
+
+def test_the_comparison_of_the_growth_in_the_job_is_fair() -> None:
+    grown, scratch = recipe("demo_gpt2"), recipe("demo_gpt2_scratch")
+    assert grown.models[-1] == scratch.model and grown.models[0] != scratch.model
+    assert grown.phases[-1].steps == scratch.steps
+    for key in ("data", "global_batch_size", "optimizer", "gradient_clipping", "seed", "eval_every", "predicts"):
+        assert getattr(scratch, key) == getattr(grown, key), key
 
 
 @pytest.mark.parametrize("name", ["bert_base_bert2bert", "demo_bert2bert"])

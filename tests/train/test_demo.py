@@ -11,17 +11,27 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from transformers import AutoTokenizer
+
+from bert2bert.data.objective import Causal, check
+from bert2bert.data.tokenizer_files import load_tokenizer
+from bert2bert.recipe import load_recipe
+
+
+def program(name: str) -> ModuleType:
+    """A file of launch/ as a module."""
+    file = Path(__file__).parents[2] / "launch" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
-    file = Path(__file__).parents[2] / "launch" / "demo.py"
-    spec = importlib.util.spec_from_file_location("demo", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return program("demo")
 
 
 def python(demo: ModuleType, code: str) -> object:
@@ -41,6 +51,17 @@ def test_steps_name_files_that_exist_and_follow_each_other(demo: ModuleType, tmp
             elif word.startswith(("launch/", "recipes/", "ds_configs/", "bert2bert/")):
                 assert (demo.ROOT / word).is_file(), f"{step.title}: there is no {word}"
         made.add(after_output)
+
+
+def test_the_tokenizer_of_the_demo_is_one_of_its_causal_model(demo: ModuleType, tmp_path: Path) -> None:
+    assert program("demo_tokenizer").write(["It is a truth, " * 9, "café"], 300, tmp_path) < 300  # so little text
+    found = load_tokenizer(tmp_path).vocabulary
+    check(Causal(), found)
+    model = load_recipe(demo.ROOT / "recipes" / "demo_gpt2_scratch.py").model
+    assert found.special["eos"] == model["eos_token_id"] == model["bos_token_id"]
+    text = "naïve — It is\n\n"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 def test_a_failing_step_ends_the_demo_with_its_status(
