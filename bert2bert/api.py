@@ -57,6 +57,7 @@ class Options(TypedDict, total=False):
     """--break-symmetry."""
     moments: str
     seed: int
+    embeddings: str
 
 
 @dataclass(frozen=True, eq=False)

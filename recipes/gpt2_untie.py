@@ -19,7 +19,7 @@ _scratch = Path(__file__).with_name("gpt2_small_scratch.py")
 
 def _made(base: Recipe, name: str, steps: int, warmup: int, peak: float) -> Recipe:
     wave = Schedule("cosine", warmup, peak, of="run")
-    grow = Grow({"tie_word_embeddings": False})
+    grow = Grow({"tie_word_embeddings": False}, embeddings="untie")
     phases = (Phase("tied", 2 * steps // 3, schedule=wave), Phase("untied", steps // 3, schedule=wave, grow=grow))
     return replace(base, name=name, phases=phases)
 

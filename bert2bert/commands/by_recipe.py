@@ -15,7 +15,7 @@ from bert2bert.errors import InvalidConfig
 if TYPE_CHECKING:
     from bert2bert.recipe import Recipe
 
-OPERATORS = ("width", "depth", "vocab", "positions", "experts", "moments", "seed")
+OPERATORS = ("width", "depth", "vocab", "positions", "experts", "moments", "seed", "embeddings")
 _OF_RECIPE = ("config", *OPERATORS, "break_symmetry", "alpha")
 """Options of a growth that a recipe has in their place."""
 

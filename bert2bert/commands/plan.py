@@ -23,6 +23,7 @@ from bert2bert.measure.cost import Cost, bandwidth, cost, flops_per_token, row_l
 
 _LABELS = {  # recipe key -> what a summary calls it
     "width": "width", "depth": "depth", "vocab": "vocabulary", "positions": "positions", "experts": "experts",
+    "embeddings": "embeddings",
     "break_symmetry": "symmetry breaker", "moments": "moments", "seed": "seed",
 }  # fmt: skip
 

@@ -160,6 +160,7 @@ def _growth(recipe: Recipe, i: int, numel: int) -> dict[str, Any]:
     plan, before = growth_of(recipe, i)
     return {
         "axes": {axis: list(pair) for axis, pair in plan.recipe["axes"].items()},
+        **({"embeddings": plan.recipe["embeddings"]} if "embeddings" in plan.recipe else {}),
         "bytes_read": 12 * before,
         "bytes_written": 12 * numel,
         **reasons(plan.exactness),
@@ -171,7 +172,7 @@ def _growth_lines(grows: Mapping[str, Any]) -> list[str]:
     axes = ", ".join(f"{axis} {old} -> {new}" for axis, (old, new) in grows["axes"].items()) or "sizes unchanged"
     kept = "exact" if not grows["function"] else "not exact: " + "; ".join(grows["function"])
     return [
-        f"growth   {axes}",
+        f"growth   {axes}" + (f", embeddings {grows['embeddings']}" if "embeddings" in grows else ""),
         f"  function {kept}",
         f"  disk     {grows['bytes_read'] / 1e9:.3g} GB read, {grows['bytes_written'] / 1e9:.3g} GB written",
     ]

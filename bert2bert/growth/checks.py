@@ -17,6 +17,8 @@ from bert2bert.tables import TABLES, table_for
 
 _UNSET = ("pad_token_id", "max_position_embeddings")  # null does not say what the function is; a null window does
 
+_UNTIE = ", or copy the tied matrix into an output matrix of its own with --embeddings untie"
+
 
 def pair_of(
     source: Mapping[str, Any], target: Mapping[str, Any], choices: Choices, heads: frozenset[str] = frozenset()
@@ -190,5 +192,5 @@ def _check_settings(pair: Pair, choices: Choices) -> None:
         if a != (b := theirs.get(key, a)) and not (key in _UNSET and None in (a, b)):
             raise UnsupportedGrowth(
                 f"{key} is {a!r} in the source and {b!r} in the target config; a growth cannot change it: "
-                f"set {key} to {a!r} in the target config"
+                f"set {key} to {a!r} in the target config" + (_UNTIE if key == "tie_word_embeddings" and a else "")
             )

@@ -1,7 +1,7 @@
 """What a user chooses of a growth, parsed: an operator for each kind of axis, the moments' policy, the seed.
 
-Refuses unknown operators and options (`UnsupportedGrowth`, `InvalidConfig`), a policy that does not exist, and negative
-seeds (`InvalidConfig`).
+Refuses unknown operators and options (`UnsupportedGrowth`, `InvalidConfig`), a policy or a choice for the embeddings
+that does not exist, and negative seeds (`InvalidConfig`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ EXTRA = {"vocab": "vocab", "positions": "pos", "experts": "experts"}
 """Kind of operator, besides width and depth -> the axis that it grows."""
 KINDS = ("width", "depth", *EXTRA)
 MOMENTS = ("exact", "carried", "reset", "asymmetric")
+EMBEDDINGS = ("untie",)
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,16 @@ class Choices:
     moments: str | None = None
     """A policy of `MOMENTS` in place of the operators' own."""
     seed: int = 0
+    embeddings: str | None = None
+    """Of `EMBEDDINGS`: the tied word embedding is copied into an output matrix of its own; None: as in the source."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise InvalidConfig(f"--seed is {self.seed}; expected a whole number of at least 0")
         if self.moments is not None and self.moments not in MOMENTS:
             raise InvalidConfig(f"--moments is {self.moments!r}; expected one of {', '.join(MOMENTS)}")
+        if self.embeddings is not None and self.embeddings not in EMBEDDINGS:
+            raise InvalidConfig(f"--embeddings is {self.embeddings!r}; expected 'untie', or leave it out")
 
     @classmethod
     def parse(
@@ -53,6 +58,7 @@ class Choices:
         breaker: str | None = None,
         moments: str | None = None,
         seed: int = 0,
+        embeddings: str | None = None,
     ) -> Choices:
         """From ``NAME[:key=value,…]`` for each operator. Raises UnsupportedGrowth, InvalidConfig."""
         chosen = parse_operator(width, "width")
@@ -60,12 +66,13 @@ class Choices:
             depth = "stack"  # its maps cover the depth; so its recipe has it, from which verify plans it again
         optional = {"vocab": vocab, "positions": positions, "experts": experts, "breaker": breaker}
         found = {kind: parse_operator(text, kind) for kind, text in optional.items() if text is not None}
-        return cls(chosen, parse_operator(depth, "depth"), **found, moments=moments, seed=seed)
+        found_depth = parse_operator(depth, "depth")
+        return cls(chosen, found_depth, **found, moments=moments, seed=seed, embeddings=embeddings)
 
     @classmethod
     def of_recipe(cls, recipe: Mapping[str, Any]) -> Choices:
         """From the recipe that is stored with a grown checkpoint. Raises UnsupportedGrowth, InvalidConfig."""
-        texts = {key: recipe[key] for key in (*KINDS, "moments", "seed") if key in recipe}
+        texts = {key: recipe[key] for key in (*KINDS, "moments", "seed", "embeddings") if key in recipe}
         return cls.parse(**texts, breaker=recipe["break_symmetry"])
 
     def recipe(self) -> dict[str, Any]:
@@ -73,6 +80,7 @@ class Choices:
         extra = {kind: chosen.text for kind, chosen in self.extra.items()}
         breaker = self.breaker.text if self.breaker else None
         common = {"break_symmetry": breaker, "moments": self.moments, "seed": self.seed}
+        extra |= {"embeddings": self.embeddings} if self.embeddings else {}
         return {"width": self.width.text, "depth": self.depth.text, **extra, **common}
 
     @property

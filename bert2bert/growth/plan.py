@@ -1,5 +1,5 @@
-"""From configs and choices to the plan of a whole growth: within an architecture, back to a smaller model, or from a
-dense model to a mixture of experts.
+"""From configs and choices to the plan of a whole growth: within an architecture, back to a smaller model, from a tied
+model to an untied one, or from a dense model to a mixture of experts.
 
 Refuses (`UnsupportedGrowth`, `InvalidConfig`) what the maps cannot express, and says what would work; see `checks`.
 """
@@ -12,6 +12,7 @@ from typing import Any
 from bert2bert.algebra.plan import GrowthPlan
 from bert2bert.growth.choices import Choices
 from bert2bert.growth.inverse import shrunk
+from bert2bert.growth.untying import untied
 from bert2bert.growth.upcycling import upcycled
 from bert2bert.growth.within import within
 from bert2bert.tables import table_for
@@ -34,6 +35,8 @@ def plan_growth(
     if heads is None:
         named = (source.get("architectures") or [None])[0]
         heads = table.names.classes.get(named, next(iter(table.names.classes.values())))
+    if choices.embeddings:
+        return untied(source, target, choices, heads, optimizer)
     if choices.shrinks:
         return shrunk(source, target, choices, heads, optimizer)
     if target.get("model_type") != table.model_type:

@@ -38,6 +38,7 @@ class Grow:
     vocab: str | None = None
     positions: str | None = None
     experts: str | None = None
+    embeddings: str | None = None
     break_symmetry: str | None = None
     moments: str | None = None
     seed: int = 0
@@ -67,6 +68,7 @@ class Grow:
         return {
             "width": self.width, "depth": self.depth, "vocab": self.vocab, "positions": self.positions,
             "experts": self.experts, "breaker": self.break_symmetry, "moments": self.moments, "seed": self.seed,
+            "embeddings": self.embeddings,
         }  # fmt: skip
 
 

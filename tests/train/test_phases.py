@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bert2bert.commands import phase_growth
+from bert2bert.commands.verify import verify
 from bert2bert.files.digest import file_digest
 from bert2bert.ranks.distributed import RANKS
 from bert2bert.recipe import AdamW, Data, Grow, Phase, Recipe, Schedule, SubModels, Tokens
@@ -49,7 +50,7 @@ def growing(plan: Recipe, stage: int, output: Path, resume: Path | None = None, 
 
 def both(plan: Recipe, stage: int, root: Path) -> None:
     growing(plan, stage, root / "whole")
-    growing(plan, stage, root / "first", until="small")
+    growing(plan, stage, root / "first", until=plan.phases[0].name)
     source = root / "first" / "global_step4"
     target = layout({"zero_optimization": {"stage": stage}})
     phase_growth.grow(plan, 1, source, root / "grown", target, RANKS, other=None)
@@ -200,16 +201,36 @@ def test_a_recipe_without_a_model_grows_that_of_a_folder_once(bins: Path, tmp_pa
     assert manifest["training"]["recipe"]["model"]["num_hidden_layers"] == 2
 
 
-def test_a_model_without_layers_trains_and_grows_some(tmp_path: Path) -> None:
-    """A GPT-2 of embeddings and head; what it gets writes nothing at first."""
-    small = {
-        "model_type": "gpt2", "vocab_size": 48, "n_embd": 16, "n_layer": 0, "n_head": 2, "n_positions": 32,
+def causal(folder: Path, phases: tuple[Phase, ...], layers: int) -> Recipe:
+    """A tiny GPT-2's, with bins of its own."""
+    model = {
+        "model_type": "gpt2", "vocab_size": 48, "n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 32,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     }  # fmt: skip
+    write_bins(folder / "bins", [5, 40, 11, 16, 9, 23] * 20, 48, heldout=(40, 13, 8) * 5, sentinels=8)
+    return recipe(folder / "bins", model=model, phases=phases, checkpoint_every=4)
+
+
+def test_a_tied_model_trains_grows_untied_and_trains_on(tmp_path: Path) -> None:
+    """The checkpoint with its moments, in native shards, is what `verify` plans again from its manifest."""
+    grow = Grow({"tie_word_embeddings": False}, embeddings="untie")
+    plan = causal(tmp_path, (Phase("tied", 4), Phase("untied", 4, grow=grow)), 1)
+    run_ranks(both, 2, plan, 2, tmp_path)
+    before, after = runs.manifest(tmp_path / "first", 4), runs.manifest(tmp_path / "whole", 8)
+    assert set(after["tensors"]) - set(before["tensors"]) == {"lm_head.weight"}
+    assert after["model"]["tie_word_embeddings"] is False
+    whole = runs.records(tmp_path / "whole")
+    assert [r for r in whole if r["growths"]] == runs.records(tmp_path / "second")
+    tied, untied, last = [r["loss"] for r in whole if r["kind"] == "eval"][-3:]
+    assert untied == pytest.approx(tied, rel=1e-5) and last < untied
+    grown = next((tmp_path / "grown").glob("global_step*"))
+    assert verify(tmp_path / "first" / "global_step4", grown).ok
+
+
+def test_a_model_without_layers_trains_and_grows_some(tmp_path: Path) -> None:
+    """A GPT-2 of embeddings and head; what it gets writes nothing at first."""
     grow = Grow({"n_layer": 2}, depth="random:residual=zero")
-    bins = tmp_path / "bins"
-    write_bins(bins, [5, 40, 11, 16, 9, 23] * 20, 48, heldout=(40, 13, 8) * 5, sentinels=8)
-    plan = recipe(bins, model=small, phases=(Phase("none", 4), Phase("two", 4, grow=grow)), eval_every=4)
+    plan = causal(tmp_path, (Phase("none", 4), Phase("two", 4, grow=grow)), 0)
     run_ranks(growing, 2, plan, 2, tmp_path / "run")
     found = runs.records(tmp_path / "run")
     assert [r["layers_run"] for r in found if r["kind"] == "train"] == [0] * 4 + [2] * 4

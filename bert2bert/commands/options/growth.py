@@ -38,6 +38,12 @@ def growth(p: ArgumentParser) -> None:
     p.add_argument("--positions", metavar="OP", help="operator that adds learned positions; needed if they grow")
     p.add_argument("--experts", metavar="OP", help="operator that makes experts; needed if their number grows")
     p.add_argument(
+        "--embeddings",
+        choices=("untie",),
+        help="untie: copy the tied word embedding, its moments with it, into an output matrix of its own; needed if "
+        "the target config has tie_word_embeddings false where the source's is true",
+    )
+    p.add_argument(
         "--with",
         dest="other",
         type=Path,
