@@ -6,6 +6,8 @@ Command:   bert2bert grow runs/small runs/grown --config recipes/configs/bert_ba
                --recipe recipes/bert_base_bert2bert.py --bins bins/wiki_books --resume runs/grown --output runs/base
            (--lossy: 768 is no multiple of 512, so the copies of some features are more than of others and no
            post-norm BERT keeps its function exactly; the drift is measured and stored)
+           (source, growth and both stages in one job: --set size=one_job, without --resume; from a source that is there
+           already: --set size=one_job phases.0.steps=0 --resume runs/small)
 Machine:   8 x H100; 7.1e19 FLOPs over all steps: 92 % of bert_base_scratch.py, since a sub-model step costs 37.5 % of a
            full one; about 6.3 hours if 40 % of the bf16 peak is reached (an estimate).
 Expected:  not yet run. The paper reports that the loss of the scratch run is reached with 45.2 % fewer FLOPs (the cost
@@ -21,7 +23,10 @@ The settings, as far as they could be confirmed:
                                      moments grown with the weights (the paper starts them afresh, from memory)
 """
 
-from bert2bert.recipe import AdamW, Data, Full, Masked, Phase, Recipe, Schedule, SubModels
+from dataclasses import replace
+from pathlib import Path
+
+from bert2bert.recipe import AdamW, Data, Full, Grow, Masked, Phase, Recipe, Schedule, SubModels, load_recipe
 
 MODEL = {
     "architectures": ["BertForMaskedLM"],
@@ -75,4 +80,27 @@ recipe = Recipe(
     checkpoint_every=5_000,
     keep_checkpoints=2,
     log_every=50,
+)
+
+
+def _one_job(small: Recipe, whole: Recipe) -> Recipe:
+    """The source's phase, the growth, and the phases of the target."""
+    sizes = {key: value for key, value in (whole.model or {}).items() if (small.model or {}).get(key) != value}
+    first, *others = whole.phases
+    grown = replace(first, grow=Grow(sizes, width="aki", depth="stack", lossy=True))
+    source = replace(small.phases[0], name="source")
+    return replace(whole, name=whole.name + "-one-job", model=small.model, phases=(source, grown, *others))
+
+
+one_job = _one_job(load_recipe(Path(__file__).with_name("bert_small.py")), recipe)
+
+_tiny = load_recipe(Path(__file__).with_name("bert_base_scratch.py"), ["size=tiny"])
+_stages = (
+    Phase("sub-models", 8, SubModels(2), Schedule("linear", 2, 2e-3, steps=40)),
+    Phase("full", 32, Full(), Schedule("linear", 2, 2e-3, steps=40, start=8)),
+)
+_narrow = {"hidden_size": 32, "num_attention_heads": 1, "intermediate_size": 128, "num_hidden_layers": 2}
+tiny = _one_job(  # a minute on a CPU, on bins of 1,024 tokens
+    replace(_tiny, model={**(_tiny.model or {}), **_narrow}),
+    replace(_tiny, name="bert-tiny-bert2bert", phases=_stages),
 )

@@ -36,3 +36,6 @@ def _made(base: Recipe, name: str, layers: int, steps: int, peak: float) -> Reci
 
 recipe = _made(load_recipe(_scratch), "gpt2-one-layer", 1, 19_000, 6e-4)
 tiny = _made(load_recipe(_scratch, ["size=tiny"]), "gpt2-one-layer-tiny", 1, 60, 2e-3)  # half a minute on a CPU
+
+zero = _made(load_recipe(_scratch), "gpt2-zero-layers", 0, 19_000, 6e-4)
+zero_tiny = _made(load_recipe(_scratch, ["size=tiny"]), "gpt2-zero-layers-tiny", 0, 60, 2e-3)
