@@ -8,7 +8,7 @@ Expected:  not yet run. The paper's source reaches a masked-LM loss of 1.67 on i
 The data are English Wikipedia and BookCorpus with a vocabulary of 30,522 (lower-cased BERT wordpieces):
 `bert2bert prepare` makes the bins, see the README.
 
-What is known of the paper's settings and what is assumed here is said line by line in bert_base_bert2bert.py; the
+What is known of the paper's settings and what is assumed here is listed in bert_base_bert2bert.py; the
 paper says only that the source is trained, so all of it is assumed to be the same as the target's.
 """
 

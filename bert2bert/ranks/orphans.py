@@ -1,4 +1,4 @@
-"""Ranks whose launcher is gone stop by themselves, as if it had told them to: with a checkpoint.
+"""Ranks whose launcher is gone stop by themselves, as on its signal: with a checkpoint.
 
 `deepspeed` starts a process that starts the ranks. A signal that ends the first of them reaches neither, so its ranks
 would train on, with nobody to see them. Refuses nothing: where a process's ancestors cannot be read, it watches none.

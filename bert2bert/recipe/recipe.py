@@ -234,7 +234,7 @@ class Recipe:
 
 @contextmanager
 def _within(where: str) -> Iterator[None]:
-    """Say where in a recipe an InvalidConfig or UnsupportedGrowth comes from, if it has not said so itself."""
+    """Say where in a recipe an InvalidConfig or UnsupportedGrowth comes from, unless it says so itself."""
     try:
         yield
     except (InvalidConfig, UnsupportedGrowth) as error:

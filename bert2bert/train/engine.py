@@ -95,7 +95,7 @@ class Engine:
 
     ``ds``: the DeepSpeed engine; ``names``: every parameter in model order (tied ones once); ``groups``: of these;
     ``cuts``: what DeepSpeed's optimizer made of the groups, index by index, by the names of ``parameters`` (the same
-    but for `experts`, the number of ranks that share them, None: each has all); ``stage``: ZeRO stage 0 to 3;
+    except for `experts`, the number of ranks that share them, None: each has all); ``stage``: ZeRO stage 0 to 3;
     ``precision``: fp32, bf16 or fp16; ``micro_rows``: rows of one micro-batch of one rank; ``accumulation``:
     micro-batches a step; ``grad_norm``: 2-norm of the last step's gradient over all ranks before clipping, infinite
     where it is not a number (None: no step yet); ``max_grad_norm``: a step of a greater one is not applied; ``fresh``:
@@ -368,8 +368,8 @@ def build(
             model_parameters=_live(recipe, groups, parameters), config=settings, dist_init_required=False,
         )  # fmt: skip
     except ValidationError as error:  # DeepSpeed's own check of what lies inside a section
-        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InvalidConfig(f"ds_config: {said} (DeepSpeed's {error.title}); correct or remove it") from None
+        what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InvalidConfig(f"ds_config: {what} (DeepSpeed's {error.title}); correct or remove it") from None
     except ValueError as error:  # and of the precision
         if "not supported on your device" not in str(error):
             raise

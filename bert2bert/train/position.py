@@ -182,8 +182,8 @@ def continued(training: Trained, folder: Path, recipe: Recipe, data: Mapping[str
         )
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in _FREE]
     if changed:
-        said = ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in changed[:6])
-        notes.append(f"the recipe differs from that of the checkpoint's run ({said}); its values hold from here on")
+        differs = ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in changed[:6])
+        notes.append(f"the recipe differs from that of the checkpoint's run ({differs}); its values hold from here on")
     return Position.of(training)
 
 

@@ -42,7 +42,7 @@ class Watch:
     def _what(self, loss: float, norm: float | None) -> str:
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        said = f"the gradient's norm is {norm}"
+        what = f"the gradient's norm is {norm}"
         if norm is not None and math.isfinite(norm):
-            said = f"the gradient's norm is {norm:.4g}, above safety.max_grad_norm, {self.safety.max_grad_norm:g},"
-        return f"{said} (loss {loss:.4g})"
+            what = f"the gradient's norm is {norm:.4g}, above safety.max_grad_norm, {self.safety.max_grad_norm:g},"
+        return f"{what} (loss {loss:.4g})"
