@@ -54,4 +54,4 @@ def _made(
 
 
 recipe = _made(load_recipe(_scratch), "gpt2-staged", (6_249, 6_249, 20_000), 250_000, 3_000, 2.1e-3, 100)
-tiny = _made(load_recipe(_scratch, ["size=tiny"]), "gpt2-staged-tiny", (20, 20, 20), 100, 4, 2e-3, 5)
+tiny = _made(load_recipe(_scratch, ["size=tiny"]), "gpt2-staged-tiny", (16, 12, 12), 80, 4, 2e-3, 4)
