@@ -288,6 +288,7 @@ _RUNS = {
     "learn": _learn,
     "verify": _verify,
     "report": _report,
+    "status": lambda args, comm: importlib.import_module("bert2bert.commands.status").run(args),
 }
 
 

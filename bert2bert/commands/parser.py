@@ -91,6 +91,11 @@ _COMMANDS = {
         "Compare a grown checkpoint with its source: tensors, moments, function, gradients. Exit status 1: not equal.",
         ("bert2bert verify runs/small runs/grown --json",),
     ),
+    "status": Command(
+        reading.status,
+        "Show how training runs stand, by their folders alone. Exit status 1: one has failed or gone silent.",
+        ("bert2bert status runs/small runs/base", "bert2bert status runs/* --watch 30"),
+    ),
     "report": Command(
         reading.report,
         "Compare training runs with the first: a table of savings, loss curves over FLOPs and time (Markdown, PNG).",

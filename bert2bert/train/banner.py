@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -66,16 +67,21 @@ def ending(job: Job, loop: Loop, stopped: str | None) -> dict[str, Any]:
             job.say(_finished(job, position, of))
         write_on_first(job.output, lambda: run_folder.finish(job.output))
     elif not stopped:
+        write_on_first(
+            job.output, partial(run_folder.ended, job.output, "paused", f"--until {job.until}", position.step)
+        )
         job.say(
             f"phase {job.until!r} is over at step {position.step}{of}; the checkpoint is {job.at}. "
             f"Continue with --resume {job.output}"
         )
     elif job.saved == position.step:
+        write_on_first(job.output, partial(run_folder.ended, job.output, "stopped", stopped, position.step))
         job.warn(
             f"stopped by {stopped} after step {position.step}{of}; checkpoint written. Continue with --resume "
             f"{job.output}"
         )
     else:
+        write_on_first(job.output, partial(run_folder.ended, job.output, "stopped", stopped, position.step))
         job.warn(f"stopped by {stopped} before the first step. Run the same command again")
     return result(job, position, stopped)
 

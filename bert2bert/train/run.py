@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from bert2bert.checkpoints.facts import versions
 from bert2bert.data import objective
 from bert2bert.data.bins import TokenBins
-from bert2bert.errors import InvalidConfig, did_you_mean
+from bert2bert.errors import InvalidConfig, UserError, did_you_mean
 from bert2bert.files.disk import disk_errors
 from bert2bert.model import registry
 from bert2bert.ranks import distributed, stopping
@@ -158,6 +158,13 @@ class _Run:
 
     def go(self, describe: Callable[..., None]) -> dict[str, Any]:
         """Train, grow, train on; the result of `train`. describe: writes the run folder's description of a model."""
+        try:
+            return self._go(describe)
+        except Exception as error:
+            self._failed(error)
+            raise
+
+    def _go(self, describe: Callable[..., None]) -> dict[str, Any]:
         job = self.job
         if job.until in [phase.name for phase in job.recipe.phases[: self.position.phase]]:
             job.warn(f"phase {job.until!r} is over already: step {self.position.step}")
@@ -183,6 +190,13 @@ class _Run:
                     break
                 self.found = find(job.at, job.recipe, job.data, True)
         return ending(job, loop, stopped)
+
+    def _failed(self, error: Exception) -> None:
+        """Note in run.json what ended the run, on rank 0, as far as that can be done without the others."""
+        if distributed.RANKS.rank == 0 and not self.job.lock.lost:
+            what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            with suppress(OSError, UserError):
+                run_folder.ended(self.job.output, "failed", what, self.position.step)
 
     def _metrics(self) -> MetricsWriter:
         job, at = self.job, self.position

@@ -165,7 +165,7 @@ def describe(
         again |= {"step": step, "started": about["started"]}
         about |= {
             key: before[key]
-            for key in ("command", "versions", "git_commit", "source", "started", "growths")
+            for key in ("command", "versions", "git_commit", "source", "started", "growths", "ended")
             if key in before
         }
         about["continued"] = [*before.get("continued", []), again]
@@ -188,6 +188,19 @@ def grew(output: Path, model: Mapping[str, Any], entry: Mapping[str, Any]) -> No
     growths = [one for one in about.get("growths", []) if one.get("phase") != entry["phase"]]
     write_json(output / RUN, about | {"model": dict(model), "growths": [*growths, dict(entry)]})
     write_json(output / "config.json", dict(model))
+
+
+def ended(output: Path, how: str, why: str, step: int) -> None:
+    """Note in run.json that this start of the run has ended: "stopped" by a signal, "paused" behind a phase, "failed".
+
+    ``why``: the signal, the phase, the error. Does nothing before the run was described.
+    """
+    if not (output / RUN).is_file():
+        return
+    about = _read(output)
+    start = about["continued"][-1] if about.get("continued") else about
+    start["ended"] = {"how": how, "why": why, "step": step, "time": now()}
+    write_json(output / RUN, about)
 
 
 def finish(output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Options of the commands that only read: ``inspect``, ``operators``, ``verify`` and ``report``."""
+"""Options of the commands that only read: ``inspect``, ``operators``, ``verify``, ``report`` and ``status``."""
 
 from __future__ import annotations
 
@@ -60,4 +60,15 @@ def report(p: ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="write report.md, report.png and report.json into this folder (default: print the table only)",
+    )
+
+
+def status(p: ArgumentParser) -> None:
+    """Of ``status``."""
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of training runs")
+    p.add_argument(
+        "--watch",
+        type=float,
+        metavar="SECONDS",
+        help="print it again every so many seconds, as long as one of them is running (default: print it once)",
     )
