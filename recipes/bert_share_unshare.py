@@ -18,7 +18,7 @@ The settings:
                                      the paper trains such a one at 1e-4
   assumed                            moments are copied to every layer (the paper does not say); SWE-M splits every
                                      group in the middle at fixed steps, where the paper splits between two layers that
-                                     disagree
+                                     disagree (25,000 steps a phase); SWE-A shares for at most 250,000
 """
 
 from dataclasses import replace

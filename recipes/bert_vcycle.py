@@ -2,7 +2,8 @@ r"""BERT-base by a V-cycle: large for a while, coalesced to half its size, small
 
 Command:   deepspeed --num_gpus 8 launch/pretrain.py --ds_config ds_configs/zero2_bf16.json \
                --recipe recipes/bert_vcycle.py --bins bins/wiki_books --output runs/vcycle
-           (--set size=two_levels: down to a quarter of its size and back in two steps, as the paper's BERT-large)
+           (--set size=two_levels: halved twice, and back in two steps; the paper's three levels, which paid for its
+           BERT-large)
 Machine:   8 x H100; `bert2bert plan --recipe recipes/bert_vcycle.py` says the FLOPs of every phase.
 Expected:  not yet run at this size. The paper (arXiv 2404.07999) reports, the small model's cost included, 19.0 %
            fewer FLOPs and 10.8 % less time for BERT-base; a third level did not help it.

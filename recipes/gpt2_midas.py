@@ -11,7 +11,8 @@ The settings:
                                      proportion to i (alpha = 1)
   assumed                            four stages of 3, 6, 9 and 12 layers in blocks of 3, all else as
                                      gpt2_small_scratch.py, one schedule over all stages
-Variant:   --set phases.1.grow.depth=middle:centre=layer …       LIDAS: around the middle layer
+Variant:   --set phases.1.grow.depth=middle:block=3,centre=layer phases.2.grow.depth=middle:block=3,centre=layer \
+               phases.3.grow.depth=middle:block=3,centre=layer           around the middle layer, as LIDAS
 """
 
 from dataclasses import replace

@@ -13,7 +13,9 @@ The settings:
                                      decay 0.05, betas (0.9, 0.999), 25,000 steps of warm-up, down to a tenth
   assumed                            a cosine over 100,000 steps of 1 million tokens, 2,500 of warm-up, peak rate 1e-4
 The model is the checkpoint's (model=None).
-Variants:  --set phases.0.grow.width=lemon                       LEMON's uneven split; any width of a pre-norm model
+Variants:  --set phases.0.grow.width=lemon phases.0.grow.break_symmetry=none
+                                                                 LEMON's uneven split; any width of a pre-norm model
+                                                                 (that paper claims 33.2 % of BERT's compute)
            --set phases.0.grow.width=staged                      staged training's block-diagonal form
            --set phases.0.schedule.follow=source                 rates by which AdamW would follow the small run
 """
