@@ -137,7 +137,7 @@ UNDEFINED: dict[str, set[str]] = {
     "width-gesmundo-embedx2": POST_NORM | MODERN | {"gpt2", "gpt2-untied"},
     "width-hyperclone-embedx2-qkx2-headsx1-kvx1": ROTARY,
     "depth-unshare-depthx2": MODERN,
-    **dict.fromkeys((f"depth-{how}-depthx0.4" for how in ("coalesce", "share", "shrink")), MODERN),
+    "depth-share-depthx0.4": MODERN,
     **dict.fromkeys((f"positions-{how}-pos+5" for how in ("tile", "normal", "interpolate")), {*FAMILIES} - POSITIONS),
     "experts-upcycle": {*FAMILIES} - DENSE,
     "experts-duplicate-expertsx2": {*FAMILIES} - SPARSE,

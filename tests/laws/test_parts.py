@@ -211,7 +211,12 @@ def test_growths_compose_from_the_left_and_must_fit() -> None:
 def test_notes_say_what_adam_does_with_mapped_moments() -> None:
     small, large = bert_config(), bert_config(16, 4, 24)
     (note,) = plan_growth(small, large).notes
-    for text in ("2 on embed", "learning rate divided by that number", "epsilon weighs", "global gradient norm"):
+    for text in (
+        "2 on embed",
+        "factors on learning rate, weight decay and epsilon",
+        "epsilon weighs",
+        "global gradient norm",
+    ):
         assert text in note
     (fresh,) = plan_growth(small, large, moments="reset").notes
     assert "whole learning rate in its first step" in fresh

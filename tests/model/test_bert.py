@@ -146,7 +146,7 @@ def test_config_round_trip_and_heads() -> None:
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ({"num_attention_heads": 5}, "hidden_size 24 is not a multiple of num_attention_heads 5"),
         ({"hidden_size": 24.0}, "hidden_size is 24.0"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0"),
         ({"pad_token_id": 61}, "pad_token_id is 61"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'"),
