@@ -141,7 +141,7 @@ def _free_port() -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="launch/demo.py",
-        description="Run the whole path on the embedded corpus: about ten minutes on two CPU cores.",
+        description="Run the whole path on the embedded corpus: some minutes on two CPU cores.",
         epilog="example:\n  make demo\n  python launch/demo.py --output /tmp/demo --clean",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

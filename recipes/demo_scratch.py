@@ -2,7 +2,7 @@ r"""The demo's comparison: BERT(4, 128) from scratch, with the data, seed and st
 
 Command:   deepspeed --num_gpus 2 launch/pretrain.py --ds_config ds_configs/zero2_cpu.json \
                --recipe recipes/demo_scratch.py --bins bins/demo --output runs/demo_scratch  (part of `make demo`)
-Machine:   2 CPU cores, two minutes.
+Machine:   2 CPU cores.
 Expected:  held-out loss 3.90 nats where the unigram entropy is 5.92 (2026-11-29): the plateau is left after 160 to 240
            steps (5.69, 5.30). Of the peak rates 1.4e-3, 2e-3 and 3e-3 (600 steps, one process) 2e-3 ended lowest;
            rows of 16 tokens kept the run on the plateau for much longer than rows of 8. 1,600 steps end at 3.34.

@@ -2,7 +2,7 @@ r"""The demo's source: BERT(2, 64), vocabulary 1,024, on the embedded novels.
 
 Command:   deepspeed --num_gpus 2 launch/pretrain.py --ds_config ds_configs/zero2_cpu.json \
                --recipe recipes/demo_small.py --bins bins/demo --output runs/demo_small      (part of `make demo`)
-Machine:   2 CPU cores, a minute.
+Machine:   2 CPU cores.
 Expected:  held-out loss 4.14 nats where the unigram entropy is 5.92 (2026-11-29, two cores with other work, too).
            A masked model first learns the unigram frequencies and falls below them only after a plateau; short rows
            shorten it, as a wide initialisation does. The source must be trained past it, or growth hands over little.
