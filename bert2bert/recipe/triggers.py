@@ -9,7 +9,7 @@ resumed run ends its phases where the run that was never stopped does. A recipe 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
@@ -196,19 +196,3 @@ def admit(trigger: Any) -> None:
         share = trigger.done(Stretch(steps=1, run_steps=1, tokens=1, flops=1.0, epochs=0.0))
         right = isinstance(share, int | float) and not math.isnan(share)
         require(right, f"{what} done after one step", share, "the share of the phase that is done, a number")
-
-
-def stretch_of(
-    memory: Mapping[str, Any], spent: Mapping[str, float], rows: int, rows_per_epoch: int, steps: int, run_steps: int
-) -> Stretch:
-    """What the phase has done. memory: as `train.position.Position` records it; spent, rows: of the whole run."""
-    began = memory.get("began", {})
-    return Stretch(
-        steps=steps,
-        run_steps=run_steps,
-        tokens=int(spent["tokens"] - began.get("tokens", 0)),
-        flops=spent["flops"] - began.get("flops", 0.0),
-        epochs=(rows - began.get("rows", 0)) / max(rows_per_epoch, 1),
-        held_out=[HeldOut(*pair) for pair in memory.get("held_out", ())],
-        correlations=memory.get("correlations", ()),
-    )

@@ -15,7 +15,7 @@ from typing import Any
 from bert2bert.checkpoints.manifest import Trained
 from bert2bert.errors import InvalidConfig
 from bert2bert.recipe import Phase, Recipe, renamed
-from bert2bert.recipe.triggers import Stretch, stretch_of
+from bert2bert.recipe.triggers import HeldOut, Stretch
 
 NOTHING = {"flops": 0.0, "seconds": 0.0, "tokens": 0, "steps": 0}
 """Spent by a run that begins."""
@@ -100,7 +100,16 @@ class Position:
 
     def stretch(self, rows_per_epoch: int) -> Stretch:
         """What the phase has done, for its trigger. rows_per_epoch: of rows of `row_length`."""
-        return stretch_of(self.memory, self.spent, self.rows, rows_per_epoch, self.phase_step, self.step)
+        began = self.memory.get("began", {})
+        return Stretch(
+            steps=self.phase_step,
+            run_steps=self.step,
+            tokens=int(self.spent["tokens"] - began.get("tokens", 0)),
+            flops=self.spent["flops"] - began.get("flops", 0.0),
+            epochs=(self.rows - began.get("rows", 0)) / max(rows_per_epoch, 1),
+            held_out=[HeldOut(*pair) for pair in self.memory.get("held_out", ())],
+            correlations=self.memory.get("correlations", ()),
+        )
 
     def over(self, phase: Phase, rows_per_epoch: int) -> bool:
         """Whether the phase is over here."""

@@ -7,7 +7,6 @@ A damaged one is named and passed over. Refuses (`InvalidCheckpoint`) a folder a
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,7 @@ from bert2bert.errors import InvalidCheckpoint
 from bert2bert.ranks.comm import on_first
 from bert2bert.ranks.distributed import RANKS, write_on_first
 from bert2bert.train.job import Job
-
-_TAG = re.compile(r"global_step(\d+)")
+from bert2bert.train.save import tags
 
 AUTO = "auto"
 """What `--resume` is given for it."""
@@ -49,12 +47,8 @@ def newest_undamaged(job: Job) -> Path | None:
 
 def _newest_first(output: Path) -> list[Path]:
     """The folders of a run's finished checkpoints."""
-    found = {
-        int(numbered[1]): path
-        for path in (output.iterdir() if output.is_dir() else ())
-        if (numbered := _TAG.fullmatch(path.name)) and (path / MANIFEST).exists()
-    }
-    return [found[step] for step in sorted(found, reverse=True)]
+    found = tags(output) if output.is_dir() else ()
+    return [path for _, path in found if (path / MANIFEST).exists()]
 
 
 def _fault(folder: Path) -> str | None:

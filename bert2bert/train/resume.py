@@ -56,8 +56,7 @@ class Found:
     """A checkpoint that a run continues from, opened and compared with the recipe, not yet loaded.
 
     ``kind``: "train", "growth" or "weights"; ``position``: where the run stands with it; ``growth``: that of the
-    manifest, for a run from a grown checkpoint and its own later ones; ``notes``: for the user; ``carried``: whether a
-    run that grew goes on with it, and not a new one.
+    manifest, for a run from a grown checkpoint and its own later ones; ``notes``: for the user.
     """
 
     source: Source
@@ -65,7 +64,6 @@ class Found:
     position: Position
     growth: Grown | None
     notes: list[str]
-    carried: bool = False
 
     @property
     def folder(self) -> Path:
@@ -119,7 +117,7 @@ def _find(path: Path, recipe: Recipe, data: Mapping[str, Any], own: bool) -> Fou
         training = Trained.from_json(growth.source_training)
         if grows_next(training, recipe):
             position = continued(training, source.folder, recipe, data, notes).settled(recipe, NEVER)
-            return Found(source, kind, replace(position, growths=position.growths + 1), growth, notes, carried=True)
+            return Found(source, kind, replace(position, growths=position.growths + 1), growth, notes)
     if tokenizer_of(manifest) is None:
         notes.append(
             "which tokenizer the model was trained with is not recorded, so that of the bins is not compared with "

@@ -168,9 +168,14 @@ def _withdraw(root: Path, folder: Path) -> None:
 
 def whole(root: Path, below: int | None = None) -> Path | None:
     """The newest whole training checkpoint of a run folder, if any (``below``: of a smaller step)."""
-    steps = {step: path for path in root.iterdir() if (step := _step_of(path.name)) is not None}
-    found = [step for step, path in steps.items() if (below is None or step < below) and _kind(path) == "train"]
-    return steps[max(found)] if found else None
+    older = (folder for step, folder in tags(root) if below is None or step < below)
+    return next((folder for folder in older if _kind(folder) == "train"), None)
+
+
+def tags(root: Path) -> list[tuple[int, Path]]:
+    """(Step, path) of whatever in a run folder is named as the checkpoint after a step; the last step first."""
+    found = ((_step_of(path.name), path) for path in root.iterdir())
+    return sorted(((step, path) for step, path in found if step is not None), reverse=True)
 
 
 @contextlib.contextmanager
@@ -234,16 +239,15 @@ def prune(root: Path, newest: str, keep: int, needed: Collection[int] = ()) -> N
     """
     limit = _step_of(newest)
     older = []
-    for folder in root.iterdir():
-        step = _step_of(folder.name)
-        if step is None or limit is None or step >= limit or folder.is_symlink() or not folder.is_dir():
+    for step, folder in tags(root):
+        if limit is None or step >= limit or folder.is_symlink() or not folder.is_dir():
             continue
         kind = _kind(folder)
         if kind is None:
             _delete(folder)
         elif kind == "train" and step not in needed:
-            older.append((step, folder))
-    for _, folder in sorted(older, reverse=True)[max(keep - 1, 0) :]:
+            older.append(folder)
+    for folder in older[max(keep - 1, 0) :]:
         _delete(folder)
 
 

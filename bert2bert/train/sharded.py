@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bert2bert.model.core import Opened
 from bert2bert.ranks.distributed import RANKS
-from bert2bert.train.ds_config import resolve
+from bert2bert.train import ds_config as configs
 
 if TYPE_CHECKING:
     from bert2bert.recipe import Recipe
@@ -30,11 +30,10 @@ def opened(recipe: Recipe, ds_config: Mapping[str, Any]) -> Opened | None:
     ``ds_config``: as for `engine.build`; the process group must be there (`engine.start`). Raises InvalidConfig for an
     option that is refused.
     """
-    settings = resolve(dict(ds_config), recipe, RANKS.size)
-    if settings.get("zero_optimization", {}).get("stage", 0) < 3:
+    settings = configs.resolve(dict(ds_config), recipe, RANKS.size)
+    if configs.stage(settings) < 3:
         return None
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = next((half[key] for key in half if settings.get(key, {}).get("enabled")), torch.float32)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[configs.precision(settings)]
     init = Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype)
 
     @contextmanager
