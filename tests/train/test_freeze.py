@@ -55,15 +55,18 @@ def batch_of(name: str, seed: int) -> Batch:
 
 
 def snapshot(engine: Any) -> dict[str, torch.Tensor]:
-    """Clones of every fragment's states on this rank, of the live weights, and the steps."""
+    """Clones of every fragment's states on this rank and of the live weights."""
     out: dict[str, torch.Tensor] = {}
     for f in partitions.fragments(engine):
         for state in partitions.STATES:
             held = partitions.read(engine, f, state)
             out[f"{f.name} {state} {f.start}"] = torch.zeros(f.stop - f.start) if held is None else held.clone()
     for name, parameter in engine.parameters.items():
-        held = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3: this rank's slice
-        out[f"{name} live"] = held.detach().clone()
+        held = parameter.detach()
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's slice, without the padding that nothing ever sets
+            held = parameter.ds_tensor.detach()
+            held = held[: max(0, parameter.ds_numel - engine.rank * held.numel())]
+        out[f"{name} live"] = held.clone()
     return out
 
 
