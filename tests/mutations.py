@@ -1,4 +1,4 @@
-"""Thirty-five single mistakes, each of which the short suite must catch: python -m tests.mutations [WORDS] [--jobs N].
+"""Forty single mistakes, each of which the short suite must catch: python -m tests.mutations [WORDS] [--jobs N].
 
 Each is a small replacement in a copy of the package in a temporary folder, where the tests that should see it run until
 the first failure; that test must pass without the mistake. Only mistakes whose name has one of WORDS run. The status is
@@ -42,6 +42,7 @@ VOCAB, PUBLISHED = "tests/laws/test_vocab.py", "tests/laws/test_published.py"
 LEVELS, GROWTH = "tests/laws/test_levels.py", "tests/laws/test_growth.py"
 TABLE, WRITERS = "tests/tables/test_coverage.py", "tests/checkpoints/test_writers.py"
 LAYOUT, WRITTEN = "tests/checkpoints/test_layout.py", "tests/checkpoints/test_readers_written.py"
+GOLDEN = "tests/train/test_golden.py"
 
 MISTAKES = (
     # the algebra
@@ -91,6 +92,16 @@ MISTAKES = (
             f"{WRITTEN} {WRITERS} tests/checkpoints/test_readers_hub.py"),
     Mistake("files/zip_writer.py", "zlib_ng.crc32(block, checksum)", "zlib_ng.crc32(block)",
             f"tests/checkpoints/test_torchfile.py {WRITERS}"),
+    # what a training step computes
+    Mistake("train/optimizer.py", "groups = self.param_groups",
+            "groups = self.param_groups\n        for state in self.state.values():\n"
+            "            state.get('step', torch.zeros(())).add_(1)  # the correction of the moments' bias", GOLDEN),
+    Mistake("train/engine.py", "loss = loss * (1 + 0 * loss.detach())",
+            "loss = loss * (self.world + 0 * loss.detach())", GOLDEN),
+    Mistake("checkpoints/groups.py", 'layout == "single" or member.decay', "True", GOLDEN),
+    Mistake("recipe/schedules.py", "return peak * (at + 1) / (warmup + 1)", "return peak", GOLDEN),
+    Mistake("train/ds_config.py", 'clip = config.setdefault("gradient_clipping", recipe.gradient_clipping)',
+            "clip = recipe.gradient_clipping", GOLDEN),
 )  # fmt: skip
 
 
