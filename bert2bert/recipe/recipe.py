@@ -84,6 +84,7 @@ class Recipe:
     ``gradient_clipping``: the gradient norm's limit, 0 for none. ``*_every``: in optimizer steps; the last step is
     always evaluated and saved, and so is the step before a growth. ``keep_checkpoints``: how many of the latest stay on
     disk; ``keep_every``: those at multiples of so many steps stay, too (0: none).
+    ``checkpoint_async``: write checkpoints while training goes on, from a copy in the memory of each rank's host.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Recipe:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     keep_every: int = 0
+    checkpoint_async: bool = False
     log_every: int = 10
 
     def __post_init__(self) -> None:

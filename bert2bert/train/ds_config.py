@@ -57,7 +57,8 @@ REFUSED = {
     "tensorboard": "the run folder's TensorBoard files are written already; remove it",
     "zero_force_ds_cpu_optimizer": "DeepSpeed's CPU Adam cannot leave a resting layer alone; remove it",
     "steps_per_print": "progress is reported by the run itself (recipe.log_every); remove it",
-    "checkpoint": "how a checkpoint is loaded is found from the checkpoint; remove it",
+    "checkpoint": "how a checkpoint is loaded is found from the checkpoint, and it is written behind training by --set "
+    "checkpoint_async=true (DeepSpeed's decoupled writer fails at ZeRO-1 and 2); remove it",
     "timeout": "how long ranks wait for each other is given by --timeout SECONDS; remove it",
     "autotuning": "it runs other settings than the file says; tune apart, then write the result here",
     "torch_autocast": "the growth of its checkpoints is untested; use bf16 or fp16",

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -285,9 +285,17 @@ class Engine:
                 if hasattr(live, name):
                     setattr(live, name, value)
 
-    def save(self, root: Path, tag: str) -> None:
-        """DeepSpeed's own checkpoint files in ``root/tag``; returns when every rank has written its files."""
-        self.ds.save_checkpoint(str(root), tag=tag, client_state={}, save_latest=False)
+    def save(self, root: Path, tag: str, write: Callable[[Any, Path], None]) -> None:
+        """Hand what goes into DeepSpeed's own checkpoint files in ``root/tag`` to ``write``, with each file's path.
+
+        Returns when every rank has handed over its own.
+        """
+        writer = self.ds.checkpoint_engine
+        writer.save = lambda state_dict, path: write(state_dict, Path(path))
+        try:
+            self.ds.save_checkpoint(str(root), tag=tag, client_state={}, save_latest=False)
+        finally:
+            del writer.save  # the class's own again
 
     @property
     def counters(self) -> dict[str, int]:

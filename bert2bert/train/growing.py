@@ -13,18 +13,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from bert2bert.checkpoints.manifest import Grown
 from bert2bert.checkpoints.target import Target
-from bert2bert.errors import InvalidConfig
+from bert2bert.errors import InvalidConfig, UserError
 from bert2bert.ranks.comm import Comm
 from bert2bert.ranks.distributed import RANKS, write_on_first
 from bert2bert.recipe import Recipe
 from bert2bert.train import ds_config
 from bert2bert.train.engine import GROUP_LAYOUT
+from bert2bert.train.job import Job
 from bert2bert.train.position import Position
 from bert2bert.train.save import tag_of
 
 FOLDER = "growths"
 """In a run's folder: grown checkpoints from which the next phase has yet to save one of its own."""
+
+LOST = 0.5
+"""Nats above the loss of guessing among all tokens alike at which a growth that promises nothing counts as failed."""
+GROWN_TOLERANCE = 0.05
+"""Nats by which a held-out loss may rise at a growth that keeps the function: 16-bit arithmetic rounds otherwise in
+another model."""
 
 
 class Grow(Protocol):
@@ -57,6 +65,28 @@ def grown(
     folder = output / FOLDER / phase_folder(position.phase)
     folder = grow(recipe, position.phase, source, folder, target, RANKS, other=other)
     return folder, time.perf_counter() - began
+
+
+def check_loss(recipe: Recipe, index: int, growth: Grown, guessing: float, job: Job) -> None:
+    """Raise UserError for a held-out loss that rose at the growth before a phase beyond what its plan says.
+
+    index: of the phase; guessing: the loss of guessing among all tokens alike; job: knows the losses before and after.
+    """
+    phase, before, loss = recipe.phases[index], job.before, (job.result or {})["loss"]
+    asked = recipe.safety.growth_loss_increase
+    if phase.grow is not None and phase.grow.max_loss_increase is not None:
+        asked = phase.grow.max_loss_increase
+    exact = not growth.exactness.get("function")
+    bound, why = max(guessing, before or 0.0) + LOST, f"that a model which knows nothing has and {LOST:g} more"
+    allowed = GROWN_TOLERANCE if asked is None and exact else asked
+    if before is not None and allowed is not None:
+        bound, why = before + allowed, f"of {before:.4f} before the growth plus {allowed:g}"
+    if not loss <= bound:
+        raise UserError(
+            f"the held-out loss after the growth before phase {phase.name!r} is {loss:.4f}, more than the "
+            f"{bound:.4f} {why}: nothing was trained on it. Look at the growth (bert2bert plan --recipe), or allow "
+            f"more with phases.{index}.grow.max_loss_increase. {job.newest()}"
+        )
 
 
 def phase_folder(index: int) -> str:

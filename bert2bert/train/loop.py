@@ -18,7 +18,6 @@ import torch
 from bert2bert.checkpoints.manifest import Grown
 from bert2bert.data.loader import Loader, eval_batches
 from bert2bert.data.objective import Objective
-from bert2bert.errors import UserError
 from bert2bert.model.program import Step
 from bert2bert.ranks import distributed, stopping
 from bert2bert.recipe import Phase
@@ -31,18 +30,12 @@ from bert2bert.train.agreement import correlations
 from bert2bert.train.compute import peak_flops, step_flops
 from bert2bert.train.errors import explained
 from bert2bert.train.evaluate import EVALUATION_SEED, evaluate
-from bert2bert.train.growing import drop
+from bert2bert.train.growing import check_loss, drop
 from bert2bert.train.job import Job
 from bert2bert.train.metrics import Interval
 from bert2bert.train.position import Position
 from bert2bert.train.safety import Watch
-from bert2bert.train.save import save, tag_of
-
-LOST = 0.5
-"""Nats above the loss of guessing among all tokens alike at which a growth that promises nothing counts as failed."""
-GROWN_TOLERANCE = 0.05
-"""Nats by which a held-out loss may rise at a growth that keeps the function: 16-bit arithmetic rounds otherwise in
-another model."""
+from bert2bert.train.save import Saving
 
 
 class Loop:
@@ -65,6 +58,7 @@ class Loop:
         self.fresh = frozenset(growth.inserted if growth else ())
         self.watch = Watch(recipe.safety, int(position.memory.get("skipped", 0)))
         self.evaluated = -1  # the step of the last evaluation of this model
+        self.saving: Saving | None = None  # a checkpoint whose files are written behind training
         self.loader = self._rows()
         self._settle()
 
@@ -117,6 +111,13 @@ class Loop:
 
     def run(self) -> str | None:
         """Train until the run ends, pauses, or needs another engine; the name of the signal that stopped it, if any."""
+        try:
+            return self._run()
+        finally:
+            if self.saving is not None:  # an error: what is written behind training stays unfinished
+                self.saving.give_up()
+
+    def _run(self) -> str | None:
         stopped = self._asked()
         if not stopped and (self.position.step == 0 or self.grown) and not self.served_out:
             self.job.before = self.position.memory.get("loss")
@@ -139,10 +140,11 @@ class Loop:
                 self._write(held_out)
             if over:
                 self._leave(phase)
-            if stopped or self.complete or self.served_out or self.paused or self._due(over):
-                self._save()
+            last = bool(stopped) or self.complete or self.served_out or self.paused
+            if last or self._due(over):
+                self._save(last)
         if self.served_out and not stopped and self.job.saved < 0:
-            self._save()  # nothing was trained yet, but the growth reads files
+            self._save(last=True)  # nothing was trained yet, but the growth reads files
         return stopped
 
     def _due(self, over: bool) -> bool:
@@ -172,10 +174,13 @@ class Loop:
                 engine.backward(micro_loss)
                 loss += micro_loss.detach().float()
         local = [float(loss) / engine.accumulation / engine.world, tokens, flops]
-        mean, *totals = engine.sum([*local, float(job.lock.lost), *stopping.asked(job.stop)])
+        written = self.saving is not None and self.saving.written
+        mean, *totals = engine.sum([*local, float(job.lock.lost), float(written), *stopping.asked(job.stop)])
         if totals[2]:
             distributed.write_on_first(job.output, job.lock.check)
-        stopped = stopping.answer(totals[3:])
+        if totals[3] == engine.world or engine.diverged:  # a run that ends here shall keep what it can
+            self._commit()
+        stopped = stopping.answer(totals[4:])
         if skipped := self.watch.after(not engine.diverged, mean, engine.grad_norm, where, job.newest):
             job.warn(skipped)
         job.loss = mean
@@ -231,23 +236,10 @@ class Loop:
 
     def _check_growth(self) -> None:
         """Raise UserError for a held-out loss that rose at the growth beyond what its plan says."""
-        grow, growth = self.phase.grow, self.growth
-        if not self.grown or grow is None or growth is None or self.job.result is None:
-            return
-        loss, before = self.job.result["loss"], self.job.before
-        exact = not growth.exactness.get("function")
-        guessing = math.log(self.engine.model.sizes["vocab"])
-        bound, why = max(guessing, before or 0.0) + LOST, f"that a model which knows nothing has and {LOST:g} more"
-        asked = self.recipe.safety.growth_loss_increase if grow.max_loss_increase is None else grow.max_loss_increase
-        allowed = GROWN_TOLERANCE if asked is None and exact else asked
-        if before is not None and allowed is not None:
-            bound, why = before + allowed, f"of {before:.4f} before the growth plus {allowed:g}"
-        if not loss <= bound:
-            raise UserError(
-                f"the held-out loss after the growth before phase {self.phase.name!r} is {loss:.4f}, more than the "
-                f"{bound:.4f} {why}: nothing was trained on it. Look at the growth (bert2bert plan --recipe), or allow "
-                f"more with phases.{self.position.phase}.grow.max_loss_increase. {self.job.newest()}"
-            )
+        job = self.job
+        if self.grown and self.phase.grow is not None and self.growth is not None and job.result is not None:
+            guessing = math.log(self.engine.model.sizes["vocab"])
+            check_loss(self.recipe, self.position.phase, self.growth, guessing, job)
 
     def _asked(self) -> str | None:
         """The signal that any rank got, if any. Collective."""
@@ -275,15 +267,27 @@ class Loop:
         every, step = self.recipe.keep_every, self.position.step
         return self.position.needed(self.recipe) | set(range(0, step + 1, every) if every else ())
 
-    def _save(self) -> None:
+    def _save(self, last: bool) -> None:
+        """Save where the run stands. last: no step follows on this engine, so that there is nothing to write behind."""
         job, position = self.job, self.position
+        self._commit()
         if job.saved == position.step:
             return
-        save(
+        behind = self.recipe.checkpoint_async and not last
+        self.saving = Saving(
             self.engine, job.output, position, model=self.engine.model.hf_config, aliases=self.engine.model.aliases,
             recipe=self.recipe.to_dict(), data=job.data, growth=self.growth, keep=self.recipe.keep_checkpoints,
-            needed=self._kept(), check=job.lock.check,
+            needed=self._kept(), check=job.lock.check, behind=behind,
         )  # fmt: skip
-        job.saved, job.at = position.step, job.output / tag_of(position.step)
+        if not behind:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Wait for the checkpoint under way, if there is one, and make it the latest. Collective."""
+        if self.saving is None:
+            return
+        job, position = self.job, self.saving.position
+        job.at = self.saving.commit()
+        job.saved, self.saving = position.step, None
         if position.growths:
             drop(job.output, position)

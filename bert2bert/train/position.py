@@ -34,6 +34,7 @@ _FREE = (
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
+    "checkpoint_async",
     "log_every",
 )
 

@@ -11,12 +11,11 @@ only complete and abandoned tags of this run folder, never the newest complete o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,15 @@ from bert2bert.checkpoints.manifest import (
     write_manifest,
 )
 from bert2bert.errors import InvalidCheckpoint, UserError
-from bert2bert.files.digest import FILE_DIGEST, TENSOR_DIGEST, file_digest
-from bert2bert.files.disk import disk_errors, fsync_file, fsync_tree, replace
+from bert2bert.files.digest import FILE_DIGEST, TENSOR_DIGEST
+from bert2bert.files.disk import fsync_tree, replace
 from bert2bert.ranks.comm import gather
 from bert2bert.ranks.distributed import RANKS, write_on_first
 from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
 from bert2bert.train.position import Position
 from bert2bert.train.rng import random_state
+from bert2bert.train.writing import Files
 
 UNFINISHED = "bert2bert.unfinished"
 """A file that lies in a tag's folder while it is written or deleted."""
@@ -67,61 +67,98 @@ def random_ranks(folder: Path) -> int:
     return sum(1 for _ in folder.glob("bert2bert_rng_rank_*.pt"))
 
 
-def save(
-    engine: Engine,
-    root: Path,
-    position: Position,
-    *,
-    model: Mapping[str, Any],
-    aliases: Mapping[str, str],
-    recipe: Mapping[str, Any],
-    data: Mapping[str, Any],
-    growth: Grown | None,
-    keep: int,
-    check: Callable[[], None],
-    needed: Collection[int] = (),
-) -> Path:
+class Saving:
+    """A checkpoint under way: begun in a step, its files written at once or behind training, then committed.
+
+    ``step``: of what; ``folder``: where it is written.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        root: Path,
+        position: Position,
+        *,
+        model: Mapping[str, Any],
+        aliases: Mapping[str, str],
+        recipe: Mapping[str, Any],
+        data: Mapping[str, Any],
+        growth: Grown | None,
+        keep: int,
+        check: Callable[[], None],
+        needed: Collection[int] = (),
+        behind: bool = False,
+    ) -> None:
+        """Take down all that the checkpoint says, and begin to write it. Collective.
+
+        ``model``: the Hugging Face config; ``data``: digests of tokens and tokenizer; ``growth``: the growth that the
+        run came from, handed on; ``keep``: tags to keep; ``needed``: steps whose tags stay, too; ``check``: raises, on
+        rank 0, if the folder is no longer this run's; ``behind``: whether files are written while training goes on.
+        Raises UserError when the disk has no room or cannot be written.
+        """
+        tag = tag_of(position.step)
+        self.root, self.folder, self.position = root, root / tag, position
+        self.keep, self.check, self.needed = keep, check, needed
+        write_on_first(root, check, lambda: _make_room(engine, root, self.folder))
+        engine.thaw()
+        self.files = Files(self.folder, behind)
+        engine.save(root, tag, self.files.add)
+        self.files.add(random_state(engine.device), self.folder / random_file(engine.rank))
+        self.files.start()
+        digests = partitions.digests(engine)
+        steps = partitions.steps(engine)
+        self.manifest = Manifest(
+            kind="train",
+            tag=tag,
+            format="zero",
+            stage=engine.stage,
+            world_size=engine.world,
+            precision=engine.precision,
+            expert_parallel=engine.experts,
+            group_layout=GROUP_LAYOUT,
+            model=dict(model),
+            aliases=dict(aliases),
+            groups=[
+                GroupEntry(group.part, group.decay, group.names, {key: hyper[key] for key in HYPER}, step)
+                for group, hyper, step in zip(engine.groups, engine.hyper, steps, strict=True)
+            ],
+            tensors={name: TensorEntry(engine.shape(name), digests[name]) for name in engine.names},
+            counters=engine.counters,
+            versions=versions("deepspeed"),
+            growth=growth,
+            training=dataclasses.replace(position.recorded(recipe, data), followed=engine.followed),
+        )
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files are written; when those of all ranks are, `commit` waits for none."""
+        return self.files.written
+
+    def commit(self) -> Path:
+        """Make it the run's latest checkpoint, once every rank's files are there; its folder. Collective.
+
+        Raises, on all ranks, what went wrong on any.
+        """
+        parts = gather(RANKS, self.files.finish)
+        contents = {name: content for part in parts for name, content in part.items()}
+        digests = Digests(FILE_DIGEST, TENSOR_DIGEST, dict(sorted(contents.items())))
+        manifest = dataclasses.replace(self.manifest, digests=digests)
+        write_on_first(
+            self.root, self.check, lambda: _commit(self.root, self.folder, manifest, contents, self.keep, self.needed)
+        )
+        return self.folder
+
+    def give_up(self) -> None:
+        """Leave it unfinished, after an error: the older checkpoint stays in force."""
+        self.files.give_up()
+
+
+def save(engine: Engine, root: Path, position: Position, **about: Any) -> Path:
     """Write ``root/global_step<step>`` and make it the latest; returns its folder. Collective.
 
-    ``model``: the Hugging Face config; ``data``: digests of tokens and tokenizer; ``growth``: the growth that the run
-    came from, handed on; ``keep``: tags to keep; ``needed``: steps whose tags stay, too; ``check``: raises, on rank 0,
-    if the folder is no longer this run's.
-    Raises UserError when the disk has no room or cannot be written.
+    ``about``: see `Saving`. Raises UserError when the disk has no room or cannot be written.
     """
-    tag = tag_of(position.step)
-    folder = root / tag
-    write_on_first(root, check, lambda: _make_room(engine, root, folder))
-    engine.thaw()
-    with disk_errors(folder), _stream_errors(folder):
-        engine.save(root, tag)
-    parts = gather(RANKS, lambda: _finish_own(engine, folder))  # every rank's files are there from here on
-    contents = {name: content for part in parts for name, content in part.items()}
-    digests = partitions.digests(engine)
-    steps = partitions.steps(engine)
-    manifest = Manifest(
-        kind="train",
-        tag=tag,
-        format="zero",
-        stage=engine.stage,
-        world_size=engine.world,
-        precision=engine.precision,
-        expert_parallel=engine.experts,
-        group_layout=GROUP_LAYOUT,
-        model=dict(model),
-        aliases=dict(aliases),
-        groups=[
-            GroupEntry(group.part, group.decay, group.names, {key: hyper[key] for key in HYPER}, step)
-            for group, hyper, step in zip(engine.groups, engine.hyper, steps, strict=True)
-        ],
-        tensors={name: TensorEntry(engine.shape(name), digests[name]) for name in engine.names},
-        digests=Digests(FILE_DIGEST, TENSOR_DIGEST, dict(sorted(contents.items()))),
-        counters=engine.counters,
-        versions=versions("deepspeed"),
-        growth=growth,
-        training=dataclasses.replace(position.recorded(recipe, data), followed=engine.followed),
-    )
-    write_on_first(root, check, lambda: _commit(root, folder, manifest, contents, keep, needed))
-    return folder
+    return Saving(engine, root, position, **about).commit()
 
 
 def _make_room(engine: Engine, root: Path, folder: Path) -> None:
@@ -176,34 +213,6 @@ def tags(root: Path) -> list[tuple[int, Path]]:
     """(Step, path) of whatever in a run folder is named as the checkpoint after a step; the last step first."""
     found = ((_step_of(path.name), path) for path in root.iterdir())
     return sorted(((step, path) for step, path in found if step is not None), reverse=True)
-
-
-@contextlib.contextmanager
-def _stream_errors(folder: Path) -> Iterator[None]:
-    """Torch reports a full disk as a RuntimeError of its zip writer: say what it means."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-            raise
-        raise UserError(
-            f"checkpoint {folder} could not be written ({str(error).splitlines()[0]}). Is the disk full? The "
-            "checkpoints written before are whole; free some space and resume"
-        ) from error
-
-
-def _finish_own(engine: Engine, folder: Path) -> dict[str, str]:
-    """Write this rank's random state; digest and make durable all that this rank wrote: {name: content digest}.
-
-    Here and not on rank 0 alone, which on a cluster can neither sync another host's pages nor read them from memory.
-    """
-    with disk_errors(folder), _stream_errors(folder):
-        torch.save(random_state(engine.device), folder / random_file(engine.rank))
-        own = [name for name in file_sizes(folder) if name != UNFINISHED and _writer(name) == engine.rank]
-        contents = {name: file_digest(folder / name) for name in own}  # first: the pages are still in memory
-        for name in own:
-            fsync_file(folder / name)
-    return contents
 
 
 def _writer(name: str) -> int:

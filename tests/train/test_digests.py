@@ -18,7 +18,7 @@ from bert2bert.commands import cli
 from bert2bert.errors import UserError
 from bert2bert.files.digest import FILE_DIGEST, file_digest
 from bert2bert.recipe import Phase
-from bert2bert.train import save
+from bert2bert.train import save, writing
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
 
@@ -102,7 +102,7 @@ def fail_on_one_rank(bins: Path, output: Path, victim: int) -> str:
             raise OSError(5, "Input/output error", str(path))
         return file_digest(path)
 
-    save.file_digest = broken
+    writing.file_digest = broken
     try:
         runs.run(short(bins), tiny.ds_config(2), output)
     except UserError as error:
