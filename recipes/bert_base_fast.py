@@ -9,8 +9,15 @@ Expected:  not yet run. MosaicBERT, NeoBERT and ModernBERT pre-train without it,
 from dataclasses import replace
 from pathlib import Path
 
-from bert2bert.recipe import load_recipe
+from bert2bert.recipe import Recipe, load_recipe
 
-_scratch = load_recipe(Path(__file__).with_name("bert_base_scratch.py"))
+_scratch = Path(__file__).with_name("bert_base_scratch.py")
 
-recipe = replace(_scratch, name="bert-base-fast", model={**(_scratch.model or {}), "attention_probs_dropout_prob": 0.0})
+
+def _made(base: Recipe) -> Recipe:
+    name = base.name.replace("scratch", "fast")
+    return replace(base, name=name, model={**(base.model or {}), "attention_probs_dropout_prob": 0.0})
+
+
+recipe = _made(load_recipe(_scratch))
+tiny = _made(load_recipe(_scratch, ["size=tiny"]))  # half a minute on a CPU

@@ -2,8 +2,8 @@ r"""BERT-large whose layers share their weights at first, then not (SWE: Yang et
 
 Command:   deepspeed --num_gpus 8 launch/pretrain.py --ds_config ds_configs/zero2_bf16.json \
                --recipe recipes/bert_share_unshare.py --bins bins/wiki_books --output runs/swe
-           (SWE-F, unshared at a step; --set size=adaptive: SWE-A, once the layers' gradients disagree; size=multi:
-           SWE-M, groups of layers split step by step)
+           (SWE-F, unshared at a step; --set size=adaptive: SWE-A, once the layers' gradients disagree;
+           --set size=multi: SWE-M, groups of layers split step by step)
 Machine:   8 x H100; `bert2bert plan --recipe recipes/bert_share_unshare.py` says the FLOPs of every phase.
 Expected:  not yet run at this size. The paper reports, at 500,000 steps, masked-LM accuracies of 73.72 (SWE-F), 73.86
            (SWE-A) and 73.73 (SWE-M), of 73.21 without sharing, and of 74.42 without sharing at 1,000,000 steps.

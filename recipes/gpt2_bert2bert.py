@@ -12,8 +12,9 @@ The settings:
   assumed                            all of gpt2_small_scratch.py's settings; the source is trained for as many steps as
                                      the target, an eighth of whose steps are of sub-models, as the paper's BERT's
 Variants:  --set phases.1.steps=0 phases.2.steps=19000 phases.2.schedule.start=0     AKI without stage one
-           --set phases.1.grow.width=fpi                 function-preserving copies (fpi), or DirectCopy (direct)
-           --set phases.0.steps=0, with --resume SOURCE  a source that is there already
+           --set phases.1.grow.width=fpi                                             function-preserving copies
+           --set phases.1.grow.width=direct phases.1.grow.break_symmetry=none        DirectCopy
+           --set phases.0.steps=0, with --resume SOURCE                              a source that is there already
 """
 
 from dataclasses import replace

@@ -200,8 +200,8 @@ class _Run:
 
     def _metrics(self) -> MetricsWriter:
         job, at = self.job, self.position
-        return MetricsWriter(
-            job.output, distributed.RANKS.rank, step=at.step, growths=at.growths, steps=job.recipe.steps,
+        return MetricsWriter(  # what was measured right after a growth will be measured again
+            job.output, distributed.RANKS.rank, step=at.step, growths=at.growths - self.grown, steps=job.recipe.steps,
             show=not job.quiet,
         )  # fmt: skip
 

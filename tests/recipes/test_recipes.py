@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bert2bert.commands.plan_recipe import plan_recipe
 from bert2bert.errors import InvalidConfig
-from bert2bert.recipe import Full, SubModels, from_dict, load_recipe
+from bert2bert.recipe import Full, Recipe, SubModels, from_dict, load_recipe
 from bert2bert.recipe.schedules import lr_at
 from bert2bert.train.ds_config import read, resolve
+from tests.recipes.test_growing_recipes import LLAMA_7B
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -28,15 +32,51 @@ def test_every_experiment_has_its_file() -> None:
     }  # fmt: skip
 
 
+def header(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+def planned(path: Path, ds_config: str, ranks: int, *overrides: str) -> Recipe:
+    """A recipe, once every phase of it has been planned; one without a model takes that of a Llama."""
+    found = load_recipe(path, overrides)
+    plan = plan_recipe(found if found.model else replace(found, model=LLAMA_7B), ROOT / ds_config, ranks)
+    assert [phase.name for phase in plan.phases] == [phase.name for phase in found.phases]
+    return found
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_loads_and_its_header_says_command_machine_and_expectation(path: Path) -> None:
-    found = load_recipe(path)
-    assert from_dict(found.to_dict()) == found
-    header = ast.get_docstring(ast.parse(path.read_text())) or ""
+    text = header(path)
     for word in ("Command:", "Machine:", "Expected:", f"recipes/{path.name}", "launch/pretrain.py --ds_config"):
-        assert word in header
-    ds_config = next(word for word in header.split() if word.startswith("ds_configs/"))
-    resolve(read(ROOT / ds_config), found, int(header.split("--num_gpus")[1].split()[0]))
+        assert word in text
+    ds_config = next(word for word in text.split() if word.startswith("ds_configs/"))
+    found = planned(path, ds_config, int(text.split("--num_gpus")[1].split()[0]))
+    assert from_dict(found.to_dict()) == found
+
+
+SET = re.compile(r"--set((?:[\s\\]+[\w.]+=\S+)+)")
+SHOWN = [
+    (path, tuple(word.rstrip(",:;)") for word in found.replace("\\", " ").split()))
+    for path in RECIPES
+    for found in SET.findall(header(path))
+]
+
+
+@pytest.mark.parametrize(("path", "overrides"), SHOWN, ids=lambda x: x.stem if isinstance(x, Path) else " ".join(x))
+def test_what_a_header_sets_can_be_planned(path: Path, overrides: tuple[str, ...]) -> None:
+    """And is another recipe than the plain one."""
+    assert planned(path, "ds_configs/zero2_bf16.json", 8, *overrides) != load_recipe(path)
+
+
+def test_headers_show_variants() -> None:
+    assert len(SHOWN) > 15 and {path.stem for path, _ in SHOWN} >= {"llama_hyperclone", "gpt2_midas", "bert_stack"}
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if not p.stem.startswith("demo_")], ids=lambda path: path.stem)
+def test_every_recipe_has_a_tiny_size(path: Path) -> None:
+    """For a CPU; the demo's are small as they are."""
+    found = planned(path, "ds_configs/zero2_cpu.json", 2, "size=tiny")
+    assert found.steps is not None and found.steps <= 120
 
 
 SIZED = ("gpt2_small_scratch", "llama_continue", "modernbert_scratch", "t5_scratch", "upcycled_mixtral")
@@ -58,7 +98,7 @@ def test_a_tiny_size_is_the_same_experiment(name: str) -> None:
 
 def test_a_size_of_a_recipe_that_has_none(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="no recipe of size 'tiny'; leave size= out"):
-        load_recipe(ROOT / "recipes" / "bert_small.py", ["size=tiny"])
+        load_recipe(ROOT / "recipes" / "demo_small.py", ["size=tiny"])
 
 
 @pytest.mark.parametrize(("grown", "config"), [("bert_base_bert2bert", "bert_base"), ("demo_bert2bert", "demo_base")])

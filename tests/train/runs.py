@@ -48,9 +48,10 @@ def run(
     output: Path,
     resume: Path | None = None,
     stop_at: int | None = None,
+    stop_by: signal.Signals = signal.SIGTERM,
     **how: Any,
 ) -> dict[str, Any]:
-    """`train` in this rank; ``stop_at``: the last rank gets a SIGTERM in that 0-based step."""
+    """`train` in this rank; ``stop_at``: the last rank gets the signal ``stop_by`` in that 0-based step."""
     from bert2bert.train import loop
     from bert2bert.train.run import train
 
@@ -58,7 +59,7 @@ def run(
 
     def draw(step: int, *rest: Any) -> Any:
         if step == stop_at and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), stop_by)
         return original(step, *rest)
 
     loop.Draw = draw  # type: ignore[assignment, misc]
