@@ -14,7 +14,6 @@ import gc
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bert2bert.errors import InvalidCheckpoint, UserError
+from bert2bert.files.memory import free_memory
 from bert2bert.growth.live import quiet
 from bert2bert.tables import Table
 
 IGNORE = -100
 _SHARE = 0.8  # of the free memory that a reference may take
-_MEMORY = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 
 Fetch = Callable[[str], Tensor]
 
@@ -165,20 +164,6 @@ def precision(numel: int, doing: str) -> torch.dtype:
         f"{doing} takes about {numel * 4 / 1e9:.3g} GB of memory in float32, and {(free or 0) / 1e9:.3g} GB are free; "
         f"leave it out with --no-logits (verify) or --no-measure (grow), or run on a machine with more."
     )
-
-
-def free_memory() -> int | None:
-    """Bytes that this process can still take, by the kernel and its control group; None where neither reports it."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        limit, used = (path.read_text().strip() for path in _MEMORY)
-        if limit != "max":
-            found.append(int(limit) - int(used))
-    except (OSError, ValueError):
-        pass  # no such file on this system: what was found so far counts
-    return min(found, default=None)
 
 
 def _transformers() -> Any:

@@ -30,7 +30,7 @@ from bert2bert.recipe import Recipe
 from bert2bert.tables import table_for
 from bert2bert.train import ds_config as configs
 from bert2bert.train import engine as engines
-from bert2bert.train import nodes, run_folder, sharded
+from bert2bert.train import nodes, room, run_folder, sharded
 from bert2bert.train.banner import banner, ending, result
 from bert2bert.train.errors import explained
 from bert2bert.train.growing import Grow, grown, layout
@@ -179,6 +179,8 @@ class _Run:
                     if first:
                         distributed.write_on_first(job.output, partial(describe, model=engine.model.hf_config))
                         job.say(banner(job, loop))
+                        for note in room.notes(loop.engine, job.recipe, job.output, loop.position.step):
+                            job.warn(f"  note: {note}")
                         job.metrics = stack.enter_context(self._metrics())
                     loop.metrics = job.metrics
                     with explained("between two steps", job.newest):

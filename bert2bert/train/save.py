@@ -19,8 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bert2bert.checkpoints.commit.pending import file_sizes, set_latest
 from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.manifest import (
@@ -42,6 +40,7 @@ from bert2bert.train import partitions
 from bert2bert.train.engine import GROUP_LAYOUT, Engine
 from bert2bert.train.position import Position
 from bert2bert.train.rng import random_state
+from bert2bert.train.room import check_disk
 from bert2bert.train.writing import Files
 
 UNFINISHED = "bert2bert.unfinished"
@@ -176,14 +175,7 @@ def _make_room(engine: Engine, root: Path, folder: Path) -> None:
     for script in root.glob("zero_to_*.py"):  # DeepSpeed copies them there
         if script.is_symlink():
             script.unlink()
-    numel = sum(torch.Size(engine.shape(name)).numel() for name in engine.names)
-    need = numel * (12 + (4 if engine.precision == "fp32" else 2))
-    free = shutil.disk_usage(root).free
-    if free < need:
-        raise UserError(
-            f"checkpoint {folder} needs about {need / 1e9:.3g} GB, its disk has {free / 1e9:.3g} GB free. "
-            "The checkpoints written before are whole; free some space and resume"
-        )
+    check_disk(engine, root, folder)
     folder.mkdir()
     (folder / UNFINISHED).touch()
 

@@ -103,7 +103,7 @@ def snapshot(content: Any) -> Any:
     the copy, too, so that torch.save writes no byte more of it."""
     memory: dict[int, torch.UntypedStorage] = {}
     copies: dict[int, Any] = {}
-    for tensor in _tensors(content):
+    for tensor in tensors(content):
         held = tensor.untyped_storage()
         key = held._cdata
         if key not in memory:
@@ -117,15 +117,16 @@ def snapshot(content: Any) -> Any:
     return deepcopy(content, copies)
 
 
-def _tensors(content: Any) -> Iterator[torch.Tensor]:
+def tensors(content: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
     if isinstance(content, torch.Tensor):
         yield content
     elif isinstance(content, dict):
         for value in content.values():
-            yield from _tensors(value)
+            yield from tensors(value)
     elif isinstance(content, list | tuple):
         for value in content:
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 @contextlib.contextmanager
