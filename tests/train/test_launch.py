@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [ROOT / "launch" / name for name in ("pretrain.sbatch", "grow.sbatch", "chain.sh")]
+SCRIPTS = [ROOT / "launch" / name for name in ("pretrain.sbatch", "grow.sbatch", "command.sbatch", "chain.sh")]
 PRETRAIN = "launch/pretrain.py"
 DEMO = ["--ds_config", "ds_configs/zero2_cpu.json", "--recipe", "recipes/demo_small.py"]
 MPI_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -195,28 +195,77 @@ def fake(folder: Path, name: str, text: str) -> None:
     path.chmod(0o755)
 
 
-def test_the_chain_submits_three_jobs_that_wait_for_each_other(tmp_path: Path) -> None:
+def chain(tmp_path: Path, *words: str, **environment: str) -> tuple[str, dict[str, list[str]]]:
+    """(what chain.sh prints, its sbatch lines by the part of the chain), with Slurm's commands faked."""
     log = tmp_path / "log"
-    fake(
-        tmp_path / "bin",
-        "sbatch",
-        f'printf "%s|" "$@" >> {log}; echo >> {log}; echo "$((100 + $(wc -l < {log})));c1"\n',
-    )
+    log.write_text("")
+    fake(tmp_path / "bin", "sbatch", f'echo "$@" >> {log}; echo "$((100 + $(wc -l < {log})));c1"\n')
+    fake(tmp_path / "bin", "squeue", "")
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    done = run(["launch/chain.sh", "--partition=gpu"], PATH=path, BINS="bins/w", RUNS=str(tmp_path / "runs"))
+    done = run(["launch/chain.sh", *words], PATH=path, RUNS=str(tmp_path / "runs"), **environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "small 101 -> grow 102 -> large 103"
-    small, grow, large = (line.rstrip("|").split("|") for line in log.read_text().splitlines())
-    assert "--dependency=afterok:101" in grow and "--dependency=afterok:102" in large
-    assert not any(word.startswith("--dependency") for word in small)
-    assert all("--partition=gpu" in job and "--parsable" in job for job in (small, grow, large))
-    assert small[small.index("launch/pretrain.sbatch") + 1] == "recipes/bert_small.py"
+    jobs = [line.split() for line in log.read_text().splitlines()]
+    names = [next(w for w in job if w.startswith("--job-name=")) for job in jobs]
+    return done.stdout, {n.removeprefix("--job-name=").rpartition("-")[0]: j for n, j in zip(names, jobs, strict=True)}
+
+
+def behind(job: list[str]) -> list[str]:
+    return [word for word in job if word.startswith("--dependency")]
+
+
+def test_the_chain_submits_jobs_that_wait_for_what_they_need(tmp_path: Path) -> None:
+    (tmp_path / "bins").mkdir()
+    prepare = {"BINS": str(tmp_path / "bins"), "PREPARE": "--corpus emma"}
+    _, jobs = chain(tmp_path, "--partition=gpu", "--set", "size=tiny", GROW_OPTIONS="--partition=cpu", **prepare)
+    assert list(jobs) == ["prepare", "small", "grow", "large", "scratch", "report"]
+    waits = [behind(job) for job in jobs.values()]
+    numbers = ("101", "102", "103", "101", "104:105")
+    assert waits == [[], *([f"--dependency=afterok:{number}"] for number in numbers)]
+    assert all("--partition=gpu" in job and "--parsable" in job for job in jobs.values())
+    small, grow, large, scratch = (jobs[name] for name in ("small", "grow", "large", "scratch"))
+    assert grow.index("--partition=gpu") < grow.index("--partition=cpu")  # sbatch takes the last
+    assert all(job[job.index("--set") + 1] == "size=tiny" for job in (small, large, scratch)) and "--set" not in grow
     source, target = grow[grow.index("launch/grow.sbatch") + 1 :][:2]
     assert source == small[small.index("launch/pretrain.sbatch") + 3] == str(tmp_path / "runs" / "small")
     assert large[large.index("--from") + 1] == target
-    for name in ("launch/pretrain.sbatch", "launch/grow.sbatch", "recipes/bert_small.py", "ds_configs/zero2_bf16.json"):
-        assert (ROOT / name).exists()
-    assert all((ROOT / word).exists() for word in (*grow, *large) if word.startswith(("recipes/", "ds_configs/")))
+    words = {word for job in jobs.values() for word in job if word.startswith(("launch/", "recipes/", "ds_configs/"))}
+    assert len(words) == 8 and all((ROOT / word).exists() for word in words)
+
+
+def test_a_chain_passes_over_what_is_complete_and_all_that_follows_a_change(tmp_path: Path) -> None:
+    (tmp_path / "bins").mkdir()
+    (tmp_path / "bins" / "meta.json").write_text("{}")
+    recipe = shutil.copy(ROOT / "recipes" / "bert_small.py", tmp_path / "small.py")
+    known = {"BINS": str(tmp_path / "bins"), "SMALL": str(recipe), "SCRATCH": "-", "SEEDS": "0 1"}
+    _, jobs = chain(tmp_path, **known)
+    assert list(jobs) == [
+        "small-seed0",
+        "grow-seed0",
+        "large-seed0",
+        "small-seed1",
+        "grow-seed1",
+        "large-seed1",
+        "report",
+    ]
+    assert [behind(jobs[f"small-seed{n}"]) for n in (0, 1)] == [[], []] and jobs["large-seed1"][-1] == "seed=1"
+
+    for name in jobs:  # each job ends well
+        (tmp_path / "runs" / name.replace("large", "base").replace("grow-", "grown-")).mkdir(exist_ok=True)
+    fake(tmp_path / "bin", "sbatch", 'echo "$KEY" > "$RECORD"; echo 1\n')
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    run(["launch/chain.sh"], PATH=path, RUNS=str(tmp_path / "runs"), **known)
+    printed, jobs = chain(tmp_path, **known)
+    assert not jobs and printed.count("complete, passed over") == 8
+
+    recipe.write_text(recipe.read_text() + "# changed\n")
+    (tmp_path / "runs" / "base-seed1").rmdir()
+    _, jobs = chain(tmp_path, **known | {"SEEDS": "1"})
+    assert list(jobs) == ["small-seed1", "grow-seed1", "large-seed1", "report"]
+
+
+def test_a_chain_without_bins_is_refused(tmp_path: Path) -> None:
+    done = run(["launch/chain.sh"], BINS=str(tmp_path / "bins"), RUNS=str(tmp_path / "runs"))
+    assert done.returncode == 2 and f"there are no bins in {tmp_path / 'bins'}" in done.stderr
 
 
 def batch(tmp_path: Path, output: Path, *start: str) -> tuple[list[str], dict[str, str]]:
