@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -128,13 +129,14 @@ class Loop:
         while not (stopped or self.served_out or self.paused or self.complete):
             phase = self.phase
             record, stopped = self._optimizer_step(phase)
-            held_out = self._look_back(phase)
+            compared = self._compared(phase)
+            held_out = self._held_out(phase) if self.position.step % self.recipe.eval_every == 0 else None
             over = self._over()
             if self.metrics is not None:
                 self.metrics.advance(phase.name)
-            if over or stopped or self.position.step % self.recipe.log_every == 0:
+            if over or stopped or compared or self.position.step % self.recipe.log_every == 0:
                 spent = self.position.spent
-                self._write(record | interval.rates(spent, self.engine.world, self.peak))
+                self._write(record | compared | interval.rates(spent, self.engine.world, self.peak))
                 interval = Interval(spent)
             if held_out:
                 self._write(held_out)
@@ -214,18 +216,20 @@ class Loop:
             known.append(max(round(step / done), step + 1) if done > 0 else 2**31)
         return max(min(known), step)
 
-    def _look_back(self, phase: Phase) -> dict[str, Any] | None:
-        """Measure what the phase's trigger asks for, on the rows of the next step (FLOPs not counted as spent);
-        and evaluate where that is due: the record."""
-        until, engine = phase.until, self.engine
-        if isinstance(until, Agreement) and self.position.phase_step % until.every == 0:
-            step = self._drawn(phase)
-            engine.apply(step)
-            rows = self._rows()
-            batches = [next(rows) for _ in range(engine.accumulation)]
-            with explained(f"in the comparison of layers after step {self.position.step}", self.job.newest):
-                self.position = self.position.compared(correlations(engine, batches, step))
-        return self._held_out(phase) if self.position.step % self.recipe.eval_every == 0 else None
+    def _compared(self, phase: Phase) -> dict[str, Any]:
+        """How far neighbouring layers agree, on the rows of the next step (FLOPs not counted as spent), where the
+        phase's trigger asks for it: keys of the 'train' record."""
+        until, engine, loader = phase.until, self.engine, self.loader
+        if not isinstance(until, Agreement) or self.position.phase_step % until.every:
+            return {}
+        step, state = self._drawn(phase), loader.state()
+        engine.apply(step)
+        batches = [next(loader) for _ in range(engine.accumulation)]
+        loader.load_state(state)
+        with explained(f"in the comparison of layers after step {self.position.step}", self.job.newest):
+            found = correlations(engine, batches, step)
+        self.position = self.position.compared(found)
+        return {"agreement": found, **({"agreement_mean": fmean(found), "agreement_min": min(found)} if found else {})}
 
     def _leave(self, phase: Phase) -> None:
         """Go on from the end of a phase; where the run ends or the model grows, not without an evaluation."""
