@@ -3,7 +3,7 @@ r"""BERT-large whose layers share their weights at first, then not (SWE: Yang et
 Command:   deepspeed --num_gpus 8 launch/pretrain.py --ds_config ds_configs/zero2_bf16.json \
                --recipe recipes/bert_share_unshare.py --bins bins/wiki_books --output runs/swe
            (SWE-F, unshared at a step; --set size=adaptive: SWE-A, once the layers' gradients disagree;
-           --set size=multi: SWE-M, groups of layers split step by step)
+           --set size=multi: SWE-M, groups of layers split step by step, once two neighbours in one disagree)
 Machine:   8 x H100; `bert2bert plan --recipe recipes/bert_share_unshare.py` says the FLOPs of every phase.
 Expected:  not yet run at this size. The paper reports, at 500,000 steps, masked-LM accuracies of 73.72 (SWE-F), 73.86
            (SWE-A) and 73.73 (SWE-M), of 73.21 without sharing, and of 74.42 without sharing at 1,000,000 steps.
@@ -13,12 +13,15 @@ The settings:
                                      gradients are the mean over the uses; one schedule over both phases, 10,000 steps
                                      of warm-up to 3e-4, linear to 0; AdamW (0.9, 0.999), decay 0.01; SWE-A:
                                      correlations of neighbours every 1,000 steps, unshared when more than half are
-                                     below 0.5 three times in a row
+                                     below 0.5 three times in a row; SWE-M: a group is split between two layers that
+                                     correlate less than that, again and again
   differs                            the paper's model has its norms inside the residual branches, a BERT after them:
-                                     the paper trains such a one at 1e-4
-  assumed                            moments are copied to every layer (the paper does not say); SWE-M splits every
-                                     group in the middle at fixed steps, where the paper splits between two layers that
-                                     disagree (25,000 steps a phase); SWE-A shares for at most 250,000
+                                     the paper trains such a one at 1e-4; SWE-M splits all groups in their middles, for
+                                     the sizes of a recipe's phases are known before it runs, where the paper splits
+                                     one group, between the two layers that disagree
+  assumed                            moments are copied to every layer (the paper does not say); SWE-A shares for at
+                                     most 250,000 steps; SWE-M splits after three checks in a row, as SWE-A, and after
+                                     25,000 steps at the latest
 """
 
 from dataclasses import replace
@@ -52,24 +55,26 @@ def _adaptive(fixed: Recipe, agreement: Agreement, most: int, steps: int) -> Rec
     return replace(fixed, name=fixed.name + "-adaptive", phases=(replace(shared, steps=most, until=agreement), ends))
 
 
-def _multi(fixed: Recipe, layers: int, groups: tuple[int, ...], each: int, steps: int) -> Recipe:
-    """SWE-M. groups: their numbers, phase by phase; each: steps of a phase before the last."""
+def _multi(fixed: Recipe, layers: int, groups: tuple[int, ...], agreement: Agreement, most: int, steps: int) -> Recipe:
+    """SWE-M. groups: their numbers, phase by phase; most: steps of a phase before the last at most."""
     line = fixed.phases[0].schedule
+    ends = replace(agreement, share=0.0)  # one pair is enough
     split = (
         Phase(
             f"{n} groups",
-            each,
+            most,
             Shared(uses=(layers // n,) * n),
             line,
-            grow=Grow({"num_hidden_layers": n}, depth="interleave"),
+            ends,
+            Grow({"num_hidden_layers": n}, depth="interleave"),
         )
         for n in groups[1:-1]
     )
     last = Phase(
-        "unshared", steps - each * (len(groups) - 1), Full(), line,
-        grow=Grow({"num_hidden_layers": groups[-1]}, depth="interleave"),
-    )  # fmt: skip
-    return replace(fixed, name=fixed.name + "-multi", phases=(replace(fixed.phases[0], steps=each), *split, last))
+        "unshared", None, Full(), line, RunSteps(steps), Grow({"num_hidden_layers": groups[-1]}, depth="interleave")
+    )
+    first = replace(fixed.phases[0], steps=most, until=ends)
+    return replace(fixed, name=fixed.name + "-multi", phases=(first, *split, last))
 
 
 _large, _layers = _base(
@@ -79,8 +84,9 @@ _small, _few = _base(load_recipe(_scratch, ["size=tiny"]), "bert-swe-tiny", 4, 2
 
 recipe = _fixed(_large, _layers, 50_000, 500_000, 10_000)
 adaptive = _adaptive(recipe, Agreement(), 250_000, 500_000)
-multi = _multi(recipe, _layers, (1, 2, 4, 12, 24), 25_000, 500_000)
+multi = _multi(recipe, _layers, (1, 2, 4, 12, 24), Agreement(), 25_000, 500_000)
 
 tiny = _fixed(_small, _few, 20, 60, 6)  # half a minute on a CPU
-adaptive_tiny = _adaptive(tiny, Agreement(threshold=0.9, every=5, patience=2), 40, 60)
-multi_tiny = _multi(tiny, _few, (1, 2, 4), 15, 60)
+_often = Agreement(threshold=0.9, every=5, patience=2)
+adaptive_tiny = _adaptive(tiny, _often, 40, 60)
+multi_tiny = _multi(tiny, _few, (1, 2, 4), _often, 20, 60)

@@ -154,7 +154,7 @@ class Plateau:
 class Agreement:
     """Ends when layers that share their weights want different things: of the correlations of neighbouring layers'
     gradients, more than ``share`` are below ``threshold`` at ``patience`` checks in a row, one every ``every`` steps
-    (SWE-A of Yang et al. 2021, arXiv 2110.03848)."""
+    (SWE-A of Yang et al. 2021, arXiv 2110.03848; with a share of 0 a single pair is enough, as in their SWE-M)."""
 
     threshold: float = 0.5
     every: int = 1000

@@ -35,8 +35,9 @@ def correlations(engine: Engine, batches: Iterable[Batch], step: Step) -> list[f
     """Pearson's correlation of the gradients in neighbouring places of ``step.run``, over the entries of all linear
     maps that both have, of the mean loss of ``batches`` (as many on every rank, on any device) over all ranks.
 
-    Places where no gradient is computed are left out. Collective; the model's dropout draws, but from a copy of the
-    random state. Raises InvalidConfig.
+    Only neighbours that run the same layer count, unless there are none: two groups of layers that share nothing with
+    each other need not agree. Places where no gradient is computed are left out. Collective; the model's dropout draws,
+    but from a copy of the random state. Raises InvalidConfig.
     """
     model = engine.model
     step.check(model.parts)
@@ -54,7 +55,9 @@ def correlations(engine: Engine, batches: Iterable[Batch], step: Step) -> list[f
     for place in found:
         for name in sorted(place):
             torch.distributed.all_reduce(place[name])
-    return [_correlation(a, b) for a, b in pairwise(place for place in found if place)]
+    pairs = list(pairwise((number, place) for number, place in zip(step.run, found, strict=True) if place))
+    alike = [pair for pair in pairs if pair[0][0] == pair[1][0]]
+    return [_correlation(a, b) for (_, a), (_, b) in alike or pairs]
 
 
 def _add(engine: Engine, batch: Batch, step: Step, found: list[Gradients]) -> None:

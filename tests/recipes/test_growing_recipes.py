@@ -102,7 +102,7 @@ def short(case: Case, bins: Path) -> Recipe:
     for i, phase in enumerate(found.phases):
         until, grow = phase.until, phase.grow
         if isinstance(until, Agreement):
-            until = replace(until, every=1, patience=1, threshold=0.99)
+            until = replace(until, every=1, patience=2, threshold=0.99)
         if isinstance(until, RunSteps):
             until = RunSteps(4)
         if grow is not None and "vocab_size" in grow.model:
@@ -147,7 +147,8 @@ def test_a_recipe_grows_is_killed_and_goes_on(case: Case, tmp_path: Path) -> Non
     stopped = steps.index(2) - 1 if 2 in steps else len(steps) - 2
     with pytest.raises(RuntimeError, match=r"rank 1 died with exit code -9|Connection closed|failed"):
         run_ranks(go, 2, case, plan, run, source, killed, signal.SIGKILL)
-    assert len([r for r in runs.records(run) if r["kind"] == "train"]) == killed
+    written = len([r for r in runs.records(run) if r["kind"] == "train"])
+    assert written in (killed - 1, killed)  # the one before was not yet, if layers were being compared
     assert run_ranks(go, 2, case, plan, run, source, stopped) == ["SIGTERM"] * 2
     first = runs.records(run)
     assert first == whole[: len(first)] and first[-1]["step"] == stopped + 1
