@@ -72,6 +72,11 @@ def arguments() -> Parser:
         help="keep only the input of every learning block for the backward pass, and compute the rest again there",
     )  # fmt: skip
     parser.add_argument("--until", metavar="PHASE", help="pause at the end of this phase, with a checkpoint; status 0")
+    parser.add_argument(
+        "--report-to", nargs="+", default=["tensorboard"], metavar="NAME",
+        help="where numbers go besides metrics.jsonl, separated by commas or spaces: tensorboard (the default), wandb, "
+        "mlflow, where these are installed; or none",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the run's end as one JSON object on standard output")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only (and what --json gives)")
     # The deepspeed launcher passes it; the environment says the same.
@@ -88,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         orphans.watch()
     try:
         from bert2bert.recipe import current, load_recipe
-        from bert2bert.train import ds_config
+        from bert2bert.train import ds_config, reporters
 
         timeout = launcher.timeout(options.timeout)
         found = launcher.set_up()
@@ -101,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         resume = options.resume if options.resume in (None, "auto") else Path(options.resume)
         if options.start is not None and resume != "auto":
             raise InvalidConfig(f"--from {options.start} belongs to --resume auto; give that, or --resume alone")
+        report = reporters.names(options.report_to)
         config = ds_config.read(options.ds_config)
         if recipe.model is None:
             ds_config.resolve(config, recipe, found.world)
@@ -116,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
             result = train(
                 recipe, config, options.output, resume, command=command, recipe_file=options.recipe,
                 quiet=options.quiet, timeout=timeout, activation_checkpointing=options.activation_checkpointing,
-                until=options.until, start=options.start, grow=partial(phase_growth.grow, quiet=options.quiet),
+                until=options.until, start=options.start, report=report,
+                grow=partial(phase_growth.grow, quiet=options.quiet),
             )  # fmt: skip
         if options.json and rank == 0:
             print(json.dumps({k: None if v != v else v for k, v in result.items()}), flush=True)

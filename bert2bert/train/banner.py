@@ -42,7 +42,11 @@ def banner(job: Job, loop: Loop) -> str:
         "batch": f"{engine.micro_rows} rows a micro-batch x {engine.accumulation} accumulated x {ranks} = {rows} rows "
         f"({rows * length:,} token slots) a step",
         **job.nodes,
-        "folder": f"{job.output}; watch it with: tensorboard --logdir {job.output / 'tensorboard'}",
+        "folder": f"{job.output}"
+        + "".join(
+            f"; watch it with: tensorboard --logdir {job.output / name}" if name == "tensorboard" else f"; {name}"
+            for name in job.report
+        ),
     }
     return "\n".join(f"{key:8} {text}" for key, text in lines.items())
 

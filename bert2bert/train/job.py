@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Job:
     quiet: bool
     until: str | None
     """The phase after which the run pauses."""
+    report: Sequence[str] = ("tensorboard",)
+    """Names of `reporters`."""
     nodes: Mapping[str, str] = field(default_factory=dict)
     """Lines about the machines, for the head of the log."""
     metrics: MetricsWriter | None = None

@@ -1,9 +1,9 @@
-"""What a run measured: metrics.jsonl, TensorBoard and a progress bar, all on rank 0; the other ranks write nothing.
+"""What a run measured: metrics.jsonl, its `reporters` and a progress bar, all on rank 0; other ranks write nothing.
 
-metrics.jsonl is the record (one JSON object a line, flushed at once); TensorBoard shows the same numbers. The bar is
+metrics.jsonl is the record (one JSON object a line, flushed at once); reporters show the same numbers. The bar is
 for a terminal; where standard error is a file, each record is a line there. A resumed run drops what a killed one had
 written past the checkpoint, so that no step is ever reported twice. Not-finite numbers are written as null, since JSON
-has none. TensorBoard (and with it torch) is imported only when a writer opens on rank 0.
+has none. What reporters need is imported only when a writer opens on rank 0.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import json
 import math
 import os
 import sys
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from bert2bert.files.disk import replace
+from bert2bert.train.reporters import NOT_SHOWN, About, Reporter, numbers, opened
 
 KINDS = ("train", "eval")
-_NOT_PLOTTED = ("kind", "step", "phase", "phase_step", "growths")
 _SHOWN = {"loss": "{:.3f}", "accuracy": "{:.3f}", "lr": "{:.1e}", "grad_norm": "{:.2f}", "tokens_per_s": "{:,.0f}"}
 _ON_BAR = ("loss", "accuracy", "lr", "tokens_per_s")  # there is less room
 
@@ -42,24 +41,28 @@ class Interval:
         return {"tokens_per_s": tokens / seconds, "mfu": None if peak is None else flops / seconds / (peak * world)}
 
 
-def keep_until(path: Path, step: int, growths: int = 0) -> None:
+def keep_until(path: Path, step: int, growths: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Drop the records of metrics.jsonl past ``step``, or after more ``growths``, and a last line that a kill cut
-    short; atomically.
+    short; atomically. What was kept, and what was dropped.
 
     Step 0 drops everything: a run that starts again measures its starting point again. A link becomes a file.
     """
+    kept: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
     if not os.path.lexists(path):
-        return
-    kept = []
+        return kept, dropped
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
             at, grown = record["step"], record.get("growths", 0)
         except (ValueError, TypeError, KeyError):  # cut short: nothing after it can be older
             break
-        if 0 < step >= at and grown <= growths:
-            kept.append(line + "\n")
-    replace(path, "".join(kept))
+        keep = 0 < step >= at and grown <= growths
+        (kept if keep else dropped).append(record)
+        lines += [line + "\n"] if keep else []
+    replace(path, "".join(lines))
+    return kept, dropped
 
 
 class MetricsWriter:
@@ -67,26 +70,33 @@ class MetricsWriter:
 
     ``step``: the optimizer step the run starts from (0, or the resumed checkpoint's); ``growths``: those that the model
     has behind it in this run; ``steps``: the run's last, None where that is not known;
-    ``show``: whether anything is printed.
+    ``show``: whether anything is printed; ``report``: names of `reporters`; ``name`` and ``config``: what they show of
+    the run. Raises InvalidConfig where one of them does not begin.
     """
 
     def __init__(
-        self, folder: Path, rank: int, *, step: int = 0, growths: int = 0, steps: int | None = None, show: bool = True
+        self,
+        folder: Path,
+        rank: int,
+        *,
+        step: int = 0,
+        growths: int = 0,
+        steps: int | None = None,
+        show: bool = True,
+        report: Sequence[str] = ("tensorboard",),
+        name: str = "",
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.active = rank == 0
         if not self.active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        keep_until(path, step, growths)
+        kept, dropped = keep_until(path, step, growths)
         self._file = path.open("a", encoding="utf-8")
-        if (board := folder / "tensorboard").is_symlink():
-            board.unlink()
-        self._hook = threading.excepthook
-        threading.excepthook = self._failed
-        self._board = SummaryWriter(str(board), purge_step=step + 1 if step else None)
+        last = {record["kind"]: record["step"] for record in (*kept, *dropped)}
+        here = [record for record in kept if record["step"] == step]
+        self._reporters: list[Reporter] = opened(report, About(folder, name, config or {}, step, here, last))
         terminal = sys.stderr.isatty()
         self._bar = tqdm(initial=step, total=steps, unit="step", mininterval=0.5, disable=not (show and terminal))
         self._shown: dict[str, str] = {}
@@ -103,9 +113,8 @@ class MetricsWriter:
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         kind = record["kind"]
-        for key, value in record.items():
-            if key not in _NOT_PLOTTED and isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{key}", value, record["step"])
+        for reporter in self._reporters:
+            reporter.write(kind, record["step"], numbers(record, NOT_SHOWN))
         shown = {key: form.format(record[key]) for key, form in _SHOWN.items() if record.get(key) is not None}
         if self._lines:
             print(self._line(record, shown), file=sys.stderr, flush=True)
@@ -132,19 +141,14 @@ class MetricsWriter:
             self._bar.set_description(phase, refresh=False)
             self._bar.update(steps)
 
-    def _failed(self, args: Any) -> None:
-        """A disk that TensorBoard's thread cannot write to is an error of the next call, and so no news here."""
-        if not isinstance(args.exc_value, OSError) or "_AsyncWriter" not in type(args.thread).__name__:
-            self._hook(args)
-
     def close(self) -> None:
         """Flush and close the files and the bar; closing twice does no harm."""
         if self.active:
             self._bar.close()
             try:
-                self._board.close()
+                for reporter in self._reporters:
+                    reporter.close()
             finally:
-                threading.excepthook = self._hook
                 self._file.close()
 
     def __enter__(self) -> MetricsWriter:

@@ -25,6 +25,7 @@ from bert2bert.errors import InvalidConfig, UserError, did_you_mean
 from bert2bert.files.disk import disk_errors
 from bert2bert.model import registry
 from bert2bert.ranks import distributed, stopping
+from bert2bert.ranks.comm import together
 from bert2bert.ranks.rendezvous import Stopped
 from bert2bert.recipe import Recipe
 from bert2bert.tables import table_for
@@ -59,6 +60,7 @@ def train(
     until: str | None = None,
     grow: Grow | None = None,
     start: Path | None = None,
+    report: Sequence[str] = ("tensorboard",),
 ) -> dict[str, Any]:
     """Run the recipe into the folder ``output``; the ranks' environment must be set (bert2bert.ranks.launcher.set_up).
 
@@ -68,7 +70,7 @@ def train(
     ``recipe_file`` is copied into the folder; ``quiet``: print warnings only; ``timeout``: seconds that a rank waits
     for another, at the start and in a collective; ``activation_checkpointing``: learning blocks keep their input alone
     for the backward pass, which computes the rest again; ``until``: the name of the phase after which to pause;
-    ``grow``: how a checkpoint grows between two phases.
+    ``grow``: how a checkpoint grows between two phases; ``report``: where numbers go, names of `reporters`.
     Returns {"step", "loss" and "accuracy" (of the last evaluation on held-out text), "flops", "seconds", "tokens",
     "stopped" (the signal's name or None)}. Raises UserError for every mistake of the user.
     """
@@ -90,7 +92,7 @@ def train(
         if name := stopping.answer(distributed.total(stopping.asked(stop), device)):
             return _not_begun(name)
         with run_folder.locked(output) as lock:
-            job = Job(recipe, bins, output, stop, lock, quiet, until)
+            job = Job(recipe, bins, output, stop, lock, quiet, until, report)
             job.nodes = nodes.check(recipe, ds_config, job.data, begins, output, device)
             wanted = (newest_undamaged(job) or start) if auto else resume
             continued, source = distributed.write_on_first(output, lambda: run_folder.claim(output, wanted))
@@ -181,7 +183,7 @@ class _Run:
                         job.say(banner(job, loop))
                         for note in room.notes(loop.engine, job.recipe, job.output, loop.position.step):
                             job.warn(f"  note: {note}")
-                        job.metrics = stack.enter_context(self._metrics())
+                        job.metrics = stack.enter_context(together(distributed.RANKS, self._metrics))
                     loop.metrics = job.metrics
                     with explained("between two steps", job.newest):
                         stopped = loop.run()
@@ -204,7 +206,8 @@ class _Run:
         job, at = self.job, self.position
         return MetricsWriter(  # what was measured right after a growth will be measured again
             job.output, distributed.RANKS.rank, step=at.step, growths=at.growths - self.grown, steps=job.recipe.steps,
-            show=not job.quiet,
+            show=not job.quiet, report=job.report, name=job.recipe.name,
+            config={"recipe": job.recipe.to_dict(), "ds_config": self.ds_config, "ranks": distributed.RANKS.size},
         )  # fmt: skip
 
     def _grow(self) -> None:
