@@ -2,6 +2,7 @@
 #   make demo              the whole path on the embedded corpus, 2 ranks on the CPU; ARGS=--clean starts it again
 #   make test              the test-suite in JOBS processes (2); ARGS='tests/laws -x' and the like choose from it
 #   make oracles           comparisons with mergekit and a pretrained MiniLM (83 MB), which it installs
+#   make test-cluster      faults on clusters; what needs slurm-wlm munge pdsh openssh-server iproute2 or root says so and skips
 #   make check             ruff and mypy
 #   make docs              writes the pages and pictures that are made from the code
 #   make venv              only the environment that the others use
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
-.PHONY: demo test oracles check docs venv
+.PHONY: demo test test-cluster oracles check docs venv
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -23,6 +24,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+test-cluster: $(STAMP)
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadfile -rs tests/cluster $(ARGS)
 
 oracles: $(STAMP)
 	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install -c constraints.txt -e '.[oracles]'

@@ -32,7 +32,7 @@ def some_ends(bins: Path, root: Path) -> dict[str, Any]:
     runs.run(plan, config, root / "paused", until="first")
     original = loop.Loop._save
 
-    def fails(self: Any) -> None:
+    def fails(self: Any, *more: Any) -> None:
         seen["running"] = status(root / "failed").as_json()
         raise UserError("the disk is gone")
 

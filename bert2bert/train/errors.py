@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 
 from bert2bert.errors import UserError
+from bert2bert.ranks import heartbeat
 
 # gloo raises plain RuntimeErrors; NCCL's and the store's have classes of their own
 _LOST = re.compile(r"gloo/|Connection (closed|reset) by peer|Socket closed|Broken pipe|NCCL error|Timed out waiting")
@@ -46,11 +47,14 @@ def explained(where: str, newest: Callable[[], str] = str) -> Iterator[None]:
         lost = isinstance(error, RuntimeError) and _LOST.search(str(error))
         if lost or isinstance(error, torch.distributed.DistError):
             first = re.sub(r"^\[\S+:\d+\] |\. This is typically caused by .*", "", str(error).strip().splitlines()[0])
+            slow = bool(_SLOW.search(first))
             what = "lost the connection to another rank"
-            if _SLOW.search(first):
+            if slow:
                 what = "waited for another rank for longer than --timeout allows"
+            known = heartbeat.lost(slow) or (
+                "that rank was killed, failed or hangs: its own last words, or its host's log, say why"
+            )
             raise UserError(
-                f"rank {os.environ.get('RANK', '0')} {what} {where} ({first}). That rank was killed, failed or hangs: "
-                f"its own last words, or its host's log, say why. {newest()}"
+                f"rank {os.environ.get('RANK', '0')} {what} {where} ({first}): {known}. {newest()}"
             ) from error
         raise

@@ -24,7 +24,7 @@ from bert2bert.data.bins import TokenBins
 from bert2bert.errors import InvalidConfig, UserError, did_you_mean
 from bert2bert.files.disk import disk_errors
 from bert2bert.model import registry
-from bert2bert.ranks import distributed, stopping
+from bert2bert.ranks import distributed, heartbeat, stopping
 from bert2bert.ranks.comm import together
 from bert2bert.ranks.rendezvous import Stopped
 from bert2bert.recipe import Recipe
@@ -83,15 +83,15 @@ def train(
     bins = TokenBins.open(recipe.data.bins)
     check(recipe, bins, begins, until)
     run_folder.check_folder(output)
-    begun = "No step was made; run the same command again"
-    with stopping.held() as stop, disk_errors(output), explained("before the first step", lambda: begun):
+    early = partial(explained, "before the first step", lambda: "No step was made; run the same command again")
+    with stopping.held() as stop, disk_errors(output), early():
         try:
             device = engines.start(timeout, stop)
         except Stopped as stopped:
             return _not_begun(str(stopped))
         if name := stopping.answer(distributed.total(stopping.asked(stop), device)):
             return _not_begun(name)
-        with run_folder.locked(output) as lock:
+        with heartbeat.watched(distributed.RANKS, timeout), early(), run_folder.locked(output) as lock:
             job = Job(recipe, bins, output, stop, lock, quiet, until, report)
             job.nodes = nodes.check(recipe, ds_config, job.data, begins, output, device)
             wanted = (newest_undamaged(job) or start) if auto else resume
@@ -160,10 +160,11 @@ class _Run:
 
     def go(self, describe: Callable[..., None]) -> dict[str, Any]:
         """Train, grow, train on; the result of `train`. describe: writes the run folder's description of a model."""
+        heartbeat.at_end(lambda why: self.failed(UserError(why)))
         try:
             return self._go(describe)
         except Exception as error:
-            self._failed(error)
+            self.failed(error)
             raise
 
     def _go(self, describe: Callable[..., None]) -> dict[str, Any]:
@@ -195,7 +196,7 @@ class _Run:
                 self.found = find(job.at, job.recipe, job.data, True)
         return ending(job, loop, stopped)
 
-    def _failed(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> None:
         """Note in run.json what ended the run, on rank 0, as far as that can be done without the others."""
         if distributed.RANKS.rank == 0 and not self.job.lock.lost:
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -34,6 +34,7 @@ from bert2bert.checkpoints.manifest import (
 from bert2bert.errors import InvalidCheckpoint, UserError
 from bert2bert.files.digest import FILE_DIGEST, TENSOR_DIGEST
 from bert2bert.files.disk import fsync_tree, replace
+from bert2bert.ranks import heartbeat
 from bert2bert.ranks.comm import gather
 from bert2bert.ranks.distributed import RANKS, write_on_first
 from bert2bert.train import partitions
@@ -142,8 +143,9 @@ class Saving:
         contents = {name: content for part in parts for name, content in part.items()}
         digests = Digests(FILE_DIGEST, TENSOR_DIGEST, dict(sorted(contents.items())))
         manifest = dataclasses.replace(self.manifest, digests=digests)
+        acts = (heartbeat.check, self.check)
         write_on_first(
-            self.root, self.check, lambda: _commit(self.root, self.folder, manifest, contents, self.keep, self.needed)
+            self.root, *acts, lambda: _commit(self.root, self.folder, manifest, contents, self.keep, self.needed)
         )
         return self.folder
 

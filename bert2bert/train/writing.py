@@ -5,7 +5,7 @@ gets into it; it has the same bytes as one written at once (from a GPU: but for 
 
 DeepSpeed's own "decoupled" writer is not used: it fails at ZeRO stages 1 and 2, it holds the next optimizer step until
 it is done, it does not make files durable, and it cannot load what it wrote (docs/deepspeed-defects.md).
-Refuses (UserError) a disk without room or rights.
+Refuses (UserError) a disk without room or rights, and a rank that the others have given up.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from bert2bert.errors import UserError
 from bert2bert.files.digest import file_digest
 from bert2bert.files.disk import disk_errors, fsync_file
+from bert2bert.ranks import heartbeat
 
 
 class Files:
@@ -45,7 +46,7 @@ class Files:
         if self.behind:
             self._waiting.append((snapshot(content), path))
         else:
-            self._try(lambda: torch.save(content, path))
+            self._try(lambda: _write(content, path))
 
     def start(self) -> None:
         """Every file was added: write what is waiting."""
@@ -90,12 +91,17 @@ class Files:
         """
         while self._waiting and not self._given_up:
             content, path = self._waiting.pop(0)
-            torch.save(content, path)
+            _write(content, path)
             del content  # its memory is free before the next is written
         names = [] if self._given_up else self._names
         self._contents = {name: file_digest(self.folder / name) for name in names}  # while pages are in memory
         for name in names:
             fsync_file(self.folder / name)
+
+
+def _write(content: Any, path: Path) -> None:
+    heartbeat.check()  # a rank that was frozen does not write into what another start of the run writes now
+    torch.save(content, path)
 
 
 def snapshot(content: Any) -> Any:
