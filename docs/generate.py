@@ -29,6 +29,7 @@ FOLDER = ROOT / "docs" / "reference"
 NOTE = "<!-- Made by `make docs`; do not edit. -->"
 TITLES = {
     "width": "Width", "depth": "Depth", "vocab": "Vocabulary", "positions": "Positions", "experts": "Experts",
+    "embeddings": "Tied embeddings",
     "breaker": "Breaking the symmetry of copies",
 }  # fmt: skip
 

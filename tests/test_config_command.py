@@ -194,6 +194,26 @@ def test_the_command_line_that_is_printed_grows_the_model(
     assert again["forward_flops_per_token"] == spent
 
 
+@pytest.mark.parametrize("sizes", [(), ("--width", "2x", "--depth", "2x"), ("--params", "3x")], ids=str)
+def test_a_tied_model_is_untied_on_the_way(
+    sizes: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exactly, by the command that is printed."""
+    source, made, grown = tmp_path / "source", tmp_path / "made", tmp_path / "grown"
+    config = tiny.config_of("gpt2", tie_word_embeddings=True)
+    model = tiny.build(config)
+    tiny.scramble(model)
+    model.float().save_pretrained(source)
+    found = ask(capsys, source, "--embeddings", "untie", *sizes, "--output", made)
+    assert found["changes"]["tie_word_embeddings"] == [True, False] and found["reasons"] == []
+    assert [(o["name"], o["exact"]) for o in found["operators"]["embeddings"]] == [("untie", True)]
+    assert bool(set(found["operators"]) - {"embeddings"}) == bool(sizes)
+    if "--params" in sizes:
+        assert found["parameters"][1] == pytest.approx(3 * found["parameters"][0], rel=0.1)
+    assert cli.main([str(grown) if word == "TARGET" else word for word in found["command"][1:]]) == 0
+    assert cli.main(["verify", str(source), str(grown)]) == 0
+
+
 def test_another_vocabulary_has_another_tokenizer(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +247,8 @@ def test_a_terminal_is_given_the_same(llama: Path, tmp_path: Path, capsys: pytes
         ("--width 1x", "nothing would change"),
         ("--width 13 --ffn 1x", "nothing would change"),
         ("--vocab 1", "would be no token"),
+        ("--embeddings untie", "the source is untied already"),
+        ("--embeddings tie", "--embeddings 'tie': unknown operator"),
         ("--width 99999999x", "hidden_size would be 1,199,999,988; expected at most 16,777,216"),
         ("--depth 100000", "num_hidden_layers would be 100,000; expected at most 4,096"),
         ("--params 9999999B", "expected at most 10,000,000,000,000"),

@@ -158,7 +158,8 @@ def _config(args: argparse.Namespace, comm: Comm) -> None:
     from bert2bert.commands.config import configure
 
     sizes = {key: getattr(args, key) for key in SIZES}
-    made = configure(args.source, args.output, source_config=args.source_config, tag=args.tag, **sizes)
+    given = {key: getattr(args, key) for key in ("source_config", "tag", "embeddings")}
+    made = configure(args.source, args.output, **given, **sizes)
     _show(args, made.as_json(), made.text)
 
 

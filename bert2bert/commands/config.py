@@ -1,4 +1,4 @@
-"""The command ``config``: the config of a larger or smaller model, chosen so that its sizes divide.
+"""The command ``config``: the config of a larger, a smaller or an untied model, chosen so that its sizes divide.
 
 Writes a folder with config.json, and the tokenizer beside the source if the vocabulary stays, and says what the model
 has and which operators make it of the source. Reads no tensor. Refuses what `growth.sizes` refuses, and an output
@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -25,7 +25,9 @@ from bert2bert.growth.resize import count
 from bert2bert.growth.size_request import SizeRequest
 from bert2bert.growth.sizes import resized
 from bert2bert.growth.source_model import named_class, open_model, read_config
+from bert2bert.growth.untying import check_source
 from bert2bert.measure.cost import flops_per_token, row_length
+from bert2bert.operators.registry import parse_operator
 from bert2bert.tables import table_for
 
 _SHOWN = 240  # characters of a reason
@@ -131,15 +133,31 @@ class Configured:
 
 
 def configure(
-    source: Path, output: Path, *, source_config: Path | None = None, tag: str | None = None, **sizes: str | None
+    source: Path,
+    output: Path,
+    *,
+    source_config: Path | None = None,
+    tag: str | None = None,
+    embeddings: str | None = None,
+    **sizes: str | None,
 ) -> Configured:
-    """Write the config of a model of other sizes. sizes: the options of `SizeRequest.parse`. Raises UserError of all
-    kinds."""
-    request = SizeRequest.parse(**sizes)
+    """Write the config of a model of other sizes, or of untied embeddings. embeddings: operator on them; sizes: the
+    options of `SizeRequest.parse`. Raises UserError of all kinds."""
+    untie = None if embeddings is None else parse_operator(embeddings, "embeddings")
+    request = SizeRequest.parse(**sizes) if untie is None or any(sizes.values()) else None
     _check_output(output)
     found = _opened(source, source_config, tag)
     classes = table_for(found.config).names.classes[found.cls]
-    config, notes = resized(found.config, classes, request)
+    config = dict(found.config)
+    notes: tuple[str, ...] = ()
+    if untie is not None:
+        check_source(found.config, classes, untie.flag)
+        config["tie_word_embeddings"] = False
+        if request is not None and request.params is not None:  # times what the tied model has
+            number = request.params.of(count(found.config, classes))
+            request = replace(request, params=replace(request.params, times=None, number=number))
+    if request is not None:
+        config, notes = resized(config, classes, request)
     config["architectures"] = found.config.get("architectures") or [found.cls]
     flops = None
     if "lm" in classes:

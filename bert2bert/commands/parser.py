@@ -55,6 +55,7 @@ _COMMANDS = {
         (
             "bert2bert config llama-small --width 2x --depth 1.5x --output llama-large",
             "bert2bert config runs/small --params 500M --output large",
+            "bert2bert config runs/gpt2 --embeddings untie --output untied",
         ),
         "W, D, F, H, K, E and V are numbers, such as 768, or multiples of the source's, such as 2x or 1.5x.",
     ),

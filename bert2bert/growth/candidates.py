@@ -1,7 +1,8 @@
 """Which operators make one model of another, and what each keeps: asked of their own plans. Reads no tensor.
 
 Every kind of size that changes (width, depth, vocabulary, positions, experts) is planned by itself, between models that
-differ in it alone, so that an answer is about one operator. Where layers do not matter, a few of them are planned.
+differ in it alone, so that an answer is about one operator; and so are embeddings that are tied no longer. Where layers
+do not matter, a few of them are planned.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _BEST = {  # kind -> the operators that are proposed, the best first: exact ones
     "vocab": ("mean",),
     "positions": ("tile",),
     "experts": ("duplicate",),
+    "embeddings": ("untie",),
 }
 
 
@@ -55,7 +57,7 @@ class Proposal:
 def candidates(
     source: Mapping[str, Any], target: Mapping[str, Any], heads: frozenset[str]
 ) -> dict[str, list[Candidate]]:
-    """Kind of size that changes -> its operators. heads: of the source. Raises InvalidConfig, UnsupportedGrowth."""
+    """Kind of what changes -> its operators. heads: of the source. Raises InvalidConfig, UnsupportedGrowth."""
     table = table_for(source)
     old, new = table.axis_sizes(source), table.axis_sizes(target)
     changed = [axis for axis in table.sizes.axes if old[axis] != new[axis]]
@@ -64,7 +66,12 @@ def candidates(
     for axis in changed:
         if axis not in ("qk", "v"):
             kinds.setdefault(_kind(axis, table.sizes.depth), []).append(axis)
-    found = {}
+    found: dict[str, list[Candidate]] = {}
+    if table.tied(source) and not table.tied(target):
+        tied, apart = with_sizes(source, few), {"tie_word_embeddings": False}
+        operators = list(OPERATORS["embeddings"].values())
+        found["embeddings"] = [_asked(operator, tied, {**tied, **apart}, heads) for operator in operators]
+        source = {**source, **apart}
     for kind, axes in sorted(kinds.items(), key=lambda item: list(_BEST).index(item[0])):
         small = source if kind == "depth" else with_sizes(source, few)
         if kind == "width":

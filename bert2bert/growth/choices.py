@@ -1,7 +1,7 @@
 """What a user chooses of a growth, parsed: an operator for each kind of axis, the moments' policy, the seed.
 
-Refuses unknown operators and options (`UnsupportedGrowth`, `InvalidConfig`), a policy or a choice for the embeddings
-that does not exist, and negative seeds (`InvalidConfig`).
+Refuses unknown operators and options (`UnsupportedGrowth`, `InvalidConfig`), a policy that does not exist, and negative
+seeds (`InvalidConfig`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ EXTRA = {"vocab": "vocab", "positions": "pos", "experts": "experts"}
 """Kind of operator, besides width and depth -> the axis that it grows."""
 KINDS = ("width", "depth", *EXTRA)
 MOMENTS = ("exact", "carried", "reset", "asymmetric")
-EMBEDDINGS = ("untie",)
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,14 @@ class Choices:
     moments: str | None = None
     """A policy of `MOMENTS` in place of the operators' own."""
     seed: int = 0
-    embeddings: str | None = None
-    """Of `EMBEDDINGS`: the tied word embedding is copied into an output matrix of its own; None: as in the source."""
+    embeddings: Chosen | None = None
+    """What becomes of tied embeddings; None: they are as in the source."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise InvalidConfig(f"--seed is {self.seed}; expected a whole number of at least 0")
         if self.moments is not None and self.moments not in MOMENTS:
             raise InvalidConfig(f"--moments is {self.moments!r}; expected one of {', '.join(MOMENTS)}")
-        if self.embeddings is not None and self.embeddings not in EMBEDDINGS:
-            raise InvalidConfig(f"--embeddings is {self.embeddings!r}; expected 'untie', or leave it out")
 
     @classmethod
     def parse(
@@ -64,10 +61,12 @@ class Choices:
         chosen = parse_operator(width, "width")
         if depth == chosen.operator.name == "ligo":
             depth = "stack"  # its maps cover the depth; so its recipe has it, from which verify plans it again
-        optional = {"vocab": vocab, "positions": positions, "experts": experts, "breaker": breaker}
+        optional = {
+            "vocab": vocab, "positions": positions, "experts": experts, "breaker": breaker, "embeddings": embeddings,
+        }  # fmt: skip
         found = {kind: parse_operator(text, kind) for kind, text in optional.items() if text is not None}
         found_depth = parse_operator(depth, "depth")
-        return cls(chosen, found_depth, **found, moments=moments, seed=seed, embeddings=embeddings)
+        return cls(chosen, found_depth, **found, moments=moments, seed=seed)
 
     @classmethod
     def of_recipe(cls, recipe: Mapping[str, Any]) -> Choices:
@@ -80,7 +79,7 @@ class Choices:
         extra = {kind: chosen.text for kind, chosen in self.extra.items()}
         breaker = self.breaker.text if self.breaker else None
         common = {"break_symmetry": breaker, "moments": self.moments, "seed": self.seed}
-        extra |= {"embeddings": self.embeddings} if self.embeddings else {}
+        extra |= {"embeddings": self.embeddings.text} if self.embeddings else {}
         return {"width": self.width.text, "depth": self.depth.text, **extra, **common}
 
     @property

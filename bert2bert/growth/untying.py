@@ -35,37 +35,34 @@ def untied(
     """The plan of a growth into an untied model, which rests on that of the copy. optimizer: whether the source has
     moments. Raises UnsupportedGrowth, InvalidConfig."""
     _check(source, target, choices, heads)
-    first = _copied(source, heads)
+    first = _copied(source, heads, choices)
     second = within(first.config, target, replace(choices, embeddings=None), heads, optimizer)
     exact = Exactness() if second.moments == "reset" else first.exactness
     return replace(
         second,
         before=(first,),
-        recipe={**second.recipe, "embeddings": choices.embeddings},
+        recipe={**second.recipe, "embeddings": str(choices.embeddings)},
         exactness=exact + second.exactness,
         moments="carried" if second.moments == "exact" else second.moments,
     )
 
 
-def _copied(source: Mapping[str, Any], heads: frozenset[str]) -> GrowthPlan:
+def _copied(source: Mapping[str, Any], heads: frozenset[str], choices: Choices) -> GrowthPlan:
     """The source, untied."""
     table, config = table_for(source), {**source, "tie_word_embeddings": False}
-    ties = table.aliases(source, heads)
+    parameters = table.parameters(config, heads)
+    copied = choices.embeddings.make(parameters, table.aliases(source, heads)) if choices.embeddings else {}
     tensors = {}
-    for name, p in table.parameters(config, heads).items():
-        term = Term(ties.get(name, name), tuple(Dim(np.arange(size)) for size in p.shape))
+    for name, p in parameters.items():
+        term = Term(copied[name], tuple(Dim(np.arange(size)) for size in p.shape))
         tensors[name] = TensorPlan(name, p.spec, p.shape, (term,))
     kept = Exactness(moments=(MOMENTS,))
     return GrowthPlan(tensors, config, table.aliases(config, heads), exactness=kept, moments="carried")
 
 
-def _check(source: Mapping[str, Any], target: Mapping[str, Any], choices: Choices, heads: frozenset[str]) -> None:
-    table, option = table_for(source), f"--embeddings {choices.embeddings}"
-    if target.get("model_type") != table.model_type:
-        raise UnsupportedGrowth(
-            f"{option}: the target is a {target.get('model_type')}, the source a {table.model_type}; untie it within "
-            f"its architecture first, then grow that"
-        )
+def check_source(source: Mapping[str, Any], heads: frozenset[str], option: str) -> None:
+    """Raise UnsupportedGrowth or InvalidConfig for a model that cannot be untied. option: for messages."""
+    table = table_for(source)
     if table.names.untie:
         raise UnsupportedGrowth(
             f"{option}: a {table.model_type} is tied until its files hold another head, whatever its config says, and "
@@ -77,6 +74,16 @@ def _check(source: Mapping[str, Any], target: Mapping[str, Any], choices: Choice
         )
     if not table.tied(source):
         raise InvalidConfig(f"{option}: the source is untied already (tie_word_embeddings=false); leave the option out")
+
+
+def _check(source: Mapping[str, Any], target: Mapping[str, Any], choices: Choices, heads: frozenset[str]) -> None:
+    table, option = table_for(source), f"--embeddings {choices.embeddings}"
+    if target.get("model_type") != table.model_type:
+        raise UnsupportedGrowth(
+            f"{option}: the target is a {target.get('model_type')}, the source a {table.model_type}; untie it within "
+            f"its architecture first, then grow that"
+        )
+    check_source(source, heads, option)
     if table.tied(target):
         raise UnsupportedGrowth(
             f"{option}: tie_word_embeddings is true in the target config, or left out, which means true; set it to "

@@ -3,6 +3,7 @@
 from bert2bert.operators import (
     depth,
     depth_unshare,
+    embeddings,
     experts,
     shrinking,
     vocab,
@@ -16,6 +17,7 @@ from bert2bert.operators import (
 __all__ = [
     "depth",
     "depth_unshare",
+    "embeddings",
     "experts",
     "shrinking",
     "vocab",

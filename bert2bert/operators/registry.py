@@ -23,6 +23,7 @@ FLAGS = {
     "vocab": "--vocab",
     "positions": "--positions",
     "experts": "--experts",
+    "embeddings": "--embeddings",
     "breaker": "--break-symmetry",
 }
 REFUSED = {

@@ -110,7 +110,8 @@ def trained(folder: Path) -> Callable[[str], Trained]:
 
 
 def test_every_operator_has_a_target() -> None:
-    registered = {(kind, name) for kind, operators in OPERATORS.items() for name in operators}
+    """But for untie, which tests/train/test_phases.py takes through engines: most families are untied already."""
+    registered = {(kind, name) for kind, operators in OPERATORS.items() for name in operators if kind != "embeddings"}
     assert {(g.kind, g.name) for g in GROWTHS} == registered
     assert len({*map(str, GROWTHS)}) == len(GROWTHS)
 

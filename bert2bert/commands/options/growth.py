@@ -39,7 +39,7 @@ def growth(p: ArgumentParser) -> None:
     p.add_argument("--experts", metavar="OP", help="operator that makes experts; needed if their number grows")
     p.add_argument(
         "--embeddings",
-        choices=("untie",),
+        metavar="OP",
         help="untie: copy the tied word embedding, its moments with it, into an output matrix of its own; needed if "
         "the target config has tie_word_embeddings false where the source's is true",
     )
@@ -73,6 +73,9 @@ def config(p: ArgumentParser) -> None:
     p.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the folder to write; it must be new")
     for name, (metavar, text) in SIZES.items():
         p.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
+    p.add_argument(
+        "--embeddings", metavar="OP", help="untie: give the model an output matrix of its own in place of a tied one"
+    )
     source_details(p)
 
 
