@@ -34,7 +34,7 @@ def _made(base: Recipe, name: str, layers: tuple[int, ...], epochs: tuple[int, .
         steps = (end - (epochs[i - 1] if i else 0)) * epoch
         program = VirtualDepth(layers[-1]) if n < layers[-1] else Full()
         grow = Grow({"num_hidden_layers": n}, depth="interpolate") if i else None
-        phases.append(Phase(f"{n} layers", steps, program, wave, grow=grow))
+        phases.append(Phase(f"{n} layer{'s' * (n > 1)}", steps, program, wave, grow=grow))
     return replace(base, name=name, model={**model, "num_hidden_layers": layers[0]}, phases=tuple(phases))
 
 

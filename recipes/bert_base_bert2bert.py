@@ -8,7 +8,7 @@ Command:   bert2bert grow runs/small runs/grown --config recipes/configs/bert_ba
            post-norm BERT keeps its function exactly; the drift is measured and stored)
            (source, growth and both stages in one job: --set size=one_job, without --resume; from a source that is there
            already: --set size=one_job phases.0.steps=0 --resume runs/small)
-Machine:   8 x H100; 7.1e19 FLOPs over all steps: 92 % of bert_base_scratch.py, since a sub-model step costs 37.5 % of a
+Machine:   8 x H100; 7.1e19 FLOPs over all steps: 92 % of bert_base_scratch.py, since a sub-model step costs 39 % of a
            full one; about 6.3 hours if 40 % of the bf16 peak is reached (an estimate).
 Expected:  not yet run. The paper reports that the loss of the scratch run is reached with 45.2 % fewer FLOPs (the cost
            of the source not counted), and with 38.4 % fewer without the sub-models.

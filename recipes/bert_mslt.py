@@ -32,7 +32,7 @@ def _made(base: Recipe, name: str, stage: int, last: int, warmup: int, peak: flo
         Phase(f"top {k} of {n}", stage, Top(k), line, grow=Grow({"num_hidden_layers": n}, depth="top"))
         for n in (2 * k, 3 * k, 4 * k)
     )
-    phases = (Phase(f"{k} layers", stage, Full(), line), *added, Phase("all", last, Full(), line))
+    phases = (Phase(f"{k} layer{'s' * (k > 1)}", stage, Full(), line), *added, Phase("all", last, Full(), line))
     return replace(base, name=name, model={**model, "num_hidden_layers": k}, phases=phases)
 
 

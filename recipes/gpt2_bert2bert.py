@@ -45,7 +45,7 @@ recipe = replace(
     phases=_phases(19_000, 700, 6e-4, 768, 12, 3),
 )
 
-tiny = replace(  # a minute on a CPU, with bins of any causal tokenizer
+tiny = replace(  # a few minutes on two CPU cores, with bins of any causal tokenizer
     recipe,
     name="gpt2-bert2bert-tiny",
     model={**_model, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},

@@ -29,7 +29,7 @@ def _made(base: Recipe, name: str, block: int, stages: int, steps: int, warmup: 
     parts = stages * (stages + 1) // 2
     phases = [
         Phase(
-            f"{block * i} layers", steps * i // parts, schedule=wave,
+            f"{block * i} layer{'s' * (block * i > 1)}", steps * i // parts, schedule=wave,
             grow=Grow({"n_layer": block * i}, depth=f"middle:block={block}") if i > 1 else None,
         )
         for i in range(1, stages + 1)
@@ -38,4 +38,4 @@ def _made(base: Recipe, name: str, block: int, stages: int, steps: int, warmup: 
 
 
 recipe = _made(load_recipe(_scratch), "gpt2-midas", 3, 4, 19_000, 700, 6e-4)
-tiny = _made(load_recipe(_scratch, ["size=tiny"]), "gpt2-midas-tiny", 1, 3, 60, 4, 2e-3)  # half a minute on a CPU
+tiny = _made(load_recipe(_scratch, ["size=tiny"]), "gpt2-midas-tiny", 1, 3, 60, 4, 2e-3)

@@ -28,14 +28,14 @@ def _made(base: Recipe, name: str, layers: int, steps: int, peak: float) -> Reci
     wsd = Schedule("wsd", max(steps // 50, 1), peak, decay_steps=max(steps // 10, 1), of="run", steps=steps)
     grow = Grow({"n_layer": model["n_layer"]}, depth="stack" if layers else "random", moments="carried")
     phases = (
-        Phase(f"{layers} layers", early, schedule=wsd),
+        Phase(f"{layers} layer{'s' * (layers != 1)}", early, schedule=wsd),
         Phase("expanded", steps - early, schedule=wsd, grow=grow),
     )
     return replace(base, name=name, model={**model, "n_layer": layers}, phases=phases)
 
 
 recipe = _made(load_recipe(_scratch), "gpt2-one-layer", 1, 19_000, 6e-4)
-tiny = _made(load_recipe(_scratch, ["size=tiny"]), "gpt2-one-layer-tiny", 1, 60, 2e-3)  # half a minute on a CPU
+tiny = _made(load_recipe(_scratch, ["size=tiny"]), "gpt2-one-layer-tiny", 1, 60, 2e-3)
 
 zero = _made(load_recipe(_scratch), "gpt2-zero-layers", 0, 19_000, 6e-4)
 zero_tiny = _made(load_recipe(_scratch, ["size=tiny"]), "gpt2-zero-layers-tiny", 0, 60, 2e-3)

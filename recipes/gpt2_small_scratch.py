@@ -50,7 +50,7 @@ recipe = Recipe(
     log_every=10,
 )
 
-tiny = replace(  # a minute on a CPU, with bins of any causal tokenizer
+tiny = replace(  # a few minutes on two CPU cores, with bins of any causal tokenizer
     recipe,
     name="gpt2-tiny",
     model={**MODEL, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},

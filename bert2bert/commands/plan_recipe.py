@@ -83,7 +83,7 @@ class RecipePlan:
 
     def text(self) -> str:
         """For a terminal."""
-        lines = [f"recipe   {self.name}: {len(self.phases)} phases"]
+        lines = [f"recipe   {self.name}: {len(self.phases)} phase{'s' * (len(self.phases) != 1)}"]
         for i, phase in enumerate(self.phases):
             lines += ["", *(_growth_lines(phase.grows) if phase.grows else []), *self._phase(i, phase)]
         total = " and ".join(filter(None, (_count(self.tokens, "tokens"), _count(self.flops, "FLOPs"))))
