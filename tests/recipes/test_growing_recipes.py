@@ -17,6 +17,7 @@ from bert2bert.recipe import Agreement, Recipe, RunSteps, Schedule, load_recipe
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
 from tests.train.test_architectures import VOCAB, counting
+from tests.train.test_writing import slowly
 
 ROOT = Path(__file__).parents[2]
 ROWS = 6  # of an optimizer step, each a micro-batch of its own: shared out among 1, 2 or 3 ranks, losses stay the same
@@ -129,6 +130,22 @@ def go(case: Case, plan: Recipe, output: Path, source: Path | None, *stop: Any) 
     how: dict[str, Any] = {"grow": phase_growth.grow, "start": source, "quiet": True}
     stopped: str | None = runs.run(plan, settings(case), output, "auto", *stop, **how)["stopped"]
     return stopped
+
+
+def behind(case: Case, plan: Recipe, root: Path) -> None:
+    """The run as it is, and with every step saved behind the next, which slow disks do not finish before a growth."""
+    go(case, plan, root / "once", None)
+    slowly(lambda path, value: None)
+    go(case, replace(plan, checkpoint_every=1, checkpoint_async=True), root / "behind", None)
+
+
+@pytest.mark.timeout(90)
+def test_a_growth_waits_for_a_save_behind_training(tmp_path: Path) -> None:
+    plan = short(CASES[0], counting(tmp_path / "bins"))
+    run_ranks(behind, 2, CASES[0], plan, tmp_path)
+    assert runs.records(tmp_path / "behind") == runs.records(tmp_path / "once")
+    last = runs.records(tmp_path / "once")[-1]["step"]
+    assert runs.manifest(tmp_path / "behind", last)["tensors"] == runs.manifest(tmp_path / "once", last)["tensors"]
 
 
 @pytest.mark.timeout(150)
