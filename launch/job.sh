@@ -3,7 +3,7 @@
 # shellcheck shell=bash disable=SC2034  # variables are the scripts'
 
 fact() { # NAME: what Slurm knows of this job
-    scontrol show job "$SLURM_JOB_ID" | sed -nE "s/(^|.* )$1=([^ ]*).*/\2/p" | head -n 1
+    scontrol show job "$SLURM_JOB_ID" | sed -nE "s#(^|.* )$1=([^ ]*).*#\2#p" | head -n 1
 }
 
 seconds() { # TIME: since 1970; fails for a time that is not set
@@ -139,12 +139,12 @@ resubmit() { # where a job may not requeue itself: the same again, behind this o
     local options=(--parsable --dependency=afterany:"$SLURM_JOB_ID" --open-mode=append --chdir="$(fact WorkDir)")
     local pair value new
     for pair in job-name:JobName partition:Partition account:Account qos:QOS nodes:NumNodes ntasks:NumTasks \
-        cpus-per-task:CPUs/Task time:TimeLimit gres:TresPerNode constraint:Features reservation:Reservation \
-        output:StdOut; do
+        cpus-per-task:CPUs/Task time:TimeLimit constraint:Features reservation:Reservation output:StdOut; do
         value=$(fact "${pair#*:}")
-        [ "${pair%%:*}" != gres ] || value=${value#gres:}
-        case $value in '' | '(null)' | UNLIMITED) ;; *) options+=("--${pair%%:*}=${value%%-[0-9]*}") ;; esac
+        case $value in '' | '(null)' | UNLIMITED) ;; *) options+=("--${pair%%:*}=$value") ;; esac
     done
+    value=$(fact TresPerNode | sed -nE 's#^gres[:/]gpu[:=]##p') # gres:gpu:8
+    options+=("--gpus-per-node=${value:-0}" "--ntasks-per-node=${SLURM_NTASKS_PER_NODE:-$SLURM_NTASKS}")
     if ! new=$(sbatch "${options[@]}" "$0" "${words[@]}"); then
         echo "this cluster neither requeues this job nor takes it again from here: submit it again" >&2
         return

@@ -21,7 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.errors import UserError
 from bert2bert.ranks import launcher, orphans
 from bert2bert.terminal.arguments import Parser
 
@@ -92,26 +92,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.local_rank is not None:  # deepspeed's launcher, whose end nobody else would tell its ranks of
         orphans.watch()
     try:
-        from bert2bert.recipe import current, load_recipe
-        from bert2bert.train import ds_config, reporters
+        from bert2bert.commands import pretraining
+        from bert2bert.train import reporters
 
         timeout = launcher.timeout(options.timeout)
         found = launcher.set_up()
         rank = found.rank
-        overrides = [*options.set, *([f"data.bins={options.bins}"] if options.bins else [])]
-        old = [text for text in overrides if current(text) != text]  # scripts that were written before go on
-        if old and rank == 0:
-            print(f"note: {', '.join(old)}: write {', '.join(map(current, old))}", file=sys.stderr, flush=True)
-        recipe = load_recipe(options.recipe, [current(text) for text in overrides])
+        recipe, config = pretraining.checked(options, found.world, says=rank == 0)
         resume = options.resume if options.resume in (None, "auto") else Path(options.resume)
-        if options.start is not None and resume != "auto":
-            raise InvalidConfig(f"--from {options.start} belongs to --resume auto; give that, or --resume alone")
         report = reporters.names(options.report_to)
-        config = ds_config.read(options.ds_config)
-        if recipe.model is None:
-            ds_config.resolve(config, recipe, found.world)
-        for index in range(len(recipe.phases) if recipe.model is not None else 0):
-            ds_config.of_phase(config, recipe, index, found.world)
 
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log is no result
             from bert2bert.commands import phase_growth  # torch: only once the input is known to be sound

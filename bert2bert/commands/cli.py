@@ -289,6 +289,7 @@ _RUNS = {
     "learn": _learn,
     "verify": _verify,
     "report": _report,
+    "submit": lambda args, comm: _show(args, *importlib.import_module("bert2bert.commands.submit").run(args)),
     "status": lambda args, comm: importlib.import_module("bert2bert.commands.status").run(args),
 }
 

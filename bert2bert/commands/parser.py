@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bert2bert import __version__
-from bert2bert.commands.options import growth, reading, target, text
+from bert2bert.commands.options import growth, reading, submit, target, text
 from bert2bert.terminal.arguments import Parser
 
 Run = Callable[[argparse.Namespace, Any], int | None]
@@ -91,6 +91,20 @@ _COMMANDS = {
         reading.verify,
         "Compare a grown checkpoint with its source: tensors, moments, function, gradients. Exit status 1: not equal.",
         ("bert2bert verify runs/small runs/grown --json",),
+    ),
+    "submit": Command(
+        submit.submit,
+        "Write one Slurm script that trains a recipe, every setting at its top, into the run's folder; or submit it.",
+        (
+            "bert2bert submit recipes/bert_small.py --ds_config ds_configs/zero2_bf16.json --output runs/small \\\n"
+            "      --nodes 4 --partition gpu -- --bins bins/wiki",
+            "bert2bert submit recipes/bert_base_bert2bert.py --ds_config ds_configs/zero2_bf16.json \\\n"
+            "      --output runs/base --container images/b2b.sif --env NCCL_SOCKET_IFNAME=ib0 --yes \\\n"
+            "      -- --from runs/grown --resume auto",
+            "bert2bert submit recipes/demo_small.py --ds_config ds_configs/zero2_cpu.json --output runs/demo \\\n"
+            "      --gpus-per-node 0 --tasks-per-node 2 --time 30 --sbatch=--exclusive -- --set seed=1",
+        ),
+        "Behind `--` stand options of launch/pretrain.py; --resume auto is given if no other is.",
     ),
     "status": Command(
         reading.status,

@@ -18,10 +18,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+        self.passed_on: str | None = None
+        """Where the words behind ``--`` are kept, for another program; None: they are positional arguments."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but options that are not known are an error here, in the parser that knows the others."""
         words = list(sys.argv[1:] if args is None else args)
+        if self.passed_on is not None:
+            at = words.index("--") if "--" in words else len(words)
+            namespace = argparse.Namespace() if namespace is None else namespace
+            setattr(namespace, self.passed_on, words[at + 1 :])
+            words = words[:at]
         for i, word in enumerate(words):
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
                 break  # what follows is not an option, or a sub-command's own
