@@ -25,6 +25,8 @@ from bert2bert.files.disk import replace
 
 PROJECT = "bert2bert"
 """Project, or experiment, where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME names no other."""
+PATIENCE = 20.0
+"""Seconds in which a service may send what is left at the end of a run."""
 STATE = "reported.json"
 """In a run's folder: of each service, the run's number there and the last steps of each kind that were reported."""
 
@@ -192,7 +194,11 @@ class Wandb(Service):
         self._run.log(dict(numbers), step=step)
 
     def end(self) -> None:
-        self._run.finish()
+        end = threading.Thread(target=self._run.finish, daemon=True)
+        end.start()
+        end.join(PATIENCE)
+        if end.is_alive():  # without a network it goes on trying, while a batch system counts the seconds
+            raise TimeoutError(f"not all was sent within {PATIENCE:g} s; wandb sync sends the rest")
 
 
 def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

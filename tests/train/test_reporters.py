@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,12 +39,13 @@ class Fake:
         self.begun: list[dict[str, Any]] = []
         self.sent: list[tuple[str, int, float]] = []
         self.broken_at = -1
+        self.lasts = 0.0
 
     def init(self, **how: Any) -> Any:
         if "refused" in how["name"]:
             raise RuntimeError("no key is known")
         self.begun.append(how)
-        return SimpleNamespace(id=how["id"], log=self.log, finish=lambda: None)
+        return SimpleNamespace(id=how["id"], log=self.log, finish=lambda: time.sleep(self.lasts))
 
     def log(self, values: dict[str, float], step: int) -> None:
         if step == self.broken_at:
@@ -84,6 +86,10 @@ def test_a_service_that_fails_ends_no_run(
     start(tmp_path, 0, 4, "wandb")
     assert [step for _, step, _ in fake.sent] == [1]
     assert "wandb gets no more records (OSError: the network is gone)" in capsys.readouterr().err
+    fake.broken_at, fake.lasts = -1, 5.0
+    monkeypatch.setattr(reporters, "PATIENCE", 0.05)
+    start(tmp_path / "slow", 0, 1, "wandb")
+    assert "TimeoutError: not all was sent within 0.05 s" in capsys.readouterr().err
     with pytest.raises(InvalidConfig, match="--report-to wandb: RuntimeError: no key is known"):
         start(tmp_path / "other", 0, 1, "wandb", name="refused")
     (tmp_path / "reported.json").write_text("[")
