@@ -48,14 +48,21 @@ def grown(
 ) -> tuple[Path, float]:
     """(The grown checkpoint from which the phase at ``position`` starts, the seconds it took). Collective.
 
-    source: the checkpoint of where the run stands. Raises InvalidConfig without a function that grows, and what that
-    raises.
+    source: the checkpoint of where the run stands. Raises InvalidConfig without it or a function that grows, what that
+    function raises, and ValueError for a phase without a growth.
     """
     phase = recipe.phases[position.phase]
-    if grow is None or phase.grow is None or source is None:
+    if phase.grow is None:
+        raise ValueError(f"no growth before phase {phase.name!r}")
+    if grow is None:
         raise InvalidConfig(
             f"the model grows before phase {phase.name!r}, and this entrance has no operators; start the run with "
             "launch/pretrain.py"
+        )
+    if source is None:
+        raise InvalidConfig(
+            f"the recipe begins with the growth before phase {phase.name!r}, and {output} holds no checkpoint yet; "
+            "give the one that grows with --resume, or with --resume auto --from"
         )
     other = None
     if phase.grow.mix_with is not None:

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
+from bert2bert.checkpoints.target import Target
 from bert2bert.commands import phase_growth
 from bert2bert.commands.verify import verify
+from bert2bert.errors import InvalidConfig
 from bert2bert.files.digest import file_digest
 from bert2bert.ranks.distributed import RANKS
 from bert2bert.recipe import AdamW, Data, Grow, Phase, Recipe, Schedule, SubModels, Tokens
-from bert2bert.train.growing import layout
+from bert2bert.train.growing import grown, layout
+from bert2bert.train.position import Position
 from tests.data.fixtures import write_bins
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
@@ -199,6 +202,16 @@ def test_a_recipe_without_a_model_grows_that_of_a_folder_once(bins: Path, tmp_pa
     manifest = runs.manifest(tmp_path / "run", 6)
     assert manifest["model"]["num_hidden_layers"] == 3 and manifest["training"]["growths"] == 1
     assert manifest["training"]["recipe"]["model"]["num_hidden_layers"] == 2
+
+
+def test_why_a_model_cannot_grow_is_reported(bins: Path, tmp_path: Path) -> None:
+    """The run's own folder holds no checkpoint of a recipe that begins with a growth; or nothing can grow one."""
+    plan = recipe(bins, phases=(Phase("more", 4, grow=Grow({"num_hidden_layers": 6})),))
+    target = Target("zero", 2, 1)
+    with pytest.raises(InvalidConfig, match=r"growth before phase 'more', and .*/run holds no checkpoint yet; give"):
+        grown(plan, Position(), phase_growth.grow, tmp_path / "run", None, target)
+    with pytest.raises(InvalidConfig, match="this entrance has no operators"):
+        grown(plan, Position(), None, tmp_path / "run", tmp_path, target)
 
 
 def causal(folder: Path, phases: tuple[Phase, ...], layers: int) -> Recipe:
