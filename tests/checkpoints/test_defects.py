@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -284,3 +286,23 @@ def shared_on_rank(folder: str) -> dict[str, Any]:
     states = torch.load(f"{folder}/t/mp_rank_00_model_states.pt", weights_only=False)  # a test's own file
     release(engine)
     return {"shared": list(states["shared_params"]), "module": list(states["module"])}
+
+
+def through_the_writer(folder: str) -> tuple[str, str]:
+    """What DeepSpeed's decoupled writer does with a ZeRO-2 shard on its way to its process, and with a file to load."""
+    from deepspeed.runtime.checkpoint_engine.decoupled_checkpoint_engine import DecoupledCheckpointEngine
+
+    engine = build(Case("run", 2, layout="single"))
+    with pytest.raises(RuntimeError) as sent:
+        ForkingPickler.dumps(engine.optimizer.state_dict())  # as its queue does
+    engine.save_checkpoint(folder, tag="tag")
+    file = next(Path(folder, "tag").glob("*optim_states.pt"))
+    with pytest.raises(UnpicklingError) as read:
+        DecoupledCheckpointEngine.load(None, str(file))
+    release(engine)
+    return str(sent.value), str(read.value)
+
+
+def test_the_decoupled_writer_neither_sends_a_shard_nor_loads_one(tmp_path: Path) -> None:
+    (found,) = run_ranks(through_the_writer, 1, str(tmp_path), timeout=60)
+    assert "refusing to serialize non-leaf tensor" in found[0] and "Weights only load failed" in found[1]
