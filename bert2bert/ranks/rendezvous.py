@@ -16,13 +16,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, MutableMapping
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed
 
 from bert2bert.errors import InvalidConfig, UserError
+from bert2bert.ranks import interfaces
 from bert2bert.ranks.stopping import Stop
 
 INIT = "bert2bert://"
@@ -39,10 +40,11 @@ class Stopped(Exception):
     """A signal came to some rank while they waited for each other; its text is the signal's name."""
 
 
-def meet(timeout: float, stop: Stop | None = None, environ: Mapping[str, str] = os.environ) -> None:
+def meet(timeout: float, stop: Stop | None = None, environ: MutableMapping[str, str] = os.environ) -> None:
     """Wait until all ranks are there; then `INIT` is how their process group starts. Raises Stopped, too.
 
-    ``timeout``: seconds in all; ``environ``: with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    ``timeout``: seconds in all; ``environ``: with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
+    the interface to the others is named there (`interfaces.choose`).
     """
     global _met
     rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
@@ -53,7 +55,10 @@ def meet(timeout: float, stop: Stop | None = None, environ: Mapping[str, str] = 
     store = _serve(wait, address, port) if rank == 0 and not agent else _reach(wait, address, port)
     prefix = f"bert2bert/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     with _gone(wait):
-        _sign_in(torch.distributed.PrefixStore(prefix, store), wait)
+        here, own = torch.distributed.PrefixStore(prefix, store), interfaces.toward(address)
+        _sign_in(here, wait, own)
+        others = (json.loads(here.get(f"rank/{number}"))["address"] for number in range(world))
+        interfaces.choose(own, others, environ)
     store.set_timeout(timedelta(seconds=timeout))
     _met = torch.distributed.PrefixStore(prefix + "/group", store), rank, world
 
@@ -172,8 +177,9 @@ def _reach(wait: _Wait, address: str, port: int) -> Any:
     return found[0]
 
 
-def _sign_in(store: Any, wait: _Wait) -> None:
-    """Leave this rank's name, and wait for all; rank 0 looks who is there and lets the others know how it ends."""
+def _sign_in(store: Any, wait: _Wait, address: str | None) -> None:
+    """Leave this rank's name and address, and wait for all; rank 0 looks who is there and lets the others know how it
+    ends."""
     me = f"process {os.getpid()} on {socket.gethostname()}"
     key = f"rank/{wait.rank}"
     if store.add(f"taken/{wait.rank}", 1) > 1:
@@ -182,7 +188,7 @@ def _sign_in(store: Any, wait: _Wait) -> None:
             f"{other} is {wait} at {wait.where} already, and {me} was started as the same: two jobs use one "
             "MASTER_PORT, or one number was given twice. Let every job have its own port and every rank its own RANK"
         )
-    store.set(key, json.dumps({"me": me, "world": wait.world}))
+    store.set(key, json.dumps({"me": me, "world": wait.world, "address": address}))
     if wait.rank == 0:
         verdict = _verdict(store, wait)
         store.set("verdict", json.dumps(verdict))

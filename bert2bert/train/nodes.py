@@ -24,6 +24,7 @@ from bert2bert.checkpoints.facts import versions
 from bert2bert.errors import InvalidConfig
 from bert2bert.ranks.distributed import RANKS, write_on_first
 from bert2bert.recipe import Recipe
+from bert2bert.train import environment
 
 _REMEDIES = {
     "program": "Let all nodes run one checkout (PROJECT in launch/pretrain.sbatch), or install the same one on each",
@@ -103,15 +104,28 @@ def table(names: list[str], device: torch.device) -> dict[str, str]:
     counts = Counter(zip(names, devices, strict=True))
     nodes = [f"{host}: {count} x {device}" for (host, device), count in counts.items()]
     backend = torch.distributed.get_backend()
-    wanted = os.environ.get(f"{'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME")
+    variable = f"{'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME"
+    used = RANKS.allgather(os.environ.get(variable, "").removeprefix("="))
     kinds = {"Python": platform.python_version(), **versions("deepspeed", "transformers")}
     if device.type == "cuda":
         kinds |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
     return {
         "nodes": "; ".join(nodes[:16]) + (f"; and {len(nodes) - 16} more" if len(nodes) > 16 else ""),
-        "network": f"{backend} over {wanted or 'an interface of its choice'}, first node {os.environ['MASTER_ADDR']}",
+        "network": f"{backend} over {_over(names, used)} ({variable}), first node {os.environ['MASTER_ADDR']}",
         "versions": ", ".join(f"{key} {value}" for key, value in kinds.items()),
+        "environ": environment.line(names),
     }
+
+
+def _over(names: list[str], used: list[str]) -> str:
+    """Which interface, and on which hosts if there are several."""
+    found: dict[str, list[str]] = {}
+    for host, interface in dict.fromkeys(zip(names, used, strict=True)):
+        found.setdefault(interface or "an interface of its choice", []).append(host)
+    if len(found) == 1:
+        return next(iter(found))
+    shown = [f"{key} on {', '.join(on[:4])}{' …' if len(on) > 4 else ''}" for key, on in found.items()]
+    return "; ".join(shown)
 
 
 def _sees(mark: Path) -> bool:

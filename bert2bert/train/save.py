@@ -257,7 +257,13 @@ def prune(root: Path, newest: str, keep: int, needed: Collection[int] = ()) -> N
 def _delete(folder: Path) -> None:
     replace(folder / UNFINISHED, "")
     (folder / MANIFEST).unlink(missing_ok=True)  # first: a kill in between must not leave something that looks whole
-    shutil.rmtree(folder)
+    for entry in folder.iterdir():  # the mark last: a kill in between must not leave something that looks foreign
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != UNFINISHED:
+            entry.unlink()
+    (folder / UNFINISHED).unlink()
+    folder.rmdir()
 
 
 def _step_of(name: str) -> int | None:
@@ -273,4 +279,5 @@ def _kind(folder: Path) -> str | None:
         return "foreign"
     if manifest is not None:
         return str(manifest.kind)
-    return None if (folder / UNFINISHED).exists() else "foreign"
+    empty = folder.is_dir() and not any(folder.iterdir())  # just made, or all but deleted
+    return None if empty or (folder / UNFINISHED).exists() else "foreign"

@@ -73,3 +73,26 @@ def test_kill_in_a_save(bins: Path, tmp_path: Path, victim: int, where: str) -> 
     assert [c["step"] for c in about["continued"]] == [2]
     steps = [r["step"] for r in runs.records(output) if r["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_kills_between_two_calls_leave_nothing_that_looks_foreign(tmp_path: Path) -> None:
+    """A folder just made, without its mark, and one that a deletion has emptied up to any file."""
+    from bert2bert.train import save
+
+    folder = tmp_path / "global_step2"
+    folder.mkdir()
+    assert save._kind(folder) is None
+    seen = set()
+    original = Path.unlink
+
+    def unlink(self: Path, *more: Any, **how: Any) -> None:
+        original(self, *more, **how)
+        seen.add(save._kind(folder))
+
+    for name in ("a.pt", save.UNFINISHED, "z.pt"):
+        (folder / name).write_text("")
+    (folder / "sub").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        save._delete(folder)
+    assert seen == {None} and not folder.exists()
