@@ -6,12 +6,13 @@ Refuses (UnsupportedGrowth) what `Stacked.check_alike` refuses.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 from bert2bert.algebra.realise import values
 from bert2bert.checkpoints.stacked import Part, Stacked
+from bert2bert.growth.second_names import second_names
 from bert2bert.growth.source_model import class_name
 
 if TYPE_CHECKING:
@@ -34,9 +35,23 @@ class Named:
     """The target's tensors: name -> canonical name of what it is, or is a part of, in the plan."""
     aliases: dict[str, str]
     """The target's: absent tied name -> the name that is kept."""
+    lacking: tuple[str, ...] = ()
+    """Names of the source's state dict that the target's lacks, each of a tensor that has another name."""
 
     @classmethod
     def of(cls, growth: Growth, format: str) -> Named:
+        """Of a target of this format, with the second names of the script's modules in a run's files."""
+        named, model = cls._of(growth, format), growth.model
+        if "hub" in (growth.model.source.format, format):
+            return named
+        own = {model.stored(absent): model.stored(kept) for absent, kept in model.aliases().items()}
+        before = [name for names in named.stored.values() for name in names]
+        second, lacking = second_names(named.source.aliases, own, before, list(named.parts))
+        lacking += [name for name in named.source.unread if name not in own]
+        return replace(named, aliases={**second, **named.aliases}, lacking=tuple(lacking))
+
+    @classmethod
+    def _of(cls, growth: Growth, format: str) -> Named:
         """Of a target of this format: in a Hugging Face folder, and from one whose names have no prefix, the names are
         those of transformers; else the training script's own, as in the source."""
         model, plan = growth.model, growth.plan
@@ -67,12 +82,20 @@ class Named:
         return {name: made[part.name] for name, part in self.parts.items()}
 
     def notes(self) -> list[str]:
-        """What to know of the names, in a sentence."""
-        first = next((own for own in self.stored.values() if len(own) > 1), None)
-        return [
-            f"experts are written one by one, as the source has them (first {first[0]}): for the script that wrote it; "
-            "models of transformers 5 have them fused, and take the weights alone (--format hub)"
-        ] if first else []  # fmt: skip
+        """What to know of the names, in sentences."""
+        notes = []
+        if self.lacking:
+            notes.append(
+                f"{len(self.lacking)} names of the source's state dict are left out, first {self.lacking[0]}: second "
+                "names of tensors that have another one; a script that looks for them loads with "
+                "load_module_strict=False"
+            )
+        if first := next((own for own in self.stored.values() if len(own) > 1), None):
+            notes.append(
+                f"experts are written one by one, as the source has them (first {first[0]}): for the script that wrote "
+                "it; models of transformers 5 have them fused, and take the weights alone (--format hub)"
+            )
+        return notes
 
     def read(self) -> Read:
         """Rows of the target's tensors by their names."""
