@@ -206,6 +206,21 @@ def test_frozen_ones_that_cannot_grow_are_named(tmp_path: Path) -> None:
         grow(tmp_path / "z2False", tmp_path / "out", tmp_path / "config.json", **how)
 
 
+def test_second_names_of_frozen_ones_that_were_left_out_are_named(tmp_path: Path) -> None:
+    """DeepSpeed leaves the first name of a tied frozen matrix out of its files, and writes the second with values."""
+    second = "cls.predictions.decoder.weight"
+    cases = [Case(f"{e}", 1, steps=1, frozen=("word_embeddings",), exclude_frozen=e) for e in (True, False)]
+    save_cases(tmp_path, 1, cases)
+    for case in cases:
+        held = torch.load(tmp_path / case.name / "global_step1/mp_rank_00_model_states.pt", weights_only=False)[
+            "module"
+        ]
+        assert held[second].numel() and ("bert.embeddings.word_embeddings.weight" in held) != case.exclude_frozen
+        lines: list[str] = []
+        reshard(tmp_path / case.name, tmp_path / f"u{case.name}", say=lines.append)
+        assert (f"left out: 1 tensors, first {second} = " in "\n".join(lines)) == case.exclude_frozen
+
+
 def test_growth_names_the_state_that_it_cannot_carry(tmp_path: Path) -> None:
     case = Case("run", 2, steps=1)
     save_cases(tmp_path, 1, [case])

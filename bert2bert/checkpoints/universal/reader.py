@@ -63,6 +63,7 @@ class UniversalSource(Source):
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
         self.client_state, self.buffers, self.extras = model.client_state, model.buffers, model.extras
         self.aliases, self.unread = model.aliases, model.unread
+        self.notes += model.notes
         self.lists_frozen = model.lists_frozen
         self._zero = folder / "zero"
         self._open: dict[Path, torch.Tensor] = {}

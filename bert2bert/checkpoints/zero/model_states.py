@@ -177,6 +177,7 @@ class ModelStates:
         self.frozen: dict[str, tuple[int, ...]] = {}
         self.lists_frozen = first.get("frozen_param_shapes") is not None
         self.unread: tuple[str, ...] = ()
+        self.notes: list[str] = []
         self._sort_out_the_rest()
 
     def renamed(self, name: str) -> str:
@@ -244,6 +245,17 @@ class ModelStates:
         for absent, kept in shared.items():
             if (absent in have) != (kept in have):
                 self.aliases.update({absent: kept} if kept in have else {kept: absent})
+        # exclude_frozen_parameters takes the first name of a tied frozen tensor out of the file, not the second.
+        held = [name for name, kept in shared.items() if not {name, kept} & have and self._has_values(name)]
+        if held:
+            self.notes.append(
+                f"left out: {len(held)} tensors, first {held[0]} = {shared[held[0]]}, second names of frozen "
+                "parameters that are not in the source (exclude_frozen_parameters): load with load_module_strict=False"
+            )
+
+    def _has_values(self, name: str) -> bool:
+        value = self.module.get(name)
+        return isinstance(value, torch.Tensor) and value.numel() > 0
 
     def _is_extra(self, name: str, listed: bool) -> bool:
         """Whether a name of the state dict, of no trained parameter and no buffer, is of no frozen parameter either.
