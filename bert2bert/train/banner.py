@@ -32,7 +32,8 @@ def banner(job: Job, loop: Loop) -> str:
     total = "" if recipe.steps is None else f"{recipe.steps:,} steps "
     train, predicted = bins.meta["splits"]["train"], asdict(own.predicts)
     lines = {
-        "model": f"{model.name}, {len(model.layers)} layers x {model.width}, {count:,} parameters",
+        "model": f"{model.name}, {len(model.layers)} layer{'s' * (len(model.layers) != 1)} x {model.width}, {count:,} "
+        "parameters",
         "run": f"{recipe.name}: {total}({phases})" + (f", from step {step:,} on" if step else ""),
         "data": f"{bins.folder}: {train['tokens']:,} tokens to train on",
         "packing": f"{loader.rows_per_epoch:,} rows an epoch, {loader.fill:.1%} of their slots filled; "

@@ -150,7 +150,8 @@ def _fill_all(engine: Engine, found: Found, recipe: Recipe, position: Position) 
     engine.followed = manifest.training.followed if manifest.training else float(found.kind == "growth")
     notes: list[str] = []
     _restore_rest(engine, source, found.kind, recipe, position, notes)
-    if found.kind == "growth":
+    trained = manifest.growth is not None and manifest.growth.source.get("format") != "hub"
+    if found.kind == "growth" and trained:  # else its groups have an optimizer's default values, and nobody's
         notes += other_hyper(engine, manifest.groups)
     if found.kind == "train" and not manifest.digests:
         notes.append("its manifest has no digests of files, so only tensors are compared with it")

@@ -193,12 +193,17 @@ def from_folder(bins: Path, folder: Path, output: Path) -> list[str | None]:
     return [*found, growing(plan, 2, output, output)["stopped"]]
 
 
-def test_a_recipe_without_a_model_grows_that_of_a_folder_once(bins: Path, tmp_path: Path) -> None:
+def test_a_recipe_without_a_model_grows_that_of_a_folder_once(
+    bins: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of the folder, which has no optimizer, no note says with which rates it was trained."""
     import transformers
 
     config = {key: value for key, value in tiny.model_config(num_hidden_layers=2).items() if key != "model_type"}
     transformers.BertForMaskedLM(transformers.BertConfig(**config)).save_pretrained(tmp_path / "hub")
     assert run_ranks(from_folder, 2, bins, tmp_path / "hub", tmp_path / "run", timeout=60)[0] == ["SIGTERM", None]
+    shown = capfd.readouterr().err
+    assert "growing before phase 'more'" in shown and "in the checkpoint; the recipe's" not in shown
     manifest = runs.manifest(tmp_path / "run", 6)
     assert manifest["model"]["num_hidden_layers"] == 3 and manifest["training"]["growths"] == 1
     assert manifest["training"]["recipe"]["model"]["num_hidden_layers"] == 2
