@@ -296,6 +296,14 @@ def _check_experts(config: dict[str, Any], recipe: Recipe, world_size: int) -> N
             )
 
 
+def _divisors(number: int, near: int) -> str:
+    """The divisors of a number in words, at most eight, those nearest to ``near``."""
+    found = [n for n in range(1, number + 1) if number % n == 0]
+    nearest = sorted(sorted(found, key=lambda n: abs(n - near))[:8])
+    head = [str(n) for n in nearest]
+    return head[0] if len(head) == 1 else f"{', '.join(head[:-1])} or {head[-1]}"
+
+
 def _fill_batch(config: dict[str, Any], recipe: Recipe, world_size: int) -> None:
     key = "train_micro_batch_size_per_gpu"
     micro = config.get(key)
@@ -305,10 +313,12 @@ def _fill_batch(config: dict[str, Any], recipe: Recipe, world_size: int) -> None
         )
     rows = recipe.global_batch_size
     if rows % (micro * world_size):
+        ranks = "" if rows % micro else f"{_divisors(rows // micro, world_size)} ranks with {key} {micro}"
         if rows % world_size:
-            remedy = f"run on a number of ranks that divides {rows}"
+            remedy = f"run on a number of ranks that divides {rows}" + (f": {ranks}" if ranks else "")
         else:
-            remedy = f"set {key} to a divisor of {rows // world_size}"
+            remedy = f"set {key} to a divisor of {rows // world_size}: {_divisors(rows // world_size, micro)}"
+            remedy += f"; or run on {ranks}" if ranks else ""
         raise InvalidConfig(
             f"ds_config: {key} is {micro}; on {world_size} ranks that makes {micro * world_size} rows, which do not "
             f"divide the recipe's global_batch_size, {rows}; {remedy}"

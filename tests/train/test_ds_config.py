@@ -128,8 +128,15 @@ def test_experts_that_autoep_computes_otherwise_are_refused() -> None:
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_batch_is_refused() -> None:
-    with pytest.raises(InvalidConfig, match="run on a number of ranks that divides 512"):
+    micro = CONFIG["train_micro_batch_size_per_gpu"]
+    with pytest.raises(InvalidConfig, match=r"run on a number of ranks that divides 512: 1, 2, 4, .* ranks with") as e:
         resolve(CONFIG, RECIPE, 3)
+    offered = str(e.value).rpartition("512: ")[2].partition(" ranks")[0].replace(" or ", ", ").split(", ")
+    assert len(offered) > 2
+    for ranks in map(int, offered):
+        assert resolve(CONFIG, RECIPE, ranks)["gradient_accumulation_steps"] * ranks * micro == 512
+    with pytest.raises(InvalidConfig, match=r"of 128: 1, 2, 4, 8, 16, 32, 64 or 128; or run on 1 or 2 ranks with"):
+        resolve({**CONFIG, "train_micro_batch_size_per_gpu": 256}, RECIPE, 4)
 
 
 @pytest.mark.parametrize(
