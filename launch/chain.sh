@@ -59,7 +59,8 @@ part() {
     file=$records/$name.complete
     # By its name, a job is found that this script submitted before.
     id=$name-$(cd "$RUNS" && pwd | cksum | cut -d' ' -f1)
-    job=$(squeue -h -u "$(id -un)" -n "$id" -o %A | head -n 1)
+    job=$(squeue -h -u "$(id -un)" -n "$id" -o %A) # fails where Slurm does not answer: nothing is submitted twice
+    job=${job%%$'\n'*}
     if [ -n "$job" ]; then
         echo "$name: job $job, submitted before"
         return

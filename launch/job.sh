@@ -106,10 +106,11 @@ interrupted() { # whether the step was ended by what Slurm did, or was asked to 
 }
 
 end() { # NOTE BEFORE WHAT: ends the job with its step's status; one that was interrupted has itself run again first.
-    # NOTE: the file that counts the starts in a row without a new WHAT; BEFORE: what `progress` printed before the step
+    # NOTE: the file that counts the starts in a row without a new WHAT, empty where every start begins from the
+    # beginning; BEFORE: what `progress` printed before the step
     local note=$1 before=$2 what=$3 tries=0 state
     if [ "$status" = 0 ]; then
-        rm -f "$note"
+        [ -z "$note" ] || rm -f "$note"
         [ -z "${RECORD:-}" ] || echo "${KEY:-}" > "$RECORD" # of chain.sh: this part is complete
         exit 0
     fi
@@ -120,16 +121,16 @@ end() { # NOTE BEFORE WHAT: ends the job with its step's status; one that was in
         *) exit "$status" ;; # CANCELLED: somebody wants it to end
     esac
     if [ "$(progress)" = "$before" ]; then
-        [ ! -f "$note" ] || read -r tries < "$note"
+        tries=${STARTS:-${SLURM_RESTART_COUNT:-0}}
+        [ -z "$note" ] || read -r tries 2> /dev/null < "$note" || tries=0
         tries=$((tries + 1))
     fi
-    mkdir -p "$(dirname "$note")"
-    rm -f "$note"
+    [ -z "$note" ] || { mkdir -p "$(dirname "$note")" && rm -f "$note"; }
     if [ "$tries" -ge "$MAX_TRIES" ]; then
         echo "not requeued: $tries starts in a row brought no $what newer than $before; give the job more time" >&2
         exit "$status"
     fi
-    echo "$tries" > "$note"
+    if [ -n "$note" ]; then echo "$tries" > "$note"; else export STARTS=$tries; fi
     echo "requeued: stopped in time, newest $what $(progress)" >&2
     scontrol requeue "$SLURM_JOB_ID" || resubmit
     exit "$status"

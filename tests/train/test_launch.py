@@ -331,6 +331,30 @@ def test_a_stopped_job_requeues_itself_until_it_makes_no_progress(tmp_path: Path
     assert "requeued: stopped in time" in start()  # submitted again by hand
 
 
+@pytest.mark.parametrize(
+    ("preempted", "starts", "printed"),
+    [
+        ("None", 0, ""),  # an error
+        ("2026-01-01T00:00:00", 0, ""),  # of an earlier start: an error, too
+        ("2026-01-03T00:00:00", 1, "requeued: stopped in time, newest result none\n"),
+        ("2026-01-03T00:00:00", 2, "not requeued: 3 starts in a row brought no result newer than none"),
+    ],
+)
+def test_a_command_runs_again_after_a_preemption_and_not_after_an_error(
+    tmp_path: Path, preempted: str, starts: int, printed: str
+) -> None:
+    facts = f"JobState=RUNNING Reason=None StartTime=2026-01-02T00:00:00 PreemptTime={preempted}"
+    fake(tmp_path / "bin", "scontrol", f'[ "$1" = requeue ] && echo "$@" >> {tmp_path}/log; echo "{facts}"\n')
+    fake(tmp_path / "bin", "srun", "exit 143\n")
+    done = run(
+        ["bash", "launch/command.sbatch", "prepare", "--output", tmp_path],
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", PYTHON=sys.executable, SLURM_JOB_ID="12",
+        SLURM_SUBMIT_DIR=str(ROOT), SLURM_RESTART_COUNT=str(starts),
+    )  # fmt: skip
+    assert done.returncode == 143 and done.stderr.startswith(printed) and bool(done.stderr) == bool(printed)
+    assert (tmp_path / "log").exists() == printed.startswith("requeued")
+
+
 def test_deepspeed_reads_the_hostfile() -> None:
     from deepspeed.launcher.runner import _parse_hostfile
 
