@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bert2bert.checkpoints.inspect import Architecture, Check, Inspection
+from bert2bert.commands.plan_recipe import states
 from bert2bert.measure.drift import Drift
 from bert2bert.report.result import Heldout, Report, RunEntry, Saving
 from bert2bert.tables import TABLES
@@ -110,6 +111,20 @@ def test_the_places_in_the_architecture_page_exist() -> None:
     named = re.findall(r"`([a-z_0-9/]+\.py)`", text)
     here = [ROOT / "bert2bert", ROOT]
     assert len(named) > 10 and not [name for name in named if not any((root / name).is_file() for root in here)]
+
+
+def test_the_memory_of_ranks_is_what_the_plan_says() -> None:
+    """Each row of docs/clusters.md: parameters, then GB of a rank at stage 0, at 1 to 3 on 8 ranks, and on 64."""
+    text, units = (ROOT / "docs" / "clusters.md").read_text("utf-8"), {"M": 1e6, "B": 1e9}
+    rows = re.findall(r"^\| ([\d.]+) ([MB]) \|(.*)\|$", text, flags=re.MULTILINE)
+    assert len(rows) >= 5
+    for size, unit, cells in rows:
+        for cell, (stage, ranks) in zip(
+            cells.split("|"), [(0, 1), *((stage, ranks) for ranks in (8, 64) for stage in (1, 2, 3))], strict=True
+        ):
+            config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+            held = states(int(float(size) * units[unit]), config, ranks) / 1e9
+            assert float(cell) == pytest.approx(held, rel=0.01), (size, unit, stage, ranks)
 
 
 @pytest.mark.parametrize("result", [Architecture, Check, Drift, Heldout, Inspection, Report, RunEntry, Saving])
