@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def nodes() -> Iterator[tuple[str, str]]:
     """Names of two network namespaces, 10.77.0.1 and 10.77.0.2, whose interfaces are called as they are."""
-    names = ("bb-node0", "bb-node1")
+    names = (f"bb{os.getpid()}-0", f"bb{os.getpid()}-1")  # another job may run these tests on this host, too
     gone = [["ip", "netns", "delete", name] for name in names]
     for command in gone:
         subprocess.run(command, capture_output=True, timeout=30)
