@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from bert2bert.commands.cli import main
 from bert2bert.errors import InvalidData, UserError
 from bert2bert.files import lock as lock_file
 from bert2bert.recipe import Phase
-from bert2bert.report.status import SILENT, render, status
+from bert2bert.report import status as status_module
+from bert2bert.report.status import BEAT, SILENT, render, status, statuses
 from tests.distributed import run_ranks
 from tests.train import runs, tiny
 
@@ -64,7 +66,7 @@ def test_every_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "failed: the disk is gone" in render(list(found.values()))
 
 
-def test_signs_of_life(tmp_path: Path) -> None:
+def test_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that is renewed, one that is not, a line cut short; and no run at all."""
     run, lock = tmp_path / "run", tmp_path / "run" / "run.lock"
     run.mkdir()
@@ -74,7 +76,8 @@ def test_signs_of_life(tmp_path: Path) -> None:
     record = {"kind": "train", "step": 3, "loss": 2.0, "seconds": 1.0, "phase": "all"}
     (run / "metrics.jsonl").write_text(json.dumps(record) + '\n{"kind": "train", "st')
     assert (status(run).state, status(run).step, status(run).steps) == ("running", 3, 9)
-    assert SILENT == lock_file.SILENT
+    assert (BEAT, SILENT) == (lock_file.BEAT, lock_file.SILENT)
+    monkeypatch.setattr(status_module, "BEAT", 0.05)
     old = time.time() - 500
     for file in (lock, run / "run.json", run / "metrics.jsonl", run):
         os.utime(file, (old, old))
@@ -84,6 +87,23 @@ def test_signs_of_life(tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match="is not a run's folder"):
         status(tmp_path)
     assert main(["status", str(run), "--watch", "0"]) == 2
+
+
+@pytest.mark.parametrize("skew", [-3600, 3600])
+def test_a_wrong_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew: float) -> None:
+    """A login node an hour ahead of the file system, or behind: what counts is whether the lock is renewed."""
+    lock = tmp_path / "run.lock"
+    lock.write_text("{}")
+
+    def sleep(seconds: float, renewed: bool) -> None:
+        assert seconds > lock_file.BEAT
+        if renewed:
+            os.utime(lock, (time.time() + skew + seconds,) * 2)
+
+    for renewed, state in ((True, "starting"), (False, "silent")):
+        os.utime(lock, (time.time() + skew,) * 2)
+        monkeypatch.setattr(status_module.time, "sleep", partial(sleep, renewed=renewed))
+        assert [one.state for one in statuses([tmp_path])] == [state]
 
 
 def test_it_imports_no_torch() -> None:

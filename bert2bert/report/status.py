@@ -20,6 +20,8 @@ from bert2bert.errors import InvalidData
 
 SILENT = 120.0
 """Seconds without a renewal after which a lock counts as left behind: those of `files.lock`."""
+BEAT = 10.0
+"""Seconds between two renewals: those of `files.lock`."""
 _TAIL = 1 << 18  # bytes at the end of metrics.jsonl that are read
 STATES = ("starting", "running", "stopped", "paused", "failed", "finished", "silent")
 
@@ -56,8 +58,30 @@ class Status:
         return asdict(self)
 
 
-def status(path: Path) -> Status:
-    """How the run in a folder stands. Raises InvalidData for a folder that is no run's."""
+def statuses(paths: Sequence[Path]) -> list[Status]:
+    """How the runs in some folders stand. Raises InvalidData for a folder that is no run's.
+
+    Where a lock looks left behind, or is of a time to come, this host's clock may be wrong: it is given one more beat.
+    """
+    found = [status(path) for path in paths]
+    before = [_time_of(path / "run.lock") for path in paths]
+    doubtful = [
+        renewed is not None
+        and (one.state == "silent" or (one.state in ("starting", "running") and renewed > time.time() + 1))
+        for one, renewed in zip(found, before, strict=True)
+    ]
+    if not any(doubtful):
+        return found
+    time.sleep(1.2 * BEAT)
+    return [
+        status(path, _time_of(path / "run.lock") != renewed) if doubt else one
+        for path, one, renewed, doubt in zip(paths, found, before, doubtful, strict=True)
+    ]
+
+
+def status(path: Path, alive: bool | None = None) -> Status:
+    """How the run in a folder stands. ``alive``: whether its lock was seen to be renewed, where that is known; else
+    the lock's time and this host's clock decide. Raises InvalidData for a folder that is no run's."""
     about, lock = _json(path / "run.json"), path / "run.lock"
     if not path.is_dir() or (about is None and not lock.exists()):
         raise InvalidData(f"{path} is not a run's folder: no run.json and no run.lock; name the --output of a run")
@@ -66,7 +90,7 @@ def status(path: Path) -> Status:
     train = [record for record in records if record.get("kind") == "train"]
     evals = [record for record in records if record.get("kind") == "eval"]
     last, steps = records[-1] if records else {}, _steps(about)
-    state, why = _state(about, lock, bool(train))
+    state, why = _state(about, lock, bool(train), alive)
     tag = _text(path / "latest")
     folder = path / tag if tag else None
     return Status(
@@ -108,18 +132,25 @@ def render(found: Sequence[Status]) -> str:
     return "\n".join([*lines, *(f"{one.run}: {one.state}: {one.why}" for one in found if one.why)])
 
 
-def _state(about: dict[str, Any], lock: Path, trained: bool) -> tuple[str, str | None]:
+def _state(about: dict[str, Any], lock: Path, trained: bool, alive: bool | None) -> tuple[str, str | None]:
     """The run's state, and why it ended."""
     if about.get("finished"):
         return "finished", None
-    with contextlib.suppress(OSError):
-        if time.time() - lock.stat().st_mtime < SILENT:
-            return ("running" if trained else "starting"), None
+    renewed = _time_of(lock)
+    if renewed is not None and (time.time() - renewed < SILENT if alive is None else alive):
+        return ("running" if trained else "starting"), None
     start = (about.get("continued") or [about])[-1]
     ended = start.get("ended") if isinstance(start, dict) else None
     if isinstance(ended, dict) and ended.get("how") in STATES:
         return str(ended["how"]), None if ended.get("why") is None else str(ended["why"])
     return "silent", None
+
+
+def _time_of(lock: Path) -> float | None:
+    """When a lock was last renewed, by the clock of its file system. Opened, so that a network file system asks."""
+    with contextlib.suppress(OSError), lock.open("rb") as stream:
+        return os.fstat(stream.fileno()).st_mtime
+    return None
 
 
 def _age(path: Path, lock: Path) -> float:
