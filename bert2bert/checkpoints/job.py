@@ -83,6 +83,8 @@ class TargetSpec:
     """Name -> content, put beside the weights, such as a tokenizer."""
     frozen: tuple[str, ...] = ()
     """Parameters that are in no group, for the engine does not train them."""
+    frozen_later: tuple[str, ...] = ()
+    """Parameters of a group that the engine no longer trains; it looks for them among the frozen ones too."""
     lists_frozen: bool = True
     """Whether the model is known to have no other such parameters."""
     fused: bool = False
@@ -107,6 +109,11 @@ class TargetSpec:
             raise ValueError(f"unknown precision {self.precision!r} or states {self.states}")
         if not all(kept in self.shapes and absent not in self.shapes for absent, kept in self.aliases.items()):
             raise ValueError("aliases must map an absent tied name to a name in shapes")
+
+    @property
+    def without_gradient(self) -> tuple[str, ...]:
+        """Parameters that the engine looks for among the frozen ones."""
+        return (*self.frozen, *self.frozen_later)
 
     @property
     def tag(self) -> str:

@@ -54,6 +54,18 @@ def regrouped(source: Source, spec: TargetSpec, made_of: Mapping[str, Sequence[s
     return found
 
 
+def empty_groups(source: Source, spec: TargetSpec) -> list[str]:
+    """Which of the source's groups hold no trained parameter and are left out, in a sentence."""
+    empty = [i for i, group in enumerate(source.groups or ()) if not group["names"]]
+    if not empty or spec.group_layout != "source" or any(not group.names for group in spec.groups):
+        return []
+    return [
+        f"optimizer groups without a trained parameter are left out: {', '.join(map(str, empty))} of the source (lr "
+        f"{source.groups[empty[0]].get('lr')}); a script that goes on must not build them, for DeepSpeed's ZeRO "
+        "stages 1 and 2 fail with such groups"
+    ]
+
+
 def kept_groups(spec: TargetSpec, parts: Mapping[str, str], layers: Collection[str]) -> list[str]:
     """Into which of the source's own groups, of no known layout, the parameters of added layers go, in a sentence.
 

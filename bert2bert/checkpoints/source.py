@@ -59,6 +59,7 @@ class Source:
     clipping, None where it is not known; ``expert_parallel``: of a run whose experts are split over ranks;
     ``extras``: of the model's state dict what is neither parameter nor buffer (these, buffers, client state and
     scheduler may hold objects that were not opened); ``lists_frozen``: whether the files list what is frozen;
+    ``frozen_later``: parameters of a group that require no gradient any more, as a script may have it after the start;
     ``unread``: names the model has whose values the checkpoint does not hold; ``notes``: what else a user should know
     of how it was read, in sentences.
     """
@@ -88,6 +89,7 @@ class Source:
         self.buffers: dict[str, Any] = {}
         self.extras: dict[str, Any] = {}
         self.lists_frozen = False
+        self.frozen_later: tuple[str, ...] = ()
         self.unread: tuple[str, ...] = ()
         self.notes: list[str] = []
         self.files: list[Path] = []  # all files that make up the checkpoint, for `identity` and `inspect`

@@ -87,6 +87,9 @@ def make_spec(source: Source, content: Content, target: Target) -> TargetSpec:
         tag_name=target.tag or source.tag,
         beside=beside,
         frozen=groups.frozen,
+        frozen_later=tuple(n for n, made in content.made_of.items() if {*made[:1]} & {*source.frozen_later})
+        if not hub
+        else (),
         lists_frozen=source.lists_frozen,
         fused=source.fused,
         clip_grad=source.clip_grad,
@@ -94,11 +97,18 @@ def make_spec(source: Source, content: Content, target: Target) -> TargetSpec:
     )
 
 
+def without_names(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a source's group."""
+    return {key: value for key, value in group.items() if key != "names"}
+
+
 class _Groups:
     """The optimizer groups of a target, made of those of its source. ``layout``: which, ``frozen``: names in none."""
 
     def __init__(self, source: Source, content: Content, target: Target) -> None:
         self._source, self._content, self._hub = source, content, target.format == "hub"
+        # Of these DeepSpeed makes engines with groups that hold nothing but frozen parameters, and counts such groups.
+        self._keeps_empty = target.stage == 3 or (target.stage == 0 and not source.fused)
         self._groups = source.groups or []
         self._of = {name: i for i, group in enumerate(self._groups) for name in group["names"]}
         self.layout = self._chosen(target.groups)
@@ -114,7 +124,9 @@ class _Groups:
             TargetGroup(
                 part, decay, names, self._hyper(names, decay), max(map(self._step, names)), self._moments(names)
             )
-            for part, decay, names in self._sets()
+            if names
+            else TargetGroup(part, decay, (), without_names(self._groups[i]), 0, self._optimizer(i))
+            for part, decay, names, i in self._sets()
         )
 
     def _chosen(self, asked: str | None) -> str:
@@ -141,19 +153,19 @@ class _Groups:
         fits = (i for i, group in enumerate(self._groups) if bool(group.get("weight_decay")) == decay)
         return next(fits, 0 if self._groups else None)
 
-    def _sets(self) -> list[tuple[str, bool, tuple[str, ...]]]:
-        """Part, decay and names of every group."""
+    def _sets(self) -> list[tuple[str, bool, tuple[str, ...], int]]:
+        """Part, decay and names of every group, and the number of the source's group that it is, if it is one."""
         names = [name for name in self._origins if name not in self.frozen]
         if self.layout != "source":
             members = {name: self._content.members[name] for name in names}
-            return [(group.part, group.decay, group.names) for group in param_groups(members, self.layout)]
+            return [(group.part, group.decay, group.names, -1) for group in param_groups(members, self.layout)]
         ordered, found = self._content.order(names), []
         for i, group in enumerate(self._groups):
             kept = [name for name in ordered if self._group(name) == i]
             if group.get("use_muon"):  # DeepSpeed sorts them by shape
                 kept.sort(key=self._content.shapes.__getitem__, reverse=True)
-            if kept:
-                found.append((f"group.{i}", bool(group.get("weight_decay")), tuple(kept)))
+            if kept or (self._keeps_empty and not group["names"]):
+                found.append((f"group.{i}", bool(group.get("weight_decay")), tuple(kept), i))
         return found
 
     def _hyper(self, names: Sequence[str], decay: bool) -> dict[str, Any]:
@@ -161,7 +173,7 @@ class _Groups:
         of = [self._groups[i] for i in map(self._group, names) if i is not None]
         if not of:
             return _NO_HYPER | {"weight_decay": 0.01 if decay else 0.0}
-        found = {key: value for key, value in of[0].items() if key != "names"}
+        found = without_names(of[0])
         if self.layout not in ("source", self._content.known) and "weight_decay" in found:
             found["weight_decay"] = next((g["weight_decay"] for g in of if decay and g.get("weight_decay")), 0.0)
         return found

@@ -21,7 +21,7 @@ from bert2bert.checkpoints.expert_parallel.target import notes as expert_notes
 from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.job import TargetSpec
 from bert2bert.checkpoints.manifest import Grown, Manifest
-from bert2bert.checkpoints.notes import kept_groups, left, regrouped, rounding, still_frozen, unopened
+from bert2bert.checkpoints.notes import empty_groups, kept_groups, left, regrouped, rounding, still_frozen, unopened
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec, widest
 from bert2bert.checkpoints.target import Target
@@ -164,10 +164,10 @@ def _notes(named: Named, spec: TargetSpec, folder: Path, target: Target) -> list
     if format != "hub":
         found += beyond_class(model.table, growth.plan.config, model.heads)
         found += [*regrouped(source, spec, named.made_of()), *_kept_groups(named, spec)]
-        found += still_frozen(spec)
+        found += [*empty_groups(source, spec), *still_frozen(spec)]
     if source.format == "hub":
         found += left(source, spec)
-    found += [*buffers.left_out(source, format), *unopened(source, format)]
+    found += [*buffers.unchanged(source, spec.buffers), *buffers.left_out(source, format), *unopened(source, format)]
     return found + clients.notes(source, spec.beside, folder, target)
 
 

@@ -24,7 +24,7 @@ from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.hub.beside import all_beside
 from bert2bert.checkpoints.job import TargetSpec
 from bert2bert.checkpoints.manifest import Grown, Manifest, Resharded
-from bert2bert.checkpoints.notes import left, regrouped, rounding, unopened
+from bert2bert.checkpoints.notes import empty_groups, left, regrouped, rounding, unopened
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec
@@ -181,6 +181,7 @@ def notes(source: Source, names: Names, spec: TargetSpec, target: Target) -> lis
     if hub:
         return found
     found += regrouped(source, spec, {name: [names.stored[name]] for name in spec.shapes})
+    found += empty_groups(source, spec)
     mixed = [group.part for group in spec.groups if len({source.step(names.stored[n]) for n in group.names}) > 1]
     if mixed and len(source.states) > 1:
         found.append(f"{', '.join(mixed)}: parameters with different Adam steps share a group, which has the largest")

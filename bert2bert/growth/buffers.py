@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from bert2bert.checkpoints.hub.names import is_obsolete
 from bert2bert.errors import UnsupportedGrowth, some
 from bert2bert.files.torch_writer import equal
 from bert2bert.files.unpickle import walk
@@ -58,6 +59,18 @@ def left_out(source: Source, format: str) -> list[str]:
     """A sentence about what a run's state dict holds and a Hugging Face folder of its growth does not."""
     names = [*source.buffers, *source.extras] if format == "hub" != source.format else []
     return [f"left out, for models of transformers store no buffers: {some(names)}"] if names else []
+
+
+def unchanged(source: Source, buffers: Mapping[str, Any]) -> list[str]:
+    """A sentence about the source's buffers in no layer that a grown checkpoint has as they are."""
+    names = [
+        name for name, value in source.buffers.items()
+        if buffers.get(name) is value and not is_obsolete(name) and not any(map(str.isdigit, name.split(".")))
+    ]  # fmt: skip
+    return [
+        f"carried as they are: {len(names)} buffers in no layer, first {names[0]}; those that a script makes of the "
+        "model's parameters, such as averages of them, it must make again"
+    ] if names else []  # fmt: skip
 
 
 class _Layers:

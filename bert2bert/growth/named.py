@@ -1,6 +1,6 @@
 """The tensors of a growth by the names of files: those of its source, and those of the checkpoint that it writes.
 
-Refuses (UnsupportedGrowth) what `Stacked.check_alike` refuses.
+Refuses (UnsupportedGrowth) what `Stacked.check_alike` refuses, and native shards whose order is not known.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from bert2bert.algebra.realise import values
 from bert2bert.checkpoints.stacked import Part, Stacked
+from bert2bert.errors import UnsupportedGrowth
+from bert2bert.growth.script_order import script_order
 from bert2bert.growth.second_names import second_names
 from bert2bert.growth.source_model import class_name
 
@@ -44,7 +46,15 @@ class Named:
         named, model = cls._of(growth, format), growth.model
         if "hub" in (growth.model.source.format, format):
             return named
-        own = {model.stored(absent): model.stored(kept) for absent, kept in model.aliases().items()}
+        order = script_order(list(named.source.tensors), list(named.parts))
+        if order is None and format == "zero":
+            raise UnsupportedGrowth(
+                f"{model.source.path}: its script registers modules in another order than transformers, and "
+                "the grown model has some that the source has not, so the order of its native shards is not known.\n"
+                "Use --format universal, which is addressed by name."
+            )
+        named = replace(named, parts={name: named.parts[name] for name in order or named.parts})
+        own = model.tied_names()
         before = [name for names in named.stored.values() for name in names]
         second, lacking = second_names(named.source.aliases, own, before, list(named.parts))
         lacking += [name for name in named.source.unread if name not in own]
@@ -60,6 +70,9 @@ class Named:
             names = {name: class_name(model.table, plan.config, name) for name in (*plan.tensors, *plan.aliases)}
         else:
             names = {name: own(name) for name in (*plan.tensors, *plan.aliases)}
+            for absent, kept in model.aliases().items():
+                if own(absent) == own(kept):  # each has the other's name, or, untied, its own
+                    names[absent if absent in plan.aliases else kept] = model.naming.spelled(kept)
         aliases = {names[absent]: names[kept] for absent, kept in plan.aliases.items()}
         if isinstance(source, Stacked) and "hub" not in (source.format, format):
             source.check_alike()

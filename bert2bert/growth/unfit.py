@@ -43,6 +43,12 @@ def instead_of(source: Source, name: str) -> str:
     found = {n: buffer for n, buffer in source.buffers.items() if n.startswith(module) and hasattr(buffer, "dtype")}
     if found:
         first = name if name in found else min(found)
+        if first == name and str(found[first].dtype).removeprefix("torch.") in _GROWS:
+            return (
+                "The state dict has it, but no optimizer group, and it is not frozen: the run did not train it. "
+                "Set requires_grad to False before deepspeed.initialize, or give it to the optimizer, load the "
+                "checkpoint so, save it, and grow that."
+            )
         return f"In its place is {first} ({str(found[first].dtype).removeprefix('torch.')}): {_QUANTISED}"
     asked = "Is this the config of this checkpoint?"
     listed = source.lists_frozen and source.manifest is None  # a resharded file lists those that its source had

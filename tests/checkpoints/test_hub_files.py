@@ -323,6 +323,19 @@ def test_an_adapter_is_no_model(beside: str | None, tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "kind,merged", [("IA3", True), ("ADALORA", True), ("PROMPT_TUNING", False), ("P_TUNING", False)]
+)
+def test_an_adapter_that_cannot_be_merged_leads_to_its_base(kind: str, merged: bool, tmp_path: Path) -> None:
+    """PeftModel has merge_and_unload for tuners that change weights; prompts and prefixes change none."""
+    save_file({"prompt_embeddings": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "base_model_name_or_path": "small"}))
+    with pytest.raises(InvalidCheckpoint, match=kind) as refused:
+        open_source(tmp_path)
+    assert ("merge_and_unload" in str(refused.value)) == merged
+    assert ("Grow its base model (small)" in str(refused.value)) != merged
+
+
 def test_tensors_without_elements(tmp_path: Path) -> None:
     save(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -25,6 +25,11 @@ from bert2bert.files.torch_writer import bits
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_UNMERGED = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
+    "POLY", "XLORA",
+)  # fmt: skip
+"""Kinds of adapters that PEFT cannot merge into a model: trained prompts and prefixes, and mixtures of adapters."""
 _OTHERS = {  # files with weights in another format -> what to do with them
     "pytorch_model*.bin": "its weights are pickled ({}). Convert them to safetensors: "
     "AutoModel.from_pretrained(...).save_pretrained(...), with the class that fits.",
@@ -89,10 +94,7 @@ def in_cache(path: Path) -> Path:
 def weight_files(folder: Path, config: Mapping[str, Any] | None) -> tuple[list[str], dict[str, str], list[str]]:
     """The files that are the model, the index's map of names to files ({} without one), and what a user should know."""
     if found := [name for name in _ADAPTER if (folder / name).is_file()]:
-        raise InvalidCheckpoint(
-            f"{folder}: holds an adapter ({', '.join(found)}), which is not a model but a change to one. Merge it: "
-            "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(...), and grow what that wrote."
-        )
+        raise InvalidCheckpoint(f"{folder}: holds an adapter ({', '.join(found)}), {_instead_of_adapter(folder)}")
     named = (config or {}).get("transformers_weights")
     if isinstance(named, str) and named:
         return _listed(folder, named) if named.endswith(".index.json") else ([_there(folder, named)], {}, [])
@@ -118,6 +120,22 @@ def weight_files(folder: Path, config: Mapping[str, Any] | None) -> tuple[list[s
         if others := sorted(p.name for p in folder.glob(pattern)):
             raise InvalidCheckpoint(f"{folder}: {text.format(others[0])}")
     raise InvalidCheckpoint(f"{folder}: no safetensors file in it")
+
+
+def _instead_of_adapter(folder: Path) -> str:
+    """What an adapter's folder holds in place of a model, by its kind, and the remedy."""
+    file = folder / _ADAPTER[0]
+    config = read_json(file) if file.is_file() else {}
+    kind, base = str(config.get("peft_type") or "").upper(), config.get("base_model_name_or_path")
+    if kind in _UNMERGED:
+        return (
+            f"of the kind {kind}, which adds to what a model reads or runs and cannot be merged into its weights. Grow "
+            f"its base model{f' ({base})' if base else ''}, and train the adapter again on the grown one."
+        )
+    return (
+        f"which is not a model but a change to one{f' ({kind})' if kind else ''}. Merge it: "
+        "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(...), and grow what that wrote."
+    )
 
 
 def is_there(file: Path) -> bool:

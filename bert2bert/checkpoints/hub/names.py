@@ -55,8 +55,10 @@ class Naming:
 
     def stored(self, name: str) -> str:
         """The name under which the checkpoint has a canonical tensor, or would have it."""
-        if name in self.known:
-            return self.known[name]
+        return self.known[name] if name in self.known else self.spelled(name)
+
+    def spelled(self, name: str) -> str:
+        """A canonical tensor's own name in the checkpoint's spelling, also where that has it by a tied name."""
         parts = (self.instead + name.removeprefix(self.lacks)).split(".")
         found: list[str] = []
         for end, part in enumerate(parts, 1):

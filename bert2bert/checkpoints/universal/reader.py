@@ -64,7 +64,7 @@ class UniversalSource(Source):
         self.client_state, self.buffers, self.extras = model.client_state, model.buffers, model.extras
         self.aliases, self.unread = model.aliases, model.unread
         self.notes += model.notes
-        self.lists_frozen = model.lists_frozen
+        self.lists_frozen, self.frozen_later = model.lists_frozen, model.frozen_later
         self._zero = folder / "zero"
         self._open: dict[Path, torch.Tensor] = {}
         self._lock = threading.Lock()  # of these, which several threads ask for

@@ -37,8 +37,8 @@ def universal_files(job: Job) -> list[FilePlan]:
                 f"format universal holds Adam's two moments, and the optimizer of {group.names[0]} keeps "
                 f"{', '.join(group.moments.values())}. Use --format zero --stage S --world-size N."
             )
-    frozen = sum(map(spec.numel, spec.frozen)) * spec.dtype.itemsize
-    plans = [FilePlan(MODEL_FILES[0], frozen, partial(_model, job, spec.frozen))]
+    frozen = sum(map(spec.numel, spec.without_gradient)) * spec.dtype.itemsize
+    plans = [FilePlan(MODEL_FILES[0], frozen, partial(_model, job, spec.without_gradient))]
     plans.append(FilePlan(MODEL_FILES[1], 0, partial(_model, job, ())))
     plans.append(FilePlan("zero/optimizer_state.pt", 0, partial(_optimizer, spec)))
     for group in spec.groups:

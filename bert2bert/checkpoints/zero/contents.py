@@ -92,7 +92,7 @@ def model_states(
         "buffer_names": list(spec.buffers),
         "optimizer": None,
         "param_shapes": param_shapes,
-        "frozen_param_shapes": sizes(spec, spec.frozen) if frozen else None,
+        "frozen_param_shapes": sizes(spec, spec.without_gradient) if frozen else None,
         "shared_params": dict(spec.aliases) if shared else {},
         "frozen_param_fragments": OrderedDict(fragments) if frozen else None,
         "lr_scheduler": spec.lr_scheduler,

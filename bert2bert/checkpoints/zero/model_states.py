@@ -176,6 +176,7 @@ class ModelStates:
         self.aliases: dict[str, str] = {}
         self.frozen: dict[str, tuple[int, ...]] = {}
         self.lists_frozen = first.get("frozen_param_shapes") is not None
+        self.frozen_later: tuple[str, ...] = ()
         self.unread: tuple[str, ...] = ()
         self.notes: list[str] = []
         self._sort_out_the_rest()
@@ -215,6 +216,7 @@ class ModelStates:
         """Which names of the state dict are tied, which frozen, which neither, and which lack values."""
         recorded = self.ranks[0].get("frozen_param_shapes")
         fragments = {name: tuple(shape) for name, shape in (recorded or {}).items() if name not in self.flat_names}
+        self.frozen_later = tuple(name for name in recorded or () if name in self.flat_names)
         shared = dict(self.ranks[0].get("shared_params") or {})
         named = set(self.buffers)
         known = self.flat_names | named | shared.keys()

@@ -58,7 +58,7 @@ class ZeroSource(Source):
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
         self.client_state, self.aliases = model.client_state, model.aliases
         self.buffers, self.extras = model.buffers, model.extras
-        self.lists_frozen = model.lists_frozen
+        self.lists_frozen, self.frozen_later = model.lists_frozen, model.frozen_later
         self.unread = model.unread
         self.notes += model.notes
         self.loss_scaler = plain_scaler(self._ranks[0])

@@ -91,7 +91,7 @@ class Zero12:
         """The content of the model-states file, with the weights of these parameters."""
         spec, module = self.spec, self.job.module(names)
         param_shapes = [sizes(spec, group.names) for group in spec.groups]
-        frozen = {name: module[name] for name in spec.frozen if name in module}
+        frozen = {name: module[name] for name in spec.without_gradient if name in module}
         return model_states(spec, module, param_shapes, self.stage, self.world, fragments=frozen)
 
     def payload(self, rank: int) -> int:
@@ -168,7 +168,7 @@ class _Zero3:
     def models(self) -> list[FilePlan]:
         """A file per rank that holds no weights: the partitions of the optimizer file are all there is."""
         name, spec = "zero_pp_rank_{}_mp_rank_00_model_states.pt", self.spec
-        frozen = sum(self._cut(name) for name in spec.frozen) * spec.dtype.itemsize
+        frozen = sum(self._cut(name) for name in spec.without_gradient) * spec.dtype.itemsize
         return [FilePlan(name.format(rank), frozen, partial(self._model, rank)) for rank in range(self.world)]
 
     def _cut(self, name: str) -> int:
@@ -185,7 +185,7 @@ class _Zero3:
         spec = self.spec
         module = {name: torch.empty(0, dtype=spec.dtype) for name in (*spec.shapes, *spec.aliases, *spec.unread)}
         param_shapes = [sizes(spec, (spec.groups[i].names[p] for p in sub.params)) for i, sub in self.sub_groups]
-        frozen = {n: Blank((self._cut(n),), spec.dtype, partial(self._frozen, rank, n)) for n in spec.frozen}
+        frozen = {n: Blank((self._cut(n),), spec.dtype, partial(self._frozen, rank, n)) for n in spec.without_gradient}
         tree = model_states(spec, module, param_shapes, 3, self.world, shared=rank == 0, fragments=frozen)
         return torch_writer.save(file, tree, self.job.tally.wrote)
 
