@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from bert2bert.checkpoints.source import Source
     from bert2bert.growth.opened import Growth
+    from bert2bert.growth.source_model import CheckpointModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ class Named:
                 "Use --format universal, which is addressed by name."
             )
         named = replace(named, parts={name: named.parts[name] for name in order or named.parts})
-        own = model.tied_names()
+        own = _tied_names(model)
         before = [name for names in named.stored.values() for name in names]
         second, lacking = second_names(named.source.aliases, own, before, list(named.parts))
         lacking += [name for name in named.source.unread if name not in own]
@@ -113,6 +114,16 @@ class Named:
     def read(self) -> Read:
         """Rows of the target's tensors by their names."""
         return Read(self)
+
+
+def _tied_names(model: CheckpointModel) -> dict[str, str]:
+    """Absent tied name -> kept one, by the names of the files. Of a head that its script registers before the
+    embedding, a run's files have the name that transformers ties, in place of the other."""
+    found = {}
+    for absent, kept in model.aliases().items():
+        swapped = model.stored(absent) == model.stored(kept)
+        found[model.naming.spelled(kept) if swapped else model.stored(absent)] = model.stored(kept)
+    return found
 
 
 class Read:

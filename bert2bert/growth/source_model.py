@@ -74,15 +74,6 @@ class CheckpointModel:
         """Absent tied name -> kept name, both canonical."""
         return self.table.aliases(self.config, self.heads)
 
-    def tied_names(self) -> dict[str, str]:
-        """`aliases` by the names of the files, absent -> kept. Of a head that its script registers before the
-        embedding, a run's files have the name that transformers ties, in place of the other."""
-        found = {}
-        for absent, kept in self.aliases().items():
-            swapped = self.stored(absent) == self.stored(kept)
-            found[self.naming.spelled(kept) if swapped else self.stored(absent)] = self.stored(kept)
-        return found
-
     def copies(self) -> dict[str, str]:
         """Copies of tied tensors that the source's files hold beside them -> the tensor that counts, stored names."""
         tied = {self.stored(alias): self.stored(kept) for alias, kept in self.aliases().items()}
