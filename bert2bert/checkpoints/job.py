@@ -85,6 +85,8 @@ class TargetSpec:
     """Parameters that are in no group, for the engine does not train them."""
     frozen_later: tuple[str, ...] = ()
     """Parameters of a group that the engine no longer trains; it looks for them among the frozen ones too."""
+    second_names: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    """Of frozen parameters that the checkpoint lacks otherwise -> the first name, and the value, see `Source`."""
     lists_frozen: bool = True
     """Whether the model is known to have no other such parameters."""
     fused: bool = False

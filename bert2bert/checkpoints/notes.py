@@ -66,6 +66,19 @@ def empty_groups(source: Source, spec: TargetSpec) -> list[str]:
     ]
 
 
+def second_names(source: Source, spec: TargetSpec) -> list[str]:
+    """What is carried, or not, of tied frozen parameters that a run left out by their first names, in a sentence."""
+    if not source.second_names:
+        return []
+    name, (first, _) = next(iter(source.second_names.items()))
+    done = "carried" if spec.second_names else "left out"
+    return [
+        f"{done}: {len(source.second_names)} tensors, first {name} = {first}, "
+        "second names of frozen parameters that are not in the source (exclude_frozen_parameters): load with "
+        "load_module_strict=False"
+    ]
+
+
 def kept_groups(spec: TargetSpec, parts: Mapping[str, str], layers: Collection[str]) -> list[str]:
     """Into which of the source's own groups, of no known layout, the parameters of added layers go, in a sentence.
 

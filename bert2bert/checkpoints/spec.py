@@ -90,6 +90,7 @@ def make_spec(source: Source, content: Content, target: Target) -> TargetSpec:
         frozen_later=tuple(n for n, made in content.made_of.items() if {*made[:1]} & {*source.frozen_later})
         if not hub
         else (),
+        second_names=source.second_names if target.stage in (1, 2) else {},
         lists_frozen=source.lists_frozen,
         fused=source.fused,
         clip_grad=source.clip_grad,

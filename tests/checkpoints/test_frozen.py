@@ -219,6 +219,17 @@ def test_second_names_of_frozen_ones_that_were_left_out_are_named(tmp_path: Path
         lines: list[str] = []
         reshard(tmp_path / case.name, tmp_path / f"u{case.name}", say=lines.append)
         assert (f"left out: 1 tensors, first {second} = " in "\n".join(lines)) == case.exclude_frozen
+    # At stages 1 and 2, where a load that is not strict restores the tied parameter by its second name, it is carried.
+    source = tmp_path / "True"
+    value = torch.load(source / "global_step1/mp_rank_00_model_states.pt", weights_only=False)["module"][second]
+    for stage in (2, 1):
+        lines, target = [], tmp_path / f"z{stage}"
+        reshard(source, target, format="zero", stage=stage, world_size=2, say=lines.append)
+        assert f"carried: 1 tensors, first {second} = " in "\n".join(lines)
+        written = torch.load(target / "global_step1/mp_rank_00_model_states.pt", weights_only=False)
+        assert torch.equal(written["module"][second], value) and second in written["shared_params"]
+        assert written["frozen_param_fragments"] is None and second not in written["buffer_names"]
+        source = target
 
 
 def test_growth_names_the_state_that_it_cannot_carry(tmp_path: Path) -> None:

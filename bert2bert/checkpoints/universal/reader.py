@@ -63,7 +63,7 @@ class UniversalSource(Source):
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
         self.client_state, self.buffers, self.extras = model.client_state, model.buffers, model.extras
         self.aliases, self.unread = model.aliases, model.unread
-        self.notes += model.notes
+        self.second_names = model.second_names
         self.lists_frozen, self.frozen_later = model.lists_frozen, model.frozen_later
         self._zero = folder / "zero"
         self._open: dict[Path, torch.Tensor] = {}

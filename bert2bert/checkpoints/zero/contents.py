@@ -87,13 +87,19 @@ def model_states(
     ``fragments``: values of the frozen parameters, of one rank at stage 3."""
     # If these are there at all, an engine looks for each of its frozen parameters in them.
     frozen = stage is None or (stage > 1 and (bool(spec.frozen) or spec.lists_frozen))
+    second = {
+        name: value.to(spec.dtype) if value.is_floating_point() else value
+        for name, (_, value) in spec.second_names.items()
+    }
     common = {
-        "module": OrderedDict({**module, **spec.buffers, **spec.extras}),
+        "module": OrderedDict({**module, **second, **spec.buffers, **spec.extras}),
         "buffer_names": list(spec.buffers),
         "optimizer": None,
         "param_shapes": param_shapes,
         "frozen_param_shapes": sizes(spec, spec.without_gradient) if frozen else None,
-        "shared_params": dict(spec.aliases) if shared else {},
+        "shared_params": {**spec.aliases, **{name: first for name, (first, _) in spec.second_names.items()}}
+        if shared
+        else {},
         "frozen_param_fragments": OrderedDict(fragments) if frozen else None,
         "lr_scheduler": spec.lr_scheduler,
         "data_sampler": spec.client_state.get("data_sampler"),

@@ -178,7 +178,7 @@ class ModelStates:
         self.lists_frozen = first.get("frozen_param_shapes") is not None
         self.frozen_later: tuple[str, ...] = ()
         self.unread: tuple[str, ...] = ()
-        self.notes: list[str] = []
+        self.second_names: dict[str, tuple[str, Any]] = {}
         self._sort_out_the_rest()
 
     def renamed(self, name: str) -> str:
@@ -248,12 +248,11 @@ class ModelStates:
             if (absent in have) != (kept in have):
                 self.aliases.update({absent: kept} if kept in have else {kept: absent})
         # exclude_frozen_parameters takes the first name of a tied frozen tensor out of the file, not the second.
-        held = [name for name, kept in shared.items() if not {name, kept} & have and self._has_values(name)]
-        if held:
-            self.notes.append(
-                f"left out: {len(held)} tensors, first {held[0]} = {shared[held[0]]}, second names of frozen "
-                "parameters that are not in the source (exclude_frozen_parameters): load with load_module_strict=False"
-            )
+        self.second_names = {
+            name: (kept, self.module[name])
+            for name, kept in shared.items()
+            if not {name, kept} & have and self._has_values(name)
+        }
 
     def _has_values(self, name: str) -> bool:
         value = self.module.get(name)

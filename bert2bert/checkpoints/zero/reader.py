@@ -60,7 +60,7 @@ class ZeroSource(Source):
         self.buffers, self.extras = model.buffers, model.extras
         self.lists_frozen, self.frozen_later = model.lists_frozen, model.frozen_later
         self.unread = model.unread
-        self.notes += model.notes
+        self.second_names = model.second_names
         self.loss_scaler = plain_scaler(self._ranks[0])
         self.clip_grad = self._ranks[0].get("clip_grad", model.clip_grad())
         self._flat: dict[str, list[list[torch.Tensor | None]]] = {}  # [state][rank][flat group]

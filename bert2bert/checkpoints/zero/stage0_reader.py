@@ -58,7 +58,7 @@ class Stage0Source(Source):
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
         self.client_state, self.buffers, self.extras = model.client_state, model.buffers, model.extras
         self.aliases, self.unread = model.aliases, model.unread
-        self.notes += model.notes
+        self.second_names = model.second_names
         self.clip_grad = model.clip_grad()
         self._values: dict[str, dict[str, torch.Tensor]] = {}  # flat
         try:
