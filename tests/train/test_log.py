@@ -28,7 +28,8 @@ def test_a_log_reads_from_top_to_bottom(tmp_path: Path) -> None:
     assert (result["step"], result["stopped"]) == (4, None) and result["tokens"] > 0
     assert "\r" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if "[WARNING]" not in line and "[INFO]" not in line]
-    keys = ["model", "run", "data", "packing", "predicts", "ranks", "batch", "nodes", "network", "versions", "folder"]
+    keys = ["model", "run", "data", "packing", "predicts", "ranks", "batch", "nodes", "network", "versions"]
+    keys += ["environ", "folder"]
     assert [line.split()[0] for line in lines[: len(keys)]] == keys, lines
     about = dict(zip(keys, lines, strict=False))
     config = json.loads((output / "config.json").read_text())

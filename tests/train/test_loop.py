@@ -38,7 +38,9 @@ def fake(root: Path, step: int, kind: str | None) -> None:
     folder.mkdir()
     if kind is None:
         (folder / save.UNFINISHED).touch()
-    elif kind != "none":
+    elif kind == "none":  # somebody else's
+        (folder / "weights.bin").touch()
+    else:
         (folder / save.MANIFEST).write_text(json.dumps({"format_version": 1, "kind": kind, "files": {}}))
 
 

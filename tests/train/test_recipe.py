@@ -103,7 +103,7 @@ def test_overrides_are_judged_together(tiny: Path) -> None:
         ("warmup=1", "did you mean 'phases.0.schedule.warmup_steps' or 'phases.1.schedule.warmup_steps'?"),
         ("betas=1", "did you mean 'optimizer.betas.0' or 'optimizer.betas.1'?"),
         ("layers_per_stage=1", "did you mean 'phases.0.program.layers_per_stage'?"),
-        ("xyzzy=1", "unknown key 'xyzzy': known: checkpoint_every, "),
+        ("xyzzy=1", "unknown key 'xyzzy': known: checkpoint_async, "),
         ("phases.0=1", "'phases.0' is no single value; its parts: name, steps, program, schedule"),
         ("seed.x=1", "unknown key 'seed.x': it has no parts"),
         ("phases.1.program.kind=sub-models", "unknown key 'phases.1.program.kind': it has no parts"),
