@@ -10,7 +10,6 @@ take, a variable that is not set, a package without its ``launch`` folder, and w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import runpy
@@ -24,12 +23,13 @@ from typing import Any
 
 from bert2bert.commands import pretraining
 from bert2bert.errors import InvalidConfig
+from bert2bert.files.checkout import git_commit
 from bert2bert.files.disk import disk_errors, replace
 from bert2bert.recipe import Recipe
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPT = "pretrain.sbatch"
-_OWN = ("--recipe", "--ds_config", "--output", "--local_rank")
+_OWN = ("--recipe", "--ds-config", "--output", "--local-rank")
 _PATHS = ("--bins", "--from", "--resume")
 _LIMIT = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
@@ -67,7 +67,7 @@ def submit(args: argparse.Namespace, training: Sequence[str]) -> Submitted:
     tasks = args.tasks_per_node or args.gpus_per_node or 1
     words = ["--recipe", str(args.recipe), "--ds_config", str(args.ds_config), "--output", str(args.output), *training]
     for word in training:
-        if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in _OWN:
+        if word.partition("=")[0].replace("_", "-") in _OWN:
             raise InvalidConfig(f"{word} behind `--`: it is an option of submit itself; give it before `--`")
     if not any(word.partition("=")[0] == "--resume" for word in training):
         words += ["--resume", "auto"]  # as the script does
@@ -142,19 +142,12 @@ def _header(args: argparse.Namespace, name: str, tasks: int, output: Path) -> li
     return [
         "#!/bin/bash",
         f"# Pre-train {name}: `{shlex.join(['bert2bert', *sys.argv[1:]])}`".replace("\n", " "),
-        f"# The project's commit: {_commit()}",
+        f"# The project's commit: {git_commit() or 'unknown'}",
         "",
         *(f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None),
         "#SBATCH --requeue",
         *(f"#SBATCH {option}" for option in args.sbatch),
     ]
-
-
-def _commit() -> str:
-    with contextlib.suppress(OSError):
-        command = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    return "unknown"
 
 
 def _settings(args: argparse.Namespace, run: Sequence[str]) -> list[str]:

@@ -20,7 +20,6 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,10 +201,9 @@ class Heartbeat:
             frame = frame.f_back
         return ""
 
-    def news(self, wait: bool) -> Loss | None:
+    def news(self) -> Loss | None:
         """The lost rank, after waiting a few seconds for it to become known."""
-        if wait:
-            self._known.wait(_PATIENCE)
+        self._known.wait(_PATIENCE)
         return self.loss
 
     def elsewhere(self) -> str:
@@ -214,9 +212,8 @@ class Heartbeat:
         odd = [peer for peer in self._peers if self.rank == 0 and peer.at != mine]
         if not odd:
             return ""
-        common = Counter(peer.at for peer in odd)
         named = [f"rank {peer.rank} on {peer.host} at {peer.at or 'an unknown place'}" for peer in odd[:4]]
-        more = f" and {len(odd) - 4} more at {len(common)} places" if len(odd) > 4 else ""
+        more = f" and {len(odd) - 4} more at {len({peer.at for peer in odd})} places" if len(odd) > 4 else ""
         return f"; this one waits at {mine}, " + ", ".join(named) + more
 
     def check(self) -> None:
@@ -281,7 +278,7 @@ def lost(slow: bool) -> str:
     """What is known, after a few seconds, of the rank for which a collective failed. ``slow``: it timed out."""
     if _current is None:
         return ""
-    if (loss := _current.news(wait=True)) is not None:
+    if (loss := _current.news()) is not None:
         return _current.explain(loss)
     return "all ranks give signs of life, so one of them hangs" + _current.elsewhere() if slow else ""
 

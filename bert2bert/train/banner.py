@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,6 @@ def banner(job: Job, loop: Loop) -> str:
     """What is trained on what, by how many, at which sizes, and where it can be watched."""
     recipe, engine, bins, loader = job.recipe, loop.engine, job.bins, loop.loader
     model, step = engine.model, loop.position.step
-    count = sum(prod(engine.shape(name)) for name in engine.names)
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     own = recipe.at(loop.position.phase)
     rows, length = own.global_batch_size, own.data.seq_len
@@ -32,8 +30,8 @@ def banner(job: Job, loop: Loop) -> str:
     total = "" if recipe.steps is None else f"{recipe.steps:,} steps "
     train, predicted = bins.meta["splits"]["train"], asdict(own.predicts)
     lines = {
-        "model": f"{model.name}, {len(model.layers)} layer{'s' * (len(model.layers) != 1)} x {model.width}, {count:,} "
-        "parameters",
+        "model": f"{model.name}, {len(model.layers)} layer{'s' * (len(model.layers) != 1)} x {model.width}, "
+        f"{engine.numel:,} parameters",
         "run": f"{recipe.name}: {total}({phases})" + (f", from step {step:,} on" if step else ""),
         "data": f"{bins.folder}: {train['tokens']:,} tokens to train on",
         "packing": f"{loader.rows_per_epoch:,} rows an epoch, {loader.fill:.1%} of their slots filled; "

@@ -147,6 +147,11 @@ class Engine:
         return self.model.known[name].shape
 
     @property
+    def numel(self) -> int:
+        """Numbers that the model's parameters have in all, partitioned or not."""
+        return sum(math.prod(self.shape(name)) for name in self.names)
+
+    @property
     def hyper(self) -> list[dict[str, Any]]:
         """A live group of every one of ``groups``: its hyper-parameters."""
         live = zip(self.cuts, self.optimizer.param_groups, strict=True)

@@ -57,10 +57,13 @@ def line(hosts: Sequence[str]) -> str:
 
 def _odd(name: str, found: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str:
     """Where a variable has which value."""
-    where: dict[str, list[str]] = {}
-    for host, own in zip(hosts, found, strict=True):
-        there = where.setdefault(own.get(name, "not set"), [])
-        if host not in there:
-            there.append(host)
-    parts = [f"{value} on {', '.join(on[:3])}{' …' if len(on) > 3 else ''}" for value, on in where.items()]
+    parts = [f"{value} on {on}" for value, on in where([own.get(name, "not set") for own in found], hosts, 3).items()]
     return f"{name}: {', '.join(parts[:4])}"
+
+
+def where(values: Sequence[str], hosts: Sequence[str], most: int) -> dict[str, str]:
+    """Value -> the hosts that have it, at most so many of them named. values, hosts: of every rank."""
+    found: dict[str, list[str]] = {}
+    for value, host in dict.fromkeys(zip(values, hosts, strict=True)):
+        found.setdefault(value, []).append(host)
+    return {value: ", ".join(on[:most]) + (" …" if len(on) > most else "") for value, on in found.items()}

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bert2bert.files.disk import replace
-from bert2bert.train.reporters import NOT_SHOWN, About, Reporter, numbers, opened
+from bert2bert.train.reporters import About, Reporter, numbers, opened
 
 KINDS = ("train", "eval")
 _SHOWN = {"loss": "{:.3f}", "accuracy": "{:.3f}", "lr": "{:.1e}", "grad_norm": "{:.2f}", "tokens_per_s": "{:,.0f}"}
@@ -113,8 +113,9 @@ class MetricsWriter:
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         kind = record["kind"]
+        measured = numbers(record)
         for reporter in self._reporters:
-            reporter.write(kind, record["step"], numbers(record, NOT_SHOWN))
+            reporter.write(kind, record["step"], measured)
         shown = {key: form.format(record[key]) for key, form in _SHOWN.items() if record.get(key) is not None}
         if self._lines:
             print(self._line(record, shown), file=sys.stderr, flush=True)

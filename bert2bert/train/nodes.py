@@ -119,13 +119,8 @@ def table(names: list[str], device: torch.device) -> dict[str, str]:
 
 def _over(names: list[str], used: list[str]) -> str:
     """Which interface, and on which hosts if there are several."""
-    found: dict[str, list[str]] = {}
-    for host, interface in dict.fromkeys(zip(names, used, strict=True)):
-        found.setdefault(interface or "an interface of its choice", []).append(host)
-    if len(found) == 1:
-        return next(iter(found))
-    shown = [f"{key} on {', '.join(on[:4])}{' …' if len(on) > 4 else ''}" for key, on in found.items()]
-    return "; ".join(shown)
+    found = environment.where([interface or "an interface of its choice" for interface in used], names, 4)
+    return next(iter(found)) if len(found) == 1 else "; ".join(f"{key} on {on}" for key, on in found.items())
 
 
 def _sees(mark: Path) -> bool:

@@ -27,6 +27,7 @@ PROJECT = "bert2bert"
 """Project, or experiment, where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME names no other."""
 PATIENCE = 20.0
 """Seconds in which a service may send what is left at the end of a run."""
+_NOT_SHOWN = ("kind", "step", "phase", "phase_step", "growths")  # keys of a record that are no measurements
 STATE = "reported.json"
 """In a run's folder: of each service, the run's number there and the last steps of each kind that were reported."""
 
@@ -76,12 +77,12 @@ def opened(asked: Sequence[str], about: About) -> list[Reporter]:
     return [REPORTERS[name](about) for name in asked]
 
 
-def numbers(record: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, float]:
+def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record, by the names under which they are shown."""
     return {
         f"{record['kind']}/{key}": value
         for key, value in record.items()
-        if key not in left_out and isinstance(value, int | float)
+        if key not in _NOT_SHOWN and isinstance(value, int | float)
     }
 
 
@@ -98,7 +99,7 @@ class TensorBoard:
         fresh = not folder.is_dir()
         self._board = SummaryWriter(str(folder), purge_step=None if fresh else about.step)
         for record in () if fresh else about.kept:  # those of this step that were before the checkpoint
-            self.write(record["kind"], record["step"], numbers(record, NOT_SHOWN))
+            self.write(record["kind"], record["step"], numbers(record))
 
     def write(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
         for key, value in numbers.items():
@@ -239,8 +240,6 @@ class Mlflow(Service):
         mlflow.end_run()
 
 
-NOT_SHOWN = ("kind", "step", "phase", "phase_step", "growths")
-"""Keys of a record that are no measurements."""
 REPORTERS: Mapping[str, type[TensorBoard | Wandb | Mlflow]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,

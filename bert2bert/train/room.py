@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-from math import prod
 from pathlib import Path
 
 from bert2bert.checkpoints.manifest import MANIFEST
@@ -29,7 +28,7 @@ _GROUP = 2_600  # of an optimizer group in a rank's shard
 
 def disk(engine: Engine) -> int:
     """Bytes that a checkpoint takes, at most by a few kB a rank: at every stage and precision."""
-    elements, low = _elements(engine), 4 if engine.precision == "fp32" else 2
+    elements, low = engine.numel, 4 if engine.precision == "fp32" else 2
     names, groups, world = len(engine.names), len(engine.cuts), engine.world
     buffers = sum(buffer.nbytes for buffer in engine.buffers().values())
     beside = names * _NAMED + world * (_RANDOM + 3 * _BLOCK) + 2 * _BLOCK
@@ -43,15 +42,11 @@ def disk(engine: Engine) -> int:
 
 def memory(engine: Engine) -> int:
     """Bytes of this rank's part: what it holds of the host's memory while its files are written behind training."""
-    elements, low = _elements(engine), 4 if engine.precision == "fp32" else 2
+    elements, low = engine.numel, 4 if engine.precision == "fp32" else 2
     if engine.stage == 0:
         return elements * (12 if low == 4 else 14) if engine.rank == 0 else 0
     model = elements * low if engine.stage < 3 and engine.rank == 0 else 0
     return model + 12 * -(-(elements + _padding(engine)) // engine.world)
-
-
-def _elements(engine: Engine) -> int:
-    return sum(prod(engine.shape(name)) for name in engine.names)
 
 
 def _padding(engine: Engine) -> int:

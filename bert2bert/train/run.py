@@ -160,11 +160,11 @@ class _Run:
 
     def go(self, describe: Callable[..., None]) -> dict[str, Any]:
         """Train, grow, train on; the result of `train`. describe: writes the run folder's description of a model."""
-        heartbeat.at_end(lambda why: self.failed(UserError(why)))
+        heartbeat.at_end(lambda why: self._failed(UserError(why)))
         try:
             return self._go(describe)
         except Exception as error:
-            self.failed(error)
+            self._failed(error)
             raise
 
     def _go(self, describe: Callable[..., None]) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class _Run:
                 self.found = find(job.at, job.recipe, job.data, True)
         return ending(job, loop, stopped)
 
-    def failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> None:
         """Note in run.json what ended the run, on rank 0, as far as that can be done without the others."""
         if distributed.RANKS.rank == 0 and not self.job.lock.lost:
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 
 from bert2bert.checkpoints.manifest import MANIFEST
 from bert2bert.errors import InvalidConfig
+from bert2bert.files.checkout import git_commit
 from bert2bert.files.disk import replace
 from bert2bert.files.lock import Lock
 from bert2bert.ranks.distributed import RANKS, write_on_first
@@ -105,19 +105,6 @@ def _copy(source: Path, path: Path) -> None:
     """Copy a file over one of any kind, so that a reader sees the old or the new."""
     if path.is_symlink() or not (path.exists() and path.samefile(source)):
         replace(path, source.read_bytes())
-
-
-def git_commit() -> str | None:
-    """The commit of this source tree, with "-dirty" when it was changed; None outside a repository."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"],
-            capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None
 
 
 def now() -> str:

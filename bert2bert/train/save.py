@@ -70,7 +70,7 @@ def random_ranks(folder: Path) -> int:
 class Saving:
     """A checkpoint under way: begun in a step, its files written at once or behind training, then committed.
 
-    ``step``: of what; ``folder``: where it is written.
+    ``position``: where the run stood; ``folder``: where it is written.
     """
 
     def __init__(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.ranks import root, write_configs
-from tests.train.launched import write_inputs
+from tests.cluster.ranks import root
+from tests.train.launched import write_configs, write_inputs
 
 
 @pytest.fixture(scope="session")

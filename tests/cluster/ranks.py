@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 import multiprocessing
-import os
 import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import free_port, import_engines
-from tests.train.test_launch import entry
-
-Hook = Callable[[int], None]
-"""Called in a rank's process before anything else there, with its number."""
+from tests.train.launched import Hook, rank_of_a_job
 
 
 class Ranks:
@@ -33,7 +25,7 @@ class Ranks:
         context = multiprocessing.get_context("fork")
         self.logs = [folder / f"log.{rank}" for rank in range(len(environs))]
         self.processes = [
-            context.Process(target=_main, args=(list(words), {**environ, "RANK": str(rank)}, log, hook))
+            context.Process(target=rank_of_a_job, args=(list(words), {**environ, "RANK": str(rank)}, log, hook))
             for rank, (environ, log) in enumerate(zip(environs, self.logs, strict=True))
         ]
         for process in self.processes:
@@ -79,28 +71,6 @@ def started(
         ranks.close()
 
 
-def _main(words: list[str], environ: dict[str, str], log: Path, hook: Hook | None) -> None:
-    with log.open("w", encoding="utf-8", buffering=1) as file:
-        sys.stdout = sys.stderr = file
-        os.environ.update(environ)
-        os.dup2(file.fileno(), 2)
-        code = 1
-        try:
-            if namespace := environ.get("NETNS"):
-                with open(f"/run/netns/{namespace}", "rb") as there:
-                    if ctypes.CDLL(None, use_errno=True).setns(there.fileno(), 0x40000000):  # CLONE_NEWNET
-                        raise OSError(ctypes.get_errno(), "setns")
-            if hook is not None:
-                hook(int(environ["RANK"]))
-            code = entry("pretrain").main(words)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        file.flush()
-        os._exit(code)
-
-
 def steps(output: Path) -> int:
     """How many training records a run has written."""
     metrics = output / "metrics.jsonl"
@@ -122,10 +92,3 @@ def root(*words: str) -> None:
         pytest.skip(f"{words[0]} is not installed: apt-get install iproute2")
     if done.returncode:
         pytest.skip(f"{' '.join(words)}: {done.stderr.strip()} (root is needed)")
-
-
-def write_configs(folder: Path, micro: int = 32) -> None:
-    """ds_configs of each stage beside the recipe."""
-    for stage in (1, 2, 3):
-        config = {"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage}}
-        (folder / f"zero{stage}.json").write_text(json.dumps(config))

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from bert2bert.report.status import status
-from tests.cluster.ranks import Hook, root, started, steps, wait_until, write_configs
+from tests.cluster.ranks import root, started, steps, wait_until
 from tests.cluster.test_lost_ranks import SETS, at
-from tests.train.launched import losses
+from tests.train.launched import Hook, losses, write_configs
 
 WIDE = [*SETS, "global_batch_size=96", "phases.1.steps=21", "eval_every=24", "checkpoint_every=6"]
 

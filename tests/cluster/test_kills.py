@@ -14,8 +14,8 @@ import pytest
 
 from bert2bert.checkpoints.commit.pending import check_complete, check_contents, file_sizes
 from bert2bert.checkpoints.manifest import MANIFEST
-from tests.cluster.ranks import Hook, started
-from tests.train.launched import losses
+from tests.cluster.ranks import started
+from tests.train.launched import Hook, losses
 
 KILLS = 20
 STEPS = 63

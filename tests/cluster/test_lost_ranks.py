@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import cable
-from tests.cluster.ranks import Hook, started, steps, wait_until
-from tests.train.launched import losses
+from tests.cluster.ranks import started, steps, wait_until
+from tests.train.launched import Hook, losses
 
 SETS = ["--set", "phases.0.steps=3", "phases.1.steps=60", "checkpoint_every=10", "eval_every=63", "log_every=1"]
 SILENCE = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.train.launched import ROOT, entry
+
 SCRIPTS = [ROOT / "launch" / name for name in ("pretrain.sbatch", "grow.sbatch", "command.sbatch", "chain.sh")]
 PRETRAIN = "launch/pretrain.py"
 DEMO = ["--ds_config", "ds_configs/zero2_cpu.json", "--recipe", "recipes/demo_small.py"]
@@ -26,14 +26,6 @@ def run(command: list, timeout: float = 60, **environment: str) -> subprocess.Co
     return subprocess.run(
         [str(word) for word in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
     )
-
-
-def entry(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(("name", "word"), [("pretrain", "--resume runs/grown"), ("grow", "--config")])

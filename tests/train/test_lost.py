@@ -6,24 +6,21 @@ from this warm process and run launch/pretrain.py's own main.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed import free_port
-from tests.train.launched import write_inputs
-from tests.train.test_launch import entry
+from tests.train.launched import rank_of_a_job, write_configs, write_inputs
 
 MORE = ["--set", "phases.0.steps=3", "phases.1.steps=30", "checkpoint_every=2", "log_every=1"]
 
@@ -32,36 +29,22 @@ MORE = ["--set", "phases.0.steps=3", "phases.1.steps=30", "checkpoint_every=2", 
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
-    for stage in (1, 2, 3):
-        config = {"train_micro_batch_size_per_gpu": 32, "zero_optimization": {"stage": stage}}
-        (folder / f"zero{stage}.json").write_text(json.dumps(config))
+    write_configs(folder)
     return folder
 
 
-def _main(words: list[str], environ: dict[str, str], log: Path, blow: tuple[int, int, signal.Signals] | None) -> None:
-    with log.open("w", encoding="utf-8") as file:
-        sys.stdout = sys.stderr = file
-        os.environ.update(environ)
-        os.dup2(file.fileno(), 2)
-        code = 1
-        try:
-            from bert2bert.train import loop
+def _blow(rank: int, blow: tuple[int, int, signal.Signals]) -> None:
+    """The rank of ``blow`` gets its signal in its step."""
+    from bert2bert.train import loop
 
-            original = loop.Draw
+    original = loop.Draw
 
-            def draw(step: int, *rest: Any) -> Any:
-                if blow is not None and (int(os.environ["RANK"]), step) == blow[:2]:
-                    os.kill(os.getpid(), blow[2])
-                return original(step, *rest)
+    def draw(step: int, *rest: Any) -> Any:
+        if (rank, step) == blow[:2]:
+            os.kill(os.getpid(), blow[2])
+        return original(step, *rest)
 
-            loop.Draw = draw
-            code = entry("pretrain").main(words)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        file.flush()
-        os._exit(code)
+    loop.Draw = draw
 
 
 def run(
@@ -71,12 +54,13 @@ def run(
     context = multiprocessing.get_context("fork")
     words = ["--ds-config", str(inputs / f"zero{stage}.json"), "--recipe", str(inputs / "launched.py")]
     words += ["--output", str(output), *more]
-    port = str(free_port())
+    usual = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    hook = None if blow is None else partial(_blow, blow=blow)
     logs = [inputs / f"log.{rank}" for rank in range(world)]
     ranks = []
     for rank, log in enumerate(logs):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-        process = context.Process(target=_main, args=(words, own | {"MASTER_PORT": port} | environ, log, blow))
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **usual}
+        process = context.Process(target=rank_of_a_job, args=(words, own | environ, log, hook))
         process.start()
         ranks.append(process)
     try:
