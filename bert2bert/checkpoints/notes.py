@@ -35,6 +35,36 @@ def still_frozen(spec: TargetSpec) -> list[str]:
     ] if names else []  # fmt: skip
 
 
+def untrained(source: Source, spec: TargetSpec, stage: int | None) -> list[str]:
+    """What is to be known, in a target of this stage, of parameters that the run kept out of its optimizer and perhaps
+    did not freeze, in sentences: DeepSpeed's stage 3 neither saves nor restores values of such."""
+    held = [name for name in source.untrained if name in spec.frozen] if stage in (2, 3) else []
+    lost = [name for name in source.untrained if name in spec.unread]
+    found = [
+        f"in no optimizer group, and perhaps not frozen: {len(held)} parameters, first {held[0]}. DeepSpeed's stage 3 "
+        "restores them where requires_grad is False before load_checkpoint, and leaves them as they are elsewhere"
+    ] if held else []  # fmt: skip
+    found += [
+        f"left out: {len(lost)} tensors, first {lost[0]}. They look like parameters in no optimizer group, of which "
+        "DeepSpeed's stage 3 restores none but frozen ones. To have them, freeze them (requires_grad=False) and save "
+        "the source with all that is frozen"
+    ] if lost else []  # fmt: skip
+    odd = [name for name in source.unlisted if name in spec.buffers] if stage == 3 else []
+    found += [
+        f"written whole: {len(odd)} tensors, first {odd[0]}, which the source's files list neither as parameters nor "
+        "as buffers. If they are parameters (in no optimizer group), DeepSpeed's stage 3 refuses them: freeze them "
+        "(requires_grad=False) and save the source again"
+    ] if odd else []  # fmt: skip
+    return found
+
+
+def valueless(names: Sequence[str], loads: bool) -> list[str]:
+    """Which names of the model have no values in source and target, in a sentence. loads: a strict load of the target
+    asks for no more than the names."""
+    more = "" if loads else ". Where DeepSpeed looks for them, load with load_module_strict=False"
+    return [f"not in the source, so not in the target: {some(names, 8)}{more}"] if names else []
+
+
 def regrouped(source: Source, spec: TargetSpec, made_of: Mapping[str, Sequence[str]]) -> list[str]:
     """Where new groups give parameters other hyper-parameters than the source's, in sentences. made_of: see
     `spec.Content`."""

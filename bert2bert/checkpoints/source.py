@@ -60,6 +60,8 @@ class Source:
     ``extras``: of the model's state dict what is neither parameter nor buffer (these, buffers, client state and
     scheduler may hold objects that were not opened); ``lists_frozen``: whether the files list what is frozen;
     ``frozen_later``: parameters of a group that require no gradient any more, as a script may have it after the start;
+    ``untrained``: parameters that are in no group, and of which the files do not say that they are frozen;
+    ``unlisted``: entries of the state dict that the files list neither as parameters nor as buffers;
     ``second_names``: those of tied frozen parameters that the run left out of its files by their first ones -> the
     first, and the value; ``unread``: names the model has whose values the checkpoint does not hold; ``notes``: what
     else a user should know of how it was read, in sentences.
@@ -91,6 +93,8 @@ class Source:
         self.extras: dict[str, Any] = {}
         self.lists_frozen = False
         self.frozen_later: tuple[str, ...] = ()
+        self.untrained: tuple[str, ...] = ()
+        self.unlisted: tuple[str, ...] = ()
         self.second_names: dict[str, tuple[str, Any]] = {}
         self.unread: tuple[str, ...] = ()
         self.notes: list[str] = []

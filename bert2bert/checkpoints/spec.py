@@ -7,7 +7,7 @@ join differently trained parameters; as InvalidConfig, the groups of a source th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,14 @@ def make_spec(source: Source, content: Content, target: Target) -> TargetSpec:
         clip_grad=source.clip_grad,
         dtypes={name: getattr(torch, dtype) for name, dtype in content.dtypes.items() if hub},
     )
+
+
+def as_restored(spec: TargetSpec, source: Source, target: Target) -> TargetSpec:
+    """The target without the values of parameters in no optimizer group that the source's files do not list, at stage
+    3: engines keep a part of each there, and a strict load asks for its name alone."""
+    lost = [name for name in source.untrained if name in spec.buffers] if target.stage == 3 else []
+    kept = {name: value for name, value in spec.buffers.items() if name not in lost}
+    return replace(spec, buffers=kept, unread=(*spec.unread, *lost))
 
 
 def without_names(group: Mapping[str, Any]) -> dict[str, Any]:

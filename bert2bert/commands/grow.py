@@ -21,7 +21,17 @@ from bert2bert.checkpoints.expert_parallel.target import notes as expert_notes
 from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.job import TargetSpec
 from bert2bert.checkpoints.manifest import Grown, Manifest
-from bert2bert.checkpoints.notes import empty_groups, kept_groups, left, regrouped, rounding, still_frozen, unopened
+from bert2bert.checkpoints.notes import (
+    empty_groups,
+    kept_groups,
+    left,
+    regrouped,
+    rounding,
+    still_frozen,
+    unopened,
+    untrained,
+    valueless,
+)
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec, widest
 from bert2bert.checkpoints.target import Target
@@ -63,7 +73,8 @@ def target_spec(named: Named, target: Target) -> TargetSpec:
         dtypes={name: widest(dtypes) for name, dtypes in made.items() if dtypes},
     )
     carried = buffers.grown(growth, target.format)
-    return replace(make_spec(source, content, target), buffers=carried.buffers, extras=carried.extras, unread=())
+    spec = make_spec(source, content, target)
+    return replace(spec, buffers=carried.buffers, extras=carried.extras, unread=named.unread)
 
 
 def _as_in(source: Source, names: list[str], format: str) -> list[str]:
@@ -164,7 +175,8 @@ def _notes(named: Named, spec: TargetSpec, folder: Path, target: Target) -> list
     if format != "hub":
         found += beyond_class(model.table, growth.plan.config, model.heads)
         found += [*regrouped(source, spec, named.made_of()), *_kept_groups(named, spec)]
-        found += [*empty_groups(source, spec), *still_frozen(spec)]
+        found += [*empty_groups(source, spec), *still_frozen(spec), *untrained(source, spec, target.stage)]
+        found += [*valueless(named.unknown, loads=False), *valueless(named.unread, loads=target.stage in (None, 3))]
     if source.format == "hub":
         found += left(source, spec)
     found += [*buffers.unchanged(source, spec.buffers), *buffers.left_out(source, format), *unopened(source, format)]

@@ -24,7 +24,16 @@ from bert2bert.checkpoints.facts import versions
 from bert2bert.checkpoints.hub.beside import all_beside
 from bert2bert.checkpoints.job import TargetSpec
 from bert2bert.checkpoints.manifest import Grown, Manifest, Resharded
-from bert2bert.checkpoints.notes import empty_groups, left, regrouped, rounding, second_names, unopened
+from bert2bert.checkpoints.notes import (
+    empty_groups,
+    left,
+    regrouped,
+    rounding,
+    second_names,
+    unopened,
+    untrained,
+    valueless,
+)
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec
@@ -168,12 +177,8 @@ def notes(source: Source, names: Names, spec: TargetSpec, target: Target) -> lis
     if source.format == "hub" and not hub:
         found.append("the source holds weights only: moments of zero, step 0, hyper-parameters of a fresh AdamW")
     found += unopened(source, target.format)
-    if source.unread:
-        lost = f"not in the source, so not in the target: {', '.join(source.unread)}"
-        if target.format == "zero" and target.stage != 3:  # there a name is enough
-            lost += ". Where DeepSpeed looks for them, load with load_module_strict=False"
-        found.append(lost)
-    found += [*second_names(source, spec), *source.notes]
+    found += valueless(source.unread, loads=target.format != "zero" or target.stage == 3)
+    found += [*second_names(source, spec), *untrained(source, spec, target.stage), *source.notes]
     origins = {name: [source.tensors[names.stored[name]].dtype] for name in spec.shapes}
     found += [*rounding(spec, target.format, origins), *_renamed(names)]
     if source.format == "hub":

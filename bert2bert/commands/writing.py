@@ -13,6 +13,7 @@ from bert2bert.checkpoints.expert_parallel.target import with_experts
 from bert2bert.checkpoints.job import TargetSpec, Values, check_folder
 from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.source import Source
+from bert2bert.checkpoints.spec import as_restored
 from bert2bert.checkpoints.target import Target
 from bert2bert.checkpoints.write import write_checkpoint
 from bert2bert.ranks.comm import Comm
@@ -21,7 +22,7 @@ from bert2bert.terminal.progress import progress
 
 def completed(spec: TargetSpec, source: Source, target: Target, folder: Path, comm: Comm) -> TargetSpec:
     """The target with its experts split; raises InvalidConfig, before any work is done, where it cannot be written."""
-    spec = with_experts(spec, source, target)
+    spec = as_restored(with_experts(spec, source, target), source, target)
     if comm.rank == 0:
         check_folder(folder, spec, target)
     return spec

@@ -5,13 +5,15 @@ and in its own sizes. Entries that no size of the growth touches are carried, a 
 of; positions, causal masks and rotary frequencies, which older versions of transformers stored, are computed for the
 grown config, if that formula gives what the source holds.
 
-Refuses, as UnsupportedGrowth, an entry whose value in the grown model is not known, by its name.
+Refuses, as UnsupportedGrowth, an entry whose value in the grown model is not known, by its name; so are entries outside
+the layers of which there is one for each layer, such as averages of a model's weights, where the layers change.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,6 +91,8 @@ class _Layers:
         for name in self.model.parameters:
             if (at := self._place(name)) is not None:
                 self._layers.setdefault(at.before, set()).add(at.layer)
+        old, new = (table.axis_sizes(config) for config in (self.model.config, self.plan.config))
+        self._depths = {old[axis]: new[axis] for axis in table.sizes.depth if old[axis] != new[axis]}
         of = {table.key(axis) for axis in table.sizes.depth}
         config, target = self.model.config, self.plan.config
         changed = {
@@ -103,10 +107,14 @@ class _Layers:
     def grown(self, held: Mapping[str, Any]) -> dict[str, Any]:
         """Of each entry what the grown model has in its place, by the files' names."""
 
+        outside = _one_a_layer((n for n in held if not self._place(self.model.naming.canonical(n))), self._depths)
         found: dict[str, Any] = {}
         layered: dict[tuple[str, str], dict[int, str]] = {}
         for name in held:
             if (at := self._place(self.model.naming.canonical(name))) is None:
+                if (depth := outside.get(name)) is not None:
+                    why = f"there is one for each of {depth} layers, and the grown model has {self._depths[depth]}"
+                    raise self._refusal(name, why)
                 found[name] = self._value(name, held[name])
             else:
                 layered.setdefault((at.before, at.after), {})[at.layer] = name
@@ -157,6 +165,21 @@ class _Layers:
             f"in the grown model is not known: {why}.\nTake the weights alone (--format hub), or save the checkpoint "
             "without it (register_buffer(..., persistent=False))."
         )
+
+
+def _one_a_layer(names: Iterable[str], depths: Collection[int]) -> dict[str, int]:
+    """Of names outside the layers those that differ from each other in one number alone, from 0 up to a number of
+    layers (of ``depths``), as the averages of a model's weights do -> that number."""
+    alike: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for name in names:
+        for number in re.finditer(r"\d+", name):
+            alike[name[: number.start()], name[number.end() :]][int(number[0])] = name
+    return {
+        name: len(numbers)
+        for numbers in alike.values()
+        if len(numbers) in depths and len(numbers) > 1 and max(numbers) == len(numbers) - 1
+        for name in numbers.values()
+    }
 
 
 def _sizes(value: Any) -> set[int]:

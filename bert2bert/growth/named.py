@@ -40,6 +40,10 @@ class Named:
     """The target's: absent tied name -> the name that is kept."""
     lacking: tuple[str, ...] = ()
     """Names of the source's state dict that the target's lacks, each of a tensor that has another name."""
+    unread: tuple[str, ...] = ()
+    """Names of no parameter that the source's state dict has without values, and so has the target's."""
+    unknown: tuple[str, ...] = ()
+    """Such names in layers of which the target has others."""
 
     @classmethod
     def of(cls, growth: Growth, format: str) -> Named:
@@ -58,8 +62,13 @@ class Named:
         own = _tied_names(model)
         before = [name for names in named.stored.values() for name in names]
         second, lacking = second_names(named.source.aliases, own, before, list(named.parts))
-        lacking += [name for name in named.source.unread if name not in own]
-        return replace(named, aliases={**second, **named.aliases}, lacking=tuple(lacking))
+        unread = [name for name in named.source.unread if name not in own]
+        deeper = set(before) != set(named.parts)
+        unknown = tuple(name for name in unread if deeper and any(map(str.isdigit, name.split("."))))
+        return replace(
+            named, aliases={**second, **named.aliases}, lacking=tuple(lacking), unknown=unknown,
+            unread=tuple(name for name in unread if name not in unknown),
+        )  # fmt: skip
 
     @classmethod
     def _of(cls, growth: Growth, format: str) -> Named:

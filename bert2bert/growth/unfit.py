@@ -50,6 +50,12 @@ def instead_of(source: Source, name: str) -> str:
                 "checkpoint so, save it, and grow that."
             )
         return f"In its place is {first} ({str(found[first].dtype).removeprefix('torch.')}): {_QUANTISED}"
+    if name in source.unread:
+        return (
+            "The state dict has its name and no value: DeepSpeed's stage 3 saves no parameter that is in no optimizer "
+            "group, unless it is frozen. Set requires_grad to False before deepspeed.initialize, or give it to the "
+            "optimizer, and save the run with its value."
+        )
     asked = "Is this the config of this checkpoint?"
     listed = source.lists_frozen and source.manifest is None  # a resharded file lists those that its source had
     if source.format == "hub" or listed:

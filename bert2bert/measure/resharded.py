@@ -77,11 +77,14 @@ def _compare_tensors(source: Source, target: Source, names: Names, check: Check)
 
 
 def _compare_buffers(source: Source, target: Source, names: Names, check: Check) -> None:
-    wanted = [name for name in source.buffers if name not in names.left]
+    lost = [name for name in source.untrained if name in target.unread]
+    wanted = [name for name in source.buffers if name not in names.left and name not in lost]
     changed = [name for name in wanted if not _kept(source.buffers[name], target, name)]
     changed += [name for name in target.buffers if name not in source.buffers]
     found = f"{len(changed)} differ, first {changed[0]}" if changed else f"{len(wanted)}, bit for bit"
     check("buffers", not changed, found)
+    if lost:
+        check("left out", True, f"{len(lost)} that stage 3 does not restore, first {lost[0]}")
     if names.left:
         check("left out", True, f"{len(names.left)} that transformers does not read, first {names.left[0]}")
 

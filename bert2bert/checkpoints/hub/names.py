@@ -150,8 +150,13 @@ def _front(
             if ("." + text).endswith("." + copy):
                 front = text.removesuffix(copy)
                 return name, front, not any(other.startswith(front + outer) for other in clean.values())
+    if found:
+        raise InvalidCheckpoint(
+            f"{where}: {len(found)} tensors are named …{anchor}, one is expected: {' and '.join(found[:3])}. It holds "
+            "more than one model (a teacher, an average of the weights); save the one that is to grow by itself."
+        )
     raise InvalidCheckpoint(
-        f"{where}: {len(found)} tensors are named …{anchor}, one is expected; the checkpoint's first names are "
+        f"{where}: no tensor is named …{anchor}, one is expected; the checkpoint's first names are "
         f"{', '.join(list(clean)[:3])}. If frozen parameters were left out of it, "
         "save it with them (without exclude_frozen_parameters)."
     )

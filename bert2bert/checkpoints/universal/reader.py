@@ -62,8 +62,8 @@ class UniversalSource(Source):
         self.precision = model.precision()
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
         self.client_state, self.buffers, self.extras = model.client_state, model.buffers, model.extras
-        self.aliases, self.unread = model.aliases, model.unread
-        self.second_names = model.second_names
+        self.aliases, self.unread, self.untrained = model.aliases, model.unread, model.untrained
+        self.second_names, self.unlisted = model.second_names, model.unlisted
         self.lists_frozen, self.frozen_later = model.lists_frozen, model.frozen_later
         self._zero = folder / "zero"
         self._open: dict[Path, torch.Tensor] = {}

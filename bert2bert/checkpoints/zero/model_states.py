@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,8 @@ class ModelStates:
         self.frozen: dict[str, tuple[int, ...]] = {}
         self.lists_frozen = first.get("frozen_param_shapes") is not None
         self.frozen_later: tuple[str, ...] = ()
+        self.unlisted: tuple[str, ...] = ()
+        self._untrained: list[str] = []  # of the extras
         self.unread: tuple[str, ...] = ()
         self.second_names: dict[str, tuple[str, Any]] = {}
         self._sort_out_the_rest()
@@ -228,6 +230,9 @@ class ModelStates:
             self.frozen = fragments
             rest = [name for name in rest if name not in fragments]
             self.extras = {name: self.module[name] for name in rest if self._is_extra(name, listed=False)}
+            valued = self.flat_names | fragments.keys()
+            tied = [name for pair in shared.items() if valued.isdisjoint(pair) for name in pair]
+            rest += [name for name in tied if name in self.module and name not in rest]
             self.unread = tuple(name for name in rest if name not in self.extras)
         else:  # the values are here; two names of one memory are tied (DeepSpeed misses those of shared modules)
             at = {self._memory(n): n for n in reversed(self.order) if n in self.flat_names or n in rest}
@@ -241,7 +246,10 @@ class ModelStates:
                     self.extras[name] = self.module[name]
                 else:
                     self.frozen[name] = tuple(self.module[name].shape)
-        for name in [n for n, v in self.extras.items() if isinstance(v, torch.Tensor) and not n.endswith(EXTRA)]:
+            self._find_untrained(recorded)
+        odd = [n for n, v in self.extras.items() if isinstance(v, torch.Tensor) and not n.endswith(EXTRA)]
+        self.unlisted = tuple(name for name in odd if not self.sharded and name not in self._untrained)
+        for name in odd:
             self.buffers[name] = self.extras.pop(name)  # what is written lists it, which tells it from frozen ones
         have = self.flat_names | self.frozen.keys()
         for absent, kept in shared.items():
@@ -253,6 +261,22 @@ class ModelStates:
             for name, kept in shared.items()
             if not {name, kept} & have and self._has_values(name)
         }
+
+    def _find_untrained(self, recorded: Mapping[str, Any] | None) -> None:
+        """Of the extras, parameters that the run kept out of its optimizer without freezing them, which no list of the
+        file has. They are told from tensors of modules' own by their names, which end as those of this model's other
+        parameters do (weight, bias). They count as frozen. But where the frozen ones were left out, they stay among
+        the extras: once a file has the list, an engine looks there for all that it has frozen."""
+        kinds = {name.rpartition(".")[2] for name in (*self.flat_names, *(recorded or ()))}
+        self._untrained = [name for name in self.extras if name.rpartition(".")[2] in kinds]
+        if recorded is not None:
+            self.frozen |= {name: tuple(self.extras.pop(name).shape) for name in self._untrained}
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Parameters without optimizer state of which the files do not say that they are frozen."""
+        recorded = self.ranks[0].get("frozen_param_shapes") or ()
+        return tuple(dict.fromkeys([*(name for name in self.frozen if name not in recorded), *self._untrained]))
 
     def _has_values(self, name: str) -> bool:
         value = self.module.get(name)

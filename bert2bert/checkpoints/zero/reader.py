@@ -59,8 +59,8 @@ class ZeroSource(Source):
         self.client_state, self.aliases = model.client_state, model.aliases
         self.buffers, self.extras = model.buffers, model.extras
         self.lists_frozen, self.frozen_later = model.lists_frozen, model.frozen_later
-        self.unread = model.unread
-        self.second_names = model.second_names
+        self.unread, self.untrained = model.unread, model.untrained
+        self.second_names, self.unlisted = model.second_names, model.unlisted
         self.loss_scaler = plain_scaler(self._ranks[0])
         self.clip_grad = self._ranks[0].get("clip_grad", model.clip_grad())
         self._flat: dict[str, list[list[torch.Tensor | None]]] = {}  # [state][rank][flat group]

@@ -58,7 +58,7 @@ class Stage0Source(Source):
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
         self.client_state, self.buffers, self.extras = model.client_state, model.buffers, model.extras
         self.aliases, self.unread = model.aliases, model.unread
-        self.second_names = model.second_names
+        self.second_names, self.unlisted = model.second_names, model.unlisted
         self.clip_grad = model.clip_grad()
         self._values: dict[str, dict[str, torch.Tensor]] = {}  # flat
         try:
@@ -85,6 +85,7 @@ class Stage0Source(Source):
         names = self._names(live, states, flat, masters)
         shapes = dict(model.frozen)
         model.own(names)
+        self.untrained = model.untrained
         self.fused = flat is not None
         self.clip_grad = optimizer.get("clip_grad", self.clip_grad)
         if "cur_scale" in optimizer:
