@@ -124,7 +124,15 @@ class _Groups:
         self._origins = {
             name: next(filter(self._trained, found), next(iter(found), None)) for name, found in content.made_of.items()
         }
-        self.frozen = tuple(name for name in content.made_of if name in content.frozen and not self._hub)
+        # DeepSpeed's partitions have no place for a parameter without elements: it is listed as a frozen one.
+        empty = {name for name, shape in content.shapes.items() if 0 in shape}
+        if target.stage == 0 and (lost := sorted(empty & content.frozen)) and source.stage != 0:
+            raise UnsupportedGrowth(
+                f"{source.path}: {lost[0]} has no elements, so its optimizer group is not in the source's files, and "
+                "stage 0 counts it.\nChoose another stage, or freeze it in the script and save the run at stage 0."
+            )
+        frozen = content.frozen | (empty if target.stage != 0 else set())
+        self.frozen = tuple(name for name in content.made_of if name in frozen and not self._hub)
 
     def made(self) -> tuple[TargetGroup, ...]:
         """The groups, in order."""
@@ -168,7 +176,7 @@ class _Groups:
         if self.layout != "source":
             members = {name: self._content.members[name] for name in names}
             return [(group.part, group.decay, group.names, -1) for group in param_groups(members, self.layout)]
-        ordered, found = self._content.order(names), []
+        ordered, found = [name for name in self._content.order(names) if name not in self.frozen], []
         for i, group in enumerate(self._groups):
             kept = [name for name in ordered if self._group(name) == i]
             if group.get("use_muon"):  # DeepSpeed sorts them by shape

@@ -39,7 +39,8 @@ def compare(source: Source, target: Source, check: Check) -> None:
     if target.format == "hub":
         return
     _compare_steps(source, target, names, check)
-    moved = [name for name in both if source.tensors[names.stored[name]].trainable != target.tensors[name].trainable]
+    full = [name for name in both if target.tensors[name].numel]  # others are in no group, trained or not
+    moved = [name for name in full if source.tensors[names.stored[name]].trainable != target.tensors[name].trainable]
     check("frozen", not moved, f"{moved[0]} differs" if moved else "frozen parameters are the same")
     for what in ("counters", "lr_scheduler", "client_state", "extras"):
         one, other = getattr(source, what) or {}, getattr(target, what) or {}

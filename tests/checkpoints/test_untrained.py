@@ -43,6 +43,8 @@ class Script(nn.Module):
             self.probe = nn.Linear(3, 5)
         if beside == "tau":
             self.tau = nn.Parameter(torch.ones(3))
+        if beside == "empty":
+            self.empty, self.none = nn.Linear(0, 5), nn.Linear(3, 0)
         for name, parameter in self.model.named_parameters() if beside == "average" else ():
             self.register_buffer(f"average{name.replace('.', '')}", parameter.detach().clone())
 
@@ -214,6 +216,22 @@ def test_what_may_be_a_parameter_or_not_is_reported(tmp_path: Path) -> None:
     assert "first tau, which the source's files list neither" in resharded(tmp_path / "run", tmp_path / "3", 3)
     assert "neither" not in resharded(tmp_path / "run", tmp_path / "2", 2)
     assert not differing(load(tmp_path / "2", 2, beside="tau"), truth)
+
+
+def test_parameters_without_elements(tmp_path: Path) -> None:
+    """DeepSpeed lists them as frozen ones, and at stages 1 and 2 two of them as one."""
+    for stage in (0, 2, 3):
+        source = tmp_path / f"run{stage}"
+        truth = run(source, stage, "empty")
+        assert open_source(source).tensors.keys() == truth.keys()
+        for to in range(4):
+            if stage and not to:
+                with pytest.raises(UnsupportedGrowth, match=r"empty.weight has no elements, so its optimizer group is not in"):
+                    resharded(source, tmp_path / "0", to)
+                continue
+            target = tmp_path / f"{stage}{to}"
+            assert "not frozen" not in resharded(source, target, to)
+            assert not differing(load(target, to, beside="empty"), truth)
 
 
 def test_averages_of_a_layers_weights_are_refused_where_layers_are_added(tmp_path: Path) -> None:

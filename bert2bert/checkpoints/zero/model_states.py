@@ -219,7 +219,11 @@ class ModelStates:
         recorded = self.ranks[0].get("frozen_param_shapes")
         fragments = {name: tuple(shape) for name, shape in (recorded or {}).items() if name not in self.flat_names}
         self.frozen_later = tuple(name for name in recorded or () if name in self.flat_names)
-        shared = dict(self.ranks[0].get("shared_params") or {})
+        shared = {
+            absent: kept
+            for absent, kept in (self.ranks[0].get("shared_params") or {}).items()
+            if self.sharded or absent not in self.module or self.module[absent].numel()
+        }  # DeepSpeed takes all parameters without elements for one
         named = set(self.buffers)
         known = self.flat_names | named | shared.keys()
         rest = [name for name in self.order if name not in known]
@@ -276,7 +280,8 @@ class ModelStates:
     def untrained(self) -> tuple[str, ...]:
         """Parameters without optimizer state of which the files do not say that they are frozen."""
         recorded = self.ranks[0].get("frozen_param_shapes") or ()
-        return tuple(dict.fromkeys([*(name for name in self.frozen if name not in recorded), *self._untrained]))
+        found = [name for name, shape in self.frozen.items() if name not in recorded and 0 not in shape]
+        return tuple(dict.fromkeys([*found, *self._untrained]))
 
     def _has_values(self, name: str) -> bool:
         value = self.module.get(name)
