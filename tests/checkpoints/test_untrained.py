@@ -226,7 +226,7 @@ def test_parameters_without_elements(tmp_path: Path) -> None:
         assert open_source(source).tensors.keys() == truth.keys()
         for to in range(4):
             if stage and not to:
-                with pytest.raises(UnsupportedGrowth, match=r"empty.weight has no elements, so its optimizer group is not in"):
+                with pytest.raises(UnsupportedGrowth, match=r"empty.weight has no elements, so its optimizer group"):
                     resharded(source, tmp_path / "0", to)
                 continue
             target = tmp_path / f"{stage}{to}"
