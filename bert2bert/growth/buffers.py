@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from bert2bert.checkpoints.hub.names import is_obsolete
+from bert2bert.checkpoints.zero.model_states import EXTRA
 from bert2bert.errors import UnsupportedGrowth, some
 from bert2bert.files.torch_writer import equal
 from bert2bert.files.unpickle import walk
@@ -93,16 +94,20 @@ class _Layers:
                 self._layers.setdefault(at.before, set()).add(at.layer)
         old, new = (table.axis_sizes(config) for config in (self.model.config, self.plan.config))
         self._depths = {old[axis]: new[axis] for axis in table.sizes.depth if old[axis] != new[axis]}
+        self._changed, self._tables = self._growing()
+
+    def _growing(self) -> tuple[set[int], set[int]]:
+        """Sizes that grow, and the numbers of layers that grow and are no other size of the grown model."""
+        table, config, target = self.model.table, self.model.config, self.plan.config
         of = {table.key(axis) for axis in table.sizes.depth}
-        config, target = self.model.config, self.plan.config
-        changed = {
-            value for key, value in config.items()
-            if isinstance(value, int) and key not in of and target.get(key) not in (None, value)
-        }  # fmt: skip
+        sizes = {key: value for key, value in config.items() if isinstance(value, int) and key not in of}
+        changed = {value for key, value in sizes.items() if target.get(key) not in (None, value)}
+        same = {*sizes.values()}
         for name, tensor in self.plan.tensors.items():
             was = self.model.parameters[name].shape if name in self.model.parameters else tensor.shape
             changed |= {one for one, other in zip(was, tensor.shape, strict=False) if one != other}
-        self._changed = changed - {0, 1}
+            same |= {*tensor.shape}
+        return changed - {0, 1}, {*self._depths} - {0, 1} - same
 
     def grown(self, held: Mapping[str, Any]) -> dict[str, Any]:
         """Of each entry what the grown model has in its place, by the files' names."""
@@ -116,6 +121,9 @@ class _Layers:
                     why = f"there is one for each of {depth} layers, and the grown model has {self._depths[depth]}"
                     raise self._refusal(name, why)
                 found[name] = self._value(name, held[name])
+                rows = 0 if name.endswith(EXTRA) else next(iter(getattr(found[name], "shape", ())), 0)
+                if rows in self._tables:
+                    raise self._refusal(name, f"it has {rows} rows, as many as there are layers, which grow")
             else:
                 layered.setdefault((at.before, at.after), {})[at.layer] = name
         for (before, after), names in layered.items():

@@ -43,6 +43,8 @@ class Script(nn.Module):
             self.probe = nn.Linear(3, 5)
         if beside == "tau":
             self.tau = nn.Parameter(torch.ones(3))
+        if beside == "table":
+            self.register_buffer("dropped", torch.zeros(config["n_layer"]))
         if beside == "empty":
             self.empty, self.none = nn.Linear(0, 5), nn.Linear(3, 0)
         for name, parameter in self.model.named_parameters() if beside == "average" else ():
@@ -235,7 +237,6 @@ def test_parameters_without_elements(tmp_path: Path) -> None:
 
 
 def test_averages_of_a_layers_weights_are_refused_where_layers_are_added(tmp_path: Path) -> None:
-    """They are carried where none is: what was made of other weights is reported."""
     run(tmp_path / "run", 2, "average")
     (tmp_path / "deeper.json").write_text(json.dumps(DEEPER))
     (tmp_path / "longer.json").write_text(json.dumps(CONFIG | {"n_inner": 2 * 12}))
@@ -243,3 +244,14 @@ def test_averages_of_a_layers_weights_are_refused_where_layers_are_added(tmp_pat
         grow(tmp_path / "run", tmp_path / "g", tmp_path / "deeper.json", depth="stack", say=lambda _: None)
     with pytest.raises(UnsupportedGrowth, match=r"'averagetransformerh0mlpc_fcweight'.*its size 12 is one that grows"):
         grow(tmp_path / "run", tmp_path / "g", tmp_path / "longer.json", width="fpi", say=lambda _: None)
+
+
+def test_a_table_of_layers_is_refused_where_layers_are_added(tmp_path: Path) -> None:
+    run(tmp_path / "run", 2, "table")
+    (tmp_path / "deeper.json").write_text(json.dumps(DEEPER))
+    (tmp_path / "wider.json").write_text(json.dumps(CONFIG | {"n_inner": 24}))
+    with pytest.raises(UnsupportedGrowth, match=r"'dropped'.*it has 3 rows, as many as there are layers"):
+        grow(tmp_path / "run", tmp_path / "g", tmp_path / "deeper.json", depth="stack", say=lambda _: None)
+    form: dict[str, Any] = {"format": "zero", "stage": 2, "world_size": 2}
+    grow(tmp_path / "run", tmp_path / "w", tmp_path / "wider.json", measure=False, say=lambda _: None, **form)
+    load(tmp_path / "w", 2, CONFIG | {"n_inner": 24}, beside="table")
