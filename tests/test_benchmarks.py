@@ -102,3 +102,10 @@ def test_the_growth_benchmark_refuses_a_full_disk(monkeypatch: pytest.MonkeyPatc
     growth.check_room(tmp_path, 10**9)
     with pytest.raises(SystemExit, match=r"1\.0 GB free, about 2\.0 GB needed"):
         growth.check_room(tmp_path, 2 * 10**9)
+
+
+def test_activations_of_a_gpt_are_those_of_the_literature() -> None:
+    """Korthikanti et al. 2022, section 4.1: 34 bytes, two of them masks of dropout, where attention stores no scores;
+    2 where the block is computed again."""
+    found = json.loads(run("activations.py", "gpt2", "--json"))["gpt2"]
+    assert found["kept"] == pytest.approx(32, rel=0.02) and found["recomputed"] == pytest.approx(2, rel=0.02)
