@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from bert2bert.checkpoints.commit.pending import Pending
 from bert2bert.checkpoints.expert_parallel.layout import ExpertParallel
 from bert2bert.checkpoints.manifest import TensorEntry
 from bert2bert.checkpoints.optimizers import ADAM
-from bert2bert.checkpoints.source import STATES
+from bert2bert.checkpoints.source import STATES, RankState
 from bert2bert.checkpoints.target import Target
 from bert2bert.checkpoints.zero.layout import Piece
 from bert2bert.errors import InvalidConfig
@@ -77,6 +77,8 @@ class TargetSpec:
     buffers: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     """What the model's state dict holds beside parameters and buffers."""
+    of_ranks: tuple[RankState, ...] = ()
+    """Of stage 3 on the source's number of ranks: what each rank has instead of these, by name. Empty: nothing."""
     unread: tuple[str, ...] = ()
     """Names in that dict whose values the source does not hold. A strict load at stage 3 looks for the names alone."""
     extra_files: dict[str, bytes] = field(default_factory=dict)
@@ -111,6 +113,14 @@ class TargetSpec:
             raise ValueError(f"unknown precision {self.precision!r} or states {self.states}")
         if not all(kept in self.shapes and absent not in self.shapes for absent, kept in self.aliases.items()):
             raise ValueError("aliases must map an absent tied name to a name in shapes")
+
+    def of_rank(self, rank: int) -> TargetSpec:
+        """The target as the file of one rank describes it."""
+        if not self.of_ranks:
+            return self
+        client, mine = self.of_ranks[rank].client_state, self.of_ranks[rank].module
+        buffers, extras = ({name: mine.get(name, held[name]) for name in held} for held in (self.buffers, self.extras))
+        return replace(self, client_state=client, buffers=buffers, extras=extras, of_ranks=())
 
     @property
     def without_gradient(self) -> tuple[str, ...]:

@@ -35,11 +35,13 @@ def planned(job: Job, target: Target, sub_group_size: int = SUB_GROUP_SIZE) -> l
 
 def _check_nesting(spec: TargetSpec) -> None:
     """Refuse (InvalidCheckpoint) what a pickle cannot hold: values inside each other without end, or nearly so."""
-    for name in ("client_state", "extras", "buffers", "lr_scheduler"):
+    for name in ("client_state", "extras", "buffers", "lr_scheduler", "of_ranks"):
         try:
-            torch_writer.structure(getattr(spec, name))
+            held = getattr(spec, name)
+            torch_writer.structure([vars(rank) for rank in held] if name == "of_ranks" else held)
         except RecursionError:
+            what = "client state" if name == "of_ranks" else name.replace("_", " ")
             raise InvalidCheckpoint(
-                f"the source's {name.replace('_', ' ')} holds values nested hundreds deep, which cannot be written. "
+                f"the source's {what} holds values nested hundreds deep, which cannot be written. "
                 "Save the checkpoint without them."
             ) from None

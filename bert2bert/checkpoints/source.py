@@ -48,6 +48,15 @@ class TensorMeta:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class RankState:
+    """What the file of one rank of ZeRO 3 holds of its own beside partitions; DeepSpeed gives each rank its own back.
+    ``module``: values of buffers and extra states."""
+
+    client_state: dict[str, Any]
+    module: dict[str, Any]
+
+
 class Source:
     """An open checkpoint. Subclasses fill the fields and give `_rows`.
 
@@ -63,8 +72,9 @@ class Source:
     ``untrained``: parameters that are in no group, and of which the files do not say that they are frozen;
     ``unlisted``: entries of the state dict that the files list neither as parameters nor as buffers;
     ``second_names``: those of tied frozen parameters that the run left out of its files by their first ones -> the
-    first, and the value; ``unread``: names the model has whose values the checkpoint does not hold; ``notes``: what
-    else a user should know of how it was read, in sentences.
+    first, and the value; ``unread``: names the model has whose values the checkpoint does not hold;
+    ``of_ranks``: of ZeRO 3, what each rank's file says of client state, buffers and extras, which are the first rank's
+    here; ``notes``: what else a user should know of how it was read, in sentences.
     """
 
     format: str = ""
@@ -97,6 +107,7 @@ class Source:
         self.unlisted: tuple[str, ...] = ()
         self.second_names: dict[str, tuple[str, Any]] = {}
         self.unread: tuple[str, ...] = ()
+        self.of_ranks: tuple[RankState, ...] = ()
         self.notes: list[str] = []
         self.files: list[Path] = []  # all files that make up the checkpoint, for `identity` and `inspect`
         self._steps: dict[str, int] = {}

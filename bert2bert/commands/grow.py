@@ -32,6 +32,7 @@ from bert2bert.checkpoints.notes import (
     untrained,
     valueless,
 )
+from bert2bert.checkpoints.of_ranks import first_ranks, of_ranks
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec, widest
 from bert2bert.checkpoints.target import Target
@@ -74,7 +75,8 @@ def target_spec(named: Named, target: Target) -> TargetSpec:
     )
     carried = buffers.grown(growth, target.format)
     spec = make_spec(source, content, target)
-    return replace(spec, buffers=carried.buffers, extras=carried.extras, unread=named.unread)
+    spec = replace(spec, buffers=carried.buffers, extras=carried.extras, unread=named.unread)
+    return of_ranks(source, spec, target)
 
 
 def _as_in(source: Source, names: list[str], format: str) -> list[str]:
@@ -180,6 +182,7 @@ def _notes(named: Named, spec: TargetSpec, folder: Path, target: Target) -> list
     if source.format == "hub":
         found += left(source, spec)
     found += [*buffers.unchanged(source, spec.buffers), *buffers.left_out(source, format), *unopened(source, format)]
+    found += first_ranks(source, spec, target)
     return found + clients.notes(source, spec.beside, folder, target)
 
 

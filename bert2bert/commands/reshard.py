@@ -34,6 +34,7 @@ from bert2bert.checkpoints.notes import (
     untrained,
     valueless,
 )
+from bert2bert.checkpoints.of_ranks import first_ranks, of_ranks
 from bert2bert.checkpoints.open import open_source
 from bert2bert.checkpoints.source import Source
 from bert2bert.checkpoints.spec import Content, known_layout, make_spec
@@ -160,7 +161,7 @@ def identity_spec(source: Source, names: Names, target: Target) -> TargetSpec:
             parts = {tuple(group.names): group.part for group in recorded}
             groups = tuple(replace(group, part=parts.get(group.names, group.part)) for group in spec.groups)
             spec = replace(spec, groups=groups, group_layout=known or "source")
-    return replace(spec, extra_files={**spec.extra_files, **files})
+    return of_ranks(source, replace(spec, extra_files={**spec.extra_files, **files}), target)
 
 
 def _random_states(source: Source) -> dict[str, bytes]:
@@ -176,7 +177,7 @@ def notes(source: Source, names: Names, spec: TargetSpec, target: Target) -> lis
     found = _folder_notes(source, spec) if hub else []
     if source.format == "hub" and not hub:
         found.append("the source holds weights only: moments of zero, step 0, hyper-parameters of a fresh AdamW")
-    found += unopened(source, target.format)
+    found += [*unopened(source, target.format), *first_ranks(source, spec, target)]
     found += valueless(source.unread, loads=target.format != "zero" or target.stage == 3)
     found += [*second_names(source, spec), *untrained(source, spec, target.stage), *source.notes]
     origins = {name: [source.tensors[names.stored[name]].dtype] for name in spec.shapes}

@@ -48,6 +48,18 @@ def compare(source: Source, target: Source, check: Check) -> None:
         lost = [key for key in wanted if key not in other or not equal(one[key], other[key])]
         if wanted:
             check(what.replace("_", " "), not lost, f"{lost[0]} differs" if lost else "kept")
+    if source.of_ranks and len(source.of_ranks) == len(target.of_ranks):
+        _compare_ranks(source, target, check)
+
+
+def _compare_ranks(source: Source, target: Source, check: Check) -> None:
+    """What ZeRO 3 keeps of every rank, on as many ranks: no value of one has become that of another."""
+    wrong = [
+        rank for rank, (one, other) in enumerate(zip(source.of_ranks, target.of_ranks, strict=True))
+        if not all(equal(v, other.client_state.get(k)) for k, v in one.client_state.items() if k not in OWN_STATE)
+        or not all(equal(value, one.module.get(name)) for name, value in other.module.items())
+    ]  # fmt: skip
+    check("states of ranks", not wrong, f"rank {wrong[0]} differs" if wrong else "each rank's own")
 
 
 def _compare_source(source: Source, target: Source, check: Check) -> None:

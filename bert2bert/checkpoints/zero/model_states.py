@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bert2bert.checkpoints.source import TensorMeta
+from bert2bert.checkpoints.source import RankState, TensorMeta
 from bert2bert.errors import InvalidCheckpoint, some
 from bert2bert.files import torch_reader
 
@@ -137,6 +137,12 @@ def take(pieces: list[torch.Tensor], low: int, high: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else pieces[0][:0]
 
 
+def _client_state(found: dict[str, Any]) -> dict[str, Any]:
+    """What a script asked DeepSpeed to keep, and what DeepSpeed keeps of a script's data."""
+    mine = {key: value for key, value in found.items() if key not in _OWN_KEYS}
+    return mine | {key: found[key] for key in ("data_sampler", "random_ltd") if found.get(key) is not None}
+
+
 class ModelStates:
     """The merged content of the model-states files of all ranks, in rank order.
 
@@ -167,8 +173,7 @@ class ModelStates:
         self.ds_version = first.get("ds_version")
         self.counters = {key: int(first.get(key) or 0) for key in COUNTERS}
         self.lr_scheduler = first.get("lr_scheduler")
-        self.client_state = {key: value for key, value in first.items() if key not in _OWN_KEYS}
-        self.client_state |= {key: first[key] for key in ("data_sampler", "random_ltd") if first.get(key) is not None}
+        self.client_state = _client_state(first)
         named = [name for name in first.get("buffer_names") or () if name in self.module]
         self.buffers: dict[str, Any] = {name: self.module[name] for name in named}
         self.extras: dict[str, Any] = {}
@@ -182,6 +187,14 @@ class ModelStates:
         self.unread: tuple[str, ...] = ()
         self.second_names: dict[str, tuple[str, Any]] = {}
         self._sort_out_the_rest()
+
+    def of_ranks(self) -> tuple[RankState, ...]:
+        """ZeRO 3: what each rank's file says of client state, buffers and extras."""
+        names = (*self.buffers, *self.extras)
+        return tuple(
+            RankState(_client_state(found), {name: found["module"][name] for name in names if name in found["module"]})
+            for found in (self.ranks if self.sharded else ())
+        )
 
     def renamed(self, name: str) -> str:
         """The model's own name of what the files call ``name``."""

@@ -61,6 +61,7 @@ class ZeroSource(Source):
         self.lists_frozen, self.frozen_later = model.lists_frozen, model.frozen_later
         self.unread, self.untrained = model.unread, model.untrained
         self.second_names, self.unlisted = model.second_names, model.unlisted
+        self.of_ranks = model.of_ranks()
         self.loss_scaler = plain_scaler(self._ranks[0])
         self.clip_grad = self._ranks[0].get("clip_grad", model.clip_grad())
         self._flat: dict[str, list[list[torch.Tensor | None]]] = {}  # [state][rank][flat group]

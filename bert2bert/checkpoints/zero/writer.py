@@ -186,7 +186,7 @@ class _Zero3:
         module = {name: torch.empty(0, dtype=spec.dtype) for name in (*spec.shapes, *spec.aliases, *spec.unread)}
         param_shapes = [sizes(spec, (spec.groups[i].names[p] for p in sub.params)) for i, sub in self.sub_groups]
         frozen = {n: Blank((self._cut(n),), spec.dtype, partial(self._frozen, rank, n)) for n in spec.without_gradient}
-        tree = model_states(spec, module, param_shapes, 3, self.world, shared=rank == 0, fragments=frozen)
+        tree = model_states(spec.of_rank(rank), module, param_shapes, 3, self.world, shared=rank == 0, fragments=frozen)
         return torch_writer.save(file, tree, self.job.tally.wrote)
 
     def payload(self, rank: int) -> int:
