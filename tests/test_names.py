@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.nn.utils.prune import l1_unstructured
 
 from bert2bert.checkpoints.hub.names import WRAPPERS
 from bert2bert.checkpoints.inspect import inspect
@@ -192,6 +195,29 @@ def test_merged_adapters_are_read_and_others_lead_to_merging(tmp_path: Path) -> 
         save(tmp_path / name, "llama", change)
         with pytest.raises(InvalidCheckpoint, match=r"merge_and_unload\(\) and\s+save_pretrained"):
             open_model(tmp_path / name)
+    key = "model.layers.0.self_attn.q_proj.lora_right_weight"  # of DeepSpeed-Chat, which has no such method
+    save(tmp_path / "chat", "llama", lambda t: t | {key: torch.zeros(12, 2)})
+    with pytest.raises(InvalidCheckpoint, match=rf"{key} is of a LoRA layer of DeepSpeed's that is not merged"):
+        open_model(tmp_path / "chat")
+
+
+@pytest.mark.parametrize("how", [
+    parametrizations.weight_norm, parametrizations.spectral_norm, weight_norm, spectral_norm,
+    partial(l1_unstructured, name="weight", amount=0.5),
+])  # fmt: skip
+def test_weights_that_a_module_computes_are_named_as_such(how: Callable[..., Any], tmp_path: Path) -> None:
+    """By torch's own names of what a weight is computed of."""
+    key = "model.layers.1.mlp.up_proj."
+
+    def computed(t: Tensors) -> Tensors:
+        weight = t.pop(key + "weight")
+        module = torch.nn.Linear(*weight.shape[::-1], bias=False)
+        how(module)
+        return t | {key + name: value.contiguous() for name, value in module.state_dict().items()}
+
+    save(tmp_path / "s", "llama", computed)
+    with pytest.raises(InvalidCheckpoint, match=rf"{key}weight is missing[\s\S]*computes it of others, first {key}"):
+        open_model(tmp_path / "s")
 
 
 @pytest.mark.parametrize(

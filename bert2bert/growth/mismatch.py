@@ -23,11 +23,19 @@ if TYPE_CHECKING:
     from bert2bert.checkpoints.source import Source, TensorMeta
 
 _ADAPTED = re.compile(r"(^|\.)((lora|vera|hada|lokr|oft|boft|ia3)_|(base_layer|modules_to_save|original_module)\.)")
-"""In names of a model with an adapter of PEFT that can be merged."""
+"""In names of a model with an adapter that can be merged."""
+_OF_DEEPSPEED = re.compile(r"(^|\.)lora_(right_weight|left_weight|weight_[12])(\.|$)")
+"""In those of DeepSpeed-Chat's layers and of DeepSpeed's LoRAOptimizedLinear."""
 
 
 def check_adapter(source: Source) -> None:
     """Refuse (InvalidCheckpoint) an adapter beside its base model, or without it, as a run saves it."""
+    if own := next(filter(_OF_DEEPSPEED.search, source.tensors), None):
+        raise InvalidCheckpoint(
+            f"{source.path}: {own} is of a LoRA layer of DeepSpeed's that is not merged. Add the product of its two "
+            "matrices to the weight as the layer does (DeepSpeed-Chat: convert_lora_to_linear_layer), save the model "
+            "with plain layers, then grow that."
+        )
     if any(_ADAPTED.search(name) for name in source.tensors):
         raise InvalidCheckpoint(
             f"{source.path}: its names are those of a PEFT model whose adapter is not merged. Load it with its base "

@@ -39,7 +39,15 @@ def instead_of(source: Source, name: str) -> str:
             f"Its experts are modules of their own (first {next(iter(single.values()))[0][0]}), as in models of "
             "transformers 4; expected transformers' model of today, which has them fused. Grow its checkpoint on disk."
         )
-    module = name.rpartition(".")[0] + "."
+    module, _, leaf = name.rpartition(".")
+    module += "."
+    made_of = [f"{module}parametrizations.{leaf}.", *(f"{name}_{end}" for end in ("g", "v", "orig"))]
+    if parts := [n for n in source.tensors if n.startswith(made_of[0]) or n in made_of]:
+        return (
+            f"Its module computes it of others, first {parts[0]} (a parametrization, as weight_norm, spectral_norm and "
+            "pruning are). Make it a plain parameter (torch.nn.utils.parametrize.remove_parametrizations, "
+            "remove_weight_norm, remove_spectral_norm, prune.remove), and save the model again."
+        )
     found = {n: buffer for n, buffer in source.buffers.items() if n.startswith(module) and hasattr(buffer, "dtype")}
     if found:
         first = name if name in found else min(found)

@@ -236,12 +236,21 @@ class ZeroSource(Source):
                 checked.add(rank)
                 few = min(numel, _FEW)
                 one, other = weight.reshape(-1)[start : start + few].float(), master[at : at + few].float()
-                if not torch.allclose(one, other, torch.finfo(weight.dtype).eps, 1e-7, equal_nan=True):
+                if torch.allclose(one, other, torch.finfo(weight.dtype).eps, 1e-7, equal_nan=True):
+                    continue
+                odd = (
+                    f"the weights of '{name}' in {self._model.paths[0].name} are not the master weights in "
+                    f"{self._paths[rank].name}"
+                )
+                if (self._model.ds_config.get("zero_optimization") or {}).get("zenflow"):
                     raise InvalidCheckpoint(
-                        f"{self.folder}: files of different checkpoints are mixed: the weights of '{name}' in "
-                        f"{self._model.paths[0].name} are not the master weights in {self._paths[rank].name}. "
-                        "Restore the files of one save, or use another tag."
+                        f"{self.folder}: saved with zero_optimization.zenflow: {odd}, and which of them the run goes "
+                        "on with is not known here. Save its weights alone (save_pretrained), and use that folder."
                     )
+                raise InvalidCheckpoint(
+                    f"{self.folder}: files of different checkpoints are mixed: {odd}. Restore the files of one save, "
+                    "or use another tag."
+                )
 
     # --- reading -----------------------------------------------------------------------------------------------
 
