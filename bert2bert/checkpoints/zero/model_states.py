@@ -285,7 +285,8 @@ class ModelStates:
         parameters do (weight, bias). They count as frozen. But where the frozen ones were left out, they stay among
         the extras: once a file has the list, an engine looks there for all that it has frozen."""
         kinds = {name.rpartition(".")[2] for name in (*self.flat_names, *(recorded or ()))}
-        self._untrained = [name for name in self.extras if name.rpartition(".")[2] in kinds]
+        tensors = (name for name, value in self.extras.items() if isinstance(value, torch.Tensor))
+        self._untrained = [name for name in tensors if name.rpartition(".")[2] in kinds]
         if recorded is not None:
             self.frozen |= {name: tuple(self.extras.pop(name).shape) for name in self._untrained}
 
