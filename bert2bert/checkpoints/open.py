@@ -22,9 +22,9 @@ from bert2bert.checkpoints.manifest import MANIFEST, Manifest, check_sizes, read
 from bert2bert.checkpoints.source import MALFORMED, Source, cause
 from bert2bert.checkpoints.stacked import as_in_models
 from bert2bert.checkpoints.universal.reader import UniversalSource
-from bert2bert.checkpoints.zero.model_states import expert_files
 from bert2bert.checkpoints.zero.reader import ZeroSource
 from bert2bert.checkpoints.zero.stage0_reader import Stage0Source, is_stage0
+from bert2bert.checkpoints.zero.tag_files import expert_files
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files.disk import inside
 from bert2bert.files.texts import read_json

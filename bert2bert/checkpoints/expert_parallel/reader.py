@@ -39,9 +39,10 @@ from bert2bert.checkpoints.expert_parallel.layout import (
     whole_shapes,
 )
 from bert2bert.checkpoints.zero.layout import Piece
-from bert2bert.checkpoints.zero.model_states import MODEL, ModelStates, autoep_layers, expert_files
+from bert2bert.checkpoints.zero.model_states import ModelStates, autoep_layers
 from bert2bert.checkpoints.zero.placement import Team
 from bert2bert.checkpoints.zero.reader import ZeroSource
+from bert2bert.checkpoints.zero.tag_files import MODEL, expert_files
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader
 

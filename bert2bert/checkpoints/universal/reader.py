@@ -20,15 +20,8 @@ import torch
 from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.optimizers import ADAM
 from bert2bert.checkpoints.source import STATES, Source, TensorMeta
-from bert2bert.checkpoints.zero.model_states import (
-    MODEL,
-    ModelStates,
-    autoep_layers,
-    find_files,
-    optimizer_groups,
-    plain_scaler,
-    take,
-)
+from bert2bert.checkpoints.zero.model_states import ModelStates, autoep_layers, optimizer_groups, plain_scaler, take
+from bert2bert.checkpoints.zero.tag_files import MODEL, find_files
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader
 from bert2bert.files.disk import inside

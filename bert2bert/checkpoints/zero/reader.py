@@ -23,17 +23,9 @@ from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.optimizers import held, moment_keys, unknown
 from bert2bert.checkpoints.source import STATES, Source, TensorMeta
 from bert2bert.checkpoints.zero.layout import round_robin
-from bert2bert.checkpoints.zero.model_states import (
-    MODEL,
-    ModelStates,
-    alike,
-    find_files,
-    hyper,
-    optimizer_groups,
-    plain_scaler,
-    take,
-)
+from bert2bert.checkpoints.zero.model_states import ModelStates, alike, hyper, optimizer_groups, plain_scaler, take
 from bert2bert.checkpoints.zero.placement import Placement, Team
+from bert2bert.checkpoints.zero.tag_files import MODEL, find_files
 from bert2bert.errors import InvalidCheckpoint, some
 from bert2bert.files import torch_reader
 

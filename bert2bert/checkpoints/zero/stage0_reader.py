@@ -25,7 +25,8 @@ from bert2bert.checkpoints.groups import LAYOUTS, Place, by_name, param_groups
 from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.optimizers import KNOWN, held, moment_keys, unknown
 from bert2bert.checkpoints.source import STATES, Source, TensorMeta
-from bert2bert.checkpoints.zero.model_states import MODEL, ModelStates, find_files, hyper, take
+from bert2bert.checkpoints.zero.model_states import ModelStates, hyper, take
+from bert2bert.checkpoints.zero.tag_files import MODEL, find_files
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader
 

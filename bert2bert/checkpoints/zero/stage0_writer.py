@@ -16,7 +16,7 @@ import torch
 from bert2bert.checkpoints.job import FilePlan, Job, TargetGroup
 from bert2bert.checkpoints.zero.contents import adam_state, hyper_parameters, model_states, scaler_attributes
 from bert2bert.checkpoints.zero.layout import zero12_layout
-from bert2bert.checkpoints.zero.model_states import MODEL
+from bert2bert.checkpoints.zero.tag_files import MODEL
 from bert2bert.files import torch_writer
 from bert2bert.files.sink import Sink
 from bert2bert.files.torch_writer import Blank
