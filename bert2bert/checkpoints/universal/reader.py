@@ -37,7 +37,7 @@ class UniversalSource(Source):
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         super().__init__(path, folder, manifest)
         paths = [folder / MODEL] if (folder / MODEL).is_file() else find_files(folder)[0]
-        model = self._model = ModelStates(paths, sharded=paths[0].name != MODEL)
+        model = self._model = ModelStates(paths, sharded=paths[0].name != MODEL, manifest=manifest)
         if model.sharded and len(paths) != model.world_size:
             raise InvalidCheckpoint(f"{folder}: {len(paths)} model-states files, saved by {model.world_size} ranks")
         if (model.ds_config.get("zero_optimization") or {}).get("round_robin_gradients") is True:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bert2bert.checkpoints.job import TargetGroup, TargetSpec
+from bert2bert.checkpoints.zero.wrapped import bare
 from bert2bert.files.torch_writer import Foreign
 
 DS_VERSION = "0.19.8"  # the DeepSpeed whose layout is written; its loaders read it for compatibility rules
@@ -92,7 +93,9 @@ def model_states(
         for name, (_, value) in spec.second_names.items()
     }
     common = {
-        "module": OrderedDict({**module, **second, **spec.buffers, **spec.extras}),
+        "module": OrderedDict(
+            (bare(name), value) for name, value in {**module, **second, **spec.buffers, **spec.extras}.items()
+        ),
         "buffer_names": list(spec.buffers),
         "optimizer": None,
         "param_shapes": param_shapes,

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.source import RankState, TensorMeta
+from bert2bert.checkpoints.zero.wrapped import enclosed, listed
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader
 
@@ -106,8 +108,9 @@ class ModelStates:
     says whose it is.
     """
 
-    def __init__(self, paths: list[Path], sharded: bool, whole: bool = False) -> None:
+    def __init__(self, paths: list[Path], sharded: bool, whole: bool = False, manifest: Manifest | None = None) -> None:
         self.paths, self.sharded, self.whole = paths, sharded, whole
+        self._written = () if manifest is None else tuple(manifest.tensors)
         loaded = torch_reader.load_all(paths, _OWN_KEYS - _RAW)
         self.ranks = [self._checked(path, found) for path, found in zip(paths, loaded, strict=True)]
         for key in _SAME_ON_ALL_RANKS:
@@ -163,6 +166,8 @@ class ModelStates:
             )
         if self.whole:
             found = {**found, "param_shapes": []}
+        if isinstance(found.get("module"), dict):
+            found = {**found, "module": enclosed(found["module"], [*self._written, *listed(found)])}
         dims = found.get("checkpoint_parallel_dimensions") or {}
         split = max(int(found.get("mp_world_size") or 1), *(int(dims.get(k) or 1) for k in ("pp_degree", "tp_degree")))
         if split > 1:
@@ -217,6 +222,7 @@ class ModelStates:
                 else:
                     self.frozen[name] = tuple(self.module[name].shape)
             self._find_untrained(recorded)
+            self._find_dropped(fragments)
         odd = [n for n, v in self.extras.items() if isinstance(v, torch.Tensor) and not n.endswith(EXTRA)]
         self.unlisted = tuple(name for name in odd if not self.sharded and name not in self._untrained)
         for name in odd:
@@ -242,6 +248,16 @@ class ModelStates:
         self._untrained = [name for name in tensors if name.rpartition(".")[2] in kinds]
         if recorded is not None:
             self.frozen |= {name: tuple(self.extras.pop(name).shape) for name in self._untrained}
+
+    def _find_dropped(self, fragments: Mapping[str, tuple[int, ...]]) -> None:
+        """Frozen parameters that the model leaves out of its state dict, as scripts do with a tower that never changes:
+        stage 2 keeps their values beside it. (Frozen experts are elsewhere.)"""
+        values = {} if self.ranks[0].get("num_experts") else self.ranks[0].get("frozen_param_fragments") or {}
+        for name, shape in fragments.items():
+            value = values.get(name)
+            if name not in self.module and isinstance(value, torch.Tensor) and tuple(value.shape) == shape:
+                self.module[name] = value.detach()
+                self.frozen[name] = shape
 
     @property
     def untrained(self) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ class ZeroSource(Source):
     # --- opening and consistency -------------------------------------------------------------------------------
 
     def _open_model(self, paths: list[Path]) -> ModelStates:
-        return ModelStates(paths, sharded=paths[0].name != MODEL)
+        return ModelStates(paths, sharded=paths[0].name != MODEL, manifest=self.manifest)
 
     def _teams(self) -> list[list[Team] | None] | None:
         """See `Placement`; of ranks that have different tensors."""

@@ -54,7 +54,7 @@ class Stage0Source(Source):
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None) -> None:
         super().__init__(path, folder, manifest)
         self.files, _, _ = find_files(folder)
-        model = self._model = ModelStates(self.files, sharded=False, whole=True)
+        model = self._model = ModelStates(self.files, sharded=False, whole=True, manifest=manifest)
         self.stage, self.world_size, self.precision = 0, model.world_size, model.precision()
         self.counters, self.lr_scheduler = model.counters, model.lr_scheduler
         self.client_state, self.buffers, self.extras = model.client_state, model.buffers, model.extras
