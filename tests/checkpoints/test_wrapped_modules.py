@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bert2bert.checkpoints.open import open_source
-from bert2bert.checkpoints.zero.wrapped import bare, enclosed
+from bert2bert.checkpoints.zero.wrapped import bare, with_wrappers
 from bert2bert.commands.verify import verify
 from tests import tiny
 from tests.checkpoints.engines import release
@@ -158,8 +158,8 @@ def test_a_state_dict_gets_the_names_of_wrappers() -> None:
     names = ["m.0.W.a.w", "m.2.W.a.W.w", "m.1.a.w", "h.W.x"]
     held = {"m.0.a.w": 1, "m.1.a.w": 2, "m.2.a.w": 3, "m.2.b": 4, "m.3.b": 5, "n.0.a": 6, "h.x": 7, "h.W.y": 8}
     held = {name.replace("W", WRAPPER): value for name, value in held.items()}
-    found = enclosed(held, [name.replace("W", WRAPPER) for name in names])
+    found = with_wrappers(held, [name.replace("W", WRAPPER) for name in names])
     assert {name.replace(WRAPPER, "W"): value for name, value in found.items()} == {
         "m.0.W.a.w": 1, "m.1.a.w": 2, "m.2.W.a.W.w": 3, "m.2.W.b": 4, "m.3.W.b": 5, "n.0.a": 6, "h.W.x": 7, "h.W.y": 8
     }  # fmt: skip
-    assert enclosed(held, ["m.0.a.w"]) == held
+    assert with_wrappers(held, ["m.0.a.w"]) == held

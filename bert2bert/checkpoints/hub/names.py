@@ -11,12 +11,12 @@ Refuses (InvalidCheckpoint) a checkpoint of no such model or of several, and two
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from bert2bert.checkpoints.hub.experts import WRAPPERS
+from bert2bert.checkpoints.wrappers import Path, enclosed, learn
 from bert2bert.errors import InvalidCheckpoint
 
 OBSOLETE = (
@@ -26,9 +26,6 @@ OBSOLETE = (
 """Buffers that older versions of transformers stored beside the parameters: positions, causal masks, rotary tables. No
 current model has them; from_pretrained leaves them, and a strict load refuses them."""
 _LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-_NUMBER = re.compile(r"\d+")
-
-Path = tuple[str, ...]
 
 
 def is_obsolete(name: str) -> bool:
@@ -59,12 +56,7 @@ class Naming:
 
     def spelled(self, name: str) -> str:
         """A canonical tensor's own name in the checkpoint's spelling, also where that has it by a tied name."""
-        parts = (self.instead + name.removeprefix(self.lacks)).split(".")
-        found: list[str] = []
-        for end, part in enumerate(parts, 1):
-            path = tuple(parts[:end])
-            found += [part, *self.wrappers.get(path, self.wrappers.get(_numbered(path), ()))]
-        text = ".".join(found)
+        text = enclosed(self.instead + name.removeprefix(self.lacks), self.wrappers)
         if self.legacy:
             for old, new in _LEGACY.items():
                 if text.endswith(new):
@@ -117,9 +109,7 @@ def read_names(
                 "the one that is not of this model."
             )
         known[canonical] = name
-        for path, added in _wrapped(rest).items():
-            wrappers.setdefault(path, added)
-            wrappers.setdefault(_numbered(path), added)
+        learn(wrappers, rest, WRAPPERS)
     for absent, kept in ties.items():
         if kept not in known and absent in known:
             known[kept] = known.pop(absent)
@@ -162,10 +152,6 @@ def _front(
     )
 
 
-def _numbered(path: Path) -> Path:
-    return tuple("#" if _NUMBER.fullmatch(part) else part for part in path)
-
-
 def _clean(name: str) -> str:
     text = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     for old, new in _LEGACY.items():
@@ -183,15 +169,3 @@ def _split(name: str, depth: int) -> tuple[str, list[str]]:
                 return "".join(p + "." for p in parts[:i]), parts[i:]
             count += 1
     return name, []
-
-
-def _wrapped(parts: Iterable[str]) -> dict[Path, Path]:
-    """The wrappers in a name: path of modules -> those that follow it."""
-    found: dict[Path, Path] = {}
-    path: Path = ()
-    for part in parts:
-        if part in WRAPPERS:
-            found[path] = (*found.get(path, ()), part)
-        else:
-            path = (*path, part)
-    return found

@@ -19,7 +19,7 @@ import torch
 
 from bert2bert.checkpoints.manifest import Manifest
 from bert2bert.checkpoints.source import RankState, TensorMeta
-from bert2bert.checkpoints.zero.wrapped import enclosed, listed
+from bert2bert.checkpoints.zero.wrapped import listed, with_wrappers
 from bert2bert.errors import InvalidCheckpoint
 from bert2bert.files import torch_reader
 
@@ -167,7 +167,7 @@ class ModelStates:
         if self.whole:
             found = {**found, "param_shapes": []}
         if isinstance(found.get("module"), dict):
-            found = {**found, "module": enclosed(found["module"], [*self._written, *listed(found)])}
+            found = {**found, "module": with_wrappers(found["module"], [*self._written, *listed(found)])}
         dims = found.get("checkpoint_parallel_dimensions") or {}
         split = max(int(found.get("mp_world_size") or 1), *(int(dims.get(k) or 1) for k in ("pp_degree", "tp_degree")))
         if split > 1:

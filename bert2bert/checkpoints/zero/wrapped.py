@@ -8,11 +8,11 @@ a tensor has the longer one, by which DeepSpeed looks for frozen parameters and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-Path = tuple[str, ...]
-Places = tuple[int, ...]
+from bert2bert.checkpoints.wrappers import Path, enclosed, learn
+
 WRAPPER = "_checkpoint_wrapped_module"
 
 
@@ -34,39 +34,14 @@ def listed(states: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def enclosed(module: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def with_wrappers(module: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """A state dict with the names of wrappers, where ``names`` show these: of the same module, or else of one that
     differs in its numbers, for stages 0 and 1 list no frozen parameters."""
-    known = {bare(name): name for name in names}
-    wrapped: dict[Path, Places] = {}
-    for name in known.values():
-        wrapped |= _wrapped(name)
-    alike = {_numbered(path): places for path, places in sorted(wrapped.items())}
-
-    def name_of(key: str) -> str:
-        parts = tuple(key.split("."))
-        if key in known or WRAPPER in parts:
-            return known.get(key, key)
-        paths = [parts[:stop] for stop in range(len(parts) - 1, 0, -1)]
-        found: Places = next((wrapped.get(p) or alike[_numbered(p)] for p in paths if _numbered(p) in alike), ())
-        return ".".join(part for i, name in enumerate(parts) for part in (*[WRAPPER] * found.count(i), name))
-
-    return {name_of(key): value for key, value in module.items()} if wrapped else dict(module)
-
-
-def _wrapped(name: str) -> dict[Path, Places]:
-    """The wrapped modules in a name -> the wrappers on the way to them: of what parts they are in front."""
-    path: list[str] = []
-    places: list[int] = []
-    found: dict[Path, Places] = {}
-    for part in name.split("."):
-        if part == WRAPPER:
-            places.append(len(path))
-            found[tuple(path)] = tuple(places)
-        else:
-            path.append(part)
-    return found
-
-
-def _numbered(path: Path) -> Path:
-    return tuple("#" if part.isdigit() else part for part in path)
+    wrapped = [name for name in names if WRAPPER in name]
+    if not wrapped:
+        return dict(module)
+    own = {bare(name): name for name in names}
+    wrappers: dict[Path, Path] = {}
+    for name in wrapped:
+        learn(wrappers, name.split("."), (WRAPPER,))
+    return {key if WRAPPER in key else own.get(key) or enclosed(key, wrappers): value for key, value in module.items()}
